@@ -1,0 +1,113 @@
+"""The rules that cross sections, as one list; every broken one is reported. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable, List, Optional, Tuple
+
+from cxr_vit.config.architectures import SIZES, known_depth
+from cxr_vit.config.batching import accumulation_problem
+from cxr_vit.config.schema import Config
+from cxr_vit.errors import ConfigError, did_you_mean
+
+__all__ = ["check", "depth_problem"]
+
+
+def depth_problem(layers_per_stage: List[int], depth: int) -> Optional[str]:
+    """Say that the stages do not hold the model's layers, or return None."""
+    placed = sum(layers_per_stage)
+    if placed == depth:
+        return None
+    return (
+        f"pipeline.layers_per_stage={layers_per_stage} places {placed} layers;"
+        f" the model has {depth}. Make the list add up to {depth}."
+    )
+
+
+def _layers_are_placed(config: Config) -> Optional[str]:
+    depth = known_depth(config.model.name)
+    return None if depth is None else depth_problem(config.pipeline.layers_per_stage, depth)
+
+
+def _size_is_known(config: Config) -> Optional[str]:
+    name = config.model.name
+    if name in SIZES or "/" in name or not name.startswith("vit-") or Path(name).is_dir():
+        return None
+    near = did_you_mean(name, SIZES)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return (
+        f"model.name={name!r} is no size known here, no local folder and no hub name"
+        f" (owner/model).{hint} Sizes: {', '.join(SIZES)}."
+    )
+
+
+def _patches_fill_the_image(config: Config) -> Optional[str]:
+    size, patch = config.data.image_size, config.model.patch_size
+    if config.model.name not in SIZES or size % patch == 0:
+        return None
+    below = size // patch * patch
+    legal = f"{below} or {below + patch}" if below else f"{patch}"
+    return (
+        f"data.image_size={size} is not a multiple of model.patch_size={patch}."
+        f" Nearest legal image sizes: {legal}."
+    )
+
+
+def _micro_batches_fill_the_batch(config: Config) -> Optional[str]:
+    return accumulation_problem(config.batch)
+
+
+def _one_replica(config: Config) -> Optional[str]:
+    if config.batch.replicas == 1:
+        return None
+    return (
+        f"batch.replicas={config.batch.replicas}, but the torch engine is one process with one"
+        " replica. Set batch.replicas=1 and raise batch.gradient_accumulation instead."
+    )
+
+
+def _fractions_leave_training(config: Config) -> Optional[str]:
+    data = config.data
+    if data.split == "official" or data.val_fraction + data.test_fraction < 1:
+        return None
+    return (
+        f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave"
+        " nothing to train on. Their sum must be below 1."
+    )
+
+
+def _steps_fill_host_calls(config: Config) -> Optional[str]:
+    steps, iterations = config.train.steps, config.batch.device_iterations
+    if steps is None or steps % iterations == 0:
+        return None
+    below = steps // iterations * iterations
+    legal = f"{below} or {below + iterations}" if below else f"{iterations}"
+    return (
+        f"train.steps={steps} is not a multiple of batch.device_iterations={iterations}: a host"
+        f" call makes {iterations} weight updates. Nearest legal values: {legal}."
+    )
+
+
+RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
+    _size_is_known,
+    _layers_are_placed,
+    _patches_fill_the_image,
+    _micro_batches_fill_the_batch,
+    _one_replica,
+    _fractions_leave_training,
+    _steps_fill_host_calls,
+)
+
+
+def check(config: Config) -> Config:
+    """Return the config if no rule is broken.
+
+    Raises
+    ------
+    ConfigError
+        Listing every broken rule, each with what was given and the nearest legal values.
+    """
+    problems = [problem for problem in (rule(config) for rule in RULES) if problem]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config

@@ -1,0 +1,136 @@
+"""What a field allows, in words: for `--help` and for the error messages. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Union
+
+from pydantic.fields import FieldInfo
+from typing_extensions import Literal, get_args, get_origin
+
+from cxr_vit.config.schema import SECTIONS
+from cxr_vit.errors import did_you_mean
+
+__all__ = ["allowed", "explain", "help_text"]
+
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+#: What people write who come from other code bases -> what it is called here.
+_SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "batch_size": "batch.micro_batch_size",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.gradient_accumulation",
+    "grad_accum": "batch.gradient_accumulation",
+    "replication_factor": "batch.replicas",
+    "layers_per_ipu": "pipeline.layers_per_stage",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "output_dir": "run.dir",
+    "seed": "run.seed",
+}
+
+
+def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """Put one of pydantic's error details into a line: where, what was given, what is allowed.
+
+    Parameters
+    ----------
+    detail
+        One item of `ValidationError.errors()`.
+    places
+        Dotted key -> file and line it was given at.
+    """
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location[:2])
+    place = places.get(key) or places.get(location[0])
+    where = f"{place}: " if place else ""
+    if detail["type"] == "extra_forbidden":
+        return where + _unknown(location)
+    section, _, name = key.partition(".")
+    if not name:
+        if detail["type"] == "value_error":
+            return f"{where}{section}: {_reason(detail)}"
+        keys = ", ".join(list(SECTIONS[section].model_fields)[:3])
+        return f"{where}'{section}' is a section with keys ({keys}, ...), not {detail['input']!r}"
+    given = "null" if detail["input"] is None else repr(detail["input"])
+    if detail["type"] == "value_error":
+        return f"{where}{key}={given}: {_reason(detail)}"
+    field = SECTIONS[section].model_fields[name]
+    hint = ""
+    if detail["type"] == "literal_error":
+        near = did_you_mean(str(detail["input"]), _choices(field.annotation))
+        hint = f" Did you mean {near!r}?" if near else ""
+    return f"{where}{key}={given}: must be {allowed(field)}.{hint}"
+
+
+def _reason(detail: Mapping[str, Any]) -> str:
+    return str(detail["ctx"]["error"])
+
+
+def _unknown(location: List[str]) -> str:
+    key = ".".join(location)
+    section, name = location[0], location[-1]
+    near = None
+    if section in SECTIONS:
+        near = did_you_mean(name, SECTIONS[section].model_fields)
+        near = f"{section}.{near}" if near else None
+    elif len(location) == 1:
+        near = did_you_mean(section, SECTIONS)
+    if near is None:
+        elsewhere = [
+            f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields
+        ]
+        near = elsewhere[0] if elsewhere else _SYNONYMS.get(name)
+    hint = f" Did you mean '{near}'?" if near else " See train.py --help for all keys."
+    return f"unknown key '{key}'.{hint}"
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say what a field takes, e.g. ``"integer >= 1"`` or ``"one of auto, official, patient"``."""
+    text = _type_words(field.annotation)
+    bounds = [
+        f"{_BOUNDS[name]} {getattr(item, name)}"
+        for item in field.metadata
+        for name in _BOUNDS
+        if hasattr(item, name)
+    ]
+    pattern = [item.pattern for item in field.metadata if getattr(item, "pattern", None)]
+    text = " ".join([text, ", ".join(bounds)]) if bounds else text
+    text += f" matching {pattern[0]}" if pattern else ""
+    return text + (" or null" if type(None) in get_args(field.annotation) else "")
+
+
+def _type_words(annotation: Any) -> str:
+    if get_origin(annotation) is Union:
+        return _type_words(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(_choices(annotation))
+    if get_origin(annotation) is list:
+        return f"a list of {_type_words(get_args(annotation)[0])}s"
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    return _type_words(get_args(annotation)[0])  # Annotated[type, ...]
+
+
+def _choices(annotation: Any) -> List[str]:
+    return [str(choice) for choice in get_args(annotation)]
+
+
+def help_text() -> str:
+    """List all sections and fields with type, range, default and meaning."""
+    lines: List[str] = []
+    for name, section in SECTIONS.items():
+        lines.append(f"{name}: {(section.__doc__ or '').strip()}")
+        for key, field in section.model_fields.items():
+            lines.append(f"  {name}.{key}  ({allowed(field)}; default {_default(field)})")
+            lines.append(f"      {field.description}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    special: Dict[Any, str] = {None: "null", True: "true", False: "false"}
+    default = field.default
+    return special[default] if default is None or isinstance(default, bool) else str(default)

@@ -1,0 +1,279 @@
+"""The sections of a configuration: every field's type, range and meaning.
+
+`--help`, the checks and the error messages are all made from this one description. Types are read
+at run time, also by Python 3.8: `Optional[int]`, not `int | None`. Imports no torch.
+"""
+
+import os
+import re
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Annotated, Literal
+
+__all__ = ["SECTIONS", "Config", "Section"]
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(text: str) -> str:
+    """Replace `${VARIABLE:-default}` and a leading `~`; an unset variable needs a default."""
+
+    def value(match: "re.Match[str]") -> str:
+        name, default = match.groups()
+        # As in a shell, `:-` also covers a variable that is set but empty.
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(
+                f"environment variable {name} is not set; set it or write ${{{name}:-default}}"
+            )
+        return found
+
+    return os.path.expanduser(_VARIABLE.sub(value, text))
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, immutable, finite numbers only."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
+    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each_pair(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for first, second in cls.exclusive:
+            given = [key for key in (first, second) if data.get(key) is not None]
+            if len(given) == 2:
+                raise ValueError(f"give '{first}' or '{second}', not both")
+            if given == [second]:
+                data[first] = None
+            elif first in data and not given:
+                del data[first]  # `epochs: null` beside no `steps` means the default
+        return data
+
+
+class RunSection(Section):
+    """Where a run is written, and its seed."""
+
+    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="name of the run")
+    root: PathText = Field("runs", description="folder that holds the runs' folders")
+    dir: Optional[PathText] = Field(
+        None, description="the run's folder outright, instead of <root>/<name>-<time>"
+    )
+    seed: int = Field(0, ge=0, description="seeds weights, sample order and dropout")
+
+
+class DataSection(Section):
+    """Where the films and labels are, how they are split and at what size they are read."""
+
+    root: PathText = Field(
+        "${DATASET_DIR:-.}/chest-xray-nihcc",
+        description="folder with the CSV, the list files and the images",
+        validate_default=True,
+    )
+    csv: Optional[PathText] = Field(
+        None, description="the CSV, where it is not in the root under one of NIH's names"
+    )
+    split: Literal["auto", "official", "patient", "random"] = Field(
+        "auto",
+        description="official list files, seeded by patient, or seeded by image (leaks patients);"
+        " auto: official where its list files are, else patient",
+    )
+    split_seed: int = Field(1337, ge=0, description="seed of everything the split draws")
+    val_fraction: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="part of the films for validation (official: of its training list)",
+    )
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="part of the films for testing (patient and random splits)"
+    )
+    image_size: int = Field(
+        224, ge=8, le=2048, description="side of the square the model sees, pixels"
+    )
+    include_no_finding: bool = Field(
+        False, description="make 'No Finding' a 15th class, as the tutorial has it"
+    )
+    on_missing: Literal["error", "skip"] = Field(
+        "error", description="what to do about CSV rows whose image is not there"
+    )
+    num_workers: int = Field(
+        0, ge=0, le=128, description="loader processes; 0 reads in the main one"
+    )
+    sample_images: Optional[int] = Field(
+        None,
+        ge=20,
+        description="if the root does not exist, write a synthetic data set of so many films there",
+    )
+
+
+class ModelSection(Section):
+    """Which ViT, and from where."""
+
+    name: PathText = Field(
+        "google/vit-base-patch16-224-in21k",
+        description="hub name, local folder, or for random weights vit-micro, vit-tiny, vit-small,"
+        " vit-base",
+    )
+    patch_size: int = Field(
+        16, ge=2, le=128, description="side of a patch, pixels (random weights only)"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout after embeddings, attention and MLP"
+    )
+    head_bias: Literal["prior", "zero"] = Field(
+        "prior",
+        description="a new head starts as the training prevalence (weights 0, bias log-odds), or as"
+        " Hugging Face makes it",
+    )
+    image_mean: float = Field(0.5, gt=0, lt=1, description="gray level subtracted, of 0..1")
+    image_std: float = Field(0.5, gt=0, le=1, description="gray level divided by, of 0..1")
+
+
+class PipelineSection(Section):
+    """How the layers are cut into stages."""
+
+    layers_per_stage: List[Annotated[int, Field(ge=0)]] = Field(
+        [3, 3, 3, 3],
+        min_length=1,
+        description="encoder layers of each stage; embedding on the first, head on the last",
+    )
+
+
+class BatchSection(Section):
+    """How many samples meet when."""
+
+    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
+        ("gradient_accumulation", "global_batch_size"),
+    )
+    micro_batch_size: int = Field(1, ge=1, description="samples in one forward pass of one replica")
+    gradient_accumulation: Optional[int] = Field(
+        1, ge=1, description="micro-batches per weight update, per replica"
+    )
+    global_batch_size: Optional[int] = Field(
+        None, ge=1, description="samples per weight update, instead of gradient_accumulation"
+    )
+    replicas: int = Field(1, ge=1, description="data-parallel copies of the whole pipeline")
+    device_iterations: int = Field(1, ge=1, description="weight updates per host call in training")
+    eval_micro_batch_size: int = Field(
+        1, ge=1, description="samples in one forward pass of evaluation"
+    )
+    eval_device_iterations: int = Field(
+        1, ge=1, description="micro-batches per host call in evaluation"
+    )
+
+
+class OptimSection(Section):
+    """The optimizer."""
+
+    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    decay_all: bool = Field(
+        False,
+        description="decay every parameter, also biases, norms, class token, position embeddings",
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: Optional[float] = Field(
+        None, gt=0, description="clip the global gradient norm to this; null: no clipping"
+    )
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps."""
+
+    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (("warmup_ratio", "warmup_steps"),)
+    name: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="decay after the warm-up, to 0 at the last step (constant: none)"
+    )
+    warmup_ratio: Optional[float] = Field(
+        0.0, ge=0, le=1, description="part of all steps in which the rate rises from 0"
+    )
+    warmup_steps: Optional[int] = Field(None, ge=0, description="the same as a number of steps")
+
+
+class TrainSection(Section):
+    """How long to train, and how often to look, score and save."""
+
+    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
+        ("epochs", "steps"),
+        ("eval_every_epochs", "eval_every_steps"),
+        ("checkpoint_every_epochs", "checkpoint_every_steps"),
+    )
+    epochs: Optional[float] = Field(3, gt=0, description="length of the training, in epochs")
+    steps: Optional[int] = Field(
+        None, ge=1, description="length of the training, in weight updates"
+    )
+    log_every_steps: int = Field(50, ge=1, description="scalars are logged every so many steps")
+    eval_every_epochs: Optional[float] = Field(1, gt=0, description="validate every so many epochs")
+    eval_every_steps: Optional[int] = Field(None, ge=1, description="validate every so many steps")
+    checkpoint_every_epochs: Optional[float] = Field(
+        1, gt=0, description="save every so many epochs (best and last are saved besides)"
+    )
+    checkpoint_every_steps: Optional[int] = Field(
+        None, ge=1, description="save every so many steps"
+    )
+    keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best")
+    early_stopping_patience: Optional[int] = Field(
+        None, ge=1, description="stop after so many validations without a better macro AUROC"
+    )
+
+
+class EngineSection(Section):
+    """What computes, and in which arithmetic."""
+
+    name: Literal["auto", "torch"] = Field("auto", description="the back end")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="the torch engine's device")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="arithmetic of the forward pass; auto: bf16 where the processor has it,"
+        " else fp32 (fp16 on older GPUs)",
+    )
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    pipeline: PipelineSection = Field(default_factory=PipelineSection)
+    batch: BatchSection = Field(default_factory=BatchSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
+
+    def flat(self) -> Dict[str, Any]:
+        """Return `section.key` -> value, lists as text: what TensorBoard's hparams page takes."""
+        return {
+            f"{section}.{key}": value if isinstance(value, (bool, int, float)) else str(value)
+            for section, values in self.model_dump().items()
+            for key, value in values.items()
+        }
+
+
+SECTIONS: Dict[str, Type[Section]] = {
+    "run": RunSection,
+    "data": DataSection,
+    "model": ModelSection,
+    "pipeline": PipelineSection,
+    "batch": BatchSection,
+    "optim": OptimSection,
+    "schedule": ScheduleSection,
+    "train": TrainSection,
+    "engine": EngineSection,
+}
