@@ -1,0 +1,1 @@
+"""The data: labels, records, splits, images. Importing this package imports no torch."""

@@ -1,0 +1,96 @@
+"""Which samples step k uses: a pure function of (seed, k). Imports no torch.
+
+Think of one endless stream: the samples in a new order, then in another, and so on; step k takes
+the k-th global batch from it. No sample is dropped at an epoch's end, nothing needs to be saved to
+resume, and every engine sees the same order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Iterator, List
+
+import numpy as np
+
+__all__ = ["EvaluationSampler", "TrainingSampler"]
+
+
+class TrainingSampler:
+    """The host batches of a training run, as lists of rows of the training split.
+
+    Parameters
+    ----------
+    num_samples
+        Size of the training split.
+    global_batch_size
+        Samples per step.
+    device_iterations
+        Steps per host batch.
+    seed
+        Seed of the order.
+    start_step, total_steps
+        Steps ``start_step <= k < total_steps`` are served.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        device_iterations: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+    ) -> None:
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.device_iterations = device_iterations
+        self.seed = seed
+        self.start_step = start_step
+        self.total_steps = total_steps
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the rows of step `step`, int64 ``[global_batch_size]``."""
+        positions = np.arange(self.global_batch_size) + step * self.global_batch_size
+        epochs, places = np.divmod(positions, self.num_samples)
+        return np.array([self._order(epoch)[place] for epoch, place in zip(epochs, places)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            self._orders[epoch] = order
+            if len(self._orders) > 2:  # a step looks at its own epoch and seldom at the next
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for step in range(self.start_step, self.total_steps, self.device_iterations):
+            steps = range(step, min(step + self.device_iterations, self.total_steps))
+            yield [int(row) for k in steps for row in self.rows(k)]
+
+    def __len__(self) -> int:
+        return -(-(self.total_steps - self.start_step) // self.device_iterations)
+
+
+class EvaluationSampler:
+    """All rows of a split once, in order, in host batches; the last may be shorter.
+
+    Parameters
+    ----------
+    num_samples
+        Size of the split.
+    batch_size
+        Samples per host batch.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for start in range(0, self.num_samples, self.batch_size):
+            yield list(range(start, min(start + self.batch_size, self.num_samples)))
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
