@@ -1,0 +1,204 @@
+"""The stages as modules, and the whole as one state dict under the hub's names.
+
+A stage holds Hugging Face's own submodules under Hugging Face's own paths, so that its parameter
+names are those of the uncut model: PopTorch wraps stage i in a block on IPU i, the pipeline engine
+gives rank i stage i, the torch engine calls them in order, and all share one checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import ViTForImageClassification
+
+from cxr_vit.config.schema import Config
+from cxr_vit.errors import CheckpointError
+from cxr_vit.model.plan import StagePlan
+from cxr_vit.model.vit import build_vit, hub_files, hub_name, layer_output, parts
+
+__all__ = ["Normalise", "Stage", "StagedViT"]
+
+
+class Normalise(nn.Module):
+    """uint8 gray -> float with the given mean and deviation, copied to the model's channels.
+
+    Runs on the device: a third of the pixels and a quarter of the bytes cross to it.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, *, mean: float, std: float, num_channels: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        self.register_buffer("scale", torch.tensor(1.0 / (255.0 * std)), persistent=False)
+        self.register_buffer("offset", torch.tensor(-mean / std), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 ``[B, 1, H, W]`` to float32 ``[B, num_channels, H, W]``."""
+        pixels = images.to(self.scale.dtype) * self.scale + self.offset
+        return pixels.expand(-1, self.num_channels, -1, -1)
+
+
+class Stage(nn.Module):
+    """Consecutive parts of a ViT.
+
+    The first stage takes uint8 ``[B, 1, H, W]``, the last gives logits ``[B, C]``; between them
+    pass hidden states ``[B, tokens, width]``.
+
+    Parameters
+    ----------
+    model
+        The uncut model; its submodules are shared, not copied.
+    plan
+        The cut.
+    index
+        Which stage this is.
+    mean, std
+        Normalisation of the gray levels, of 0..1.
+    """
+
+    def __init__(
+        self,
+        model: ViTForImageClassification,
+        plan: StagePlan,
+        index: int,
+        *,
+        mean: float,
+        std: float,
+    ) -> None:
+        super().__init__()
+        whole = parts(model)
+        self.has_embedding = plan.has_embedding(index)
+        self.has_head = plan.has_head(index)
+        # Lists, not attributes: torch registers a module once, and that is at its own path.
+        self._embedding: List[nn.Module] = []
+        self._layers: List[nn.Module] = []
+        self._head: List[nn.Module] = []
+        if self.has_embedding:
+            self.normalise = Normalise(mean=mean, std=std, num_channels=model.config.num_channels)
+            self._embedding.append(_graft(self, *whole.embedding))
+        for layer in plan.layers(index):
+            self._layers.append(_graft(self, *whole.layers[layer]))
+        if self.has_head:
+            self._head += [_graft(self, *whole.norm), _graft(self, *whole.head)]
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Run this stage's parts on pixels or hidden states."""
+        for embedding in self._embedding:
+            value = embedding(self.normalise(value))
+        for layer in self._layers:
+            value = layer_output(layer(value))
+        if self._head:
+            norm, classifier = self._head
+            value = classifier(norm(value)[:, 0])
+        return value
+
+
+def _graft(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Register `module` in `stage` under a dotted path, with empty modules in between."""
+    *folders, name = path.split(".")
+    place = stage
+    for folder in folders:
+        if not hasattr(place, folder):
+            place.add_module(folder, nn.Module())
+        place = getattr(place, folder)
+    place.add_module(name, module)
+    return module
+
+
+class StagedViT(nn.Module):
+    """A ViT as a list of stages.
+
+    Parameters
+    ----------
+    model
+        The uncut model; shared, not copied.
+    plan
+        The cut.
+    mean, std
+        Normalisation of the gray levels, of 0..1.
+    """
+
+    def __init__(
+        self, model: ViTForImageClassification, plan: StagePlan, *, mean: float, std: float
+    ) -> None:
+        super().__init__()
+        self.config = model.config
+        self.plan = plan
+        self.mean = mean
+        self.std = std
+        self.stages = nn.ModuleList(
+            Stage(model, plan, index, mean=mean, std=std) for index in range(plan.num_stages)
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: Config, *, names: Sequence[str], prevalence: Optional[np.ndarray]
+    ) -> StagedViT:
+        """Build the model of a configuration and cut it; see `build_vit`."""
+        vit = build_vit(
+            config.model,
+            names=names,
+            image_size=config.data.image_size,
+            layers_per_stage=config.pipeline.layers_per_stage,
+            seed=config.run.seed,
+            prevalence=prevalence,
+        )
+        plan = StagePlan.from_list(config.pipeline.layers_per_stage)
+        return cls(vit, plan, mean=config.model.image_mean, std=config.model.image_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]``."""
+        value = images
+        for stage in self.stages:
+            value = stage(value)
+        return value
+
+    def hub_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]:
+        """Yield every parameter with the name it has in the hub's checkpoints."""
+        for name, parameter in self.named_parameters():
+            yield _uncut(name), parameter
+
+    def weights(self) -> Dict[str, Tensor]:
+        """Return copies of the weights on the CPU, by hub name."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.hub_parameters()}
+
+    def hub_files(self) -> Dict[str, str]:
+        """Return the files that make a folder of the weights loadable by `from_pretrained`."""
+        return hub_files(self.config, mean=self.mean, std=self.std)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights in by hub name.
+
+        Raises
+        ------
+        CheckpointError
+            If a weight is missing, unexpected or of another shape.
+        """
+        own = dict(self.hub_parameters())
+        problems = [f"missing {name}" for name in own if name not in weights]
+        problems += [f"unexpected {name}" for name in weights if name not in own]
+        problems += [
+            f"{name} is {list(weights[name].shape)}, the model's {list(parameter.shape)}"
+            for name, parameter in own.items()
+            if name in weights and weights[name].shape != parameter.shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"the weights are of another model: {'; '.join(problems[:5])}"
+                f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
+                " Use the configuration the checkpoint was trained with."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+
+def _uncut(name: str) -> str:
+    """Turn ``stages.<i>.<path>`` into the hub's name of the path."""
+    return hub_name(name.split(".", 2)[2])
