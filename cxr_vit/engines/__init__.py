@@ -1,0 +1,1 @@
+"""The engines: where a model runs."""

@@ -1,0 +1,175 @@
+"""Engine: what every back end does. One operation is common: a host batch in, its updates out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+
+import torch
+from torch import Tensor
+
+from cxr_vit.config.batching import BatchPlan
+from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+
+__all__ = ["Engine", "EngineState", "StepOutput"]
+
+EngineType = TypeVar("EngineType", bound="Engine")
+
+
+class StepOutput(NamedTuple):
+    """What the updates of one host batch gave.
+
+    `losses` float32 ``[device_iterations]`` on the CPU, each the mean over every micro-batch of its
+    update; `grad_norm` float32 ``[device_iterations]`` before clipping, None where the device
+    cannot report it.
+    """
+
+    losses: Tensor
+    grad_norm: Optional[Tensor]
+    num_samples: int
+
+
+@dataclass
+class EngineState:
+    """All an engine needs to go on: by hub name, so that any engine can take it up.
+
+    Attributes
+    ----------
+    weights
+        Hub name -> tensor.
+    optimizer
+        Hub name -> slot (`exp_avg`, `exp_avg_sq`, `step`) -> tensor.
+    optimizer_kind
+        Which optimizer's slots these are.
+    scalars
+        The rest as JSON numbers (update count, loss scale).
+    """
+
+    weights: Dict[str, Tensor]
+    optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    optimizer_kind: str = ""
+    scalars: Dict[str, float] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """A back end. Public methods check, underscored hooks work; a context manager.
+
+    Parameters
+    ----------
+    batch
+        The batch arithmetic.
+    """
+
+    #: Whether this process writes files and logs.
+    is_main: bool = True
+
+    def __init__(self, batch: BatchPlan) -> None:
+        self.batch = batch
+
+    def __enter__(self: EngineType) -> EngineType:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a line what computes, in which arithmetic, and why."""
+
+    @abstractmethod
+    def loader(
+        self,
+        dataset: ChestXrayDataset,
+        sampler: Union[TrainingSampler, EvaluationSampler],
+        *,
+        training: bool,
+    ) -> Iterable[Batch]:
+        """Return the host batches of `dataset` in the order of `sampler`."""
+
+    def compile(self, example: Batch) -> float:
+        """Do what happens once before the first step; return the seconds it took."""
+        self._check(example, self.batch.global_batch_size)
+        return self._compile(example)
+
+    def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
+        """Make the weight updates of one host batch.
+
+        Parameters
+        ----------
+        batch
+            A whole number of global batches, in the order of the updates.
+        lr
+            The learning rate of all of them.
+        """
+        self._check(batch, self.batch.global_batch_size)
+        return self._train_step(batch, lr)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a host batch, float32 ``[B, C]`` on the CPU, padding included."""
+        self._check(batch, self.batch.eval_micro_batch_size)
+        return self._predict(batch)
+
+    def predict_dataset(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
+        """Score every film of a split exactly once.
+
+        Returns
+        -------
+        tuple of Tensor
+            Logits and labels, float32 ``[N, C]`` each, in the split's order.
+        """
+        sampler = EvaluationSampler(len(dataset), batch_size=self.batch.eval_host_batch_size)
+        logits: List[Tensor] = []
+        labels: List[Tensor] = []
+        indices: List[Tensor] = []
+        for batch in self.loader(dataset, sampler, training=False):
+            real = batch.indices >= 0
+            logits.append(self.predict(batch)[real])
+            labels.append(batch.labels[real].clone())
+            indices.append(batch.indices[real].clone())
+        scored = torch.cat(indices)
+        assert torch.equal(scored, torch.arange(len(dataset))), "each film once, in order"
+        return torch.cat(logits), torch.cat(labels)
+
+    @abstractmethod
+    def state_dict(self) -> EngineState:
+        """Return copies of all that is needed to go on, on the CPU."""
+
+    @abstractmethod
+    def load_state_dict(self, state: EngineState) -> None:
+        """Take up where `state` was taken.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another model or optimizer.
+        """
+
+    @abstractmethod
+    def memory_stats(self) -> Dict[str, float]:
+        """Return tag -> GiB (2**30 bytes)."""
+
+    def close(self) -> None:  # noqa: B027  (most back ends hold nothing)
+        """Give the device back."""
+
+    @abstractmethod
+    def _compile(self, example: Batch) -> float: ...
+
+    @abstractmethod
+    def _train_step(self, batch: Batch, lr: float) -> StepOutput: ...
+
+    @abstractmethod
+    def _predict(self, batch: Batch) -> Tensor: ...
+
+    def _check(self, batch: Batch, unit: int) -> None:
+        assert batch.images.dtype == torch.uint8, batch.images.dtype
+        assert batch.images.dim() == 4 and batch.images.shape[1] == 1, batch.images.shape
+        size = len(batch.images)
+        assert size > 0 and size % unit == 0, f"{size} samples are no multiple of {unit}"
+        assert len(batch.labels) == len(batch.indices) == size
+
+
+def concatenated(values: Sequence[Any]) -> Tensor:
+    """Stack scalars of one device into a float32 vector on the CPU; the one synchronisation."""
+    return torch.stack(list(values)).float().cpu()
