@@ -1,0 +1,189 @@
+"""The loop.
+
+The trainer knows no metric and no device: it is handed a score function and an engine. Learning
+rate and sample order are pure functions of the step, so the state of a run is the step, the
+engine's state and the callbacks' state.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+
+from torch import Tensor
+
+from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.data.sampler import TrainingSampler
+from cxr_vit.engines.base import Engine
+from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
+from cxr_vit.training.schedule import Durations, LearningRate
+
+__all__ = ["Scores", "Trainer"]
+
+#: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
+Scores = Dict[str, Optional[float]]
+
+
+@dataclass
+class Trainer:
+    """Trains an engine's model, scores it on validation when due, and tells the callbacks.
+
+    Parameters
+    ----------
+    engine
+        Does the weight updates.
+    train, val
+        The splits.
+    durations, learning_rate
+        Lengths in steps, and the rate of each step.
+    seed
+        Seed of the sample order.
+    callbacks
+        Told in this order; one that saves should come last, so that it saves the others' state.
+    score
+        Logits and labels, float32 ``[N, C]`` -> metrics of a whole split.
+    store
+        Where checkpoints go.
+    model_files
+        File name -> text that every checkpoint carries beside its weights.
+    origin
+        JSON-able facts that every checkpoint carries (labels, data hashes).
+    """
+
+    engine: Engine
+    train: ChestXrayDataset
+    val: ChestXrayDataset
+    durations: Durations
+    learning_rate: LearningRate
+    seed: int
+    callbacks: Sequence[Callback]
+    score: Callable[[Tensor, Tensor], Scores]
+    store: CheckpointStore
+    model_files: Dict[str, str]
+    origin: Dict[str, Any]
+    step: int = 0
+    stop_reason: Optional[str] = None
+    compile_s: float = 0.0
+
+    def fit(self) -> None:
+        """Train from the current step to the last one, or until a stop is requested.
+
+        on_fit_start; then a host batch at a time: on_step_end, on_eval_end, on_checkpoint (each
+        when due); at last on_fit_end, or on_exception.
+        """
+        try:
+            self.compile_s = self.engine.compile(self._example())
+            self._notify("on_fit_start")
+            for batch, wait_s in _timed(self._batches()):
+                start = time.perf_counter()
+                lr = self.learning_rate.at(self.step)
+                output = self.engine.train_step(batch, lr=lr)
+                seconds = time.perf_counter() - start
+                first, self.step = self.step, self.step + len(output.losses)
+                event = StepEnd(first, self.step, output, lr, wait_s, seconds, batch)
+                self._notify("on_step_end", event)
+                if self.evaluation_is_due(first):
+                    self.evaluate()
+                if self.stop_reason:
+                    break
+            self._notify("on_fit_end")
+        except BaseException as error:
+            self._notify("on_exception", error)
+            raise
+
+    def evaluate(self) -> EvalEnd:
+        """Score the whole validation split and tell the callbacks."""
+        start = time.perf_counter()
+        logits, labels = self.engine.predict_dataset(self.val)
+        loss = float(multi_label_loss(logits, labels))
+        seconds = time.perf_counter() - start
+        event = EvalEnd(self.step, loss, self.score(logits, labels), logits, labels, seconds)
+        self._notify("on_eval_end", event)
+        return event
+
+    def is_due(self, first_step: int, every: int) -> bool:
+        """Whether the steps since `first_step` reached a multiple of `every`, or the end."""
+        reached = self.step // every > first_step // every
+        return reached or self.step >= self.durations.total_steps
+
+    def evaluation_is_due(self, first_step: int) -> bool:
+        """Whether the host batch that began at `first_step` is followed by a validation."""
+        return not self.stop_reason and self.is_due(first_step, self.durations.eval_every)
+
+    def request_stop(self, reason: str) -> None:
+        """End the run after the current host batch."""
+        self.stop_reason = self.stop_reason or reason
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step and tell the callbacks."""
+        path = self.store.save(
+            self.step,
+            self.engine.state_dict(),
+            model_files=self.model_files,
+            trainer_state={
+                **self.origin,
+                "callbacks": {
+                    type(callback).__name__: callback.state_dict() for callback in self.callbacks
+                },
+            },
+        )
+        self._notify("on_checkpoint", path)
+        return path
+
+    def resume(self, checkpoint: Path) -> Dict[str, Any]:
+        """Go on from a checkpoint; return what its `trainer_state.json` holds.
+
+        Raises
+        ------
+        CheckpointError
+            If it is damaged or of another model.
+        """
+        state, trainer_state = load_checkpoint(checkpoint)
+        self.engine.load_state_dict(state)
+        self.step = trainer_state["step"]
+        for callback in self.callbacks:
+            callback.load_state_dict(trainer_state["callbacks"].get(type(callback).__name__, {}))
+        return trainer_state
+
+    def describe_end(self) -> str:
+        """Say in a line how the run ended and where its best checkpoint is."""
+        best = self.store.linked("best")
+        where = self.store.folder / ("best" if best else "last")
+        ending = (
+            f"stopped at step {self.step}: {self.stop_reason}" if self.stop_reason else "finished"
+        )
+        return f"{ending}; {'best' if best else 'last'} checkpoint: {where}"
+
+    def _batches(self) -> Iterable[Batch]:
+        sampler = TrainingSampler(
+            len(self.train),
+            global_batch_size=self.engine.batch.global_batch_size,
+            device_iterations=self.engine.batch.device_iterations,
+            seed=self.seed,
+            start_step=self.step,
+            total_steps=self.durations.total_steps,
+        )
+        return self.engine.loader(self.train, sampler, training=True)
+
+    def _example(self) -> Batch:
+        return Batch.zeros(
+            self.engine.batch.host_batch_size,
+            image_size=self.train.image_size,
+            num_classes=self.train.num_classes,
+        )
+
+    def _notify(self, hook: str, *event: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *event)
+
+
+def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
+    """Pass batches on, each with the seconds it was waited for: the one place that measures it."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - start
+        start = time.perf_counter()
