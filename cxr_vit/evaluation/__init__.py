@@ -1,0 +1,1 @@
+"""Scores, predictions and figures. Importing this package imports no torch."""

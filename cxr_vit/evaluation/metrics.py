@@ -1,0 +1,90 @@
+"""Per-finding AUROC and average precision over a whole split, on torchmetrics.
+
+torchmetrics gives a class without positives 0.0 and averages it in. Here such a class is undefined
+(None), left out of the mean, and the mean says of how many classes it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from cxr_vit.data.labels import NO_FINDING
+
+__all__ = ["evaluate", "flat_scores", "probabilities"]
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Return the sigmoid of logits ``[N, C]`` in fp32: the findings do not exclude each other."""
+    return torch.sigmoid(logits.float())
+
+
+def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Any]:
+    """Score a whole split.
+
+    Parameters
+    ----------
+    logits, labels
+        float32 ``[N, C]``; labels are 0 or 1.
+    names
+        The C label names.
+
+    Returns
+    -------
+    dict
+        `num_samples`; `auroc` and `average_precision` with a value a name, None where undefined (no
+        positives, or no negatives); `auroc_macro` and `average_precision_macro`, the means over the
+        defined *findings*, with `auroc_defined` of them; `positives` a name. With `No Finding` as a
+        class, `auroc_macro_with_no_finding` is the mean that the tutorial's 15 classes give.
+    """
+    probs, truth = probabilities(logits), labels.to(torch.int64)
+    positives = truth.sum(dim=0).tolist()
+    defined = [0 < count < len(truth) for count in positives]
+    auroc = _by_name(binary_auroc, probs, truth, names, defined)
+    precision = _by_name(binary_average_precision, probs, truth, names, defined)
+    findings = [name for name in names if name != NO_FINDING]
+    scores: Dict[str, Any] = {
+        "num_samples": len(truth),
+        "auroc_macro": _mean([auroc[name] for name in findings]),
+        "auroc_defined": sum(auroc[name] is not None for name in findings),
+        "average_precision_macro": _mean([precision[name] for name in findings]),
+        "auroc": auroc,
+        "average_precision": precision,
+        "positives": dict(zip(names, positives)),
+    }
+    if NO_FINDING in names:
+        scores["auroc_macro_with_no_finding"] = _mean(list(auroc.values()))
+    return scores
+
+
+def _by_name(
+    metric: Callable[..., Tensor],
+    probs: Tensor,
+    truth: Tensor,
+    names: Sequence[str],
+    defined: Sequence[bool],
+) -> Dict[str, Optional[float]]:
+    return {
+        name: float(metric(probs[:, column], truth[:, column])) if defined[column] else None
+        for column, name in enumerate(names)
+    }
+
+
+def _mean(values: List[Optional[float]]) -> Optional[float]:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def flat_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Optional[float]]:
+    """Score a split under the tags of the logs: `auroc_macro`, `auroc/Hernia`, ..."""
+    scores = evaluate(logits, labels, names)
+    flat: Dict[str, Optional[float]] = {}
+    for key, value in scores.items():
+        if key in ("auroc", "average_precision"):
+            flat.update({f"{key}/{name}": score for name, score in value.items()})
+        elif key not in ("positives", "num_samples"):
+            flat[key] = value
+    return flat
