@@ -1,0 +1,97 @@
+"""Train: config -> data -> model -> engine -> trainer.
+
+    python train.py --config configs/vit_demo.yaml [more.yaml ...] [section.key=value ...]
+    python train.py --resume runs/<name>
+
+Only a composition. The heavy imports come after the configuration is known to be good.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
+from cxr_vit.config import BatchPlan, Config, dump_config
+from cxr_vit.training.run_folder import RunFolder, open_run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the command line says; return the exit status."""
+    arguments = train_arguments(argv)
+    folder, config = open_run(arguments.files, arguments.overrides, arguments.resume)
+    print(folder.path, flush=True)
+    try:
+        return train(config, folder, resume=arguments.resume is not None)
+    finally:
+        folder.discard_if_empty()
+
+
+def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
+    """Put the run together and fit; return the exit status."""
+    from cxr_vit.data.datamodule import ChestXrayDataModule
+    from cxr_vit.engines.choice import build_engine
+    from cxr_vit.evaluation.figures import film_grid, roc_figure
+    from cxr_vit.evaluation.metrics import flat_scores
+    from cxr_vit.model.stages import StagedViT
+    from cxr_vit.training import callbacks, loggers
+    from cxr_vit.training.checkpoint import CheckpointStore
+    from cxr_vit.training.schedule import Durations, LearningRate
+    from cxr_vit.training.signals import StopOnSignal
+    from cxr_vit.training.trainer import Trainer
+
+    data = ChestXrayDataModule(config.data)
+    names, training = data.names, data.dataset("train")
+    batch = BatchPlan.from_section(config.batch)
+    durations = Durations.from_section(config.train, batch, len(training))
+    learning_rate = LearningRate.from_section(
+        config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
+    )
+    model = StagedViT.from_config(config, names=names, prevalence=data.prevalence())
+    tensorboard = loggers.TensorBoardLogger(
+        folder.tensorboard,
+        config_text=dump_config(config),
+        hparams=config.flat(),
+        films=lambda: film_grid(training, names),
+        roc=lambda logits, labels: roc_figure(logits, labels, names, title="validation ROC"),
+    )
+    with build_engine(config, model) as engine:
+        every = config.train.log_every_steps
+        trainer = Trainer(
+            engine=engine,
+            train=training,
+            val=data.dataset("val"),
+            durations=durations,
+            learning_rate=learning_rate,
+            seed=config.run.seed,
+            callbacks=[
+                callbacks.NonFiniteGuard(training.image_names),
+                loggers.ProgressDisplay(every=every),
+                loggers.MetricsLogging(
+                    [loggers.JsonlLogger(folder.metrics), tensorboard], every=every
+                ),
+                callbacks.EarlyStopping(config.train.early_stopping_patience),
+                callbacks.Checkpointing(
+                    every=durations.checkpoint_every, keep_last=config.train.keep_last
+                ),
+            ],
+            score=lambda logits, labels: flat_scores(logits, labels, names),
+            store=CheckpointStore(folder.checkpoints),
+            model_files=model.hub_files(),
+            origin={"labels": names, **data.fingerprint()},
+        )
+        if resume:
+            data.warn_if_changed(trainer.resume(folder.checkpoints / "last"))
+        else:
+            folder.write_environment(device=engine.describe(), data=data.fingerprint())
+        folder.write_config(config)
+        for line in [data.describe(), engine.describe(), *model.plan.describe(), *batch.describe()]:
+            print(line)
+        print(durations.describe(trainer.step), flush=True)
+        with StopOnSignal(trainer.request_stop) as stop:
+            trainer.fit()
+    print(trainer.describe_end(), flush=True)
+    return EXIT_STOPPED if stop.received else 0
+
+
+if __name__ == "__main__":
+    run(main)
