@@ -1,0 +1,246 @@
+"""CSV, images and split put together, from a folder in NIH's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Dict, Optional
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data import datamodule
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.errors import DataError
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+)
+FILMS = 40
+CSV = "Data_Entry_2017_v2020.csv"
+
+
+def findings_of(row: int) -> str:
+    return "Effusion|Mass" if row % 4 == 0 else "No Finding"
+
+
+def write_set(root: Path) -> None:
+    """40 patients with a film each; the last ten are the official test."""
+    (root / "images").mkdir(parents=True)
+    names = [f"{row:08d}_000.png" for row in range(FILMS)]
+    for row, name in enumerate(names):
+        Image.new("L", (16, 16), row).save(root / "images" / name)
+    rows = [f"{name},{findings_of(row)},0,{row},50,F,AP" for row, name in enumerate(names)]
+    (root / CSV).write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
+    (root / "train_val_list.txt").write_text("\n".join(names[:30]), encoding="utf-8")
+    (root / "test_list.txt").write_text("\n".join(names[30:]), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_set(tmp_path / "nih")
+    return tmp_path / "nih"
+
+
+def module_of(root: Path, **changes: object) -> ChestXrayDataModule:
+    settings: Dict[str, object] = {"val_fraction": 0.2, "image_size": 16, **changes}
+    return ChestXrayDataModule(DataSection(root=str(root), **settings))
+
+
+def test_the_split_files_and_labels_come_together(root: Path) -> None:
+    module = module_of(root)
+    assert module.splits.kind == "official"
+    assert [len(module.dataset(name)) for name in ("train", "val", "test")] == [24, 6, 10]
+    assert module.names == list(FINDINGS)
+    assert module.csv == root / CSV
+
+
+def test_a_dataset_holds_the_films_of_its_split_in_order(root: Path) -> None:
+    module = module_of(root)
+    test = module.dataset("test")
+    assert test.image_names == [f"{row:08d}_000.png" for row in range(30, 40)]
+    assert [int(test[row].image.max()) for row in range(10)] == list(range(30, 40))
+
+
+def test_a_dataset_pairs_each_film_with_its_own_labels(root: Path) -> None:
+    train = module_of(root).dataset("train")
+    for row in range(len(train)):
+        sick = int(train[row].image.max()) % 4 == 0
+        columns = torch.nonzero(train[row].labels).flatten().tolist()
+        assert columns == ([2, 4] if sick else [])
+
+
+def test_a_dataset_has_the_image_size_of_the_configuration(root: Path) -> None:
+    assert module_of(root, image_size=12).dataset("val")[0].image.shape == (1, 12, 12)
+
+
+def test_no_finding_is_a_fifteenth_class_on_request(root: Path) -> None:
+    module = module_of(root, include_no_finding=True)
+    assert module.names == [*FINDINGS, "No Finding"]
+    assert module.dataset("val").num_classes == 15
+    assert len(module.prevalence()) == 15
+
+
+def test_an_empty_split_is_refused_and_the_others_are_named(root: Path) -> None:
+    module = module_of(root, split="patient", test_fraction=0)
+    with pytest.raises(DataError, match=r"patient split has no test films\. It has: train, val"):
+        module.dataset("test")
+
+
+def test_the_split_to_score_is_test_where_there_is_one(root: Path) -> None:
+    assert module_of(root).default_split() == "test"
+
+
+def test_the_split_to_score_is_val_where_there_is_no_test(root: Path) -> None:
+    assert module_of(root, split="patient", test_fraction=0).default_split() == "val"
+
+
+def test_prevalence_counts_training_films_only(root: Path) -> None:
+    module = module_of(root)
+    train = module.splits.train
+    positives = sum(row % 4 == 0 for row in train.tolist())
+    expected = np.full(14, 0.5 / (len(train) + 1))
+    expected[[2, 4]] = (positives + 0.5) / (len(train) + 1)
+    np.testing.assert_allclose(module.prevalence(), expected, rtol=1e-12)
+    assert positives / len(train) != 0.25  # else all rows would pass as well
+
+
+def test_prevalence_is_never_zero_or_one(root: Path) -> None:
+    text = (root / CSV).read_text(encoding="utf-8")
+    (root / CSV).write_text(
+        text.replace("Effusion|Mass", "Hernia").replace("No Finding", "Hernia"), encoding="utf-8"
+    )
+    prevalence = module_of(root).prevalence()
+    assert prevalence.dtype == np.float64
+    assert prevalence[13] > 0.9
+    assert ((prevalence > 0) & (prevalence < 1)).all()
+    assert np.isfinite(np.log(prevalence / (1 - prevalence))).all()
+
+
+def test_the_csv_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+    (root / CSV).rename(tmp_path / "mine.csv")
+    module = module_of(root, csv=str(tmp_path / "mine.csv"))
+    assert module.csv == tmp_path / "mine.csv"
+    assert len(module.records) == FILMS
+
+
+def test_a_missing_film_stops_the_start(root: Path) -> None:
+    (root / "images" / "00000007_000.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 40 images are missing.*00000007_000\.png"):
+        module_of(root)
+
+
+def test_a_missing_film_is_said_to_be_missing_where_it_was_looked_for(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "csvs").mkdir()
+    (root / CSV).rename(tmp_path / "csvs" / "mine.csv")
+    (root / "images" / "00000007_000.png").unlink()
+    with pytest.raises(DataError, match=f"missing under {root}"):
+        module_of(root, csv=str(tmp_path / "csvs" / "mine.csv"))
+
+
+def test_a_missing_film_is_left_out_on_request(root: Path) -> None:
+    (root / "images" / "00000035_000.png").unlink()
+    module = module_of(root, on_missing="skip")
+    assert len(module.records) == 39
+    assert "00000035_000.png" not in module.dataset("test").image_names
+    assert int(module.dataset("test")[5].image.max()) == 36
+
+
+def test_the_fingerprint_holds_the_hash_of_the_csv(root: Path) -> None:
+    expected = hashlib.sha256((root / CSV).read_bytes()).hexdigest()
+    assert module_of(root).fingerprint()["csv_sha256"] == expected
+
+
+def test_the_fingerprint_is_the_same_for_the_same_data(root: Path) -> None:
+    assert module_of(root).fingerprint() == module_of(root).fingerprint()
+
+
+def test_the_fingerprint_changes_with_the_seed_of_the_split(root: Path) -> None:
+    one, two = (module_of(root, split_seed=seed).fingerprint() for seed in (1, 2))
+    assert one["split_sha256"] != two["split_sha256"]
+    assert one["csv_sha256"] == two["csv_sha256"]
+
+
+def test_the_fingerprint_names_the_kind_of_split(root: Path) -> None:
+    assert module_of(root, split="patient").fingerprint()["split_kind"] == "patient"
+
+
+def test_unchanged_data_warn_of_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module_of(root).warn_if_changed(module_of(root).fingerprint())
+    assert caplog.records == []
+
+
+def test_another_split_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorded = module_of(root, split_seed=1).fingerprint()
+    module = module_of(root, split_seed=2)
+    module.warn_if_changed(recorded)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "split_sha256" in record.getMessage()
+    assert recorded["split_sha256"] in record.getMessage()
+    assert module.fingerprint()["split_sha256"] in record.getMessage()
+
+
+def test_another_csv_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorded = module_of(root).fingerprint()
+    text = (root / CSV).read_text(encoding="utf-8")
+    (root / CSV).write_text(text.replace("Effusion|Mass", "Effusion"), encoding="utf-8")
+    module_of(root).warn_if_changed(recorded)
+    (record,) = caplog.records
+    assert "csv_sha256" in record.getMessage()
+
+
+def test_describe_gives_films_patients_and_sizes(root: Path) -> None:
+    assert module_of(root).describe() == (
+        f"40 films of 40 patients from {root / CSV}, official split: train 24, val 6, test 10"
+    )
+
+
+def test_an_absent_root_is_made_into_a_sample_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {}
+
+    def write(out: Path, *, num_images: int) -> int:
+        asked[out] = num_images
+        write_set(out)
+        return FILMS
+
+    monkeypatch.setattr(datamodule, "write_sample", write)
+    caplog.set_level(logging.INFO, logger="cxr_vit")
+    module = module_of(tmp_path / "new", sample_images=FILMS)
+    assert asked == {tmp_path / "new": FILMS}
+    assert len(module.records) == FILMS
+    assert f"{tmp_path / 'new'} does not exist" in caplog.text and "synthetic" in caplog.text
+
+
+def test_the_real_writer_makes_a_set_that_can_be_read(tmp_path: Path) -> None:
+    module = module_of(tmp_path / "new", sample_images=20)
+    assert len(module.records) == 20
+    assert module.splits.kind == "official"
+    assert module.dataset("train")[0].image.shape == (1, 16, 16)
+
+
+def test_an_existing_root_is_never_written_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("written over data that are there")
+
+    monkeypatch.setattr(datamodule, "write_sample", refuse)
+    assert len(module_of(root, sample_images=20).records) == FILMS
+
+
+@pytest.mark.parametrize("given", [None, "labels.csv"])
+def test_an_absent_root_without_a_sample_explains_where_data_come_from(
+    tmp_path: Path, given: Optional[str]
+) -> None:
+    with pytest.raises(DataError, match=r"data\.root=.*absent") as caught:
+        module_of(tmp_path / "absent", csv=given)
+    assert "DATASET_DIR" in str(caught.value) and "NIH" in str(caught.value)
+    assert "python -m cxr_vit sample --out" in str(caught.value)

@@ -1,0 +1,162 @@
+"""ChestXrayDataset and PaddedCollate, alone and under torch's loader."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import List, Optional
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
+from cxr_vit.data.records import Records
+from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.errors import DataError
+
+SIDE = 16
+FILMS = 7
+
+
+def pixels(row: int) -> np.ndarray:
+    return np.random.default_rng(row).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> ChestXrayDataset:
+    names = [f"{row:08d}_000.png" for row in range(FILMS)]
+    for row, name in enumerate(names):
+        Image.fromarray(pixels(row)).save(tmp_path / name)
+    table = pd.DataFrame({"image": names, "path": [str(tmp_path / name) for name in names]})
+    labels = np.eye(FILMS, 14, dtype=np.uint8)
+    labels[3] = 0
+    return ChestXrayDataset(Records(table, labels), image_size=SIDE)
+
+
+def load(dataset: ChestXrayDataset, sampler: object, num_workers: int) -> List[Batch]:
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=PaddedCollate(3), num_workers=num_workers
+    )
+    return list(loader)
+
+
+def assert_equal_batches(one: List[Batch], two: List[Batch]) -> None:
+    assert len(one) == len(two)
+    for left, right in zip(one, two):
+        assert isinstance(right, Batch)
+        for first, second in zip(left, right):
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second)
+
+
+def test_an_image_is_uint8_of_one_channel(dataset: ChestXrayDataset) -> None:
+    image = dataset[2].image
+    assert image.dtype == torch.uint8 and image.shape == (1, SIDE, SIDE)
+    np.testing.assert_array_equal(image[0].numpy(), pixels(2))
+
+
+def test_an_image_has_the_size_asked(dataset: ChestXrayDataset) -> None:
+    assert ChestXrayDataset(dataset.records, image_size=9)[0].image.shape == (1, 9, 9)
+
+
+def test_labels_are_float32_zeros_and_ones(dataset: ChestXrayDataset) -> None:
+    labels = dataset[2].labels
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [0.0, 0.0, 1.0] + [0.0] * 11
+    assert dataset[3].labels.tolist() == [0.0] * 14
+
+
+def test_a_sample_knows_its_row(dataset: ChestXrayDataset) -> None:
+    assert [dataset[row].row for row in range(FILMS)] == list(range(FILMS))
+
+
+def test_the_length_names_and_classes_are_those_of_the_records(dataset: ChestXrayDataset) -> None:
+    assert len(dataset) == FILMS
+    assert dataset.image_names == [f"{row:08d}_000.png" for row in range(FILMS)]
+    assert dataset.num_classes == 14
+
+
+def test_a_batch_of_rows_is_read_as_single_rows_are(dataset: ChestXrayDataset) -> None:
+    for sample, row in zip(dataset.__getitems__([4, 0, 4]), [4, 0, 4]):
+        assert sample.row == row
+        assert torch.equal(sample.image, dataset[row].image)
+        assert torch.equal(sample.labels, dataset[row].labels)
+
+
+def test_a_film_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
+    (tmp_path / "00000005_000.png").unlink()
+    with pytest.raises(DataError, match=r"00000005_000\.png"):
+        dataset[5]
+
+
+def test_a_dataset_survives_pickling(dataset: ChestXrayDataset) -> None:
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.image_names == dataset.image_names
+    assert_equal_batches(
+        [PaddedCollate(None)([copy[row] for row in range(FILMS)])],
+        [PaddedCollate(None)([dataset[row] for row in range(FILMS)])],
+    )
+
+
+def test_collate_stacks_in_order(dataset: ChestXrayDataset) -> None:
+    batch = PaddedCollate(3)([dataset[row] for row in (5, 1, 2)])
+    assert batch.images.shape == (3, 1, SIDE, SIDE) and batch.images.dtype == torch.uint8
+    assert batch.labels.shape == (3, 14) and batch.labels.dtype == torch.float32
+    assert batch.indices.tolist() == [5, 1, 2] and batch.indices.dtype == torch.int64
+    assert torch.equal(batch.images[1], dataset[1].image)
+    assert torch.equal(batch.labels[2], dataset[2].labels)
+
+
+def test_collate_fills_up_with_black_films_of_index_minus_one(dataset: ChestXrayDataset) -> None:
+    batch = PaddedCollate(5)([dataset[4], dataset[6]])
+    assert batch.indices.tolist() == [4, 6, -1, -1, -1]
+    assert batch.images.shape == (5, 1, SIDE, SIDE) and batch.labels.shape == (5, 14)
+    assert not batch.images[2:].any() and not batch.labels[2:].any()
+    assert torch.equal(batch.images[1], dataset[6].image)
+
+
+def test_padding_keeps_the_types(dataset: ChestXrayDataset) -> None:
+    batch = PaddedCollate(4)([dataset[0]])
+    assert [part.dtype for part in batch] == [torch.uint8, torch.float32, torch.int64]
+
+
+def test_collate_without_a_size_leaves_batches_as_they_come(dataset: ChestXrayDataset) -> None:
+    batch = PaddedCollate(None)([dataset[0], dataset[1]])
+    assert batch.indices.tolist() == [0, 1]
+    assert len(batch.images) == len(batch.labels) == 2
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_collate_survives_pickling(batch_size: Optional[int]) -> None:
+    assert pickle.loads(pickle.dumps(PaddedCollate(batch_size))).batch_size == batch_size
+
+
+def test_a_batch_of_zeros_is_all_padding() -> None:
+    batch = Batch.zeros(2, image_size=8, num_classes=15)
+    assert batch.images.shape == (2, 1, 8, 8) and batch.labels.shape == (2, 15)
+    assert [part.dtype for part in batch] == [torch.uint8, torch.float32, torch.int64]
+    assert batch.indices.tolist() == [-1, -1]
+
+
+def test_the_loader_serves_every_film_once_and_pads_the_last_batch(
+    dataset: ChestXrayDataset,
+) -> None:
+    batches = load(dataset, EvaluationSampler(FILMS, batch_size=3), num_workers=0)
+    indices = torch.cat([batch.indices for batch in batches]).tolist()
+    assert indices == [0, 1, 2, 3, 4, 5, 6, -1, -1]
+    assert {len(batch.images) for batch in batches} == {3}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
+def test_two_worker_processes_give_the_batches_of_none(dataset: ChestXrayDataset) -> None:
+    sampler = TrainingSampler(
+        FILMS, global_batch_size=3, device_iterations=1, seed=3, start_step=0, total_steps=5
+    )
+    alone, helped = (load(dataset, sampler, num_workers) for num_workers in (0, 2))
+    assert_equal_batches(alone, helped)
+    expected = torch.cat([torch.tensor(rows) for rows in sampler])
+    assert torch.equal(torch.cat([batch.indices for batch in helped]), expected)

@@ -1,0 +1,94 @@
+"""Text of the CSV -> multi-hot rows in one fixed order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cxr_vit.data.labels import FINDINGS, label_names, multi_hot
+from cxr_vit.errors import DataError
+
+
+def test_findings_stand_in_the_order_of_wang_2017() -> None:
+    assert FINDINGS == (
+        "Atelectasis",
+        "Cardiomegaly",
+        "Effusion",
+        "Infiltration",
+        "Mass",
+        "Nodule",
+        "Pneumonia",
+        "Pneumothorax",
+        "Consolidation",
+        "Edema",
+        "Emphysema",
+        "Fibrosis",
+        "Pleural_Thickening",
+        "Hernia",
+    )
+
+
+def test_no_finding_is_no_class_by_default() -> None:
+    assert label_names() == list(FINDINGS)
+
+
+def test_the_switch_appends_no_finding_as_the_fifteenth_class() -> None:
+    assert label_names(include_no_finding=True) == [*FINDINGS, "No Finding"]
+
+
+@pytest.mark.parametrize("column", range(14))
+def test_a_single_finding_sets_its_own_column_only(column: int) -> None:
+    expected = np.zeros((1, 14), dtype=np.uint8)
+    expected[0, column] = 1
+    np.testing.assert_array_equal(multi_hot([FINDINGS[column]]), expected)
+
+
+def test_several_findings_set_several_columns_whatever_their_order() -> None:
+    labels = multi_hot(["Hernia|Atelectasis|Mass", "Mass|Hernia|Atelectasis"])
+    assert np.flatnonzero(labels[0]).tolist() == [0, 4, 13]
+    np.testing.assert_array_equal(labels[0], labels[1])
+
+
+def test_no_finding_is_a_row_of_zeros_without_the_switch() -> None:
+    labels = multi_hot(["No Finding", "Edema"])
+    assert labels.sum(axis=1).tolist() == [0, 1]
+
+
+def test_no_finding_sets_only_the_fifteenth_column_with_the_switch() -> None:
+    labels = multi_hot(["No Finding", "Hernia"], include_no_finding=True)
+    assert [np.flatnonzero(row).tolist() for row in labels] == [[14], [13]]
+
+
+@pytest.mark.parametrize(("include", "columns"), [(False, 14), (True, 15)])
+def test_labels_are_uint8_and_one_row_a_text(include: bool, columns: int) -> None:
+    labels = multi_hot(["Edema"] * 3, include_no_finding=include)
+    assert labels.dtype == np.uint8
+    assert labels.shape == (3, columns)
+
+
+def test_no_texts_give_an_empty_matrix_of_14_columns() -> None:
+    assert multi_hot([]).shape == (0, 14)
+
+
+def test_an_unknown_finding_names_its_row_and_suggests_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"row 2 .*'Cardiomegally'.*Did you mean 'Cardiomegaly'\?"):
+        multi_hot(["Edema", "Mass|Cardiomegally"])
+
+
+def test_an_unknown_finding_unlike_any_lists_what_is_allowed_without_a_guess() -> None:
+    with pytest.raises(DataError, match=r"Known findings: Atelectasis, .*Hernia") as caught:
+        multi_hot(["xyzzy"])
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "Edema|", "edema", "Edema, Mass"])
+def test_a_text_that_is_not_quite_a_finding_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="unknown finding"):
+        multi_hot([text])
+
+
+@pytest.mark.parametrize("text", ["No Finding|Edema", "Edema|No Finding"])
+@pytest.mark.parametrize("include", [False, True])
+def test_no_finding_beside_a_finding_is_refused(text: str, include: bool) -> None:
+    with pytest.raises(DataError, match=r"row 1 .*'No Finding' cannot stand beside a finding"):
+        multi_hot([text], include_no_finding=include)
