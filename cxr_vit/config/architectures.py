@@ -15,15 +15,20 @@ __all__ = ["SIZES", "Architecture", "known_depth"]
 
 
 class Architecture(NamedTuple):
-    """Width, depth and number of attention heads; the MLP is four times as wide."""
+    """Width, depth, number of attention heads and spread of random weights.
+
+    The MLP is four times as wide. A narrow model learns faster from wider weights: at a width of
+    96, 0.02 (ViT's, made for 768) leaves the first layers nearly silent.
+    """
 
     hidden_size: int
     num_layers: int
     num_heads: int
+    initializer_range: float = 0.02
 
 
 SIZES: Dict[str, Architecture] = {
-    "vit-micro": Architecture(96, 4, 3),
+    "vit-micro": Architecture(96, 4, 3, 0.05),
     "vit-tiny": Architecture(192, 12, 3),
     "vit-small": Architecture(384, 12, 6),
     "vit-base": Architecture(768, 12, 12),

@@ -162,6 +162,7 @@ def _from_size(
         intermediate_size=4 * size.hidden_size,
         image_size=image_size,
         patch_size=model.patch_size,
+        initializer_range=size.initializer_range,
         **_label_settings(model, names),
     )
     return ViTForImageClassification(config)
@@ -241,13 +242,15 @@ def _hub_names(keys: Iterable[str]) -> Set[str]:
 
 
 def _start_at_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
-    """Make the head predict the prevalence: weights 0, bias log-odds.
+    """Make the head predict the prevalence: bias log-odds, weights a tenth of Hugging Face's.
 
     The first loss is then the prior's cross-entropy (0.164 on NIH) and not log 2 = 0.693, and the
-    first steps need not be spent on learning that most findings are rare.
+    first steps need not be spent on learning that most findings are rare. Full weights would add
+    up to 0.01 to it in a wide model; weights of zero would give the trunk no gradient at first, and
+    AdamW then scales rounding noise up to whole steps.
     """
     with torch.no_grad():
-        head.weight.zero_()
+        head.weight.mul_(0.1)
         head.bias.copy_(torch.from_numpy(np.log(prevalence / (1.0 - prevalence))))
 
 

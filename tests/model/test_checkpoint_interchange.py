@@ -1,0 +1,62 @@
+"""Checkpoints written under transformers 4.46 and 5.x, each read by whichever is installed here."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification
+
+from cxr_vit.config.schema import ModelSection
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.model.plan import StagePlan
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.vit import build_vit
+from cxr_vit.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(params=["transformers_4", "transformers_5"])
+def written(request, repository):
+    """A checkpoint folder of one version, and the images and logits it was written with."""
+    folder = repository / "tests" / "fixtures" / request.param
+    return folder / "checkpoint", load_file(str(folder / "expected.safetensors"))
+
+
+def test_plain_transformers_gives_the_same_logits(written):
+    checkpoint, expected = written
+    model = ViTForImageClassification.from_pretrained(checkpoint).float().eval()
+    pixels = ((expected["images"].float() / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        logits = model(pixels).logits
+    assert torch.allclose(logits, expected["logits"], atol=1e-6)
+    assert model.config.id2label[13] == "Hernia"
+    assert model.config.problem_type == "multi_label_classification"
+
+
+def test_evaluation_gives_the_same_logits(written):
+    checkpoint, expected = written
+    vit = build_vit(
+        ModelSection(name=str(checkpoint)),
+        names=FINDINGS,
+        image_size=16,
+        layers_per_stage=[1, 1],
+        seed=0,
+    )
+    model = StagedViT(vit, StagePlan((1, 1)), mean=0.5, std=0.5).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(expected["images"]), expected["logits"], atol=1e-6)
+
+
+def test_resume_takes_up_the_weights(written):
+    checkpoint, expected = written
+    state, _ = load_checkpoint(checkpoint)
+    vit = build_vit(
+        ModelSection(name=str(checkpoint)),
+        names=FINDINGS,
+        image_size=16,
+        layers_per_stage=[2],
+        seed=0,
+    )
+    torch.nn.init.normal_(vit.classifier.weight)
+    model = StagedViT(vit, StagePlan((2,)), mean=0.5, std=0.5).eval()
+    model.load_weights(state.weights)
+    with torch.no_grad():
+        assert torch.allclose(model(expected["images"]), expected["logits"], atol=1e-6)

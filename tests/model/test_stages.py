@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
+
+from cxr_vit.data.images import read_gray
+from cxr_vit.errors import CheckpointError
+from cxr_vit.model.plan import StagePlan
+from cxr_vit.model.stages import Normalise, StagedViT
+from cxr_vit.model.vit import hub_name
+
+
+@pytest.fixture
+def whole():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=5,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+
+
+def staged(whole, cut):
+    return StagedViT(whole, StagePlan.from_list(cut), mean=0.5, std=0.5).eval()
+
+
+@pytest.mark.parametrize("cut", [[4], [1, 1, 1, 1], [0, 3, 1], [2, 2, 0]])
+def test_stages_in_order_give_the_uncut_models_logits(whole, images, cut):
+    pixels = ((images.float() / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        assert torch.allclose(staged(whole, cut)(images), whole(pixels).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [[4], [1, 1, 1, 1], [0, 3, 1]])
+def test_parameter_names_do_not_depend_on_the_cut(whole, cut):
+    expected = {hub_name(name) for name in whole.state_dict()}
+    assert {name for name, _ in staged(whole, cut).hub_parameters()} == expected
+
+
+def test_each_stage_holds_only_its_own_layers(whole):
+    model = staged(whole, [1, 3])
+    names = [hub_name(name) for name, _ in model.stages[0].named_parameters()]
+    assert any(name.startswith("vit.embeddings") for name in names)
+    assert any(name.startswith("vit.encoder.layer.0.") for name in names)
+    assert not any(name.startswith(("vit.encoder.layer.1.", "classifier")) for name in names)
+
+
+def test_stages_share_the_uncut_models_parameters(whole):
+    model = staged(whole, [2, 2])
+    assert {id(p) for p in model.parameters()} == {id(p) for p in whole.parameters()}
+
+
+def test_normalisation_maps_bytes_to_model_input():
+    images = torch.tensor([0, 127, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+    pixels = Normalise(mean=0.5, std=0.25, num_channels=3)(images)
+    assert pixels.shape == (3, 3, 1, 1)
+    assert pixels[:, 0].flatten().tolist() == pytest.approx([-2.0, -0.0078431, 2.0], abs=1e-6)
+    assert torch.equal(pixels[:, 0], pixels[:, 2])
+
+
+def test_input_equals_that_of_the_saved_image_processor(whole, tmp_path):
+    model = staged(whole, [4])
+    for name, text in model.hub_files().items():
+        (tmp_path / name).write_text(text)
+    film = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(film).save(tmp_path / "film.png")
+    ours = model.stages[0].normalise(
+        torch.from_numpy(read_gray(tmp_path / "film.png", 16))[None, None]
+    )
+    processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    with Image.open(tmp_path / "film.png") as image:
+        theirs = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_weights_go_out_and_come_back(whole, images):
+    model = staged(whole, [2, 2])
+    weights = model.weights()
+    with torch.no_grad():
+        before = model(images)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert not torch.allclose(model(images), before)
+        model.load_weights(weights)
+        assert torch.equal(model(images), before)
+
+
+def test_weights_are_copies(whole):
+    model = staged(whole, [4])
+    weights = model.weights()
+    with torch.no_grad():
+        model.stages[0].classifier.bias.add_(1)
+    assert not torch.equal(weights["classifier.bias"], model.stages[0].classifier.bias)
+
+
+def test_weights_of_another_model_are_refused_by_name(whole):
+    model = staged(whole, [4])
+    weights = model.weights()
+    weights["classifier.bias"] = torch.zeros(7)
+    del weights["vit.layernorm.bias"]
+    weights["extra"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as caught:
+        model.load_weights(weights)
+    for problem in ("missing vit.layernorm.bias", "unexpected extra", "classifier.bias is [7]"):
+        assert problem in str(caught.value)

@@ -1,0 +1,213 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from cxr_vit.config.schema import ModelSection
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.errors import ModelError
+from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.vit import build_vit, hub_name
+
+#: Positives of the 14 findings among the 75,312 training films of the community's official split
+#: (Wang et al. 2017, v2020 labels).
+NIH_POSITIVES = [
+    7205, 1501, 7649, 12036, 3574, 4060, 770, 2244, 2480, 1210, 1250, 1083, 1927, 126,
+]  # fmt: skip
+NIH_TRAINING_FILMS = 75312
+
+TINY = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def build(name, *, image_size=32, layers=(1, 1), prevalence=0.1, names=FINDINGS, **settings):
+    return build_vit(
+        ModelSection(name=str(name), **settings),
+        names=names,
+        image_size=image_size,
+        layers_per_stage=layers,
+        seed=0,
+        prevalence=None if prevalence is None else np.full(len(names), prevalence),
+    )
+
+
+@pytest.fixture
+def trunk(tmp_path):
+    """A checkpoint as the hub's in21k one: a trunk with a pooler, no head, no `vit.` prefix."""
+    folder = tmp_path / "in21k"
+    ViTModel(ViTConfig(**TINY)).save_pretrained(folder)
+    weights = load_file(str(folder / "model.safetensors"))
+    assert "pooler.dense.weight" in weights
+    return folder
+
+
+def edit_weights(folder, change):
+    path = str(folder / "model.safetensors")
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_hub_names_are_those_of_transformers_4():
+    names = {hub_name(name) for name in build("vit-micro", layers=(4,), patch_size=8).state_dict()}
+    assert "vit.encoder.layer.3.attention.attention.query.weight" in names
+    assert "vit.encoder.layer.3.attention.output.dense.bias" in names
+    assert "vit.encoder.layer.0.intermediate.dense.weight" in names
+    assert "vit.encoder.layer.0.output.dense.weight" in names
+    assert "vit.encoder.layer.0.layernorm_before.weight" in names
+    assert {"vit.embeddings.cls_token", "vit.layernorm.weight", "classifier.bias"} <= names
+    assert not any("layers." in name or "mlp" in name or "_proj" in name for name in names)
+
+
+def test_base_with_14_labels_has_85809422_parameters():
+    model = build("vit-base", image_size=224, layers=(3, 3, 3, 3))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 85_809_422
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads"),
+    [("vit-micro", 96, 4, 3), ("vit-tiny", 192, 12, 3), ("vit-small", 384, 12, 6)],
+)
+def test_sizes_are_those_of_the_literature(name, width, depth, heads):
+    config = build(name, layers=(depth,), patch_size=16).config
+    assert (config.hidden_size, config.num_hidden_layers) == (width, depth)
+    assert (config.num_attention_heads, config.intermediate_size) == (heads, 4 * width)
+
+
+def test_problem_type_and_labels_are_set():
+    config = build("vit-micro", layers=(4,), patch_size=8).config
+    assert config.problem_type == "multi_label_classification"
+    assert [config.id2label[index] for index in range(14)] == list(FINDINGS)
+
+
+def test_prior_bias_starts_at_the_loss_of_the_prior():
+    prevalence = np.array(NIH_POSITIVES) / NIH_TRAINING_FILMS
+    model = build_vit(
+        ModelSection(name="vit-micro", patch_size=8, head_bias="prior"),
+        names=FINDINGS,
+        image_size=32,
+        layers_per_stage=[4],
+        seed=0,
+        prevalence=prevalence,
+    )
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 32, 32)).logits
+    # The mean loss over the training films, from the counts: no film is needed for it.
+    expected = torch.tensor(prevalence, dtype=torch.float32)
+    loss = multi_label_loss(logits[:1], expected[None])
+    assert float(loss) == pytest.approx(0.1637, abs=2e-4)
+
+
+def test_zero_bias_starts_near_log_2():
+    model = build("vit-micro", layers=(4,), patch_size=8, head_bias="zero")
+    assert torch.count_nonzero(model.classifier.bias) == 0
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 32, 32)).logits
+    loss = multi_label_loss(logits, torch.full((2, 14), 0.05))
+    assert float(loss) == pytest.approx(0.693, abs=0.05)
+
+
+def test_same_seed_gives_the_same_random_weights():
+    first, second = (build("vit-micro", layers=(4,), patch_size=8) for _ in range(2))
+    for (name, one), other in zip(first.named_parameters(), second.parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_building_leaves_the_global_seed_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build("vit-micro", layers=(4,), patch_size=8)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_trunk_with_a_pooler_gets_a_new_head(trunk):
+    model = build(trunk)
+    weights = load_file(str(trunk / "model.safetensors"))
+    loaded = {hub_name(name): value for name, value in model.state_dict().items()}
+    assert torch.equal(
+        loaded["vit.encoder.layer.1.output.dense.weight"],
+        weights["encoder.layer.1.output.dense.weight"],
+    )
+    assert model.classifier.out_features == 14
+
+
+def test_missing_weights_are_listed(trunk):
+    edit_weights(trunk, lambda weights: weights.pop("encoder.layer.1.output.dense.weight"))
+    with pytest.raises(
+        ModelError, match=r"1 missing: (vit\.)?encoder\.layer\.1\.output\.dense\.weight"
+    ):
+        build(trunk)
+
+
+def test_unexpected_weights_are_listed(trunk):
+    edit_weights(trunk, lambda weights: weights.update({"adapter.weight": torch.zeros(3)}))
+    with pytest.raises(ModelError, match=r"1 unexpected: .*adapter\.weight"):
+        build(trunk)
+
+
+def test_weights_of_another_shape_are_listed(trunk):
+    edit_weights(trunk, lambda weights: weights.update({"layernorm.weight": torch.zeros(3)}))
+    with pytest.raises(ModelError, match=r"of another shape: (vit\.)?layernorm\.weight"):
+        build(trunk)
+
+
+def test_another_image_size_says_which_to_set(trunk):
+    with pytest.raises(ModelError, match=r"takes images of 32 pixels.*Set data\.image_size=32"):
+        build(trunk, image_size=64)
+
+
+def test_another_depth_says_both_numbers(trunk):
+    with pytest.raises(ModelError, match=r"places 3 layers; the model has 2"):
+        build(trunk, layers=(1, 2))
+
+
+def test_another_architecture_is_refused(trunk):
+    config = json.loads((trunk / "config.json").read_text())
+    (trunk / "config.json").write_text(json.dumps({**config, "model_type": "deit"}))
+    with pytest.raises(ModelError, match="'deit' model"):
+        build(trunk)
+
+
+@pytest.mark.parametrize("name", ["nobody/vit-nowhere", "/no/such/folder"])
+def test_weights_that_cannot_be_had_say_what_may_be_given(name):
+    with pytest.raises(ModelError, match=r"cannot load model\.name=.*vit-tiny"):
+        build(name)
+
+
+def test_pickled_weights_are_not_read(trunk):
+    (trunk / "model.safetensors").unlink()
+    torch.save({}, str(trunk / "pytorch_model.bin"))
+    with pytest.raises(ModelError, match="cannot load"):
+        build(trunk)
+
+
+def test_trained_head_of_the_same_labels_is_kept(tmp_path):
+    names = {"id2label": dict(enumerate(FINDINGS)), "label2id": {}}
+    trained = ViTForImageClassification(ViTConfig(**TINY, **names))
+    torch.nn.init.normal_(trained.classifier.bias)
+    trained.save_pretrained(tmp_path)
+    model = build(tmp_path)
+    assert torch.equal(model.classifier.bias, trained.classifier.bias)
+
+
+def test_head_of_other_labels_is_replaced(tmp_path, caplog):
+    other = {"id2label": dict(enumerate(reversed(FINDINGS))), "label2id": {}}
+    ViTForImageClassification(ViTConfig(**TINY, **other)).save_pretrained(tmp_path)
+    model = build(tmp_path, prevalence=0.1)
+    assert "its head is replaced" in caplog.text
+    assert torch.allclose(model.classifier.bias, torch.full((14,), float(np.log(0.1 / 0.9))))
+
+
+def test_evaluation_refuses_a_model_without_a_trained_head(trunk):
+    with pytest.raises(ModelError, match="no trained head"):
+        build(trunk, prevalence=None)
