@@ -50,6 +50,7 @@ class ChestXrayDataModule:
             find_images(root),
             include_no_finding=data.include_no_finding,
             on_missing=data.on_missing,
+            root=root,
         )
         self.splits: Splits = make_splits(self.records, root, data)
 

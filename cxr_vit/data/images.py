@@ -75,6 +75,8 @@ def read_gray(path: Union[str, Path], size: int) -> np.ndarray:
 
 
 def _to_gray(image: Image.Image, path: Union[str, Path]) -> Image.Image:
+    if "transparency" in image.info:  # a PNG may name transparent colours without a channel for it
+        image = image.convert("RGBA")
     if image.mode.startswith(("I", "F")):
         raise DataError(
             f"{path}: pixels of mode {image.mode!r} (more than 8 bits); clipping them would ruin"

@@ -73,7 +73,7 @@ def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.n
         if NO_FINDING in found:
             if len(found) > 1:
                 raise DataError(
-                    f"row {row + 1} of the CSV has the findings {text!r}: 'No Finding' cannot"
+                    f"row {row + 1} has the findings {text!r}: 'No Finding' cannot"
                     " stand beside a finding. Mend that row."
                 )
             if include_no_finding:
@@ -90,6 +90,6 @@ def _unknown_finding(name: str, row: int) -> str:
     near = did_you_mean(name, FINDINGS)
     hint = f" Did you mean {near!r}?" if near else ""
     return (
-        f"row {row + 1} of the CSV has an unknown finding {name!r}.{hint} "
+        f"row {row + 1} has an unknown finding {name!r}.{hint} "
         f"Known findings: {', '.join(FINDINGS)}; or 'No Finding'."
     )

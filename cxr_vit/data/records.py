@@ -72,7 +72,12 @@ def find_csv(root: Path, given: Optional[str]) -> Path:
 
 
 def read_records(
-    csv: Path, images: Dict[str, str], *, include_no_finding: bool, on_missing: str
+    csv: Path,
+    images: Dict[str, str],
+    *,
+    include_no_finding: bool,
+    on_missing: str,
+    root: Optional[Path] = None,
 ) -> Records:
     """Read the CSV and join each row with its image file.
 
@@ -86,6 +91,8 @@ def read_records(
         Whether `No Finding` is a class of its own.
     on_missing
         ``"error"`` or ``"skip"``: what to do about rows whose image is not there.
+    root
+        Where the images were looked for, for the message; the CSV's folder by default.
 
     Raises
     ------
@@ -94,12 +101,14 @@ def read_records(
     """
     table = _read_table(csv)
     table["path"] = table["image"].map(images)
+    try:
+        labels = multi_hot(table["findings"].tolist(), include_no_finding=include_no_finding)
+    except DataError as error:
+        raise DataError(f"{csv}: {error}") from error
     missing = table["path"].isna().to_numpy()
     if missing.any():
-        _report_missing(table["image"][missing], len(table), csv.parent, on_missing)
-        table = table[~missing].reset_index(drop=True)
-    labels = multi_hot(table["findings"].tolist(), include_no_finding=include_no_finding)
-    return Records(table, labels)
+        _report_missing(table["image"][missing], len(table), root or csv.parent, on_missing)
+    return Records(table[~missing].reset_index(drop=True), labels[~missing])
 
 
 def _read_table(csv: Path) -> pd.DataFrame:
@@ -118,13 +127,14 @@ def _read_table(csv: Path) -> pd.DataFrame:
     for column, name in _OPTIONAL.items():
         table[name] = raw[column] if column in raw.columns else ""
     _check_names(table["image"], csv)
-    patients = pd.to_numeric(table["patient"], errors="coerce")
-    if patients.isna().any():
-        row = int(patients.isna().to_numpy().argmax())
+    is_number = table["patient"].str.match(r"^\d{1,18}$").to_numpy(dtype=bool)
+    if not is_number.all():
+        row = int(is_number.argmin())
         raise DataError(
-            f"{csv}: row {row + 1} has the Patient ID {table['patient'][row]!r}, no number."
+            f"{csv}: row {row + 1} has the Patient ID {table['patient'][row]!r}; it must be a"
+            " whole number."
         )
-    table["patient"] = patients.astype(np.int64)
+    table["patient"] = table["patient"].astype(np.int64)
     table["age"] = _ages(table["age"])
     return table
 

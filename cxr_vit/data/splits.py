@@ -91,7 +91,10 @@ def _official(
 
 
 def _read_list(path: Path) -> Set[str]:
-    return set(path.read_text(encoding="utf-8").split())
+    try:
+        return set(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable list of file names ({error}).") from error
 
 
 def _by_patient(records: Records, data: DataSection) -> Splits:
@@ -165,10 +168,10 @@ def _check_leak(records: Records, splits: Splits) -> None:
 
 
 def split_hash(records: Records, splits: Splits) -> str:
-    """Return the SHA-256 of the file names in each split, in order: the split's identity."""
+    """Return the SHA-256 of the file names in each split, sorted: the split's identity."""
     digest = hashlib.sha256()
     names = records.table["image"].to_numpy()
     for part in SPLIT_NAMES:
         digest.update(f"[{part}]\n".encode())
-        digest.update("\n".join(names[getattr(splits, part)]).encode())
+        digest.update("\n".join(sorted(names[getattr(splits, part)])).encode())
     return digest.hexdigest()
