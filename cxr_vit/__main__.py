@@ -38,7 +38,7 @@ def _sample(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="number of films")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="side of a film")
+    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of a film")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same data set")
     arguments = parser.parse_args(argv)
     count = write_sample(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -141,6 +142,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
+    # transformers 4.46 imports a part of torchvision 0.15 that calls itself beta; unused here.
+    warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     try:
         status = main(sys.argv[1:])
     except CxrVitError as error:

@@ -134,8 +134,8 @@ class ModelSection(Section):
     )
     head_bias: Literal["prior", "zero"] = Field(
         "prior",
-        description="a new head starts as the training prevalence (weights 0, bias log-odds), or as"
-        " Hugging Face makes it",
+        description="a new head starts at the training prevalence (bias log-odds, small weights),"
+        " or as Hugging Face makes it",
     )
     image_mean: float = Field(0.5, gt=0, lt=1, description="gray level subtracted, of 0..1")
     image_std: float = Field(0.5, gt=0, le=1, description="gray level divided by, of 0..1")

@@ -185,8 +185,8 @@ class TorchEngine(Engine):
         if state.optimizer_kind != _OPTIMIZER_KIND:
             raise CheckpointError(
                 f"the checkpoint holds the optimizer state of {state.optimizer_kind or 'none'};"
-                f" this engine has {_OPTIMIZER_KIND}. Resume with the engine that wrote it, or start"
-                " a new run from its weights with model.name=<checkpoint>."
+                f" this engine has {_OPTIMIZER_KIND}. Resume with the engine that wrote it, or"
+                " start a new run from its weights with model.name=<checkpoint>."
             )
         for name, parameter in self.model.hub_parameters():
             if name in state.optimizer:

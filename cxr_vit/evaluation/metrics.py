@@ -36,9 +36,10 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     -------
     dict
         `num_samples`; `auroc` and `average_precision` with a value a name, None where undefined (no
-        positives, or no negatives); `auroc_macro` and `average_precision_macro`, the means over the
-        defined *findings*, with `auroc_defined` of them; `positives` a name. With `No Finding` as a
-        class, `auroc_macro_with_no_finding` is the mean that the tutorial's 15 classes give.
+        positives, or no negatives); `positives` a name; `auroc_macro` and
+        `average_precision_macro`, the means over the defined *findings*, `auroc_defined` of
+        `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean that
+        the tutorial's 15 classes give.
     """
     probs, truth = probabilities(logits), labels.to(torch.int64)
     positives = truth.sum(dim=0).tolist()
@@ -50,6 +51,7 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
         "num_samples": len(truth),
         "auroc_macro": _mean([auroc[name] for name in findings]),
         "auroc_defined": sum(auroc[name] is not None for name in findings),
+        "num_findings": len(findings),
         "average_precision_macro": _mean([precision[name] for name in findings]),
         "auroc": auroc,
         "average_precision": precision,

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cxr_vit.data.labels import NO_FINDING
 from cxr_vit.data.records import Records
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import evaluate
@@ -64,7 +63,7 @@ def write_report(
 
 def mean_text(metrics: Dict[str, Any]) -> str:
     """Write the mean AUROC and of how many findings: ``"0.9132 (13 of 14 findings)"``."""
-    total = sum(name != NO_FINDING for name in metrics["auroc"])
+    total = metrics["num_findings"]
     if metrics["auroc_macro"] is None:
         return f"undefined (0 of {total} findings)"
     return f"{metrics['auroc_macro']:.4f} ({metrics['auroc_defined']} of {total} findings)"

@@ -199,6 +199,8 @@ def _sha256(path: Path) -> str:
 def _sync(folder: Path) -> None:
     """Bring the files to the disk before the rename makes them a checkpoint."""
     for path in folder.iterdir():
+        # safetensors 0.8 lets only the owner read; colleagues may read what the umask lets them.
+        shutil.copymode(folder / STATE, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

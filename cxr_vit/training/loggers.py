@@ -292,10 +292,11 @@ class ProgressDisplay(Callback):
     def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
         """Write a line with the validation's outcome."""
         score = event.scores.get("auroc_macro")
-        defined, total = event.scores.get("auroc_defined"), event.labels.shape[1]
-        known = "undefined" if score is None else f"{score:.4f} ({defined:.0f} of {total} labels)"
+        defined, total = event.scores["auroc_defined"], event.scores["num_findings"]
+        known = "undefined" if score is None else f"{score:.4f}"
         self._print(
-            f"step {event.step}  val loss {event.loss:.4f}  macro AUROC {known}"
+            f"step {event.step}  val loss {event.loss:.4f}"
+            f"  macro AUROC {known} ({defined:.0f} of {total:.0f} findings)"
             f"  {len(event.logits)} films in {event.seconds:.1f} s"
         )
 

@@ -1,0 +1,65 @@
+"""Fixtures that several folders of tests share: a small synthetic data set and a small run."""
+
+import os
+from pathlib import Path
+from typing import Callable, List
+
+import pytest
+
+from cxr_vit.config import Config, check, load_config
+
+# Two cores: torch's threads and the test's processes would fight for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may ask the hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: A model and a batch that take a moment on one core.
+SMALL = (
+    "model.name=vit-micro",
+    "model.patch_size=8",
+    "data.image_size=32",
+    "data.val_fraction=0.2",
+    "pipeline.layers_per_stage=[1, 1, 1, 1]",
+    "batch.micro_batch_size=4",
+    "batch.gradient_accumulation=2",
+    "batch.eval_micro_batch_size=8",
+    "train.steps=6",
+    "train.log_every_steps=2",
+    "train.eval_every_steps=3",
+    "train.checkpoint_every_steps=3",
+    "engine.device=cpu",
+    "engine.precision=fp32",
+)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic data set in NIH's layout: 80 films of 32 pixels."""
+    from cxr_vit.data.sample import write_sample
+
+    root = tmp_path_factory.mktemp("data") / "sample"
+    write_sample(root, num_images=80, image_size=32, seed=0)
+    return root
+
+
+@pytest.fixture
+def small_overrides(sample_root: Path) -> List[str]:
+    """Overrides for a run of six steps on the synthetic data set."""
+    return [*SMALL, f"data.root={sample_root}"]
+
+
+@pytest.fixture
+def make_config(small_overrides: List[str]) -> Callable[..., Config]:
+    """Make a small configuration with more overrides on top."""
+
+    def make(*overrides: str) -> Config:
+        return check(load_config([], [*small_overrides, *overrides]))
+
+    return make

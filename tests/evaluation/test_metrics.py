@@ -1,0 +1,117 @@
+import warnings
+
+import pytest
+import torch
+from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision
+
+from cxr_vit.data.labels import FINDINGS, label_names
+from cxr_vit.evaluation.metrics import evaluate, flat_scores, probabilities
+
+
+@pytest.fixture
+def scored():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 14, generator=generator)
+    labels = (torch.rand(200, 14, generator=generator) < 0.3).float()
+    return logits, labels
+
+
+def pairwise_auroc(scores, truth):
+    """The definition: how often a positive film outranks a negative one, ties counting half."""
+    positive, negative = scores[truth == 1], scores[truth == 0]
+    difference = positive[:, None] - negative[None]
+    return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order(scored):
+    logits, labels = scored
+    auroc = evaluate(logits, labels, FINDINGS)["auroc"]
+    for column, name in enumerate(FINDINGS):
+        assert auroc[name] == pytest.approx(
+            pairwise_auroc(logits[:, column], labels[:, column]), abs=1e-5
+        )
+
+
+def test_ties_count_half():
+    logits, labels = torch.zeros(6, 1), torch.tensor([[1.0], [0.0], [0.0], [1.0], [0.0], [0.0]])
+    assert evaluate(logits, labels, ["Mass"])["auroc"]["Mass"] == 0.5
+
+
+def test_where_all_is_defined_it_is_torchmetrics(scored):
+    logits, labels = scored
+    scores = evaluate(logits, labels, FINDINGS)
+    probs, truth = torch.sigmoid(logits), labels.long()
+    assert scores["auroc_macro"] == pytest.approx(float(MultilabelAUROC(14)(probs, truth)))
+    precision = MultilabelAveragePrecision(14)(probs, truth)
+    assert scores["average_precision_macro"] == pytest.approx(float(precision))
+    assert (scores["auroc_defined"], scores["num_findings"]) == (14, 14)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_finding_without_positives_or_negatives_is_undefined(scored, value):
+    logits, labels = scored
+    full = evaluate(logits, labels, FINDINGS)
+    labels[:, 13] = value
+    scores = evaluate(logits, labels, FINDINGS)
+    assert scores["auroc"]["Hernia"] is None
+    assert scores["average_precision"]["Hernia"] is None
+    assert scores["auroc_defined"] == 13
+    expected = [full["auroc"][name] for name in FINDINGS[:13]]
+    assert scores["auroc_macro"] == pytest.approx(sum(expected) / 13)
+
+
+def test_torchmetrics_alone_would_average_a_zero_in(scored):
+    logits, labels = scored
+    labels[:, 13] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = MultilabelAUROC(14, average=None)(torch.sigmoid(logits), labels.long())
+    assert float(theirs[13]) == 0.0, "if torchmetrics mends this, our own rule may go"
+
+
+def test_nothing_defined_has_no_mean():
+    scores = evaluate(torch.randn(4, 2), torch.zeros(4, 2), ["Mass", "Nodule"])
+    assert scores["auroc_macro"] is None
+    assert scores["auroc_defined"] == 0
+
+
+def test_no_finding_never_enters_the_mean_of_the_findings(scored):
+    logits, labels = scored
+    names = label_names(include_no_finding=True)
+    healthy = (labels.sum(1) == 0).float()
+    healthy[:50] = 1.0
+    with_healthy = evaluate(
+        torch.cat([logits, -100 * healthy[:, None]], 1),
+        torch.cat([labels, healthy[:, None]], 1),
+        names,
+    )
+    plain = evaluate(logits, labels, FINDINGS)
+    assert with_healthy["auroc"]["No Finding"] == 0.0
+    assert with_healthy["auroc_macro"] == plain["auroc_macro"]
+    assert with_healthy["auroc_macro_with_no_finding"] == pytest.approx(
+        plain["auroc_macro"] * 14 / 15
+    )
+
+
+def test_findings_do_not_compete(scored):
+    logits, labels = scored
+    before = evaluate(logits, labels, FINDINGS)["auroc"]["Mass"]
+    logits[:, 0] += 50 * torch.rand(200)  # a softmax would change every other finding's score
+    assert evaluate(logits, labels, FINDINGS)["auroc"]["Mass"] == before
+
+
+def test_probabilities_are_fp32_sigmoids():
+    probs = probabilities(torch.tensor([[0.0, 3.0]], dtype=torch.bfloat16))
+    assert probs.dtype == torch.float32
+    assert probs.tolist()[0] == pytest.approx([0.5, 0.9525741])
+
+
+def test_flat_scores_have_the_tags_of_the_logs(scored):
+    logits, labels = scored
+    labels[:, 13] = 0
+    flat = flat_scores(logits, labels, FINDINGS)
+    assert flat["auroc/Hernia"] is None
+    assert 0.3 < flat["auroc/Mass"] < 0.7
+    assert flat["auroc_defined"] == 13
+    assert {"auroc_macro", "average_precision_macro", "average_precision/Mass"} <= set(flat)
+    assert not any(isinstance(value, (dict, str)) for value in flat.values())

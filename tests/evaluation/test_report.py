@@ -1,0 +1,119 @@
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.evaluation.figures import film_grid, roc_figure
+from cxr_vit.evaluation.report import print_table, write_report
+
+
+@pytest.fixture
+def dataset(make_config):
+    return ChestXrayDataModule(make_config().data).dataset("test")
+
+
+@pytest.fixture
+def report(dataset, tmp_path):
+    labels = torch.from_numpy(dataset.records.labels).float()
+    labels[:, 13] = 0
+    dataset.records.labels[:, 13] = 0
+    logits = torch.randn(labels.shape, generator=torch.Generator().manual_seed(0))
+    metrics = write_report(
+        tmp_path / "report",
+        dataset.records,
+        split="test",
+        names=FINDINGS,
+        logits=logits,
+        labels=labels,
+        origin={"step": 12},
+    )
+    return tmp_path / "report", metrics, logits, labels
+
+
+def test_the_folder_holds_metrics_predictions_and_plots(report):
+    folder = report[0]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"metrics.json", "predictions.csv", "roc.png", "roc.svg"}
+
+
+def test_metrics_have_the_designs_keys(report, dataset):
+    written = json.loads((report[0] / "metrics.json").read_text())
+    assert written == report[1]
+    assert (written["split"], written["num_samples"]) == ("test", len(dataset))
+    assert written["auroc"]["Hernia"] is None
+    assert list(written["auroc"]) == list(FINDINGS)
+    assert (written["auroc_defined"], written["step"]) == (13, 12)
+    assert "research" in written["notice"]
+
+
+def test_predictions_have_a_row_a_film_in_the_splits_order(report, dataset):
+    folder, _, logits, labels = report
+    table = pd.read_csv(folder / "predictions.csv")
+    assert list(table.columns[:5]) == [
+        "image",
+        "patient",
+        "split",
+        "Atelectasis",
+        "Atelectasis_probability",
+    ]
+    assert table["image"].tolist() == dataset.image_names
+    assert table["patient"].tolist() == dataset.records.table["patient"].tolist()
+    assert set(table["split"]) == {"test"}
+    for column, name in enumerate(FINDINGS):
+        assert table[name].tolist() == labels[:, column].tolist()
+        expected = torch.sigmoid(logits[:, column]).numpy()
+        assert np.allclose(table[f"{name}_probability"], expected, atol=1e-6)
+
+
+def test_metrics_can_be_recomputed_from_the_predictions(report):
+    folder, metrics, *_ = report
+    table = pd.read_csv(folder / "predictions.csv")
+    ranks = table["Effusion_probability"].rank()
+    positive = table["Effusion"] == 1
+    count = positive.sum()
+    statistic = ranks[positive].sum() - count * (count + 1) / 2
+    auroc = statistic / (count * (len(table) - count))
+    assert auroc == pytest.approx(metrics["auroc"]["Effusion"], abs=1e-6)
+
+
+def test_the_table_says_what_is_undefined_and_of_how_many_the_mean_is(report):
+    console = Console(file=io.StringIO(), width=80)
+    print_table(report[1], console)
+    text = console.file.getvalue()
+    assert "(13 of 14 findings)" in text
+    assert "undefined (no positive or no negative film): Hernia" in text
+    assert "Pleural_Thickening" in text, "no name is cut at 80 columns"
+    assert "research only" in text
+
+
+def test_the_roc_plot_is_a_picture_with_a_curve(report):
+    with Image.open(report[0] / "roc.png") as image:
+        assert image.width >= 1200
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
+    assert any(blue > 1.3 * red for _, (red, _, blue) in colours), "matplotlib's first colour"
+
+
+def test_an_undefined_curve_says_so():
+    labels = torch.zeros(4, 2)
+    labels[0, 0] = 1
+    figure = roc_figure(torch.randn(4, 2), labels, ["Mass", "Hernia"], title="title")
+    titles = [axis.get_title() for axis in figure.axes[:2]]
+    assert "undefined" in titles[1]
+    assert "undefined" not in titles[0]
+
+
+def test_the_film_grid_names_each_films_findings(dataset):
+    figure = film_grid(dataset, FINDINGS, num_films=len(dataset))
+    titles = sorted(axis.get_title().replace("\n", "|") for axis in figure.axes if axis.images)
+    expected = sorted(
+        "|".join(name for name in FINDINGS if name in text.split("|")) or "No Finding"
+        for text in dataset.records.table["findings"]
+    )
+    assert titles == expected

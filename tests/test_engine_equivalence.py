@@ -1,0 +1,136 @@
+"""The engine against a plain loop of transformers and torch, and against itself."""
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from cxr_vit.config import BatchPlan
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.sampler import TrainingSampler
+from cxr_vit.engines.choice import build_engine
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.vit import hub_name
+from cxr_vit.training.schedule import LearningRate
+
+STEPS = 20
+
+
+def host_batches(config, data):
+    batch = BatchPlan.from_section(config.batch)
+    return TrainingSampler(
+        len(data.splits.train),
+        global_batch_size=batch.global_batch_size,
+        device_iterations=batch.device_iterations,
+        seed=config.run.seed,
+        start_step=0,
+        total_steps=STEPS,
+    )
+
+
+def run(config):
+    """Twenty updates on the engine: the losses and the final weights."""
+    data = ChestXrayDataModule(config.data)
+    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    rate = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
+    losses, step = [], 0
+    with build_engine(config, model) as engine:
+        for batch in engine.loader(
+            data.dataset("train"), host_batches(config, data), training=True
+        ):
+            output = engine.train_step(batch, lr=rate.at(step))
+            losses.append(output.losses)
+            step += len(output.losses)
+        return torch.cat(losses), engine.state_dict().weights
+
+
+def plain_loop(config):
+    """The same in a few lines of transformers and torch, with Hugging Face's own loss."""
+    data = ChestXrayDataModule(config.data)
+    start = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    model = ViTForImageClassification(ViTConfig(**start.config.to_dict()))
+    weights = start.weights()
+    model.load_state_dict({name: weights[hub_name(name)] for name in model.state_dict()})
+    model.train()
+    no_decay = [
+        p for n, p in model.named_parameters() if p.dim() < 2 or "token" in n or "position" in n
+    ]
+    kept = {id(parameter) for parameter in no_decay}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if id(p) not in kept]},
+            {"params": no_decay, "weight_decay": 0.0},
+        ],
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+    )
+    schedule = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
+    dataset, losses = data.dataset("train"), []
+    for step, rows in enumerate(host_batches(config, data)):
+        samples = [dataset[row] for row in rows]
+        pixels = torch.stack([sample.image for sample in samples]).float() / 255
+        pixels = ((pixels - 0.5) / 0.5).repeat(1, 3, 1, 1)
+        labels = torch.stack([sample.labels for sample in samples])
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step)
+        optimizer.zero_grad()
+        loss = model(pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+BASE = ("schedule.warmup_ratio=0.25", "optim.lr=1e-3", "optim.weight_decay=0.05", "train.steps=20")
+
+
+@pytest.mark.parametrize("bias", ["prior", "zero"])
+def test_twenty_updates_equal_a_plain_transformers_loop(make_config, bias):
+    config = make_config(
+        *BASE,
+        f"model.head_bias={bias}",
+        "batch.micro_batch_size=8",
+        "batch.gradient_accumulation=1",
+    )
+    losses, _ = run(config)
+    expected = plain_loop(config)
+    assert torch.allclose(losses, expected, rtol=0, atol=1e-6), (losses - expected).abs().max()
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_losses_twice(make_config):
+    config = make_config(*BASE, "model.dropout=0.1")
+    first, second = run(config), run(config)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_another_seed_gives_other_losses(make_config):
+    losses, _ = run(make_config(*BASE))
+    other, _ = run(make_config(*BASE, "run.seed=1"))
+    assert not torch.equal(losses, other)
+
+
+def test_accumulation_1_by_16_equals_4_by_4(make_config):
+    one, _ = run(make_config(*BASE, "batch.micro_batch_size=1", "batch.gradient_accumulation=16"))
+    four, _ = run(make_config(*BASE, "batch.micro_batch_size=4", "batch.gradient_accumulation=4"))
+    assert torch.allclose(one, four, rtol=0, atol=1e-5), (one - four).abs().max()
+
+
+@pytest.mark.parametrize("cut", ["[4]", "[2, 2]", "[0, 1, 3]"])
+def test_the_cut_changes_nothing(make_config, cut):
+    expected, _ = run(make_config(*BASE))
+    losses, _ = run(make_config(*BASE, f"pipeline.layers_per_stage={cut}"))
+    assert torch.equal(losses, expected)
+
+
+def test_loader_processes_change_nothing(make_config):
+    expected, _ = run(make_config(*BASE))
+    losses, _ = run(make_config(*BASE, "data.num_workers=2"))
+    assert torch.equal(losses, expected)
+
+
+def test_device_iterations_change_nothing_at_a_constant_rate(make_config):
+    constant = (*BASE, "schedule.name=constant", "schedule.warmup_ratio=0")
+    expected, _ = run(make_config(*constant))
+    losses, _ = run(make_config(*constant, "batch.device_iterations=5"))
+    assert torch.equal(losses, expected)

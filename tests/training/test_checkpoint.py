@@ -1,0 +1,168 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cxr_vit.engines.base import EngineState
+from cxr_vit.errors import CheckpointError
+from cxr_vit.training import checkpoint as module
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
+
+
+def state(value=1.0):
+    slots = {"exp_avg": torch.full((2,), value), "step": torch.tensor(3.0)}
+    weights = {"classifier.bias": torch.full((2,), value)}
+    return EngineState(weights, {"classifier.bias": slots}, "torch.AdamW", {"updates": 3.0})
+
+
+def save(store, step, value=1.0):
+    return store.save(
+        step,
+        state(value),
+        model_files={"config.json": "{}"},
+        trainer_state={"labels": ["a", "b"], "callbacks": {}},
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints")
+
+
+def test_what_is_saved_is_loaded(store):
+    loaded, trainer_state = load_checkpoint(save(store, 7, 2.5))
+    assert torch.equal(loaded.weights["classifier.bias"], torch.full((2,), 2.5))
+    assert torch.equal(loaded.optimizer["classifier.bias"]["exp_avg"], torch.full((2,), 2.5))
+    assert float(loaded.optimizer["classifier.bias"]["step"]) == 3.0
+    assert (loaded.optimizer_kind, loaded.scalars) == ("torch.AdamW", {"updates": 3.0})
+    assert (trainer_state["step"], trainer_state["labels"]) == (7, ["a", "b"])
+
+
+def test_the_folder_holds_the_designs_files(store):
+    path = save(store, 1000)
+    assert path.name == "step_00001000"
+    assert {file.name for file in path.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    }
+
+
+def test_weights_are_readable_by_whoever_may_read_the_state(store):
+    path = save(store, 1)
+    modes = {os.stat(str(file)).st_mode for file in path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_last_points_at_the_newest_and_best_where_told(store):
+    first = save(store, 1)
+    second = save(store, 2)
+    store.link("best", first)
+    assert store.linked("last") == second.resolve()
+    assert store.linked("best") == first.resolve()
+    assert not os.path.isabs(os.readlink(str(store.folder / "best"))), "a moved run keeps its links"
+
+
+def test_pruning_keeps_the_newest_and_the_best(store):
+    paths = [save(store, step) for step in range(1, 6)]
+    store.link("best", paths[0])
+    store.prune(2)
+    assert [path.name for path in store.steps()] == [
+        "step_00000001",
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
+def test_saving_a_step_again_replaces_it(store):
+    save(store, 3, 1.0)
+    path = save(store, 3, 9.0)
+    assert torch.equal(
+        load_file(str(path / "model.safetensors"))["classifier.bias"], torch.full((2,), 9.0)
+    )
+    assert sorted(file.name for file in store.folder.iterdir()) == ["last", "step_00000003"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
+def test_a_flipped_bit_is_told(store, name):
+    path = save(store, 1)
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    (path / name).write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_is_told(store):
+    path = save(store, 1)
+    (path / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"format": 99}'])
+def test_an_unreadable_state_is_told(store, text):
+    path = save(store, 1)
+    (path / "trainer_state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
+        load_checkpoint(path)
+
+
+def test_an_error_while_writing_leaves_the_last_checkpoint_whole(store, monkeypatch):
+    first = save(store, 1)
+    write = module.save_file
+
+    def full_disk(tensors, path, **settings):
+        if path.endswith("optimizer.safetensors"):
+            raise OSError(28, "No space left on device")
+        write(tensors, path, **settings)
+
+    monkeypatch.setattr(module, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 2)
+    assert store.linked("last") == first.resolve()
+    assert store.steps() == [first]
+    monkeypatch.undo()
+    assert load_checkpoint(save(store, 2))[1]["step"] == 2, "the leftovers are cleared away"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint import CheckpointStore, save
+from cxr_vit.training import checkpoint
+store = CheckpointStore(Path({folder!r}))
+save(store, 1)
+calls = []
+def die(*arguments):
+    calls.append(arguments)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+real, os.replace = os.replace, die
+save(store, 2)
+"""
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_process_killed_between_the_renames_leaves_a_whole_last(store, repository, call):
+    folder = str(store.folder)
+    code = KILLED.format(tests=str(repository / "tests" / "training"), folder=folder, call=call)
+    result = subprocess.run([sys.executable, "-c", code], cwd=str(repository))
+    assert result.returncode == -9
+    assert load_checkpoint(store.folder / "last")[1]["step"] == 1
+    save(store, 2)
+    assert load_checkpoint(store.folder / "last")[1]["step"] == 2
+
+
+def test_the_states_hash_covers_every_other_file(store):
+    path = save(store, 1)
+    written = json.loads((path / "trainer_state.json").read_text())
+    names = {file.name for file in path.iterdir()} - {"trainer_state.json"}
+    assert set(written["sha256"]) == names

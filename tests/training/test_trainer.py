@@ -1,0 +1,234 @@
+import json
+
+import pytest
+import torch
+
+from cxr_vit.config import BatchPlan
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.engines.choice import build_engine
+from cxr_vit.errors import NonFiniteLoss
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.training.callbacks import Callback, Checkpointing, EarlyStopping, NonFiniteGuard
+from cxr_vit.training.checkpoint import CheckpointStore
+from cxr_vit.training.schedule import Durations, LearningRate
+from cxr_vit.training.trainer import Trainer
+
+
+class Recorder(Callback):
+    """Writes down every hook with its step."""
+
+    def __init__(self):
+        self.hooks = []
+        self.lrs = []
+        self.rows = []
+
+    def on_fit_start(self, trainer):
+        self.hooks.append(("fit_start", trainer.step))
+
+    def on_step_end(self, trainer, event):
+        self.hooks.append(("step", event.step))
+        self.lrs.append(event.lr)
+        self.rows.append(event.batch.indices.tolist())
+
+    def on_eval_end(self, trainer, event):
+        self.hooks.append(("eval", event.step))
+
+    def on_checkpoint(self, trainer, path):
+        self.hooks.append(("checkpoint", int(path.name[5:])))
+
+    def on_fit_end(self, trainer):
+        self.hooks.append(("fit_end", trainer.step))
+
+    def on_exception(self, trainer, error):
+        self.hooks.append((type(error).__name__, trainer.step))
+
+    def of(self, kind):
+        return [step for hook, step in self.hooks if hook == kind]
+
+
+@pytest.fixture
+def make_trainer(make_config, tmp_path):
+    """A trainer of six steps whose validation scores can be chosen."""
+
+    def make(*overrides, scores=(), callbacks=(), folder="run"):
+        config = make_config(*overrides)
+        data = ChestXrayDataModule(config.data)
+        model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+        training = data.dataset("train")
+        batch = BatchPlan.from_section(config.batch)
+        durations = Durations.from_section(config.train, batch, len(training))
+        upcoming = iter(scores)
+        return Trainer(
+            engine=build_engine(config, model),
+            train=training,
+            val=data.dataset("val"),
+            durations=durations,
+            learning_rate=LearningRate.from_section(
+                config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
+            ),
+            seed=config.run.seed,
+            callbacks=[
+                *callbacks,
+                Checkpointing(every=durations.checkpoint_every, keep_last=config.train.keep_last),
+            ],
+            score=lambda logits, labels: {"auroc_macro": next(upcoming, 0.5)},
+            store=CheckpointStore(tmp_path / folder),
+            model_files=model.hub_files(),
+            origin={"labels": data.names},
+        )
+
+    return make
+
+
+def test_hooks_come_in_the_documented_order(make_trainer):
+    recorder = Recorder()
+    make_trainer(callbacks=[recorder]).fit()
+    assert recorder.hooks == [
+        ("fit_start", 0),
+        ("step", 1),
+        ("step", 2),
+        ("step", 3),
+        ("eval", 3),
+        ("checkpoint", 3),
+        ("step", 4),
+        ("step", 5),
+        ("step", 6),
+        ("eval", 6),
+        ("checkpoint", 6),
+        ("fit_end", 6),
+    ]
+
+
+def test_device_iterations_count_as_steps(make_trainer):
+    recorder = Recorder()
+    make_trainer("batch.device_iterations=2", callbacks=[recorder]).fit()
+    assert recorder.of("step") == [2, 4, 6]
+    assert recorder.of("eval") == [4, 6], "3 lies within the second host call"
+
+
+def test_the_last_step_is_validated_and_saved_in_any_case(make_trainer):
+    recorder = Recorder()
+    make_trainer(
+        "train.eval_every_steps=4", "train.checkpoint_every_steps=100", callbacks=[recorder]
+    ).fit()
+    assert recorder.of("eval") == [4, 6]
+    assert recorder.of("checkpoint")[-1] == 6
+
+
+def test_learning_rates_are_the_schedules(make_trainer):
+    recorder = Recorder()
+    trainer = make_trainer("schedule.warmup_steps=3", "optim.lr=0.003", callbacks=[recorder])
+    trainer.fit()
+    assert recorder.lrs == [trainer.learning_rate.at(step) for step in range(6)]
+    assert recorder.lrs[:4] == pytest.approx([0, 0.001, 0.002, 0.003])
+
+
+def test_best_points_at_the_best_score_and_last_at_the_end(make_trainer):
+    trainer = make_trainer("train.eval_every_steps=2", scores=[0.6, 0.9, 0.7])
+    trainer.fit()
+    assert trainer.store.linked("best").name == "step_00000004"
+    assert trainer.store.linked("last").name == "step_00000006"
+
+
+def test_without_a_defined_score_there_is_a_last_and_no_best(make_trainer, caplog):
+    trainer = make_trainer(scores=[None, None])
+    trainer.fit()
+    assert trainer.store.linked("best") is None
+    assert trainer.store.linked("last").name == "step_00000006"
+    assert "undefined" in caplog.text
+
+
+def test_early_stopping_ends_the_run_after_saving(make_trainer):
+    recorder = Recorder()
+    trainer = make_trainer(
+        "train.steps=20",
+        "train.eval_every_steps=2",
+        scores=[0.9, 0.8, 0.7],
+        callbacks=[recorder, EarlyStopping(2)],
+    )
+    trainer.fit()
+    assert trainer.step == 6
+    assert "early stopping" in trainer.stop_reason
+    assert trainer.store.linked("last").name == "step_00000006"
+    assert recorder.hooks[-1] == ("fit_end", 6)
+
+
+def test_a_requested_stop_saves_the_step_it_came_to(make_trainer):
+    class Stop(Callback):
+        def on_step_end(self, trainer, event):
+            if event.step == 2:
+                trainer.request_stop("SIGTERM received")
+
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder, Stop()])
+    trainer.fit()
+    assert recorder.of("eval") == []
+    assert recorder.of("checkpoint") == [2]
+    assert "stopped at step 2: SIGTERM received" in trainer.describe_end()
+
+
+def test_a_non_finite_loss_ends_the_run_and_is_not_saved(make_trainer):
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder, NonFiniteGuard([f"{k}.png" for k in range(80)])])
+    trainer.fit()
+    broken = make_trainer(callbacks=[recorder, *trainer.callbacks[1:2]], folder="broken")
+    with torch.no_grad():
+        broken.engine.model.stages[0].vit.embeddings.cls_token.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0 .*\.png"):
+        broken.fit()
+    assert broken.store.steps() == []
+    assert recorder.hooks[-1] == ("NonFiniteLoss", 1)
+
+
+def test_every_sample_of_an_epoch_is_seen_once(make_trainer):
+    recorder = Recorder()
+    trainer = make_trainer("train.steps=20", "train.eval_every_steps=20", callbacks=[recorder])
+    trainer.fit()
+    seen = [row for rows in recorder.rows for row in rows]
+    count = len(trainer.train)
+    assert sorted(seen[:count]) == list(range(count))
+    assert sorted(seen[count : 2 * count]) == list(range(count))
+    assert seen[:count] != seen[count : 2 * count]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
+    class StopAt(Callback):
+        def on_step_end(self, trainer, event):
+            if event.step == stop:
+                trainer.request_stop("test")
+
+    settings = ("model.dropout=0.1", "optim.weight_decay=0.1", "schedule.warmup_ratio=0.5")
+    whole = make_trainer(*settings, folder="whole")
+    whole.fit()
+    make_trainer(*settings, callbacks=[StopAt()], folder="cut").fit()
+    recorder = Recorder()
+    resumed = make_trainer(*settings, callbacks=[recorder], folder="cut")
+    resumed.resume(resumed.store.folder / "last")
+    resumed.fit()
+    assert recorder.of("step") == list(range(stop + 1, 7))
+    expected, state = whole.engine.state_dict(), resumed.engine.state_dict()
+    assert all(
+        torch.equal(expected.weights[name], state.weights[name]) for name in expected.weights
+    )
+    for name, slots in expected.optimizer.items():
+        for slot, value in slots.items():
+            assert torch.equal(value, state.optimizer[name][slot]), (name, slot)
+
+
+def test_a_resumed_run_knows_the_best_score(make_trainer):
+    first = make_trainer("train.steps=3", scores=[0.9])
+    first.fit()
+    second = make_trainer(scores=[0.8])
+    second.resume(second.store.folder / "last")
+    second.fit()
+    assert second.store.linked("best").name == "step_00000003"
+
+
+def test_a_checkpoint_carries_labels_and_callback_states(make_trainer):
+    trainer = make_trainer(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)])
+    trainer.fit()
+    state = json.loads((trainer.store.folder / "last" / "trainer_state.json").read_text())
+    assert state["labels"][0] == "Atelectasis"
+    assert state["callbacks"]["EarlyStopping"] == {"best": 0.7, "since_best": 1}
+    assert state["callbacks"]["Checkpointing"] == {"best": 0.7}
