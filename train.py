@@ -8,11 +8,16 @@ Only a composition. The heavy imports come after the configuration is known to b
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import TYPE_CHECKING, List, Sequence
 
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, dump_config
 from cxr_vit.training.run_folder import RunFolder, open_run
+from cxr_vit.training.schedule import Durations, LearningRate
+
+if TYPE_CHECKING:
+    from cxr_vit.data.datamodule import ChestXrayDataModule
+    from cxr_vit.training.callbacks import Callback
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,54 +35,32 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.engines.choice import build_engine
-    from cxr_vit.evaluation.figures import film_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
-    from cxr_vit.training import callbacks, loggers
     from cxr_vit.training.checkpoint import CheckpointStore
-    from cxr_vit.training.schedule import Durations, LearningRate
     from cxr_vit.training.signals import StopOnSignal
     from cxr_vit.training.trainer import Trainer
 
     data = ChestXrayDataModule(config.data)
-    names, training = data.names, data.dataset("train")
+    training = data.dataset("train")
     batch = BatchPlan.from_section(config.batch)
     durations = Durations.from_section(config.train, batch, len(training))
-    learning_rate = LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
-    )
-    model = StagedViT.from_config(config, names=names, prevalence=data.prevalence())
-    tensorboard = loggers.TensorBoardLogger(
-        folder.tensorboard,
-        config_text=dump_config(config),
-        hparams=config.flat(),
-        films=lambda: film_grid(training, names),
-        roc=lambda logits, labels: roc_figure(logits, labels, names, title="validation ROC"),
-    )
+    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     with build_engine(config, model) as engine:
-        every = config.train.log_every_steps
         trainer = Trainer(
             engine=engine,
             train=training,
             val=data.dataset("val"),
             durations=durations,
-            learning_rate=learning_rate,
+            learning_rate=LearningRate.from_section(
+                config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
+            ),
             seed=config.run.seed,
-            callbacks=[
-                callbacks.NonFiniteGuard(training.image_names),
-                loggers.ProgressDisplay(every=every),
-                loggers.MetricsLogging(
-                    [loggers.JsonlLogger(folder.metrics), tensorboard], every=every
-                ),
-                callbacks.EarlyStopping(config.train.early_stopping_patience),
-                callbacks.Checkpointing(
-                    every=durations.checkpoint_every, keep_last=config.train.keep_last
-                ),
-            ],
-            score=lambda logits, labels: flat_scores(logits, labels, names),
+            callbacks=watchers(config, folder, data, durations),
+            score=lambda logits, labels: flat_scores(logits, labels, data.names),
             store=CheckpointStore(folder.checkpoints),
             model_files=model.hub_files(),
-            origin={"labels": names, **data.fingerprint()},
+            origin={"labels": data.names, **data.fingerprint()},
         )
         if resume:
             data.warn_if_changed(trainer.resume(folder.checkpoints / "last"))
@@ -91,6 +74,30 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
             trainer.fit()
     print(trainer.describe_end(), flush=True)
     return EXIT_STOPPED if stop.received else 0
+
+
+def watchers(
+    config: Config, folder: RunFolder, data: ChestXrayDataModule, durations: Durations
+) -> List[Callback]:
+    """Make the callbacks; the one that saves comes last, so that it saves the others' state."""
+    from cxr_vit.evaluation.figures import film_grid, roc_figure
+    from cxr_vit.training import callbacks, loggers
+
+    names, training, every = data.names, data.dataset("train"), config.train.log_every_steps
+    tensorboard = loggers.TensorBoardLogger(
+        folder.tensorboard,
+        config_text=dump_config(config),
+        hparams=config.flat(),
+        films=lambda: film_grid(training, names),
+        roc=lambda logits, labels: roc_figure(logits, labels, names, title="validation ROC"),
+    )
+    return [
+        callbacks.NonFiniteGuard(training.image_names),
+        loggers.ProgressDisplay(every=every),
+        loggers.MetricsLogging([loggers.JsonlLogger(folder.metrics), tensorboard], every=every),
+        callbacks.EarlyStopping(config.train.early_stopping_patience),
+        callbacks.Checkpointing(every=durations.checkpoint_every, keep_last=config.train.keep_last),
+    ]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Sequence
 
-from cxr_vit.cli import config_parser, read_config, run
+from cxr_vit.cli import EXIT_USER_ERROR, config_parser, read_config, run
 from cxr_vit.config import BatchPlan, check, dump_config, load_config
+from cxr_vit.errors import did_you_mean
 from cxr_vit.model.plan import StagePlan
 
 _USAGE = """usage: python -m cxr_vit COMMAND ...
@@ -24,8 +26,15 @@ def main(argv: Sequence[str]) -> int:
     commands = {"sample": _sample, "check": _check}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    print(_USAGE)
-    return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if argv and argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if argv:
+        near = did_you_mean(argv[0], commands)
+        hint = f" Did you mean {near!r}?" if near else ""
+        print(f"unknown command {argv[0]!r}.{hint}\n", file=sys.stderr)
+    print(_USAGE, file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def _sample(argv: Sequence[str]) -> int:
@@ -52,7 +61,7 @@ def _check(argv: Sequence[str]) -> int:
     parser = config_parser(
         "python -m cxr_vit check", "Validate a configuration and print what it means."
     )
-    config = check(load_config(*read_config(parser.parse_args(argv))))
+    config = check(load_config(*read_config(parser.parse_intermixed_args(argv))))
     print(dump_config(config))
     print("\n".join(BatchPlan.from_section(config.batch).describe()))
     print("\n".join(StagePlan.from_list(config.pipeline.layers_per_stage).describe()))

@@ -96,7 +96,7 @@ def train_arguments(argv: Sequence[str]) -> TrainArguments:
         help="go on from the last checkpoint of this run's folder, else of run.dir, else of the"
         " newest run named run.name; the run's own config.yaml holds, overrides win over it",
     )
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_intermixed_args(argv)
     files, overrides = read_config(namespace)
     resume = namespace.resume
     if resume and "=" in resume and not Path(resume).exists():
@@ -130,7 +130,7 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         metavar="section.key=value",
         help="overrides of the run's configuration (train.py --help lists the fields)",
     )
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_intermixed_args(argv)
     return EvaluateArguments(
         namespace.checkpoint, namespace.split, namespace.out, namespace.overrides
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List
 
 from cxr_vit.config.schema import BatchSection
 
-__all__ = ["BatchPlan", "accumulation_problem"]
+__all__ = ["BatchPlan"]
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,3 @@ class BatchPlan:
             f" = {self.eval_micro_batch_size} micro-batch x {self.replicas} replicas"
             f" x {self.eval_device_iterations} device iterations",
         ]
-
-
-def accumulation_problem(batch: BatchSection) -> Optional[str]:
-    """Say why the global batch cannot be made of whole micro-batches, or return None."""
-    if batch.global_batch_size is None:
-        return None
-    unit = batch.micro_batch_size * batch.replicas
-    if batch.global_batch_size % unit == 0:
-        return None
-    below = batch.global_batch_size // unit * unit
-    legal = f"{below} or {below + unit}" if below else f"{unit}"
-    return (
-        f"batch.global_batch_size={batch.global_batch_size} is not a multiple of"
-        f" {unit} = {batch.micro_batch_size} micro-batch x {batch.replicas} replicas."
-        f" Nearest legal values: {legal}."
-    )

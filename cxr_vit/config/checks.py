@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Callable, List, Optional, Tuple
 
 from cxr_vit.config.architectures import SIZES, known_depth
-from cxr_vit.config.batching import accumulation_problem
-from cxr_vit.config.schema import Config
+from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config
 from cxr_vit.errors import ConfigError, did_you_mean
 
 __all__ = ["check", "depth_problem"]
@@ -29,9 +29,16 @@ def _layers_are_placed(config: Config) -> Optional[str]:
     return None if depth is None else depth_problem(config.pipeline.layers_per_stage, depth)
 
 
+def _nearest_multiples(value: int, unit: int, *, lowest: int = 1, highest: float = math.inf) -> str:
+    """Write the multiples of `unit` on either side of `value` that the range allows."""
+    below = value // unit * unit
+    legal = [str(number) for number in (below, below + unit) if lowest <= number <= highest]
+    return " or ".join(legal) if legal else f"none (the range is {lowest} to {highest})"
+
+
 def _size_is_known(config: Config) -> Optional[str]:
     name = config.model.name
-    if name in SIZES or "/" in name or not name.startswith("vit-") or Path(name).is_dir():
+    if name in SIZES or "/" in name or Path(name).is_dir():
         return None
     near = did_you_mean(name, SIZES)
     hint = f" Did you mean {near!r}?" if near else ""
@@ -45,8 +52,7 @@ def _patches_fill_the_image(config: Config) -> Optional[str]:
     size, patch = config.data.image_size, config.model.patch_size
     if config.model.name not in SIZES or size % patch == 0:
         return None
-    below = size // patch * patch
-    legal = f"{below} or {below + patch}" if below else f"{patch}"
+    legal = _nearest_multiples(size, patch, lowest=SMALLEST_IMAGE, highest=LARGEST_IMAGE)
     return (
         f"data.image_size={size} is not a multiple of model.patch_size={patch}."
         f" Nearest legal image sizes: {legal}."
@@ -54,7 +60,15 @@ def _patches_fill_the_image(config: Config) -> Optional[str]:
 
 
 def _micro_batches_fill_the_batch(config: Config) -> Optional[str]:
-    return accumulation_problem(config.batch)
+    batch = config.batch
+    unit = batch.micro_batch_size * batch.replicas
+    if batch.global_batch_size is None or batch.global_batch_size % unit == 0:
+        return None
+    return (
+        f"batch.global_batch_size={batch.global_batch_size} is not a multiple of"
+        f" {unit} = {batch.micro_batch_size} micro-batch x {batch.replicas} replicas."
+        f" Nearest legal values: {_nearest_multiples(batch.global_batch_size, unit)}."
+    )
 
 
 def _one_replica(config: Config) -> Optional[str]:
@@ -80,8 +94,7 @@ def _steps_fill_host_calls(config: Config) -> Optional[str]:
     steps, iterations = config.train.steps, config.batch.device_iterations
     if steps is None or steps % iterations == 0:
         return None
-    below = steps // iterations * iterations
-    legal = f"{below} or {below + iterations}" if below else f"{iterations}"
+    legal = _nearest_multiples(steps, iterations)
     return (
         f"train.steps={steps} is not a multiple of batch.device_iterations={iterations}: a host"
         f" call makes {iterations} weight updates. Nearest legal values: {legal}."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 from pydantic.fields import FieldInfo
-from typing_extensions import Literal, get_args, get_origin
+from typing_extensions import Annotated, Literal, get_args, get_origin
 
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import did_you_mean
@@ -49,14 +49,9 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     if detail["type"] == "extra_forbidden":
         return where + _unknown(location)
     section, _, name = key.partition(".")
-    if not name:
-        if detail["type"] == "value_error":
-            return f"{where}{section}: {_reason(detail)}"
-        keys = ", ".join(list(SECTIONS[section].model_fields)[:3])
-        return f"{where}'{section}' is a section with keys ({keys}, ...), not {detail['input']!r}"
-    given = "null" if detail["input"] is None else repr(detail["input"])
+    given = _given(detail["input"])
     if detail["type"] == "value_error":
-        return f"{where}{key}={given}: {_reason(detail)}"
+        return f"{where}{key}={given}: {detail['ctx']['error']}"
     field = SECTIONS[section].model_fields[name]
     hint = ""
     if detail["type"] == "literal_error":
@@ -65,8 +60,12 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     return f"{where}{key}={given}: must be {allowed(field)}.{hint}"
 
 
-def _reason(detail: Mapping[str, Any]) -> str:
-    return str(detail["ctx"]["error"])
+def _given(value: Any) -> str:
+    """Write a value as a person gave it; quoted only where it could be overlooked."""
+    if value is None:
+        return "null"
+    text = str(value)
+    return text if text and not text[0].isspace() and text == text.strip() else repr(text)
 
 
 def _unknown(location: List[str]) -> str:
@@ -76,42 +75,54 @@ def _unknown(location: List[str]) -> str:
     if section in SECTIONS:
         near = did_you_mean(name, SECTIONS[section].model_fields)
         near = f"{section}.{near}" if near else None
-    elif len(location) == 1:
-        near = did_you_mean(section, SECTIONS)
     if near is None:
         elsewhere = [
             f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields
         ]
         near = elsewhere[0] if elsewhere else _SYNONYMS.get(name)
+    if near is None and len(location) == 1:
+        near = did_you_mean(section, SECTIONS)
     hint = f" Did you mean '{near}'?" if near else " See train.py --help for all keys."
     return f"unknown key '{key}'.{hint}"
 
 
 def allowed(field: FieldInfo) -> str:
     """Say what a field takes, e.g. ``"integer >= 1"`` or ``"one of auto, official, patient"``."""
-    text = _type_words(field.annotation)
-    bounds = [
-        f"{_BOUNDS[name]} {getattr(item, name)}"
-        for item in field.metadata
-        for name in _BOUNDS
-        if hasattr(item, name)
-    ]
-    pattern = [item.pattern for item in field.metadata if getattr(item, "pattern", None)]
-    text = " ".join([text, ", ".join(bounds)]) if bounds else text
-    text += f" matching {pattern[0]}" if pattern else ""
-    return text + (" or null" if type(None) in get_args(field.annotation) else "")
+    words = _type_words(field.annotation, field.metadata)
+    return words + (" or null" if type(None) in get_args(field.annotation) else "")
 
 
-def _type_words(annotation: Any) -> str:
+def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
+    """Say a type with its bounds, which stand beside it or inside its Annotated."""
     if get_origin(annotation) is Union:
-        return _type_words(next(a for a in get_args(annotation) if a is not type(None)))
+        inner = next(part for part in get_args(annotation) if part is not type(None))
+        return _type_words(inner, metadata)
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        more = [item for note in notes for item in getattr(note, "metadata", [])]
+        return _type_words(inner, [*metadata, *more])
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(_choices(annotation))
     if get_origin(annotation) is list:
-        return f"a list of {_type_words(get_args(annotation)[0])}s"
-    if annotation in _WORDS:
-        return _WORDS[annotation]
-    return _type_words(get_args(annotation)[0])  # Annotated[type, ...]
+        items = _type_words(get_args(annotation)[0], []).replace("integer", "integers", 1)
+        return f"a list of {items}{_bounds(metadata)}"
+    return f"{_WORDS[annotation]}{_bounds(metadata)}"
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    limits = [
+        f"{sign} {getattr(item, name)}"
+        for item in metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(item, name)
+    ]
+    text = f" {', '.join(limits)}" if limits else ""
+    for item in metadata:
+        if getattr(item, "min_length", None):
+            text += ", not empty"
+        if getattr(item, "pattern", None):
+            text += f" matching {item.pattern}"
+    return text
 
 
 def _choices(annotation: Any) -> List[str]:

@@ -8,7 +8,7 @@ the same. Each value remembers its file and line for the error messages. Imports
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from cxr_vit.errors import ConfigError
 
 __all__ = ["dump_config", "load_config"]
 
+_COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
 
 #: Dotted key -> where it was given, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
@@ -44,8 +45,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     places: Places = {}
     problems: List[str] = []
     for file in files:
-        layer = _read_file(file, places, problems)
-        _merge(merged, layer)
+        _merge(merged, _read_file(file, places, problems))
     _merge(merged, _read_overrides(overrides, places, problems))
     config: Optional[Config] = None
     try:
@@ -67,7 +67,8 @@ def _read_file(file: Path, places: Places, problems: List[str]) -> Dict[str, Any
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{file}: cannot read the configuration: {getattr(error, 'strerror', None) or error}"
+            f"{file}: cannot read the configuration: {getattr(error, 'strerror', None) or error}."
+            " (An override is written section.key=value.)"
         ) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -82,55 +83,97 @@ def _read_file(file: Path, places: Places, problems: List[str]) -> Dict[str, Any
         raise ConfigError(
             f"{file}: a configuration is sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
         )
-    layer = _plain(node, "", str(file), places, problems)
-    for section, value in list(layer.items()):
-        if value is None and section in SECTIONS:
-            del layer[section]  # `train:` with every key commented out
-    return dict(layer)
-
-
-def _plain(node: yaml.Node, path: str, file: str, places: Places, problems: List[str]) -> Any:
-    """Turn a YAML node into dicts, lists, text and None, and note where each key stands."""
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.style is None and node.value in _NULL else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, path, file, places, problems) for item in node.value]
-    mapping: Dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        key_path = f"{path}.{key}" if path else key
-        here = f"{file}:{key_node.start_mark.line + 1}"
-        if key in mapping:
-            problems.append(
-                f"{here}: duplicate key '{key_path}', first given at {places[key_path]}. Keep one."
-            )
-        places[key_path] = here
-        mapping[key] = _plain(value_node, key_path, file, places, problems)
-    return mapping
+    try:
+        layer = _plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}", places, problems)
+    except RecursionError as error:
+        raise ConfigError(
+            f"{file}: an alias (*name) contains itself. Write the value out."
+        ) from error
+    return _one_of_each_pair(_mappings_only(layer, places, problems), places, problems)
 
 
 def _read_overrides(
     overrides: Sequence[str], places: Places, problems: List[str]
 ) -> Dict[str, Any]:
+    """Read the command line's overrides as one layer; the last of a key counts."""
     layer: Dict[str, Any] = {}
     for text in overrides:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            problems.append(f"command line: {text!r} is not an override; write section.key=value")
-            continue
-        try:
-            node = yaml.compose(value, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
-            problems.append(f"command line: {text!r}: the value is not valid YAML")
-            continue
-        section, _, name = key.partition(".")
-        places[key] = "command line"
-        plain = None if node is None else _plain(node, key, "command line", {}, problems)
-        if name:
-            layer.setdefault(section, {})[name] = plain
-        else:
-            layer[section] = plain
+        for section, values in _read_override(text, places, problems).items():
+            below = layer.get(section)
+            both = isinstance(values, dict) and isinstance(below, dict)
+            layer[section] = {**below, **values} if both else values
+    return _one_of_each_pair(layer, places, problems)
+
+
+def _read_override(text: str, places: Places, problems: List[str]) -> Dict[str, Any]:
+    """Read `section.key=value` as a layer of one value."""
+    key, equals, value = text.partition("=")
+    section, _, name = key.strip().partition(".")
+    if not equals or not section:
+        problems.append(f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value")
+        return {}
+    try:
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        problems.append(f"{_COMMAND_LINE}: {text!r}: the value is not valid YAML")
+        return {}
+    places[key.strip()] = _COMMAND_LINE
+    places.setdefault(section, _COMMAND_LINE)
+    plain = None
+    if node is not None:
+        plain = _plain(node, key.strip(), lambda key_node: _COMMAND_LINE, places, problems)
+    return _mappings_only({section: {name: plain} if name else plain}, places, problems)
+
+
+def _plain(
+    node: yaml.Node,
+    path: str,
+    place: Callable[[yaml.Node], str],
+    places: Places,
+    problems: List[str],
+) -> Any:
+    """Turn a YAML node into dicts, lists, text and None, and note where each key stands."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in _NULL else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, path, place, places, problems) for item in node.value]
+    mapping: Dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        key_path = f"{path}.{key}" if path else key
+        here = place(key_node)
+        if key in mapping:
+            problems.append(
+                f"{here}: duplicate key '{key_path}', first given at {places[key_path]}. Keep one."
+            )
+        places[key_path] = here
+        mapping[key] = _plain(value_node, key_path, place, places, problems)
+    return mapping
+
+
+def _mappings_only(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
+    """Report and drop sections of a layer that are no mappings; empty ones count as not given."""
+    for name, section in SECTIONS.items():
+        values = layer.get(name)
+        if values is not None and not isinstance(values, dict):
+            keys = ", ".join(list(section.model_fields)[:3])
+            problems.append(
+                f"{places[name]}: '{name}' is a section with keys ({keys}, ...), not {values!r}"
+            )
+        if not isinstance(values, dict):
+            layer.pop(name, None)
+    return layer
+
+
+def _one_of_each_pair(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
+    """Report pairs of which one layer gives both, and drop the second, so that the rest is seen."""
+    for name, section in SECTIONS.items():
+        values = layer.get(name, {})
+        for first, second in section.exclusive:
+            if values.get(first) is not None and values.get(second) is not None:
+                where = places[f"{name}.{second}"]
+                problems.append(f"{where}: {name}: give '{first}' or '{second}', not both")
+                del values[second]
     return layer
 
 
@@ -139,7 +182,7 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
     for section, values in layer.items():
         below = base.get(section)
         if not isinstance(values, dict) or not isinstance(below, dict):
-            base[section] = dict(values) if isinstance(values, dict) else values
+            base[section] = values  # a new section, or an unknown key that pydantic will report
             continue
         for pair in _exclusive_pairs(section):
             if any(values.get(key) is not None for key in pair):

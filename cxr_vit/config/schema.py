@@ -13,6 +13,9 @@ from typing_extensions import Annotated, Literal
 
 __all__ = ["SECTIONS", "Config", "Section"]
 
+#: Sides of the square the model sees, pixels.
+SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
+
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -70,7 +73,7 @@ class RunSection(Section):
     dir: Optional[PathText] = Field(
         None, description="the run's folder outright, instead of <root>/<name>-<time>"
     )
-    seed: int = Field(0, ge=0, description="seeds weights, sample order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds weights, sample order and dropout")
 
 
 class DataSection(Section):
@@ -89,7 +92,7 @@ class DataSection(Section):
         description="official list files, seeded by patient, or seeded by image (leaks patients);"
         " auto: official where its list files are, else patient",
     )
-    split_seed: int = Field(1337, ge=0, description="seed of everything the split draws")
+    split_seed: int = Field(1337, ge=0, lt=2**63, description="seed of everything the split draws")
     val_fraction: float = Field(
         0.05,
         gt=0,
@@ -100,7 +103,10 @@ class DataSection(Section):
         0.2, ge=0, lt=1, description="part of the films for testing (patient and random splits)"
     )
     image_size: int = Field(
-        224, ge=8, le=2048, description="side of the square the model sees, pixels"
+        224,
+        ge=SMALLEST_IMAGE,
+        le=LARGEST_IMAGE,
+        description="side of the square the model sees, pixels",
     )
     include_no_finding: bool = Field(
         False, description="make 'No Finding' a 15th class, as the tutorial has it"

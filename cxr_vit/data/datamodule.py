@@ -41,7 +41,12 @@ class ChestXrayDataModule:
         self.data = data
         root = Path(data.root)
         if data.sample_images is not None and not root.exists():
-            logger.info("%s does not exist: writing a synthetic data set there", root)
+            logger.warning(
+                "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
+                " them real; data.sample_images)",
+                root,
+                data.sample_images,
+            )
             write_sample(root, num_images=data.sample_images)
         self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
         self.csv: Path = find_csv(root, data.csv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -47,17 +48,15 @@ class RunFolder:
                     f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or go on"
                     f" with the run in it: --resume {run.dir}"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            _make(path, f"run.dir={run.dir}")
             return cls(path)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ["", *(f"-{count}" for count in range(2, 100))]:
             path = Path(run.root) / f"{run.name}-{stamp}{suffix}"
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:  # another run began in this second
-                continue
-            return cls(path)
-        raise ConfigError(f"cannot make a folder for {run.name} in {run.root}")
+            if not path.exists():  # else another run began in this second
+                _make(path, f"run.root={run.root}")
+                return cls(path)
+        raise ConfigError(f"{run.root} holds 99 runs named {run.name} of this second.")
 
     @property
     def checkpoints(self) -> Path:
@@ -109,6 +108,16 @@ class RunFolder:
         }
         path = self.path / "environment.json"
         path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _make(path: Path, setting: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: cannot make the run's folder {path}: {error.strerror}. Name a place you may"
+            " write to."
+        ) from error
 
 
 def _versions() -> Dict[str, str]:
@@ -166,18 +175,21 @@ def open_run(
 
 
 def _newest_run(run: RunSection) -> Path:
-    """Return `run.dir`, else the youngest run of that name that has a checkpoint."""
+    """Return `run.dir`, else the run of that name that began last and has a checkpoint."""
     if run.dir is not None:
         return Path(run.dir)
+    stamped = re.compile(re.escape(run.name) + r"-\d{8}-\d{6}(-\d+)?")
     runs: List[Path] = [
-        path.parent.parent for path in Path(run.root).glob(f"{run.name}-*/checkpoints/last")
+        path.parent.parent
+        for path in Path(run.root).glob(f"{run.name}-*/checkpoints/last")
+        if stamped.fullmatch(path.parent.parent.name)
     ]
     if not runs:
         raise CheckpointError(
             f"nothing to resume: no {run.root}/{run.name}-* has a checkpoint. Name a run's folder"
             " (--resume runs/<name>), or start a new run without --resume."
         )
-    return max(runs, key=lambda path: path.stat().st_mtime)
+    return max(runs, key=lambda path: path.name)
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path:

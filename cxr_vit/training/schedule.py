@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Optional
@@ -10,6 +11,8 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import ScheduleSection, TrainSection
 
 __all__ = ["Durations", "LearningRate"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Durations:
             Size of the training split.
         """
         per_epoch = max(1, num_samples // batch.global_batch_size)
+        if num_samples < batch.global_batch_size:
+            logger.warning(
+                "the training split has %d films, fewer than the global batch of %d: a step sees films"
+                " more than once",
+                num_samples,
+                batch.global_batch_size,
+            )
         total = train.steps or _steps(train.epochs, per_epoch)
         iterations = batch.device_iterations
         return cls(

@@ -1,0 +1,564 @@
+"""YAML files and overrides -> Config: merging, types, places of mistakes, environment variables."""
+
+from pathlib import Path
+from typing import Callable, List, Sequence
+
+import pytest
+
+from cxr_vit.config import Config, dump_config, load_config
+from cxr_vit.errors import ConfigError
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _no_dataset_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATASET_DIR", raising=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(text: str, name: str = "my.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def problems(files: Sequence[Path], overrides: Sequence[str] = ()) -> List[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, overrides)
+    return str(caught.value).split("\n")
+
+
+def problem(files: Sequence[Path], overrides: Sequence[str] = ()) -> str:
+    found = problems(files, overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# Merging
+
+
+def test_no_files_give_the_defaults():
+    assert load_config([]) == Config()
+
+
+def test_later_file_wins(write):
+    first = write("optim: {lr: 0.1}", "first.yaml")
+    second = write("optim: {lr: 0.2}", "second.yaml")
+    assert load_config([first, second]).optim.lr == 0.2
+    assert load_config([second, first]).optim.lr == 0.1
+
+
+def test_keys_of_an_earlier_file_stay_unless_given_again(write):
+    first = write("optim: {lr: 0.1, eps: 0.5}\nrun: {seed: 7}", "first.yaml")
+    second = write("optim: {lr: 0.2}", "second.yaml")
+    config = load_config([first, second])
+    assert (config.optim.lr, config.optim.eps, config.run.seed) == (0.2, 0.5, 7)
+
+
+def test_lists_are_replaced_whole(write):
+    first = write("pipeline: {layers_per_stage: [3, 3, 3, 3]}", "first.yaml")
+    second = write("pipeline: {layers_per_stage: [6, 6]}", "second.yaml")
+    assert load_config([first, second]).pipeline.layers_per_stage == [6, 6]
+
+
+def test_override_wins_over_every_file(write):
+    first = write("optim: {lr: 0.1}", "first.yaml")
+    second = write("optim: {lr: 0.2}", "second.yaml")
+    assert load_config([first, second], ["optim.lr=0.3"]).optim.lr == 0.3
+
+
+def test_override_replaces_one_key_of_its_section(write):
+    config = load_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim.lr=0.3"])
+    assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
+
+
+def test_later_override_wins():
+    assert load_config([], ["optim.lr=0.3", "optim.lr=0.4"]).optim.lr == 0.4
+
+
+def test_override_takes_a_whole_section(write):
+    config = load_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim={lr: 0.3}"])
+    assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
+
+
+def test_override_of_a_section_keeps_an_earlier_override_of_its_key():
+    config = load_config([], ["optim.lr=0.3", "optim={eps: 0.5}"])
+    assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
+
+
+def test_override_takes_a_list():
+    config = load_config([], ["pipeline.layers_per_stage=[2, 4, 6]"])
+    assert config.pipeline.layers_per_stage == [2, 4, 6]
+
+
+def test_value_of_an_override_may_hold_equal_signs():
+    assert load_config([], ["data.root=/films/size=64/a=b"]).data.root == "/films/size=64/a=b"
+
+
+def test_value_in_a_file_may_hold_equal_signs(write):
+    assert load_config([write("data: {root: /films/a=b}")]).data.root == "/films/a=b"
+
+
+def test_empty_file_gives_the_defaults(write):
+    assert load_config([write("")]) == Config()
+
+
+def test_file_of_comments_gives_the_defaults(write):
+    assert load_config([write("# nothing\n\n# here\n")]) == Config()
+
+
+def test_section_with_every_key_commented_out_keeps_what_is_below(write):
+    first = write("train: {epochs: 7}", "first.yaml")
+    second = write("train:\n  # epochs: 9\noptim: {lr: 0.5}\n", "second.yaml")
+    config = load_config([first, second])
+    assert (config.train.epochs, config.optim.lr) == (7, 0.5)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("1.0e-3", 1e-3),
+        ("0.001", 1e-3),
+        (".001", 1e-3),
+        ("2e0", 2.0),
+        ("1", 1.0),
+        ("'1e-3'", 1e-3),
+        ('"1e-3"', 1e-3),
+    ],
+)
+def test_number_means_the_same_in_a_file_and_as_an_override(write, text, value):
+    assert load_config([write(f"optim:\n  lr: {text}\n")]).optim.lr == value
+    assert load_config([], [f"optim.lr={text}"]).optim.lr == value
+
+
+def test_leading_zero_is_decimal(write):
+    assert load_config([write("train: {steps: 010}")]).train.steps == 10
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes", "on", "'yes'"])
+def test_words_for_true(write, text):
+    assert load_config([write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is True
+    assert load_config([], [f"optim.decay_all={text}"]).optim.decay_all is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "off", "'no'"])
+def test_words_for_false(write, text):
+    below = write("optim: {decay_all: true}", "below.yaml")
+    assert load_config([below, write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is False
+    assert load_config([below], [f"optim.decay_all={text}"]).optim.decay_all is False
+
+
+@pytest.mark.parametrize("text", ["no", "'null'", "007", "1e-3", "true"])
+def test_text_field_keeps_the_characters(write, text):
+    expected = text.strip("'")
+    assert load_config([write(f"run: {{name: {text}}}")]).run.name == expected
+    assert load_config([], [f"run.name={text}"]).run.name == expected
+
+
+@pytest.mark.parametrize("text", ["null", "~", "Null", "NULL", ""])
+def test_null_unsets_an_optional_field(write, text):
+    below = write("optim: {max_grad_norm: 2.0}", "below.yaml")
+    file = write(f"optim:\n  max_grad_norm: {text}\n")
+    assert load_config([below, file]).optim.max_grad_norm is None
+    assert load_config([below], [f"optim.max_grad_norm={text}"]).optim.max_grad_norm is None
+
+
+def test_null_is_refused_where_a_value_is_needed(write):
+    message = problem([write("optim:\n  lr: null\n")])
+    assert "my.yaml:2: optim.lr=null: must be number > 0" in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optim.max_grad_norm=1.5", "optim.lr=1e-5", "optim.eps=3.3e-17", "optim.decay_all=yes"],
+        ["train.steps=10", "schedule.warmup_steps=3", "batch.global_batch_size=64"],
+        ["train.epochs=0.1", "schedule.warmup_ratio=0.3333333333333333"],
+        ["run.name=1e-3", "run.root='null'", "data.root='a: b #c'", "model.name=a=b"],
+        ["run.name='007'", "run.root='no'", "run.dir=' x '", "data.root=films/ü"],
+        ["pipeline.layers_per_stage=[0, 12]", "data.sample_images=20"],
+    ],
+)
+def test_dumped_config_loads_to_an_equal_one(write, overrides):
+    config = load_config([], overrides)
+    assert load_config([write(dump_config(config))]) == config
+
+
+def test_default_data_root_is_under_the_working_directory():
+    assert load_config([]).data.root == "./chest-xray-nihcc"
+
+
+def test_default_data_root_follows_dataset_dir(monkeypatch):
+    monkeypatch.setenv("DATASET_DIR", "/films")
+    assert load_config([]).data.root == "/films/chest-xray-nihcc"
+
+
+# Mistakes
+
+
+def test_unknown_key_names_file_and_line(write):
+    file = write("run: {name: a}\noptim:\n  lr: 0.1\n  lrr: 0.2\n")
+    assert problem([file]).startswith(f"{file}:4: unknown key 'optim.lrr'.")
+
+
+def test_unknown_key_suggests_nearest(write):
+    assert "Did you mean 'optim.weight_decay'?" in problem([write("optim: {weigth_decay: 0.1}")])
+
+
+def test_unknown_key_suggests_what_other_codebases_mean(write):
+    assert "Did you mean 'optim.lr'?" in problem([write("optim: {learning_rate: 0.1}")])
+
+
+def test_key_of_another_section_is_suggested_there(write):
+    assert "Did you mean 'optim.lr'?" in problem([write("train: {lr: 0.1}")])
+
+
+def test_key_without_a_section_is_suggested_in_its_section(write):
+    message = problem([write("\nlr: 0.1\n")])
+    assert message.endswith("my.yaml:2: unknown key 'lr'. Did you mean 'optim.lr'?")
+
+
+def test_key_like_no_other_points_to_the_help(write):
+    message = problem([write("optim: {zzzzzz: 1}")])
+    assert "Did you mean" not in message
+    assert "train.py --help" in message
+
+
+def test_unknown_section_suggests_nearest(write):
+    file = write("run: {name: a}\noptimm: {lr: 0.1}\n")
+    assert problem([file]) == f"{file}:2: unknown key 'optimm'. Did you mean 'optim'?"
+
+
+def test_unknown_key_of_an_override_names_the_command_line():
+    message = problem([], ["optim.lrr=1"])
+    assert message == "command line: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"
+
+
+def test_unknown_section_of_an_override_names_the_command_line():
+    message = problem([], ["optimm.lr=1"])
+    assert message.startswith("command line: unknown key 'optimm")
+    assert "Did you mean 'optim" in message
+
+
+def test_key_below_a_key_is_unknown():
+    assert "unknown key 'optim.lr.peak'" in problem([], ["optim.lr.peak=1"])
+
+
+def test_duplicate_key_names_both_lines(write):
+    file = write("optim:\n  lr: 0.1\n  eps: 0.1\n  lr: 0.2\n")
+    message = problem([file])
+    assert message.startswith(f"{file}:4: duplicate key 'optim.lr'")
+    assert f"{file}:2" in message
+
+
+def test_duplicate_section_names_both_lines(write):
+    file = write("optim:\n  lr: 0.1\nrun:\n  name: a\noptim:\n  eps: 0.1\n")
+    message = problem([file])
+    assert message.startswith(f"{file}:5: duplicate key 'optim'")
+    assert f"{file}:1" in message
+
+
+def test_same_key_in_two_files_is_no_duplicate(write):
+    files = [write("optim: {lr: 0.1}", "a.yaml"), write("optim: {lr: 0.2}", "b.yaml")]
+    assert load_config(files).optim.lr == 0.2
+
+
+def test_wrong_type_names_place_value_and_type(write):
+    file = write("train:\n  log_every_steps: often\n")
+    assert problem([file]).startswith(f"{file}:2: train.log_every_steps=")
+    assert "often" in problem([file])
+    assert "must be integer >= 1" in problem([file])
+
+
+def test_fraction_is_refused_for_an_integer(write):
+    assert "must be integer >= 1" in problem([write("batch: {micro_batch_size: 1.5}")])
+
+
+def test_word_is_refused_for_a_boolean(write):
+    assert "must be true or false" in problem([write("optim: {decay_all: maybe}")])
+
+
+@pytest.mark.parametrize("text", ["-1", "0", "nan", "inf"])
+def test_learning_rate_out_of_range_is_refused(write, text):
+    file = write(f"run: {{name: a}}\noptim:\n  lr: {text}\n")
+    message = problem([file])
+    assert message.startswith(f"{file}:3: optim.lr=")
+    assert text in message
+    assert "must be number > 0" in message
+
+
+def test_both_bounds_of_a_range_are_told():
+    message = problem([], ["data.val_fraction=1"])
+    assert "command line: data.val_fraction=" in message
+    assert "> 0" in message
+    assert "< 1" in message
+
+
+def test_word_outside_the_choices_lists_them_and_suggests_nearest(write):
+    message = problem([write("data: {split: patients}")])
+    assert "one of auto, official, patient, random" in message
+    assert "Did you mean 'patient'?" in message
+
+
+def test_section_that_is_no_mapping_is_refused(write):
+    file = write("run: {name: a}\noptim: 3\n")
+    assert problem([file]).startswith(f"{file}:2: 'optim' is a section with keys (name, lr")
+
+
+def test_section_that_is_no_mapping_is_refused_below_a_later_layer(write):
+    file = write("optim: 3\n")
+    assert f"{file}:1: 'optim' is a section" in problem([file], ["optim.lr=1e-4"])
+
+
+def test_list_with_a_wrong_item_is_refused(write):
+    message = problem([write("pipeline:\n  layers_per_stage: [3, x]\n")])
+    assert "my.yaml:2: pipeline.layers_per_stage=" in message
+    assert "list of integers" in message
+
+
+def test_list_with_an_item_out_of_range_tells_the_range(write):
+    message = problem([write("pipeline:\n  layers_per_stage: [3, -3]\n")])
+    assert "my.yaml:2: pipeline.layers_per_stage=" in message
+    assert ">= 0" in message
+
+
+def test_empty_list_is_told_to_be_too_short(write):
+    message = problem([write("pipeline:\n  layers_per_stage: []\n")])
+    allowed = message.partition("must be ")[2]
+    assert allowed not in ("", "a list of integers."), "an empty list is a list of integers"
+
+
+def test_empty_text_is_told_to_be_too_short():
+    message = problem([], ["run.root=''"])
+    assert message.partition("must be ")[2] not in ("", "text."), "'' is text"
+
+
+def test_seed_beyond_64_bits_is_refused():
+    # torch.manual_seed raises a RuntimeError on it
+    assert "run.seed" in problem([], [f"run.seed={2**64}"])
+
+
+def test_all_problems_are_reported_at_once(write):
+    first = write("optim:\n  lrr: 1\n  lr: -1\n", "first.yaml")
+    second = write("run:\n  seed: 1\n  seed: 2\nmodell: {name: a}\n", "second.yaml")
+    found = problems([first, second], ["train.epochs=soon", "nonsense"])
+    expected = [
+        f"{first}:2: unknown key 'optim.lrr'",
+        f"{first}:3: optim.lr=",
+        f"{second}:3: duplicate key 'run.seed'",
+        f"{second}:4: unknown key 'modell'",
+        "command line: train.epochs=",
+        "command line: 'nonsense' is not an override",
+    ]
+    assert len(found) == len(expected)
+    assert [start for start in expected if not any(line.startswith(start) for line in found)] == []
+
+
+def test_value_replaced_by_a_later_layer_is_no_problem(write):
+    assert load_config([write("optim: {lr: -1}")], ["optim.lr=1"]).optim.lr == 1
+
+
+def test_place_of_a_wrong_value_is_that_of_the_layer_that_gave_it(write):
+    first = write("optim: {lr: 1}", "first.yaml")
+    second = write("\n\noptim: {lr: -1}", "second.yaml")
+    assert problem([first, second]).startswith(f"{second}:3: ")
+    assert problem([first], ["optim.lr=-1"]).startswith("command line: ")
+
+
+def test_place_of_a_wrong_value_in_a_section_override_is_the_command_line(write):
+    message = problem([write("optim: {lr: 1}")], ["optim={lr: -1}"])
+    assert message.startswith("command line")
+
+
+def test_text_that_is_no_yaml_names_file_and_line(write):
+    file = write("optim:\n  lr: [1\nrun: 2\n")
+    message = problem([file])
+    assert message.startswith(f"{file}:3: not valid YAML")
+
+
+def test_character_that_yaml_forbids_names_the_file(write):
+    file = write("run: {name: a\x00b}")
+    assert problems([file])[0].startswith(f"{file}: not valid YAML")
+
+
+def test_collection_that_contains_itself_is_refused(write):
+    assert "my.yaml" in problem([write("optim: &again\n  lr: *again\n")])
+
+
+def test_list_at_top_level_is_refused(write):
+    file = write("- optim\n- run\n")
+    message = problem([file])
+    assert message.startswith(f"{file}: ")
+    assert "sections with keys" in message
+
+
+def test_text_at_top_level_is_refused(write):
+    assert "sections with keys" in problem([write("hello")])
+
+
+def test_missing_file_is_named(tmp_path):
+    file = tmp_path / "absent.yaml"
+    message = problem([file])
+    assert message.startswith(f"{file}: ")
+    assert "No such file" in message
+
+
+def test_folder_in_place_of_a_file_is_named(tmp_path):
+    assert problem([tmp_path]).startswith(f"{tmp_path}: cannot read")
+
+
+def test_file_that_is_not_utf8_is_named(tmp_path):
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("run: {name: M\xfcller}".encode("latin-1"))
+    message = problem([file])
+    assert message.startswith(f"{file}: ")
+    assert "utf-8" in message
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "=1", ""])
+def test_override_without_key_and_equal_sign_is_refused(text):
+    assert problem([], [text]) == (
+        f"command line: {text!r} is not an override; write section.key=value"
+    )
+
+
+def test_override_that_is_no_yaml_is_refused():
+    message = problem([], ["pipeline.layers_per_stage=[3, 3"])
+    assert message.startswith("command line: 'pipeline.layers_per_stage=[3, 3'")
+
+
+# Pairs of which one counts
+
+PAIRS = [
+    ("batch", "gradient_accumulation", "global_batch_size"),
+    ("schedule", "warmup_ratio", "warmup_steps"),
+    ("train", "epochs", "steps"),
+    ("train", "eval_every_epochs", "eval_every_steps"),
+    ("train", "checkpoint_every_epochs", "checkpoint_every_steps"),
+]
+
+
+@pytest.mark.parametrize(("section", "first", "second"), PAIRS)
+def test_both_of_a_pair_in_one_file_are_an_error(write, section, first, second):
+    message = problem([write(f"{section}:\n  {first}: 1\n  {second}: 1\n")])
+    assert f"my.yaml:3: {section}: give '{first}' or '{second}', not both" in message
+
+
+@pytest.mark.parametrize(("section", "first", "second"), PAIRS)
+def test_second_of_a_pair_replaces_the_default_of_the_first(section, first, second):
+    values = load_config([], [f"{section}.{second}=1"]).model_dump()[section]
+    assert (values[first], values[second]) == (None, 1)
+
+
+@pytest.mark.parametrize(("section", "first", "second"), PAIRS)
+@pytest.mark.parametrize("swap", [False, True])
+def test_later_of_a_pair_replaces_the_earlier(write, section, first, second, swap):
+    early, late = (second, first) if swap else (first, second)
+    file = write(f"{section}: {{{early}: 1}}")
+    by_override = load_config([file], [f"{section}.{late}=1"]).model_dump()[section]
+    by_file = load_config([file, write(f"{section}: {{{late}: 1}}", "late.yaml")])
+    assert (by_override[early], by_override[late]) == (None, 1)
+    assert by_file.model_dump()[section] == by_override
+
+
+def test_null_of_one_of_a_pair_leaves_the_other(write):
+    file = write("train: {epochs: null, steps: 10}")
+    assert (load_config([file]).train.epochs, load_config([file]).train.steps) == (None, 10)
+
+
+def test_null_brings_the_default_of_a_pair_back(write):
+    config = load_config([write("train: {steps: 10}")], ["train.steps=null"])
+    assert (config.train.epochs, config.train.steps) == (3, None)
+
+
+@pytest.mark.parametrize("text", ["{epochs: null}", "{epochs: null, steps: null}"])
+def test_null_beside_no_other_of_a_pair_means_the_default(write, text):
+    config = load_config([write(f"train: {text}")])
+    assert (config.train.epochs, config.train.steps) == (3, None)
+
+
+def test_null_of_a_pair_hides_no_earlier_value(write):
+    config = load_config([write("train: {steps: 10}")], ["train.epochs=null"])
+    assert (config.train.epochs, config.train.steps) == (None, 10)
+
+
+def test_two_broken_pairs_of_a_section_are_reported_at_once(write):
+    text = "train: {epochs: 1, steps: 1, eval_every_epochs: 1, eval_every_steps: 1}"
+    message = "\n".join(problems([write(text)]))
+    assert "'epochs' or 'steps'" in message
+    assert "'eval_every_epochs' or 'eval_every_steps'" in message
+
+
+def test_broken_pair_hides_no_other_problem_of_its_section(write):
+    message = "\n".join(problems([write("train: {epochs: 1, steps: 1, log_every_step: 5}")]))
+    assert "'epochs' or 'steps'" in message
+    assert "'train.log_every_steps'" in message
+
+
+def test_place_of_a_broken_pair_is_the_layer_that_gave_both(write):
+    broken = write("train: {epochs: 1, steps: 1}", "broken.yaml")
+    sound = write("\n\ntrain: {log_every_steps: 5}", "sound.yaml")
+    assert problem([broken, sound]).startswith(f"{broken}:1: ")
+
+
+def test_place_of_a_pair_broken_by_overrides_is_the_command_line(write):
+    file = write("train: {log_every_steps: 5}")
+    assert problem([file], ["train.epochs=1", "train.steps=1"]).startswith("command line")
+
+
+# Environment variables
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("/disk", "/disk/x"), (None, "/films/x"), ("", "/films/x")]
+)
+def test_variable_with_default(write, monkeypatch, value, expected):
+    monkeypatch.delenv("CXR_TEST", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CXR_TEST", value)
+    assert load_config([write("data:\n  root: ${CXR_TEST:-/films}/x\n")]).data.root == expected
+
+
+def test_variable_in_an_override(monkeypatch):
+    monkeypatch.setenv("CXR_TEST", "/disk")
+    assert load_config([], ["run.root=${CXR_TEST}/runs"]).run.root == "/disk/runs"
+
+
+def test_two_variables_in_one_path(monkeypatch):
+    monkeypatch.setenv("CXR_TEST", "/disk")
+    config = load_config([], ["run.root=${CXR_TEST}/${CXR_UNSET:-b}/c"])
+    assert config.run.root == "/disk/b/c"
+
+
+def test_unset_variable_without_default_is_an_error_that_names_the_place(write, monkeypatch):
+    monkeypatch.delenv("CXR_TEST", raising=False)
+    file = write("run: {name: a}\ndata:\n  root: ${CXR_TEST}/x\n")
+    message = problem([file])
+    assert message.startswith(f"{file}:3: data.root=${{CXR_TEST}}/x")
+    assert "CXR_TEST is not set" in message
+    assert "${CXR_TEST:-default}" in message
+
+
+def test_tilde_is_the_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert load_config([write("data: {root: ~/films}")]).data.root == "/home/ada/films"
+
+
+def test_tilde_in_a_variable_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("DATASET_DIR", "~/disk")
+    assert load_config([]).data.root == "/home/ada/disk/chest-xray-nihcc"
+
+
+def test_text_that_is_no_path_is_not_expanded(write):
+    assert "run.name=" in problem([write("run: {name: '${HOME}'}")])

@@ -1,0 +1,322 @@
+"""The command lines as a person meets them: real processes, their output and exit status."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import List, NamedTuple, Set
+
+import pytest
+
+import train
+from cxr_vit.cli import evaluate_arguments, train_arguments
+from cxr_vit.config import Config
+from cxr_vit.config.schema import SECTIONS
+from cxr_vit.errors import DataError
+from cxr_vit.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+#: Each takes longer to import than a command may take to answer.
+HEAVY = {"torch", "torchvision", "transformers", "pandas", "torchmetrics", "matplotlib", "sklearn"}
+
+
+class Result(NamedTuple):
+    """What a process said, and the top-level packages it imported."""
+
+    status: int
+    out: str
+    err: str
+    imported: Set[str]
+
+
+def command(*words: str, cwd: Path = ROOT) -> Result:
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", *words],
+        cwd=str(cwd),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    imported: Set[str] = set()
+    err: List[str] = []
+    for line in process.stderr.split("\n"):
+        match = re.match(r"import time:.*\| +(\S+)$", line)
+        if match:
+            imported.add(match.group(1).split(".")[0])
+        elif not line.startswith("import time:"):
+            err.append(line)
+    return Result(process.returncode, process.stdout, "\n".join(err), imported)
+
+
+@pytest.fixture(scope="module")
+def train_help() -> Result:
+    return command("train.py", "--help")
+
+
+@pytest.fixture(scope="module")
+def pod4_check() -> Result:
+    return command("-m", "cxr_vit", "check", "--config", "configs/vit_pod4.yaml")
+
+
+def test_imports_are_seen():
+    # else "imports no torch" would hold whatever happens
+    assert "pandas" in command("-c", "import pandas").imported
+
+
+# train.py --help
+
+
+def test_help_exits_with_status_0(train_help):
+    assert (train_help.status, train_help.err) == (0, "")
+
+
+def test_help_imports_nothing_heavy(train_help):
+    assert train_help.imported & HEAVY == set()
+    assert "pydantic" in train_help.imported
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_help_lists_every_field_with_its_meaning(train_help, section):
+    lines = train_help.out.split("\n")
+    assert any(line.startswith(f"{section}: ") for line in lines)
+    for key, field in SECTIONS[section].model_fields.items():
+        here = [
+            index for index, line in enumerate(lines) if line.startswith(f"  {section}.{key}  (")
+        ]
+        assert len(here) == 1
+        assert lines[here[0] + 1].strip() == field.description
+
+
+def test_help_gives_ranges_and_defaults(train_help):
+    assert "  train.log_every_steps  (integer >= 1; default 50)\n" in train_help.out
+    assert "  schedule.warmup_ratio  (number >= 0, <= 1 or null; default 0.0)\n" in train_help.out
+
+
+# A mistake in the configuration
+
+
+@pytest.fixture(scope="module")
+def misspelt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("misspelt")
+    text = "run: {name: a}\noptim:\n  learning_rate: 0.1\ntrain: {epochs: 0}\n"
+    (folder / "my.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def misspelt_training(misspelt: Path) -> Result:
+    return command(str(ROOT / "train.py"), "--config", "my.yaml", "run.sed=3", cwd=misspelt)
+
+
+def test_misspelt_key_exits_with_status_2(misspelt_training):
+    assert misspelt_training.status == 2
+
+
+def test_misspelt_key_prints_place_and_suggestion(misspelt_training):
+    assert (
+        "ConfigError: my.yaml:3: unknown key 'optim.learning_rate'. Did you mean 'optim.lr'?"
+        in misspelt_training.err
+    )
+
+
+def test_every_mistake_is_printed_on_a_line(misspelt_training):
+    lines = misspelt_training.err.strip().split("\n")
+    assert len(lines) == 3
+    assert all(line.startswith("ConfigError: ") for line in lines)
+    assert any("my.yaml:4: train.epochs=" in line for line in lines)
+    assert any("command line: unknown key 'run.sed'" in line for line in lines)
+
+
+def test_misspelt_key_prints_no_traceback(misspelt_training):
+    assert "Traceback" not in misspelt_training.err
+    assert misspelt_training.out == ""
+
+
+def test_misspelt_key_makes_nothing_on_disk(misspelt, misspelt_training):
+    assert misspelt_training.status == 2
+    assert [path.name for path in misspelt.iterdir()] == ["my.yaml"]
+
+
+def test_misspelt_key_imports_nothing_heavy(misspelt_training):
+    assert misspelt_training.imported & HEAVY == set()
+
+
+def test_missing_config_exits_without_traceback(tmp_path):
+    result = command(str(ROOT / "train.py"), "--config", "absent.yaml", cwd=tmp_path)
+    assert result.status == 2
+    assert result.err.startswith("ConfigError: absent.yaml: ")
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(config: Config, folder: RunFolder, *, resume: bool) -> int:
+        assert folder.path.is_dir()
+        raise DataError("no films")
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(DataError, match="no films"):
+        train.main([f"run.dir={tmp_path / 'run'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_first_line_printed_is_the_runs_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda config, folder, *, resume: 0)
+    assert train.main([f"run.dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out.split("\n")[0] == str(tmp_path / "run")
+
+
+def test_nothing_to_resume_exits_without_traceback(tmp_path):
+    result = command(str(ROOT / "train.py"), "--resume", cwd=tmp_path)
+    assert result.status == 2
+    assert result.err.startswith("CheckpointError: nothing to resume")
+    assert result.imported & HEAVY == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+# python -m cxr_vit
+
+
+def test_check_exits_with_status_0(pod4_check):
+    assert (pod4_check.status, pod4_check.err) == (0, "")
+
+
+def test_check_imports_nothing_heavy(pod4_check):
+    assert pod4_check.imported & HEAVY == set()
+
+
+def test_check_prints_the_resolved_config(pod4_check):
+    assert "name: google/vit-base-patch16-224-in21k" in pod4_check.out
+    assert "lr: 0.0002" in pod4_check.out
+    # a default that the file does not name
+    assert "early_stopping_patience: null" in pod4_check.out
+    assert "${" not in pod4_check.out
+
+
+def test_check_prints_the_batch_arithmetic(pod4_check):
+    assert "= 1 micro-batch x 128 accumulation x 1 replicas" in pod4_check.out
+    assert re.search(r"global batch +128 samples per weight update", pod4_check.out)
+    assert re.search(r"host batch +128 samples per host call", pod4_check.out)
+
+
+def test_check_prints_the_device_allocation(pod4_check):
+    found = re.findall(r"^(Embedding|Encoder +\d+|Head) +--> stage (\d)$", pod4_check.out, re.M)
+    expected = [("Embedding", "0")]
+    expected += [(f"Encoder {layer}", str(layer // 3)) for layer in range(12)]
+    expected += [("Head", "3")]
+    assert found == expected
+
+
+def test_check_of_a_broken_rule_exits_with_status_2():
+    words = ["check", "--config", "configs/vit_pod4.yaml", "pipeline.layers_per_stage=[3, 3, 3, 2]"]
+    result = command("-m", "cxr_vit", *words)
+    assert result.status == 2
+    assert "ConfigError: pipeline.layers_per_stage=[3, 3, 3, 2] places 11 layers" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_no_command_prints_the_usage():
+    result = command("-m", "cxr_vit")
+    assert result.status == 2
+    assert "usage: python -m cxr_vit COMMAND" in result.out + result.err
+    assert "Traceback" not in result.err
+
+
+def test_unknown_command_prints_the_usage():
+    result = command("-m", "cxr_vit", "verify")
+    assert result.status == 2
+    assert "usage: python -m cxr_vit COMMAND" in result.out + result.err
+    assert "Traceback" not in result.err
+
+
+def test_unknown_command_is_named():
+    result = command("-m", "cxr_vit", "verify")
+    assert "'verify'" in result.err
+
+
+def test_help_of_the_package_exits_with_status_0():
+    result = command("-m", "cxr_vit", "--help")
+    assert result.status == 0
+    assert "check" in result.out and "sample" in result.out
+
+
+# evaluate.py
+
+
+def test_absent_checkpoint_exits_without_traceback(tmp_path):
+    result = command(str(ROOT / "evaluate.py"), "--checkpoint", "runs/a", cwd=tmp_path)
+    assert result.status == 2
+    assert result.err.startswith("CheckpointError: runs/a is no checkpoint")
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_absent_checkpoint_imports_nothing_heavy(tmp_path):
+    result = command(str(ROOT / "evaluate.py"), "--checkpoint", "runs/a", cwd=tmp_path)
+    assert result.imported & HEAVY == set()
+
+
+# Words of a command line
+
+
+def test_several_files_and_overrides_after_config():
+    arguments = train_arguments(["--config", "a.yaml", "b.yaml", "optim.lr=1", "run.seed=2"])
+    assert arguments.files == [Path("a.yaml"), Path("b.yaml")]
+    assert arguments.overrides == ["optim.lr=1", "run.seed=2"]
+
+
+def test_config_may_be_given_twice():
+    arguments = train_arguments(["--config", "a.yaml", "--config", "b.yaml"])
+    assert arguments.files == [Path("a.yaml"), Path("b.yaml")]
+
+
+def test_overrides_may_stand_before_config():
+    arguments = train_arguments(["optim.lr=1", "--config", "a.yaml"])
+    assert (arguments.files, arguments.overrides) == ([Path("a.yaml")], ["optim.lr=1"])
+
+
+def test_overrides_may_stand_before_and_after_an_option():
+    arguments = train_arguments(["optim.lr=1", "--resume", "runs/a", "run.seed=2"])
+    assert arguments.overrides == ["optim.lr=1", "run.seed=2"]
+
+
+def test_overrides_of_evaluate_may_stand_before_and_after_an_option():
+    arguments = evaluate_arguments(["data.root=a", "--checkpoint", "b", "data.num_workers=1"])
+    assert arguments.overrides == ["data.root=a", "data.num_workers=1"]
+
+
+def test_file_with_an_equal_sign_in_its_name_is_a_file(tmp_path):
+    file = tmp_path / "lr=1.yaml"
+    file.write_text("", encoding="utf-8")
+    arguments = train_arguments(["--config", str(file), "optim.lr=1"])
+    assert (arguments.files, arguments.overrides) == ([file], ["optim.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [([], None), (["--resume"], ""), (["--resume", "runs/a"], "runs/a")],
+)
+def test_resume_names_a_run_or_the_newest(words, resume):
+    assert train_arguments(words).resume == resume
+
+
+def test_override_after_resume_is_no_run():
+    arguments = train_arguments(["--resume", "train.epochs=5"])
+    assert (arguments.resume, arguments.overrides) == ("", ["train.epochs=5"])
+
+
+def test_options_are_not_abbreviated():
+    with pytest.raises(SystemExit) as caught:
+        train_arguments(["--conf", "a.yaml"])
+    assert caught.value.code == 2
+
+
+def test_evaluate_needs_a_checkpoint():
+    with pytest.raises(SystemExit) as caught:
+        evaluate_arguments([])
+    assert caught.value.code == 2
+
+
+def test_evaluate_takes_split_out_and_overrides():
+    words = ["--checkpoint", "a", "--split", "val", "--out", "b", "data.root=c"]
+    assert evaluate_arguments(words) == (Path("a"), "val", Path("b"), ["data.root=c"])

@@ -1,0 +1,309 @@
+"""A run's folder: made, found again, never written over."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cxr_vit.config import Config, load_config
+from cxr_vit.config.schema import RunSection
+from cxr_vit.errors import CheckpointError, ConfigError
+from cxr_vit.training.run_folder import RunFolder, open_run, run_of_checkpoint
+
+SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool = True) -> Path:
+    """Make what a run leaves, `age` seconds ago."""
+    path = root / folder
+    (path / "checkpoints").mkdir(parents=True)
+    config = load_config([], [*SOUND, f"run.root={root}", *overrides])
+    RunFolder(path).write_config(config)
+    if saved:
+        (path / "checkpoints" / "step_00000010").mkdir()
+        (path / "checkpoints" / "last").symlink_to("step_00000010")
+    moment = path.stat().st_mtime - age
+    for changed in (path, path / "config.yaml", *path.glob("checkpoints/*"), path / "checkpoints"):
+        os.utime(str(changed), (moment, moment))
+    return path
+
+
+# create
+
+
+def test_folder_has_the_name_and_the_time(root):
+    folder = RunFolder.create(RunSection(name="demo", root=str(root)))
+    assert folder.path.is_dir()
+    assert folder.path.parent == root
+    name, _, stamp = folder.path.name.partition("-")
+    assert name == "demo"
+    assert stamp.replace("-", "").isdigit()
+
+
+def test_two_runs_in_one_second_get_two_folders(root, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "20240229-120000")
+    section = RunSection(name="demo", root=str(root))
+    first, second, third = (RunFolder.create(section).path for _ in range(3))
+    assert first.name == "demo-20240229-120000"
+    assert len({first, second, third}) == 3
+
+
+def test_run_dir_names_the_folder_outright(root):
+    section = RunSection(name="demo", root=str(root), dir=str(root / "a" / "b"))
+    assert RunFolder.create(section).path == root / "a" / "b"
+    assert (root / "a" / "b").is_dir()
+
+
+def test_empty_run_dir_is_taken(tmp_path):
+    assert RunFolder.create(RunSection(dir=str(tmp_path))).path == tmp_path
+
+
+def test_run_dir_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not empty") as caught:
+        RunFolder.create(RunSection(dir=str(tmp_path)))
+    assert f"run.dir={tmp_path}" in str(caught.value)
+    assert f"--resume {tmp_path}" in str(caught.value)
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_run_dir_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.dir="):
+        RunFolder.create(RunSection(dir=str(file)))
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+def test_run_dir_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.dir="):
+        RunFolder.create(RunSection(dir=str(tmp_path / "file" / "run")))
+
+
+def test_run_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.root="):
+        RunFolder.create(RunSection(root=str(tmp_path / "file")))
+
+
+# what lies in it
+
+
+def test_parts_lie_in_the_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.config == tmp_path / "config.yaml"
+    assert folder.metrics == tmp_path / "metrics.jsonl"
+    assert folder.checkpoints == tmp_path / "checkpoints"
+    assert folder.tensorboard == tmp_path / "tensorboard"
+
+
+def test_report_of_the_default_split_has_no_suffix(tmp_path):
+    assert RunFolder(tmp_path).report("test", is_default=True) == tmp_path / "report"
+
+
+def test_reports_of_two_splits_do_not_meet(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.report("val", is_default=False) != folder.report("test", is_default=True)
+
+
+def test_written_config_repeats_the_run(tmp_path):
+    config = load_config([], ["optim.lr=1e-5", "train.steps=7", "run.name=demo", "run.seed=3"])
+    RunFolder(tmp_path).write_config(config)
+    assert load_config([tmp_path / "config.yaml"]) == config
+
+
+def test_written_config_leaves_the_folder_out(tmp_path):
+    config = load_config([], [f"run.dir={tmp_path}", "run.seed=3"])
+    RunFolder(tmp_path).write_config(config)
+    again = load_config([tmp_path / "config.yaml"])
+    assert again.run.dir is None
+    assert again.run.seed == 3
+
+
+def test_written_config_begins_with_the_command_that_repeats_it(tmp_path):
+    RunFolder(tmp_path).write_config(Config())
+    first_line = (tmp_path / "config.yaml").read_text(encoding="utf-8").split("\n")[0]
+    assert first_line == f"# python train.py --config {tmp_path / 'config.yaml'}"
+
+
+def test_written_config_leaves_nothing_else(tmp_path):
+    RunFolder(tmp_path).write_config(Config())
+    RunFolder(tmp_path).write_config(Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_environment_has_versions_device_and_the_datas_hashes(tmp_path):
+    RunFolder(tmp_path).write_environment(device="cpu (2 threads)", data={"csv_sha256": "ab12"})
+    found = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
+    assert found["device"] == "cpu (2 threads)"
+    assert found["csv_sha256"] == "ab12"
+    assert {"torch", "transformers", "numpy"} <= set(found["versions"])
+    assert {"python", "platform", "started", "git_commit"} <= set(found)
+
+
+def test_empty_folder_is_discarded(tmp_path):
+    folder = RunFolder.create(RunSection(dir=str(tmp_path / "run")))
+    folder.discard_if_empty()
+    assert not folder.path.exists()
+
+
+def test_folder_that_holds_something_is_kept(tmp_path):
+    folder = RunFolder.create(RunSection(dir=str(tmp_path / "run")))
+    folder.write_config(Config())
+    folder.discard_if_empty()
+    assert folder.config.is_file()
+
+
+def test_discarding_an_absent_folder_is_no_error(tmp_path):
+    folder = RunFolder(tmp_path / "absent")
+    folder.discard_if_empty()
+    assert not folder.path.exists()
+
+
+# open_run
+
+
+def test_new_run_is_made_from_files_and_overrides(root, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("optim: {lr: 0.5}\nrun: {name: demo}\n", encoding="utf-8")
+    folder, config = open_run([file], [*SOUND, f"run.root={root}", "run.seed=3"], None)
+    assert folder.path.name.startswith("demo-")
+    assert (config.optim.lr, config.run.seed) == (0.5, 3)
+
+
+def test_new_run_with_a_broken_rule_makes_no_folder(root):
+    overrides = ["model.name=vit-micro", "pipeline.layers_per_stage=[3]", f"run.root={root}"]
+    with pytest.raises(ConfigError, match="places 3 layers"):
+        open_run([], overrides, None)
+    assert not root.exists()
+
+
+def test_resume_goes_on_with_the_runs_own_config(root):
+    path = make_run(root, "demo-1", "run.name=demo", "optim.lr=0.5")
+    folder, config = open_run([], ["run.seed=9"], str(path))
+    assert folder.path == path
+    assert (config.optim.lr, config.run.seed) == (0.5, 9)
+
+
+def test_resume_without_a_folder_takes_run_dir(root):
+    path = make_run(root, "elsewhere")
+    make_run(root, "run-1")
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", f"run.dir={path}"], "")
+    assert folder.path == path
+
+
+def test_resume_without_a_folder_takes_the_newest_run(root):
+    make_run(root, "demo-20240101-000000", age=100)
+    newest = make_run(root, "demo-20240101-000200", age=10)
+    make_run(root, "demo-20240101-000100", age=50)
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert folder.path == newest
+
+
+def test_resume_passes_over_a_newer_run_without_a_checkpoint(root):
+    saved = make_run(root, "demo-20240101-000000", age=100)
+    make_run(root, "demo-20240101-000100", age=1, saved=False)
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert folder.path == saved
+
+
+def test_resume_passes_over_a_newer_run_of_another_name(root):
+    mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
+    make_run(root, "other-20240101-000100", "run.name=other", age=1)
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert folder.path == mine
+
+
+def test_resume_passes_over_a_run_whose_name_begins_alike(root):
+    mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
+    make_run(root, "demo-large-20240101-000100", "run.name=demo-large", age=1)
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert folder.path == mine
+
+
+def test_report_on_an_older_run_does_not_make_it_the_newest(root):
+    older = make_run(root, "demo-20240101-000000", age=100)
+    newest = make_run(root, "demo-20240101-000100", age=50)
+    (older / "report").mkdir()
+    folder, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert folder.path == newest
+
+
+def test_nothing_to_resume_says_what_to_do(root):
+    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+        open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "")
+    assert f"{root}/demo-*" in str(caught.value)
+    assert "--resume runs/<name>" in str(caught.value)
+    assert "without --resume" in str(caught.value)
+
+
+def test_folder_without_a_checkpoint_says_what_to_do(root):
+    path = make_run(root, "demo-1", saved=False)
+    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+        open_run([], [], str(path))
+    assert f"{path} has no checkpoints/last" in str(caught.value)
+    assert "without --resume" in str(caught.value)
+
+
+def test_resumed_config_is_checked(root):
+    path = make_run(root, "demo-1")
+    with pytest.raises(ConfigError, match="places 3 layers"):
+        open_run([], ["pipeline.layers_per_stage=[3]"], str(path))
+
+
+def test_folder_without_its_config_is_refused(root):
+    path = make_run(root, "demo-1")
+    (path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        open_run([], [], str(path))
+
+
+# run_of_checkpoint
+
+
+def test_run_of_a_checkpoint_is_two_folders_above(root):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    assert run_of_checkpoint(path / "checkpoints" / "step_00000010") == path
+
+
+def test_run_of_a_link_is_that_of_the_link(root):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    assert run_of_checkpoint(path / "checkpoints" / "last") == path
+
+
+def test_run_of_a_relative_path_is_found(root, monkeypatch):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    monkeypatch.chdir(path / "checkpoints" / "step_00000010")
+    assert run_of_checkpoint(Path()) == path
+
+
+def test_absent_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder") as caught:
+        run_of_checkpoint(tmp_path / "absent")
+    assert str(tmp_path / "absent") in str(caught.value)
+    assert "runs/<name>/checkpoints/best" in str(caught.value)
+
+
+def test_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"it has no trainer_state\.json") as caught:
+        run_of_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_checkpoint_outside_a_run_is_named(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "best"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="does not lie in a run's folder") as caught:
+        run_of_checkpoint(checkpoint)
+    assert str(tmp_path / "config.yaml") in str(caught.value)

@@ -1,0 +1,206 @@
+"""Durations in steps, and the learning rate of every step."""
+
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+import pytest
+
+from cxr_vit.config import BatchPlan, load_config
+from cxr_vit.training.schedule import Durations, LearningRate
+
+POD4 = Path(__file__).parents[2] / "configs" / "vit_pod4.yaml"
+
+
+def durations(num_samples: int, *overrides: str) -> Durations:
+    config = load_config([], overrides)
+    return Durations.from_section(config.train, BatchPlan.from_section(config.batch), num_samples)
+
+
+def rate(total_steps: int, *overrides: str) -> LearningRate:
+    config = load_config([], overrides)
+    return LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=total_steps)
+
+
+@pytest.fixture
+def tutorial() -> Durations:
+    config = load_config([POD4])
+    return Durations.from_section(config.train, BatchPlan.from_section(config.batch), 106_514)
+
+
+@pytest.fixture
+def tutorial_rate(tutorial: Durations) -> LearningRate:
+    config = load_config([POD4])
+    return LearningRate.from_section(
+        config.schedule, peak=config.optim.lr, total_steps=tutorial.total_steps
+    )
+
+
+# The tutorial's numbers
+
+
+def test_tutorial_has_832_steps_an_epoch(tutorial):
+    assert tutorial.steps_per_epoch == 832
+
+
+def test_tutorial_has_2496_steps(tutorial):
+    assert tutorial.total_steps == 2496
+
+
+def test_tutorial_saves_every_1000_steps(tutorial):
+    assert tutorial.checkpoint_every == 1000
+
+
+def test_tutorial_validates_every_epoch(tutorial):
+    assert tutorial.eval_every == 832
+
+
+@pytest.mark.parametrize(
+    ("step", "logged"), [(50, 1.602564102564103e-05), (2450, 2.978228636022262e-07)]
+)
+def test_rate_is_that_of_the_tutorials_log(tutorial_rate, step, logged):
+    assert tutorial_rate.at(step) == pytest.approx(logged, rel=1e-12, abs=0)
+
+
+def test_first_update_of_the_tutorial_runs_at_rate_0(tutorial_rate):
+    assert tutorial_rate.at(0) == 0
+
+
+def test_peak_of_the_tutorial_is_at_the_end_of_the_warm_up(tutorial_rate):
+    assert tutorial_rate.warmup_steps == 624
+    assert tutorial_rate.at(624) == 2e-4
+    assert max(tutorial_rate.at(step) for step in range(2497)) == 2e-4
+
+
+# Durations
+
+
+def test_epoch_is_as_many_whole_batches_as_the_samples_fill():
+    assert durations(99, "batch.global_batch_size=10").steps_per_epoch == 9
+    assert durations(100, "batch.global_batch_size=10").steps_per_epoch == 10
+
+
+def test_fewer_samples_than_a_global_batch_give_one_step_an_epoch():
+    found = durations(3, "batch.global_batch_size=10", "train.epochs=4")
+    assert (found.steps_per_epoch, found.total_steps) == (1, 4)
+
+
+def test_steps_are_taken_as_given():
+    found = durations(
+        100,
+        "train.steps=7",
+        "train.eval_every_steps=2",
+        "train.checkpoint_every_steps=3",
+    )
+    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (7, 2, 3)
+
+
+def test_part_of_an_epoch_is_rounded_to_steps():
+    found = durations(
+        100,
+        "train.epochs=0.5",
+        "train.eval_every_epochs=0.251",
+        "train.checkpoint_every_epochs=0.257",
+    )
+    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (50, 25, 26)
+
+
+def test_no_duration_is_0():
+    found = durations(
+        100,
+        "train.epochs=0.001",
+        "train.eval_every_epochs=0.001",
+        "train.checkpoint_every_epochs=0.001",
+    )
+    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (1, 1, 1)
+
+
+def test_run_is_a_whole_number_of_host_calls():
+    found = durations(100, "train.epochs=1", "batch.device_iterations=8")
+    assert found.total_steps == 96
+
+
+def test_run_is_at_least_one_host_call():
+    found = durations(3, "train.epochs=1", "batch.device_iterations=8")
+    assert found.total_steps == 8
+
+
+def test_description_has_the_numbers():
+    text = Durations(832, 2496, 416, 1000).describe()
+    assert text == ("2496 steps, 832 an epoch; validation every 416, checkpoint every 1000 steps")
+
+
+def test_description_of_a_resumed_run_names_the_first_step():
+    assert Durations(832, 2496, 416, 1000).describe(50).startswith("from step 50 on, 2496 steps")
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [("0.25", 3), ("0.21", 3), ("0", 0), ("1", 10)])
+def test_warm_up_ratio_is_rounded_up_to_steps(ratio, steps):
+    assert rate(10, f"schedule.warmup_ratio={ratio}").warmup_steps == steps
+
+
+def test_warm_up_steps_are_taken_as_given():
+    assert rate(10, "schedule.warmup_steps=4").warmup_steps == 4
+
+
+def test_without_warm_up_the_first_update_runs_at_the_peak():
+    assert rate(10, "optim.lr=0.5").at(0) == 0.5
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_rate_after_the_last_step_is_0(name):
+    found = rate(10, f"schedule.name={name}")
+    assert [found.at(step) for step in (10, 11, 100)] == [0, 0, 0]
+
+
+def test_rate_does_not_depend_on_the_steps_before():
+    backward = rate(20, "schedule.warmup_ratio=0.3")
+    forward = rate(20, "schedule.warmup_ratio=0.3")
+    descending = [backward.at(step) for step in reversed(range(20))]
+    assert descending[::-1] == [forward.at(step) for step in range(20)]
+
+
+# transformers' own schedules as the oracle
+
+PEAK = 2e-4
+
+
+def rates_of(make: Callable[..., object], *arguments: int, steps: int) -> Iterator[float]:
+    """Run transformers' scheduler over a torch optimizer as a training loop does."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = make(optimizer, *arguments)
+    for _ in range(steps):
+        yield optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
+def ours(name: str, warmup: int, total: int) -> List[float]:
+    schedule = LearningRate(peak=PEAK, name=name, warmup_steps=warmup, total_steps=total)
+    return [schedule.at(step) for step in range(total)]
+
+
+LENGTHS = [(624, 2496), (0, 100), (1, 1), (7, 100), (100, 100), (30, 20)]
+
+
+@pytest.mark.parametrize(("warmup", "total"), LENGTHS)
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_decay_equals_transformers_at_every_step(name, warmup, total):
+    from transformers import optimization
+
+    make = getattr(optimization, f"get_{name}_schedule_with_warmup")
+    theirs = list(rates_of(make, warmup, total, steps=total))
+    assert ours(name, warmup, total) == pytest.approx(theirs, rel=1e-12, abs=1e-15 * PEAK)
+
+
+@pytest.mark.parametrize(("warmup", "total"), LENGTHS)
+def test_constant_equals_transformers_at_every_step(warmup, total):
+    from transformers import optimization
+
+    make = optimization.get_constant_schedule_with_warmup
+    theirs = list(rates_of(make, warmup, steps=total))
+    assert ours("constant", warmup, total) == pytest.approx(theirs, rel=1e-12, abs=0)
