@@ -100,8 +100,9 @@ def _read_overrides(
     for text in overrides:
         for section, values in _read_override(text, places, problems).items():
             below = layer.get(section)
-            both = isinstance(values, dict) and isinstance(below, dict)
-            layer[section] = {**below, **values} if both else values
+            if isinstance(values, dict) and isinstance(below, dict):
+                values = {**below, **values}
+            layer[section] = values
     return _one_of_each_pair(layer, places, problems)
 
 

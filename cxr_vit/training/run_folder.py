@@ -115,8 +115,8 @@ def _make(path: Path, setting: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{setting}: cannot make the run's folder {path}: {error.strerror}. Name a place you may"
-            " write to."
+            f"{setting}: cannot make the run's folder {path}: {error.strerror}. Name a place you"
+            " may write to."
         ) from error
 
 

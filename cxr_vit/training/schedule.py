@@ -43,8 +43,8 @@ class Durations:
         per_epoch = max(1, num_samples // batch.global_batch_size)
         if num_samples < batch.global_batch_size:
             logger.warning(
-                "the training split has %d films, fewer than the global batch of %d: a step sees films"
-                " more than once",
+                "the training split has %d films, fewer than the global batch of %d: a step sees"
+                " films more than once",
                 num_samples,
                 batch.global_batch_size,
             )
