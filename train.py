@@ -1,9 +1,7 @@
-"""Train: config -> data -> model -> engine -> trainer.
+"""Train: config -> data -> model -> engine -> trainer, only composed here.
 
-    python train.py --config configs/vit_demo.yaml [more.yaml ...] [section.key=value ...]
-    python train.py --resume runs/<name>
-
-Only a composition. The heavy imports come after the configuration is known to be good.
+python train.py --config configs/vit_demo.yaml [more.yaml ...] [section.key=value ...]
+python train.py --resume runs/<name>
 """
 
 from __future__ import annotations
@@ -25,10 +23,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = train_arguments(argv)
     folder, config = open_run(arguments.files, arguments.overrides, arguments.resume)
     print(folder.path, flush=True)
-    try:
+    with folder:
         return train(config, folder, resume=arguments.resume is not None)
-    finally:
-        folder.discard_if_empty()
 
 
 def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
@@ -56,7 +52,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
                 config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
             ),
             seed=config.run.seed,
-            callbacks=watchers(config, folder, data, durations),
+            callbacks=watchers(config, folder, data, durations.checkpoint_every),
             score=lambda logits, labels: flat_scores(logits, labels, data.names),
             store=CheckpointStore(folder.checkpoints),
             model_files=model.hub_files(),
@@ -67,9 +63,8 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         else:
             folder.write_environment(device=engine.describe(), data=data.fingerprint())
         folder.write_config(config)
-        for line in [data.describe(), engine.describe(), *model.plan.describe(), *batch.describe()]:
-            print(line)
-        print(durations.describe(trainer.step), flush=True)
+        about = [data.describe(), engine.describe(), *model.plan.describe(), *batch.describe()]
+        print("\n".join([*about, durations.describe(trainer.step)]), flush=True)
         with StopOnSignal(trainer.request_stop) as stop:
             trainer.fit()
     print(trainer.describe_end(), flush=True)
@@ -77,7 +72,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
 
 
 def watchers(
-    config: Config, folder: RunFolder, data: ChestXrayDataModule, durations: Durations
+    config: Config, folder: RunFolder, data: ChestXrayDataModule, checkpoint_every: int
 ) -> List[Callback]:
     """Make the callbacks; the one that saves comes last, so that it saves the others' state."""
     from cxr_vit.evaluation.figures import film_grid, roc_figure
@@ -96,7 +91,7 @@ def watchers(
         loggers.ProgressDisplay(every=every),
         loggers.MetricsLogging([loggers.JsonlLogger(folder.metrics), tensorboard], every=every),
         callbacks.EarlyStopping(config.train.early_stopping_patience),
-        callbacks.Checkpointing(every=durations.checkpoint_every, keep_last=config.train.keep_last),
+        callbacks.Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last),
     ]
 
 

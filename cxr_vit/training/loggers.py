@@ -25,6 +25,9 @@ __all__ = ["JsonlLogger", "MetricsLogging", "ProgressDisplay", "ScalarLogger", "
 
 logger = logging.getLogger(__name__)
 
+#: What the hparams page compares runs by; the values are those of the scalars.
+_HPARAM_SCORES = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
+
 Scalars = Mapping[str, Optional[float]]
 
 
@@ -140,16 +143,14 @@ class TensorBoardLogger(ScalarLogger):
         self._writer.add_figure("val/roc", self.roc(event.logits, event.labels), event.step)
 
     def close(self, final: Scalars) -> None:
-        """Add hparams with the final scores to the same file, and close it."""
+        """Add the hparams page, which looks up the last validation's scores, and close the file."""
         if self._writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        metrics = {f"final/{tag}": value for tag, value in final.items() if value is not None}
+        metrics = {tag: value for tag, value in final.items() if tag in _HPARAM_SCORES}
         for page in hparams(self.hparams, metrics):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(page)
-        for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value)
         self._writer.close()
         self._writer = None
 

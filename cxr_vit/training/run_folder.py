@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "pandas", "pillow
 
 
 class RunFolder:
-    """The folder of one run (design.md section 6).
+    """The folder of one run; as a context manager it removes itself if nothing was written to it.
 
     Parameters
     ----------
@@ -57,6 +57,12 @@ class RunFolder:
                 _make(path, f"run.root={run.root}")
                 return cls(path)
         raise ConfigError(f"{run.root} holds 99 runs named {run.name} of this second.")
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard_if_empty()
 
     @property
     def checkpoints(self) -> Path:
