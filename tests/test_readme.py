@@ -25,7 +25,7 @@ def words_of(script):
     return [
         shlex.split(command, comments=True)[2:]
         for command in COMMANDS
-        if command.startswith(f"python {script}")
+        if command.startswith(f"python {script}") and "--help" not in command
     ]
 
 
@@ -38,7 +38,9 @@ def test_the_readme_has_the_two_commands():
 def test_every_train_command_is_a_valid_configuration(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = train_arguments(words)
-    check(load_config(arguments.files, arguments.overrides))
+    files = [file for file in arguments.files if "<name>" not in str(file)]
+    assert len(files) == len(arguments.files) or words[1].startswith("runs/<name>/")
+    check(load_config(files, arguments.overrides))
 
 
 @pytest.mark.parametrize("words", words_of("evaluate.py"), ids=" ".join)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -212,7 +213,9 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
             f"{checkpoint} is no checkpoint: {what}. Give a folder such as"
             " runs/<name>/checkpoints/best."
         )
-    folder = checkpoint.absolute().parent.parent
+    # By the path's text: `best` is a link, and the folder above its target would do as well, but a
+    # person reads the path that was given.
+    folder = Path(os.path.normpath(checkpoint / ".." / ".."))
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(
             f"{checkpoint} does not lie in a run's folder: no {folder / 'config.yaml'}. Give a"

@@ -284,7 +284,7 @@ def test_run_of_a_relative_path_is_found(root, monkeypatch):
     path = make_run(root, "demo-1")
     (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
     monkeypatch.chdir(path / "checkpoints" / "step_00000010")
-    assert run_of_checkpoint(Path()) == path
+    assert run_of_checkpoint(Path()).resolve() == path.resolve()
 
 
 def test_absent_checkpoint_is_named(tmp_path):
