@@ -7,7 +7,9 @@ PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV        ?= .venv
 VENV_SDK34  ?= .venv-sdk34
-RUN         ?= runs/vit_demo-$(shell date +%Y%m%d-%H%M%S)
+ifndef RUN
+RUN         := runs/vit_demo-$(shell date +%Y%m%d-%H%M%S)
+endif
 PIP         := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-sdk34 lint clean

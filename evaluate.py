@@ -12,7 +12,7 @@ from typing import Sequence
 
 from cxr_vit.cli import evaluate_arguments, run
 from cxr_vit.config import check, load_config
-from cxr_vit.training.run_folder import RunFolder, run_of_checkpoint
+from cxr_vit.training.run_folder import RunFolder, run_of_checkpoint, with_weights_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,8 +20,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = evaluate_arguments(argv)
     folder = RunFolder(run_of_checkpoint(arguments.checkpoint))
     config = load_config([folder.config], arguments.overrides)
-    trained = config.model.model_copy(update={"name": str(arguments.checkpoint)})
-    config = check(config.model_copy(update={"model": trained}))
+    config = check(with_weights_of(config, arguments.checkpoint))
 
     from rich.console import Console
 
@@ -29,13 +28,14 @@ def main(argv: Sequence[str]) -> int:
     from cxr_vit.engines.choice import build_engine
     from cxr_vit.evaluation.report import print_table, write_report
     from cxr_vit.model.stages import StagedViT
-    from cxr_vit.training.checkpoint import load_checkpoint
+    from cxr_vit.training.checkpoint import verify_checkpoint
 
-    _, state = load_checkpoint(arguments.checkpoint)
-    data = ChestXrayDataModule(config.data)
+    state = verify_checkpoint(arguments.checkpoint, needs_optimizer=False)
+    data = ChestXrayDataModule(config.data, may_write_sample=False)
     split = arguments.split or data.default_split()
     dataset = data.dataset(split)
     out: Path = arguments.out or folder.report(split, is_default=split == data.default_split())
+    out.mkdir(parents=True, exist_ok=True)  # before the scoring, which may take long
     origin = data.fingerprint()
     data.warn_if_changed(state)
     model = StagedViT.from_config(config, names=data.names, prevalence=None)

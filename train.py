@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, List, Sequence
 
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, dump_config
-from cxr_vit.training.run_folder import RunFolder, open_run
+from cxr_vit.training.run_folder import RunFolder, open_run, with_weights_of
 from cxr_vit.training.schedule import Durations, LearningRate
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     training = data.dataset("train")
     batch = BatchPlan.from_section(config.batch)
     durations = Durations.from_section(config.train, batch, len(training))
-    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    source = with_weights_of(config, folder.checkpoints / "last") if resume else config
+    model = StagedViT.from_config(source, names=data.names, prevalence=data.prevalence())
     with build_engine(config, model) as engine:
         trainer = Trainer(
             engine=engine,
@@ -59,7 +60,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
             origin={"labels": data.names, **data.fingerprint()},
         )
         if resume:
-            data.warn_if_changed(trainer.resume(folder.checkpoints / "last"))
+            trainer.resume(folder.checkpoints / "last")
         else:
             folder.write_environment(device=engine.describe(), data=data.fingerprint())
         folder.write_config(config)
@@ -68,7 +69,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         with StopOnSignal(trainer.request_stop) as stop:
             trainer.fit()
     print(trainer.describe_end(), flush=True)
-    return EXIT_STOPPED if stop.received else 0
+    return EXIT_STOPPED if stop.received and not trainer.is_finished else 0
 
 
 def watchers(
@@ -76,7 +77,7 @@ def watchers(
 ) -> List[Callback]:
     """Make the callbacks; the one that saves comes last, so that it saves the others' state."""
     from cxr_vit.evaluation.figures import film_grid, roc_figure
-    from cxr_vit.training import callbacks, loggers
+    from cxr_vit.training import callbacks, loggers, progress
 
     names, training, every = data.names, data.dataset("train"), config.train.log_every_steps
     tensorboard = loggers.TensorBoardLogger(
@@ -88,7 +89,7 @@ def watchers(
     )
     return [
         callbacks.NonFiniteGuard(training.image_names),
-        loggers.ProgressDisplay(every=every),
+        progress.ProgressDisplay(every=every),
         loggers.MetricsLogging([loggers.JsonlLogger(folder.metrics), tensorboard], every=every),
         callbacks.EarlyStopping(config.train.early_stopping_patience),
         callbacks.Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last),

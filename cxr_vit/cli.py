@@ -150,10 +150,13 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         for line in str(error).split("\n"):
             print(f"{type(error).__name__}: {line}", file=sys.stderr)
         status = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        status = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`); leave no second error at shutdown.
         sys.stdout = None
         status = EXIT_USER_ERROR
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
     sys.exit(status)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -156,6 +157,7 @@ def start(repository, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -173,17 +175,24 @@ def wait_for_step(process, run, step):
 def test_a_killed_run_resumes_to_the_same_weights(
     repository, sample_root, tmp_path, number, status
 ):
+    """The whole process group is signalled, as Ctrl-C, `timeout` and clusters do."""
 
     long = (*SMALL, f"data.root={sample_root}", "train.steps=40", "train.log_every_steps=1")
-    long = (*long, "train.checkpoint_every_steps=4", "train.eval_every_steps=10")
+    long = (
+        *long,
+        "train.checkpoint_every_steps=4",
+        "train.eval_every_steps=10",
+        "data.num_workers=1",
+    )
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = start(repository, *long, f"run.dir={run}")
     wait_for_step(process, run, 8)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate()
     assert process.returncode == status, stderr
     if number == signal.SIGTERM:
         assert "SIGTERM received" in stdout
+        assert "saving after this step" in stderr
     resumed = command(repository, "train.py", "--resume", run)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.splitlines()[0] == str(run)
@@ -199,6 +208,34 @@ def test_a_killed_run_resumes_to_the_same_weights(
         load_file(str(path / "checkpoints" / "last" / "model.safetensors")) for path in (run, whole)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_scoring_never_writes_a_synthetic_data_set(trained, repository, tmp_path):
+    result = command(
+        repository, "evaluate.py", "--checkpoint", trained[0] / "checkpoints" / "best",
+        f"data.root={tmp_path / 'typo'}", "data.sample_images=60", "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "typo is not a folder" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_out_that_cannot_be_made_is_told_in_a_line(trained, repository, tmp_path):
+    (tmp_path / "file").touch()
+    result = command(
+        repository, "evaluate.py", "--checkpoint", trained[0] / "checkpoints" / "best",
+        "--out", tmp_path / "file",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "file") in result.stderr
+
+
+def test_the_demo_names_one_run_folder(repository):
+    result = subprocess.run(
+        ["make", "-n", "demo"], cwd=str(repository), capture_output=True, text=True
+    )
+    assert len(set(re.findall(r"runs/vit_demo-\d{8}-\d{6}", result.stdout))) == 1
 
 
 def test_bad_data_leaves_no_run_folder_behind(repository, tmp_path):

@@ -82,7 +82,7 @@ def _one_replica(config: Config) -> Optional[str]:
 
 def _fractions_leave_training(config: Config) -> Optional[str]:
     data = config.data
-    if data.split == "official" or data.val_fraction + data.test_fraction < 1:
+    if data.split in ("auto", "official") or data.val_fraction + data.test_fraction < 1:
         return None
     return (
         f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave"

@@ -8,13 +8,13 @@ the same. Each value remembers its file and line for the error messages. Imports
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import yaml
 from pydantic import ValidationError
 
 from cxr_vit.config.explain import explain
-from cxr_vit.config.schema import SECTIONS, Config
+from cxr_vit.config.schema import SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
 
 __all__ = ["dump_config", "load_config"]
@@ -179,18 +179,18 @@ def _one_of_each_pair(layer: Dict[str, Any], places: Places, problems: List[str]
 
 
 def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay `layer` over `base`: sections key by key, and the later of an exclusive pair wins."""
+    """Lay `layer` over `base`: sections key by key, and what it makes moot goes."""
     for section, values in layer.items():
         below = base.get(section)
         if not isinstance(values, dict) or not isinstance(below, dict):
             base[section] = values  # a new section, or an unknown key that pydantic will report
             continue
-        for pair in _exclusive_pairs(section):
+        known = SECTIONS.get(section, Section)
+        for pair in known.exclusive:
             if any(values.get(key) is not None for key in pair):
                 for key in pair:
                     below.pop(key, None)
+        for key, owner in known.belongs_to.items():
+            if owner in values:
+                below.pop(key, None)
         below.update(values)
-
-
-def _exclusive_pairs(section: str) -> Tuple[Tuple[str, str], ...]:
-    return SECTIONS[section].exclusive if section in SECTIONS else ()

@@ -48,6 +48,9 @@ class Section(BaseModel):
     #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
 
+    #: Keys that mean something only beside another: a later layer that gives the other resets them.
+    belongs_to: ClassVar[Dict[str, str]] = {}
+
     @model_validator(mode="before")
     @classmethod
     def _one_of_each_pair(cls, data: Any) -> Any:
@@ -79,6 +82,12 @@ class RunSection(Section):
 class DataSection(Section):
     """Where the films and labels are, how they are split and at what size they are read."""
 
+    belongs_to: ClassVar[Dict[str, str]] = {
+        "sample_images": "root",
+        "images": "root",
+        "csv": "root",
+    }
+
     root: PathText = Field(
         "${DATASET_DIR:-.}/chest-xray-nihcc",
         description="folder with the CSV, the list files and the images",
@@ -86,6 +95,9 @@ class DataSection(Section):
     )
     csv: Optional[PathText] = Field(
         None, description="the CSV, where it is not in the root under one of NIH's names"
+    )
+    images: Optional[PathText] = Field(
+        None, description="the folder of the images (any nesting), where it is not the root"
     )
     split: Literal["auto", "official", "patient", "random"] = Field(
         "auto",
@@ -120,7 +132,8 @@ class DataSection(Section):
     sample_images: Optional[int] = Field(
         None,
         ge=20,
-        description="if the root does not exist, write a synthetic data set of so many films there",
+        description="if the root does not exist, write a synthetic data set of so many films there;"
+        " holds for the root it was given with",
     )
 
 
@@ -143,7 +156,13 @@ class ModelSection(Section):
         description="a new head starts at the training prevalence (bias log-odds, small weights),"
         " or as Hugging Face makes it",
     )
-    image_mean: float = Field(0.5, gt=0, lt=1, description="gray level subtracted, of 0..1")
+    image_mean: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="gray level subtracted, of 0..1 (a checkpoint's"
+        " preprocessor_config.json is not read)",
+    )
     image_std: float = Field(0.5, gt=0, le=1, description="gray level divided by, of 0..1")
 
 

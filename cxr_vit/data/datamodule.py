@@ -30,6 +30,9 @@ class ChestXrayDataModule:
     ----------
     data
         The `data` section of the configuration.
+    may_write_sample
+        Whether a root that does not exist may be filled with synthetic films
+        (`data.sample_images`); not when scoring, where it would hide a wrong path.
 
     Raises
     ------
@@ -37,10 +40,10 @@ class ChestXrayDataModule:
         If the files are missing or not what they should be.
     """
 
-    def __init__(self, data: DataSection) -> None:
+    def __init__(self, data: DataSection, *, may_write_sample: bool = True) -> None:
         self.data = data
         root = Path(data.root)
-        if data.sample_images is not None and not root.exists():
+        if may_write_sample and data.sample_images is not None and not root.exists():
             logger.warning(
                 "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
                 " them real; data.sample_images)",
@@ -48,14 +51,15 @@ class ChestXrayDataModule:
                 data.sample_images,
             )
             write_sample(root, num_images=data.sample_images)
+        images = root if data.images is None else Path(data.images)
         self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
         self.csv: Path = find_csv(root, data.csv)
         self.records: Records = read_records(
             self.csv,
-            find_images(root),
+            find_images(images),
             include_no_finding=data.include_no_finding,
             on_missing=data.on_missing,
-            root=root,
+            root=images,
         )
         self.splits: Splits = make_splits(self.records, root, data)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Dict, Union
+from typing import Dict, List, Set, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,13 +27,33 @@ def find_images(root: Path) -> Dict[str, str]:
 
     NIH's archives unpack to `images/`, Kaggle's copy to `images_001/images/` and so on, resized
     copies to one folder: the names are unique, so any nesting serves.
+
+    Raises
+    ------
+    DataError
+        If a name is in two folders, as where a resized copy lies beside the originals.
     """
     found: Dict[str, str] = {}
+    twice: List[Tuple[str, str]] = []
+    seen: Set[Tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        for name in sorted(names):
+        for name in names:
             if name.lower().endswith(_SUFFIXES):
-                found.setdefault(name, os.path.join(folder, name))
+                path = os.path.join(folder, name)
+                if found.setdefault(name, path) != path:
+                    twice.append((found[name], path))
+    if twice:
+        first, second = twice[0]
+        raise DataError(
+            f"{len(twice)} images are under {root} twice, e.g. {first} and {second}. Set"
+            " data.images to the folder that should be read."
+        )
     return found
 
 

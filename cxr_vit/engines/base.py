@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class StepOutput(NamedTuple):
     """What the updates of one host batch gave.
 
     `losses` float32 ``[device_iterations]`` on the CPU, each the mean over every micro-batch of its
-    update; `grad_norm` float32 ``[device_iterations]`` before clipping, None where the device
-    cannot report it.
+    update; `grad_norm` float32 ``[device_iterations]`` before clipping (0 for a skipped update),
+    None where the device cannot report it.
     """
 
     losses: Tensor
@@ -61,9 +61,6 @@ class Engine(ABC):
     batch
         The batch arithmetic.
     """
-
-    #: Whether this process writes files and logs.
-    is_main: bool = True
 
     def __init__(self, batch: BatchPlan) -> None:
         self.batch = batch
@@ -168,8 +165,3 @@ class Engine(ABC):
         size = len(batch.images)
         assert size > 0 and size % unit == 0, f"{size} samples are no multiple of {unit}"
         assert len(batch.labels) == len(batch.indices) == size
-
-
-def concatenated(values: Sequence[Any]) -> Tensor:
-    """Stack scalars of one device into a float32 vector on the CPU; the one synchronisation."""
-    return torch.stack(list(values)).float().cpu()

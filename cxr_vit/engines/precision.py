@@ -66,7 +66,8 @@ def choose(engine: EngineSection) -> Placement:
 
 
 def _cuda_default() -> str:
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # Ampere and later multiply bf16 themselves; torch.cuda.is_bf16_supported counts emulation too.
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
 def _cpu_default() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import OptimSection
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
-from cxr_vit.engines.base import Engine, EngineState, StepOutput, concatenated
+from cxr_vit.engines.base import Engine, EngineState, StepOutput
 from cxr_vit.engines.optim import build_adamw
 from cxr_vit.engines.precision import Placement
 from cxr_vit.errors import CheckpointError, DataError
@@ -64,6 +65,9 @@ class TorchEngine(Engine):
         self.model = model.to(placement.device)
         self.max_grad_norm = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
         self.optimizer = build_adamw(self.model.hub_parameters(), optim)
+        if placement.precision == "fp32":
+            # Else cuDNN runs the patch embedding in TF32, with 10 bits of mantissa.
+            torch.backends.cudnn.allow_tf32 = False
         self.seed = seed
         self.num_workers = num_workers
         self.updates = 0
@@ -93,6 +97,7 @@ class TorchEngine(Engine):
             num_workers=self.num_workers,
             collate_fn=PaddedCollate(batch_size),
             pin_memory=self.placement.device.type == "cuda",
+            worker_init_fn=_leave_the_process_group,
         )
         return _in_one_line(loader)
 
@@ -119,7 +124,9 @@ class TorchEngine(Engine):
             update = slice(start, start + global_batch)
             losses.append(self._accumulate(images[update], labels[update]))
             norms.append(self._update())
-        return StepOutput(concatenated(losses), concatenated(norms), len(images))
+        # The one synchronisation of a host call.
+        both = torch.stack([*losses, *norms]).float().cpu()
+        return StepOutput(both[: len(losses)], both[len(losses) :], len(images))
 
     def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
         """Add up the gradients of one global batch; return its mean loss, still on the device."""
@@ -133,9 +140,14 @@ class TorchEngine(Engine):
         return total / self.batch.gradient_accumulation
 
     def _update(self) -> Tensor:
-        """Clip, step, clear; return the gradient norm before clipping, still on the device."""
+        """Clip, step, clear; return the gradient norm before clipping, still on the device.
+
+        It is 0 for an update that the loss scaler skips, as fp16 now and then overflows.
+        """
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if self._scaler.is_enabled():
+            norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,6 +201,8 @@ class TorchEngine(Engine):
                 " start a new run from its weights with model.name=<checkpoint>."
             )
         for name, parameter in self.model.hub_parameters():
+            if state.optimizer and name not in state.optimizer:
+                raise CheckpointError(f"the checkpoint lacks the optimizer state of {name}.")
             if name in state.optimizer:
                 self.optimizer.state[parameter] = {
                     # AdamW keeps its step count on the CPU, whatever the parameter's device.
@@ -216,6 +230,14 @@ def _grad_scaler(placement: Placement) -> Any:
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(placement.device.type, enabled=enabled)
     return torch.cuda.amp.GradScaler(enabled=enabled)
+
+
+def _leave_the_process_group(worker: int) -> None:
+    """Let a signal to the whole group (Ctrl-C, `timeout`) reach only the process that saves.
+
+    To ignore signals instead would also ignore the main process's own, which ends its workers.
+    """
+    os.setpgrp()
 
 
 def _seed_dropout(seed: int, update: int) -> None:

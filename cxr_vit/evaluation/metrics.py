@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from cxr_vit.data.labels import NO_FINDING
+from cxr_vit.errors import NonFiniteLoss
 
 __all__ = ["evaluate", "flat_scores", "probabilities"]
 
@@ -40,7 +41,18 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
         `average_precision_macro`, the means over the defined *findings*, `auroc_defined` of
         `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean that
         the tutorial's 15 classes give.
+
+    Raises
+    ------
+    NonFiniteLoss
+        If a logit is NaN or infinite.
     """
+    broken = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if broken:  # torchmetrics would rank NaN without a word
+        raise NonFiniteLoss(
+            f"the model's logits are not finite for {broken} of {len(logits)} films; such weights"
+            " cannot be scored. Use an earlier checkpoint, or train with a lower optim.lr."
+        )
     probs, truth = probabilities(logits), labels.to(torch.int64)
     positives = truth.sum(dim=0).tolist()
     defined = [0 < count < len(truth) for count in positives]

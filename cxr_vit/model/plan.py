@@ -33,11 +33,6 @@ class StagePlan:
         """Number of stages."""
         return len(self.layers_per_stage)
 
-    @property
-    def num_layers(self) -> int:
-        """Number of encoder layers over all stages."""
-        return sum(self.layers_per_stage)
-
     def layers(self, stage: int) -> range:
         """Return the indices of the encoder layers on `stage`, counted over the whole model."""
         start = sum(self.layers_per_stage[:stage])

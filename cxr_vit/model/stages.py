@@ -17,7 +17,7 @@ from transformers import ViTForImageClassification
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.plan import StagePlan
-from cxr_vit.model.vit import build_vit, hub_files, hub_name, layer_output, parts
+from cxr_vit.model.vit import VitParts, build_vit, hub_files, hub_name, layer_output
 
 __all__ = ["Normalise", "Stage", "StagedViT"]
 
@@ -72,7 +72,7 @@ class Stage(nn.Module):
         std: float,
     ) -> None:
         super().__init__()
-        whole = parts(model)
+        whole = VitParts(model)
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
         # Lists, not attributes: torch registers a module once, and that is at its own path.

@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification
 
@@ -23,7 +24,7 @@ from cxr_vit.config.checks import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
-__all__ = ["VitParts", "build_vit", "hub_files", "hub_name", "layer_output", "parts"]
+__all__ = ["VitParts", "build_vit", "hub_files", "hub_name", "layer_output"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,6 @@ class VitParts:
         ]
         self.norm: Tuple[str, nn.Module] = ("vit.layernorm", trunk.layernorm)
         self.head: Tuple[str, nn.Module] = ("classifier", model.classifier)
-
-
-def parts(model: ViTForImageClassification) -> VitParts:
-    """Return the submodules of a model with their paths."""
-    return VitParts(model)
 
 
 def layer_output(output: Any) -> Tensor:
@@ -182,7 +178,7 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # reported by us below, all at once
             use_safetensors=True,  # a pickle can run code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
             f"cannot load model.name={model.name!r}: {first_line} Give a folder with"
@@ -193,7 +189,8 @@ def _from_pretrained(
     their_names = [str(name) for _, name in sorted(theirs.id2label.items())]
     if not head_is_new and their_names != list(names):
         logger.warning("%s has other labels (%s): its head is replaced", model.name, their_names)
-        vit.classifier.reset_parameters()
+        torch.nn.init.normal_(vit.classifier.weight, std=vit.config.initializer_range)
+        torch.nn.init.zeros_(vit.classifier.bias)
         head_is_new = True
     return vit, head_is_new
 

@@ -93,7 +93,9 @@ class Callback:
 
 
 class NonFiniteGuard(Callback):
-    """Ends the run at a NaN or infinite loss, before such weights are saved.
+    """Ends the run at a NaN or infinite loss or gradient, before such weights are saved.
+
+    Must be the first callback.
 
     Parameters
     ----------
@@ -106,21 +108,29 @@ class NonFiniteGuard(Callback):
 
     def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
         """Raise NonFiniteLoss naming the step and its films."""
-        losses = event.output.losses
-        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        if not bad:
-            return
-        first = bad[0]
-        step = event.first_step + first
+        values = {"loss": event.output.losses}
+        if event.output.grad_norm is not None:
+            values["gradient norm"] = event.output.grad_norm
+        for what, value in values.items():
+            bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteLoss(
+                    self._message(trainer, event, bad[0], what, float(value[bad[0]]))
+                )
+
+    def _message(
+        self, trainer: Trainer, event: StepEnd, update: int, what: str, value: float
+    ) -> str:
         size = trainer.engine.batch.global_batch_size
-        rows = event.batch.indices[first * size : (first + 1) * size].tolist()
+        rows = event.batch.indices[update * size : (update + 1) * size].tolist()
         films = ", ".join(self.image_names[row] for row in rows[:16])
         more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-        raise NonFiniteLoss(
-            f"the loss is {float(losses[first])} at step {step} (lr {event.lr:.3g}),"
-            f" films: {films}{more}."
-            " Lower optim.lr, set optim.max_grad_norm=1.0, or use engine.precision=fp32;"
-            " the last checkpoint is from before."
+        last = trainer.store.linked("last")
+        saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
+        return (
+            f"the {what} is {value} at step {event.first_step + update} (lr {event.lr:.3g}),"
+            f" films: {films}{more}. Lower optim.lr, set optim.max_grad_norm=1.0, or use"
+            f" engine.precision=fp32. {saved}"
         )
 
 
@@ -192,7 +202,7 @@ class Checkpointing(Callback):
     def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
         """Save when due; where a validation follows, it is saved with its outcome."""
         self._is_due = trainer.is_due(event.first_step, self.every)
-        if self._is_due and not trainer.evaluation_is_due(event.first_step):
+        if self._is_due and not trainer.evaluation_is_due:
             self._save(trainer)
 
     def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
@@ -206,21 +216,19 @@ class Checkpointing(Callback):
         if is_best:
             self.best = score
         if is_best or self._is_due:
-            path = self._save(trainer)
-            if is_best:
-                trainer.store.link("best", path)
-                trainer.store.prune(self.keep_last)
+            self._save(trainer, is_best=is_best)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Save the last step if it is not saved yet."""
         if self._saved_step != trainer.step:
             self._save(trainer)
 
-    def _save(self, trainer: Trainer) -> Path:
+    def _save(self, trainer: Trainer, *, is_best: bool = False) -> None:
         path = trainer.save()
         self._saved_step = trainer.step
+        if is_best:
+            trainer.store.link("best", path)
         trainer.store.prune(self.keep_last)
-        return path
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the best score."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
 
-__all__ = ["CheckpointStore", "load_checkpoint"]
+__all__ = ["CheckpointStore", "load_checkpoint", "verify_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -104,7 +105,10 @@ class CheckpointStore:
         temporary = self.folder / f".{name}.writing"
         _remove(temporary)
         temporary.symlink_to(target.name)
-        os.replace(temporary, self.folder / name)
+        place = self.folder / name
+        if place.is_dir() and not place.is_symlink():  # a copy of the run that followed the links
+            os.replace(place, self.folder / f"{name}_copied_{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(temporary, place)
 
     def linked(self, name: str) -> Optional[Path]:
         """Return the checkpoint a link points at, or None."""
@@ -117,6 +121,8 @@ class CheckpointStore:
         for path in self.steps()[:-keep]:
             if path.resolve() not in kept:
                 _remove(path)
+        for path in self.folder.glob(".step_*"):  # left by a process that was killed
+            _remove(path)
 
     def steps(self) -> List[Path]:
         """Return the checkpoints, oldest first."""
@@ -138,8 +144,38 @@ def _read_trainer_state(checkpoint: Path) -> Dict[str, Any]:
     return state
 
 
+def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:
+    """Check every file's SHA-256 and return the content of `trainer_state.json`.
+
+    Parameters
+    ----------
+    checkpoint
+        The folder.
+    needs_optimizer
+        Whether the optimizer's state must be there; scoring does without.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, incomplete or damaged.
+    """
+    trainer_state = _read_trainer_state(checkpoint)
+    for name, expected in trainer_state["sha256"].items():
+        path = checkpoint / name
+        if name == OPTIMIZER and not needs_optimizer:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing. Use another checkpoint.")
+        if _sha256(path) != expected:
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 is not the one noted when it was written."
+                " Use another checkpoint."
+            )
+    return trainer_state
+
+
 def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
-    """Read a checkpoint after checking every file's SHA-256.
+    """Read a checkpoint after verifying it.
 
     Returns
     -------
@@ -151,16 +187,7 @@ def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
     CheckpointError
         If it is missing, incomplete or damaged.
     """
-    trainer_state = _read_trainer_state(checkpoint)
-    for name, expected in trainer_state["sha256"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing. Use another checkpoint.")
-        if _sha256(path) != expected:
-            raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not the one noted when it was written."
-                " Use another checkpoint."
-            )
+    trainer_state = verify_checkpoint(checkpoint)
     try:
         weights = load_file(str(checkpoint / WEIGHTS))
         optimizer = _unflatten(load_file(str(checkpoint / OPTIMIZER)))

@@ -1,17 +1,12 @@
-"""Where the numbers go: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+"""Where the numbers go: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
@@ -21,9 +16,7 @@ if TYPE_CHECKING:
 
     from cxr_vit.training.trainer import Trainer
 
-__all__ = ["JsonlLogger", "MetricsLogging", "ProgressDisplay", "ScalarLogger", "TensorBoardLogger"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["JsonlLogger", "MetricsLogging", "ScalarLogger", "TensorBoardLogger", "Window"]
 
 #: What the hparams page compares runs by; the values are those of the scalars.
 _HPARAM_SCORES = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
@@ -169,7 +162,7 @@ class MetricsLogging(Callback):
     def __init__(self, sinks: Sequence[ScalarLogger], *, every: int) -> None:
         self.sinks = sinks
         self.every = every
-        self._window: List[StepEnd] = []
+        self._window = Window()
         self._final: Dict[str, Optional[float]] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -180,10 +173,10 @@ class MetricsLogging(Callback):
 
     def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
         """Log the mean over the steps since the last event."""
-        self._window.append(event)
+        self._window.add(event)
         if trainer.is_due(event.first_step, self.every):
-            self._log(event.step, {**summary(self._window), **trainer.engine.memory_stats()})
-            self._window = []
+            self._log(event.step, {**self._window.summary(), **trainer.engine.memory_stats()})
+            self._window.clear()
 
     def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
         """Log the validation."""
@@ -201,6 +194,14 @@ class MetricsLogging(Callback):
         """Close the sinks, so that what was logged is on the disk."""
         self._close()
 
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what was gathered since the last event, so that a resumed run logs the same."""
+        return dict(vars(self._window))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take up what was gathered."""
+        vars(self._window).update(state)
+
     def _log(self, step: int, values: Scalars) -> None:
         for sink in self.sinks:
             sink.scalars(step, values)
@@ -210,120 +211,44 @@ class MetricsLogging(Callback):
             sink.close(self._final)
 
 
-def summary(window: Sequence[StepEnd]) -> Dict[str, float]:
-    """Boil host batches down to loss, rate, gradient norm, speed and share of waiting.
+class Window:
+    """Running sums over host batches; it keeps no batch, whose images would fill the memory."""
 
-    The speed is of the device and the loader together, without compilation and validation.
-    """
-    losses = [float(loss) for event in window for loss in event.output.losses]
-    seconds = sum(event.seconds for event in window)
-    wait_s = sum(event.wait_s for event in window)
-    values = {
-        "train/loss": math.fsum(losses) / len(losses),
-        "train/lr": window[-1].lr,
-        "perf/samples_per_s": sum(event.output.num_samples for event in window)
-        / (seconds + wait_s),
-        "perf/data_wait_pct": 100.0 * wait_s / (seconds + wait_s),
-    }
-    norm = window[-1].output.grad_norm
-    if norm is not None:
-        values["train/grad_norm"] = float(norm[-1])
-    return values
+    def __init__(self) -> None:
+        self.clear()
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.losses: List[float] = []
+        self.num_samples = 0
+        self.seconds = 0.0
+        self.wait_s = 0.0
+        self.lr = 0.0
+        self.grad_norm: Optional[float] = None
 
-class ProgressDisplay(Callback):
-    """A progress bar on a terminal, plain lines elsewhere.
+    def add(self, event: StepEnd) -> None:
+        """Count a host batch in."""
+        self.losses += event.output.losses.tolist()
+        self.num_samples += event.output.num_samples
+        self.seconds += event.seconds
+        self.wait_s += event.wait_s
+        self.lr = event.lr
+        norm = event.output.grad_norm
+        self.grad_norm = None if norm is None else float(norm[-1])
 
-    Parameters
-    ----------
-    every
-        Steps between plain lines.
-    console
-        Where to; stderr by default, so that stdout stays for results.
-    """
+    def summary(self) -> Dict[str, float]:
+        """Boil it down to loss, rate, gradient norm, speed and share of waiting.
 
-    def __init__(self, *, every: int, console: Optional[Console] = None) -> None:
-        self.every = every
-        self.console = console or Console(stderr=True)
-        self._bar: Optional[Progress] = None
-        self._task: Any = None
-        self._window: List[StepEnd] = []
-        self._started = time.perf_counter()
-        self._start_step = 0
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Start the bar."""
-        self._started, self._start_step = time.perf_counter(), trainer.step
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(
-                "", total=trainer.durations.total_steps, completed=trainer.step
-            )
-
-    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
-        """Move the bar at each step, or write a line when due."""
-        self._window.append(event)
-        due = trainer.is_due(event.first_step, self.every)
-        if self._bar is not None:
-            text = _short(summary(self._window))
-            self._bar.update(self._task, completed=event.step, description=text)
-        elif due:
-            self._line(trainer, event.step)
-        if due:
-            self._window = []
-
-    def _line(self, trainer: Trainer, step: int) -> None:
-        total = trainer.durations.total_steps
-        done, left = step - self._start_step, total - step
-        eta_s = (time.perf_counter() - self._started) / done * left
-        self._print(
-            f"step {step}/{total}  {_short(summary(self._window))}"
-            f"  eta {timedelta(seconds=round(eta_s))}"
-        )
-
-    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
-        """Write a line with the validation's outcome."""
-        score = event.scores.get("auroc_macro")
-        defined, total = event.scores["auroc_defined"], event.scores["num_findings"]
-        known = "undefined" if score is None else f"{score:.4f}"
-        self._print(
-            f"step {event.step}  val loss {event.loss:.4f}"
-            f"  macro AUROC {known} ({defined:.0f} of {total:.0f} findings)"
-            f"  {len(event.logits)} films in {event.seconds:.1f} s"
-        )
-
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """Say where a checkpoint is, for those who look closely."""
-        logger.debug("checkpoint %s", path)
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """Stop the bar."""
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Stop the bar, so that the error stands on a line of its own."""
-        self._stop()
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _short(values: Mapping[str, float]) -> str:
-    return (
-        f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}"
-        f"  {values['perf/samples_per_s']:.0f} samples/s  wait {values['perf/data_wait_pct']:.1f} %"
-    )
+        `train/lr` and `train/grad_norm` are those of the last update counted in. The speed is of
+        the device and the loader together, without compilation and validation.
+        """
+        total_s = self.seconds + self.wait_s
+        values = {
+            "train/loss": math.fsum(self.losses) / len(self.losses),
+            "train/lr": self.lr,
+            "perf/samples_per_s": self.num_samples / total_s,
+            "perf/data_wait_pct": 100.0 * self.wait_s / total_s,
+        }
+        if self.grad_norm is not None:
+            values["train/grad_norm"] = self.grad_norm
+        return values

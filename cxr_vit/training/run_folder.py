@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -10,19 +11,23 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import IO, Dict, List, Optional, Sequence, Tuple
 
 from cxr_vit.config import Config, check, dump_config, load_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.errors import CheckpointError, ConfigError
 
-__all__ = ["RunFolder", "open_run", "run_of_checkpoint"]
+__all__ = ["RunFolder", "open_run", "run_of_checkpoint", "with_weights_of"]
 
+#: Held while a process writes the run.
+_LOCK = ".lock"
 _PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "pandas", "pillow", "pydantic")
 
 
 class RunFolder:
-    """The folder of one run; as a context manager it removes itself if nothing was written to it.
+    """The folder of one run.
+
+    As a context manager it is this process's alone, and removed if nothing was written to it.
 
     Parameters
     ----------
@@ -32,6 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str]
 
     @classmethod
     def create(cls, run: RunSection) -> RunFolder:
@@ -49,20 +55,35 @@ class RunFolder:
                     f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or go on"
                     f" with the run in it: --resume {run.dir}"
                 )
-            _make(path, f"run.dir={run.dir}")
+            if not path.is_dir():
+                _make(path, f"run.dir={run.dir}")
             return cls(path)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ["", *(f"-{count}" for count in range(2, 100))]:
             path = Path(run.root) / f"{run.name}-{stamp}{suffix}"
-            if not path.exists():  # else another run began in this second
+            try:
                 _make(path, f"run.root={run.root}")
-                return cls(path)
+            except FileExistsError:  # another run began in this second
+                continue
+            return cls(path)
         raise ConfigError(f"{run.root} holds 99 runs named {run.name} of this second.")
 
     def __enter__(self) -> RunFolder:
+        """Take the run for this process; the system releases it even if the process is killed."""
+        self._lock = (self.path / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(
+                f"another process is writing the run in {self.path}. Wait for it, or choose another"
+                " run.dir."
+            ) from error
         return self
 
     def __exit__(self, *exception: object) -> None:
+        (self.path / _LOCK).unlink()
+        self._lock.close()
         self.discard_if_empty()
 
     @property
@@ -119,7 +140,9 @@ class RunFolder:
 
 def _make(path: Path, setting: str) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"{setting}: cannot make the run's folder {path}: {error.strerror}. Name a place you"
@@ -171,6 +194,11 @@ def open_run(
     if resume is None:
         config = check(load_config(files, overrides))
         return RunFolder.create(config.run), config
+    if resume and files:
+        raise ConfigError(
+            f"--resume {resume} goes on with that run's own config.yaml: leave --config out"
+            " (overrides may stay), or leave the folder out to resume the newest run of --config."
+        )
     path = Path(resume) if resume else _newest_run(load_config(files, overrides).run)
     if not (path / "checkpoints" / "last").exists():
         raise CheckpointError(
@@ -217,8 +245,16 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
     # person reads the path that was given.
     folder = Path(os.path.normpath(checkpoint / ".." / ".."))
     if not (folder / "config.yaml").is_file():
+        folder = checkpoint.resolve().parent.parent  # a link from elsewhere
+    if not (folder / "config.yaml").is_file():
         raise CheckpointError(
             f"{checkpoint} does not lie in a run's folder: no {folder / 'config.yaml'}. Give a"
             " folder such as runs/<name>/checkpoints/best."
         )
     return folder
+
+
+def with_weights_of(config: Config, checkpoint: Path) -> Config:
+    """Return the configuration with a checkpoint as the model: what it came from may be gone."""
+    model = config.model.model_copy(update={"name": str(checkpoint)})
+    return config.model_copy(update={"model": model})

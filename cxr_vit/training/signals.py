@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Any, Callable, Dict, Optional
 
@@ -40,6 +42,8 @@ class StopOnSignal:
         self.received = signal.Signals(number).name
         self.request_stop(f"{self.received} received")
         self._restore()
+        text = f"\n{self.received}: saving after this step; once more ends the run at once\n"
+        os.write(sys.stderr.fileno(), text.encode())  # a handler may not use a buffered stream
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

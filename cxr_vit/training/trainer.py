@@ -17,6 +17,7 @@ from torch import Tensor
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.engines.base import Engine
+from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
@@ -51,7 +52,8 @@ class Trainer:
     model_files
         File name -> text that every checkpoint carries beside its weights.
     origin
-        JSON-able facts that every checkpoint carries (labels, data hashes).
+        JSON-able facts about the data that every checkpoint carries; a resumed run must share
+        them, the seed and the global batch.
     """
 
     engine: Engine
@@ -66,6 +68,7 @@ class Trainer:
     model_files: Dict[str, str]
     origin: Dict[str, Any]
     step: int = 0
+    evaluated_step: int = 0
     stop_reason: Optional[str] = None
     compile_s: float = 0.0
 
@@ -78,6 +81,8 @@ class Trainer:
         try:
             self.compile_s = self.engine.compile(self._example())
             self._notify("on_fit_start")
+            if self.evaluation_is_due:  # the run was stopped between a step and its validation
+                self.evaluate()
             for batch, wait_s in _timed(self._batches()):
                 start = time.perf_counter()
                 lr = self.learning_rate.at(self.step)
@@ -86,7 +91,7 @@ class Trainer:
                 first, self.step = self.step, self.step + len(output.losses)
                 event = StepEnd(first, self.step, output, lr, wait_s, seconds, batch)
                 self._notify("on_step_end", event)
-                if self.evaluation_is_due(first):
+                if self.evaluation_is_due:
                     self.evaluate()
                 if self.stop_reason:
                     break
@@ -101,6 +106,7 @@ class Trainer:
         logits, labels = self.engine.predict_dataset(self.val)
         loss = float(multi_label_loss(logits, labels))
         seconds = time.perf_counter() - start
+        self.evaluated_step = self.step
         event = EvalEnd(self.step, loss, self.score(logits, labels), logits, labels, seconds)
         self._notify("on_eval_end", event)
         return event
@@ -108,11 +114,19 @@ class Trainer:
     def is_due(self, first_step: int, every: int) -> bool:
         """Whether the steps since `first_step` reached a multiple of `every`, or the end."""
         reached = self.step // every > first_step // every
-        return reached or self.step >= self.durations.total_steps
+        return reached or self.is_finished
 
-    def evaluation_is_due(self, first_step: int) -> bool:
-        """Whether the host batch that began at `first_step` is followed by a validation."""
-        return not self.stop_reason and self.is_due(first_step, self.durations.eval_every)
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.durations.total_steps
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether a multiple of the interval, or the end, was reached since the last validation."""
+        every = self.durations.eval_every
+        reached = self.step // every > self.evaluated_step // every or self.is_finished
+        return reached and self.evaluated_step < self.step and not self.stop_reason
 
     def request_stop(self, reason: str) -> None:
         """End the run after the current host batch."""
@@ -120,12 +134,20 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and tell the callbacks."""
+        state = self.engine.state_dict()
+        broken = [name for name, weight in state.weights.items() if not weight.isfinite().all()]
+        if broken:
+            raise NonFiniteLoss(
+                f"{len(broken)} weights are not finite at step {self.step}, first {broken[0]}; they"
+                f" are not saved. The last checkpoint is {self.store.linked('last')}."
+            )
         path = self.store.save(
             self.step,
-            self.engine.state_dict(),
+            state,
             model_files=self.model_files,
             trainer_state={
-                **self.origin,
+                **self._facts(),
+                "evaluated_step": self.evaluated_step,
                 "callbacks": {
                     type(callback).__name__: callback.state_dict() for callback in self.callbacks
                 },
@@ -134,20 +156,34 @@ class Trainer:
         self._notify("on_checkpoint", path)
         return path
 
-    def resume(self, checkpoint: Path) -> Dict[str, Any]:
-        """Go on from a checkpoint; return what its `trainer_state.json` holds.
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
 
         Raises
         ------
         CheckpointError
-            If it is damaged or of another model.
+            If it is damaged, of another model, of other data, or past the end of this run.
         """
         state, trainer_state = load_checkpoint(checkpoint)
+        changed = [
+            fact for fact, value in self._facts().items() if trainer_state.get(fact) != value
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed with another {', '.join(changed)}: scores would"
+                " not compare, and films it was trained on could be scored. Leave that as it was,"
+                f" or start a new run from its weights: model.name={checkpoint}"
+            )
+        if trainer_state["step"] > self.durations.total_steps:
+            raise CheckpointError(
+                f"{checkpoint} is at step {trainer_state['step']}, past this run's"
+                f" {self.durations.total_steps} steps. Raise train.epochs or train.steps."
+            )
         self.engine.load_state_dict(state)
         self.step = trainer_state["step"]
+        self.evaluated_step = trainer_state["evaluated_step"]
         for callback in self.callbacks:
             callback.load_state_dict(trainer_state["callbacks"].get(type(callback).__name__, {}))
-        return trainer_state
 
     def describe_end(self) -> str:
         """Say in a line how the run ended and where its best checkpoint is."""
@@ -157,6 +193,11 @@ class Trainer:
             f"stopped at step {self.step}: {self.stop_reason}" if self.stop_reason else "finished"
         )
         return f"{ending}; {'best' if best else 'last'} checkpoint: {where}"
+
+    def _facts(self) -> Dict[str, Any]:
+        """Return what the order of the samples and the meaning of the scores hang on."""
+        global_batch_size = self.engine.batch.global_batch_size
+        return {**self.origin, "seed": self.seed, "global_batch_size": global_batch_size}
 
     def _batches(self) -> Iterable[Batch]:
         sampler = TrainingSampler(

@@ -562,3 +562,11 @@ def test_tilde_in_a_variable_is_the_home_folder(monkeypatch):
 
 def test_text_that_is_no_path_is_not_expanded(write):
     assert "run.name=" in problem([write("run: {name: '${HOME}'}")])
+
+
+def test_a_later_root_is_not_filled_with_synthetic_films(write):
+    file = write("data: {root: data/sample, sample_images: 60}\n")
+    assert load_config([file]).data.sample_images == 60
+    assert load_config([file], ["data.root=/data/typo"]).data.sample_images is None
+    both = ["data.root=elsewhere", "data.sample_images=80"]
+    assert load_config([file], both).data.sample_images == 80

@@ -294,11 +294,22 @@ def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
     assert list(find_images(tmp_path / "root")) == ["a.png"]
 
 
-def test_of_two_films_with_one_name_the_first_folder_in_sorted_order_wins(tmp_path: Path) -> None:
-    for folder in ("images_002", "images_001"):
+def test_a_name_in_two_folders_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    for folder in ("images", "images_224"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").touch()
-    assert find_images(tmp_path) == {"a.png": str(tmp_path / "images_001" / "a.png")}
+    with pytest.raises(DataError, match=r"1 images are under .* twice.*data\.images") as caught:
+        find_images(tmp_path)
+    assert str(tmp_path / "images" / "a.png") in str(caught.value)
+    assert str(tmp_path / "images_224" / "a.png") in str(caught.value)
+
+
+def test_links_that_lead_in_circles_or_to_the_same_folder_are_walked_once(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    (tmp_path / "images" / "up").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "images")
+    assert list(find_images(tmp_path)) == ["a.png"]
 
 
 def test_a_folder_without_films_gives_an_empty_index(tmp_path: Path) -> None:

@@ -44,9 +44,11 @@ def test_cpu_takes_bf16_where_the_processor_has_it(without_cuda, monkeypatch, ha
     assert "no CUDA device answers" in placement.reason
 
 
-@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_gpu_takes_bf16_or_fp16(with_cuda, monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bf16"), ((7, 5), "fp16")])
+def test_gpu_takes_bf16_from_ampere_on_and_fp16_before(
+    with_cuda, monkeypatch, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     placement = precision.choose(EngineSection())
     assert (placement.device.type, placement.precision) == ("cuda", expected)
 

@@ -5,6 +5,7 @@ import torch
 from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision
 
 from cxr_vit.data.labels import FINDINGS, label_names
+from cxr_vit.errors import NonFiniteLoss
 from cxr_vit.evaluation.metrics import evaluate, flat_scores, probabilities
 
 
@@ -73,6 +74,14 @@ def test_nothing_defined_has_no_mean():
     scores = evaluate(torch.randn(4, 2), torch.zeros(4, 2), ["Mass", "Nodule"])
     assert scores["auroc_macro"] is None
     assert scores["auroc_defined"] == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_and_not_ranked(scored, bad):
+    logits, labels = scored
+    logits[3, 5] = bad
+    with pytest.raises(NonFiniteLoss, match="not finite for 1 of 200 films"):
+        evaluate(logits, labels, FINDINGS)
 
 
 def test_no_finding_never_enters_the_mean_of_the_findings(scored):

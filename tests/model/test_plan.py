@@ -44,7 +44,7 @@ def test_every_layer_is_placed_once(layers):
     plan = StagePlan.from_list(layers)
     placed = [layer for stage in range(plan.num_stages) for layer in plan.layers(stage)]
     assert placed == list(range(12))
-    assert plan.num_layers == 12
+    assert sum(plan.layers_per_stage) == 12
 
 
 def test_only_the_first_stage_takes_the_pixels():

@@ -208,6 +208,21 @@ def test_head_of_other_labels_is_replaced(tmp_path, caplog):
     assert torch.allclose(model.classifier.bias, torch.full((14,), float(np.log(0.1 / 0.9))))
 
 
+def test_a_replaced_head_starts_as_hugging_faces(tmp_path):
+    other = {"id2label": dict(enumerate(reversed(FINDINGS))), "label2id": {}}
+    ViTForImageClassification(ViTConfig(**TINY, **other)).save_pretrained(tmp_path)
+    head = build(tmp_path, head_bias="zero").classifier
+    assert torch.count_nonzero(head.bias) == 0
+    assert float(head.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_damaged_weights_are_told(trunk):
+    path = trunk / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot load"):
+        build(trunk)
+
+
 def test_evaluation_refuses_a_model_without_a_trained_head(trunk):
     with pytest.raises(ModelError, match="no trained head"):
         build(trunk, prevalence=None)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ class FakeTrainer:
 
     def __init__(self):
         self.engine = SimpleNamespace(batch=SimpleNamespace(global_batch_size=2))
+        self.store = SimpleNamespace(linked=lambda name: None)
         self.reasons = []
 
     def request_stop(self, reason):
@@ -51,6 +53,15 @@ def test_a_non_finite_loss_names_the_step_and_its_films(bad):
     ) as caught:
         guard.on_step_end(FakeTrainer(), event)
     assert "00000001_000.png" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_gradient_is_told_though_the_loss_is_finite(bad):
+    event = step_end([0.5, 0.4], first_step=10)
+    output = event.output._replace(grad_norm=torch.tensor([1.0, bad]))
+    event = dataclasses.replace(event, output=output)
+    with pytest.raises(NonFiniteLoss, match=r"gradient norm is .* at step 11"):
+        NonFiniteGuard(["a", "b", "c", "d"]).on_step_end(FakeTrainer(), event)
 
 
 def test_a_finite_loss_passes():

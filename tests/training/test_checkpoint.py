@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
 from cxr_vit.training import checkpoint as module
-from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify_checkpoint
 
 
 def state(value=1.0):
@@ -129,6 +130,28 @@ def test_an_error_while_writing_leaves_the_last_checkpoint_whole(store, monkeypa
     assert store.steps() == [first]
     monkeypatch.undo()
     assert load_checkpoint(save(store, 2))[1]["step"] == 2, "the leftovers are cleared away"
+
+
+def test_a_copy_that_followed_the_links_can_go_on(store):
+    save(store, 1)
+    copied = CheckpointStore(store.folder.parent / "copied")
+    shutil.copytree(str(store.folder), str(copied.folder), symlinks=False)
+    assert not (copied.folder / "last").is_symlink()
+    second = save(copied, 2)
+    assert copied.linked("last") == second.resolve()
+
+
+def test_pruning_sweeps_what_killed_processes_left(store):
+    save(store, 1)
+    (store.folder / ".step_00000007.writing").mkdir()
+    store.prune(2)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["last", "step_00000001"]
+
+
+def test_scoring_does_without_the_optimizers_state(store):
+    path = save(store, 1)
+    (path / "optimizer.safetensors").unlink()
+    assert verify_checkpoint(path, needs_optimizer=False)["step"] == 1
 
 
 KILLED = """

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_callbacks import step_end
 
 from cxr_vit.training.callbacks import EvalEnd
-from cxr_vit.training.loggers import JsonlLogger, ProgressDisplay, TensorBoardLogger, summary
+from cxr_vit.training.loggers import JsonlLogger, TensorBoardLogger, Window
+from cxr_vit.training.progress import ProgressDisplay
 
 
 def events(path):
@@ -107,7 +108,10 @@ def test_a_resumed_board_purges_later_steps(tensorboard, tmp_path):
 
 
 def test_summary_is_the_mean_over_the_window():
-    values = summary([step_end([1.0, 2.0]), step_end([6.0])])
+    window = Window()
+    for losses in ([1.0, 2.0], [6.0]):
+        window.add(step_end(losses))
+    values = window.summary()
     assert values["train/loss"] == pytest.approx(3.0)
     assert values["perf/samples_per_s"] == pytest.approx(6 / 2.0)
     assert values["perf/data_wait_pct"] == 0.0

@@ -307,3 +307,17 @@ def test_checkpoint_outside_a_run_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="does not lie in a run's folder") as caught:
         run_of_checkpoint(checkpoint)
     assert str(tmp_path / "config.yaml") in str(caught.value)
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    (tmp_path / "note").touch()
+    with RunFolder(tmp_path), pytest.raises(ConfigError, match="another process"):
+        RunFolder(tmp_path).__enter__()
+    with RunFolder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_folder_to_resume_and_a_config_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="leave --config out"):
+        open_run([tmp_path / "any.yaml"], [], str(tmp_path))

@@ -6,10 +6,11 @@ import torch
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.choice import build_engine
-from cxr_vit.errors import NonFiniteLoss
+from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.callbacks import Callback, Checkpointing, EarlyStopping, NonFiniteGuard
 from cxr_vit.training.checkpoint import CheckpointStore
+from cxr_vit.training.loggers import JsonlLogger, MetricsLogging
 from cxr_vit.training.schedule import Durations, LearningRate
 from cxr_vit.training.trainer import Trainer
 
@@ -191,17 +192,85 @@ def test_every_sample_of_an_epoch_is_seen_once(make_trainer):
     assert seen[:count] != seen[count : 2 * count]
 
 
+class StopAt(Callback):
+    """As a signal that comes within a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer, event):
+        if event.step == self.step:
+            trainer.request_stop("test")
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_validation_that_a_stop_prevented_is_made_up_for(make_trainer, stop):
+    scores = {3: 0.9, 6: 0.8}
+    make_trainer(callbacks=[StopAt(stop)], scores=[scores[3]]).fit()
+    recorder = Recorder()
+    resumed = make_trainer(
+        callbacks=[recorder], scores=[scores[step] for step in (3, 6) if step >= stop]
+    )
+    resumed.resume(resumed.store.folder / "last")
+    resumed.fit()
+    assert recorder.of("eval") == [step for step in (3, 6) if step >= stop]
+    assert resumed.store.linked("best").name == "step_00000003"
+
+
+@pytest.mark.parametrize(
+    ("override", "fact"),
+    [
+        ("run.seed=5", "seed"),
+        ("batch.gradient_accumulation=4", "global_batch_size"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(make_trainer, override, fact):
+    make_trainer("train.steps=3").fit()
+    other = make_trainer(override)
+    with pytest.raises(CheckpointError, match=f"with another {fact}"):
+        other.resume(other.store.folder / "last")
+
+
+def test_a_run_is_not_resumed_past_its_end(make_trainer):
+    make_trainer().fit()
+    shorter = make_trainer("train.steps=3")
+    with pytest.raises(CheckpointError, match="at step 6, past this run's 3 steps"):
+        shorter.resume(shorter.store.folder / "last")
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.engine.model.stages[3].classifier.bias[2] = float("inf")
+    with pytest.raises(NonFiniteLoss, match=r"1 weights are not finite.*classifier\.bias"):
+        trainer.save()
+    assert trainer.store.steps() == []
+
+
+def test_a_resumed_log_is_the_uninterrupted_one(make_trainer, tmp_path):
+    def losses(name):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if "train/loss" in event]
+
+    def logging(name):
+        return MetricsLogging([JsonlLogger(tmp_path / f"{name}.jsonl")], every=3)
+
+    make_trainer(callbacks=[logging("whole")], folder="whole").fit()
+    make_trainer(callbacks=[logging("cut"), StopAt(4)], folder="cut").fit()
+    resumed = make_trainer(callbacks=[logging("cut")], folder="cut")
+    resumed.resume(resumed.store.folder / "last")
+    resumed.fit()
+    for one, other in zip(losses("whole"), losses("cut")):
+        assert (one["step"], one["train/loss"]) == (other["step"], other["train/loss"])
+    assert len(losses("cut")) == 2
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
-    class StopAt(Callback):
-        def on_step_end(self, trainer, event):
-            if event.step == stop:
-                trainer.request_stop("test")
-
     settings = ("model.dropout=0.1", "optim.weight_decay=0.1", "schedule.warmup_ratio=0.5")
     whole = make_trainer(*settings, folder="whole")
     whole.fit()
-    make_trainer(*settings, callbacks=[StopAt()], folder="cut").fit()
+    make_trainer(*settings, callbacks=[StopAt(stop)], folder="cut").fit()
     recorder = Recorder()
     resumed = make_trainer(*settings, callbacks=[recorder], folder="cut")
     resumed.resume(resumed.store.folder / "last")
