@@ -209,10 +209,9 @@ class Checkpointing(Callback):
         """Save when due or if the score is the best so far; then point `best` at it."""
         score = event.scores.get(MONITOR)
         if score is None:  # no label of the validation split has both kinds of films
-            logger.warning(
-                "val/%s is undefined at step %d: no best checkpoint", MONITOR, event.step
-            )
-        is_best = score is not None and (self.best is None or score > self.best)
+            until = "best follows the last one" if self.best is None else "best stays"
+            logger.warning("val/%s is undefined at step %d: %s", MONITOR, event.step, until)
+        is_best = self.best is None or (score is not None and score > self.best)
         if is_best:
             self.best = score
         if is_best or self._is_due:

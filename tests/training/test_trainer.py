@@ -131,12 +131,17 @@ def test_best_points_at_the_best_score_and_last_at_the_end(make_trainer):
     assert trainer.store.linked("last").name == "step_00000006"
 
 
-def test_without_a_defined_score_there_is_a_last_and_no_best(make_trainer, caplog):
+def test_until_a_score_is_defined_best_follows_the_last(make_trainer, caplog):
     trainer = make_trainer(scores=[None, None])
     trainer.fit()
-    assert trainer.store.linked("best") is None
-    assert trainer.store.linked("last").name == "step_00000006"
+    assert trainer.store.linked("best").name == "step_00000006"
     assert "undefined" in caplog.text
+
+
+def test_an_undefined_score_does_not_displace_a_defined_one(make_trainer):
+    trainer = make_trainer(scores=[0.6, None])
+    trainer.fit()
+    assert trainer.store.linked("best").name == "step_00000003"
 
 
 def test_early_stopping_ends_the_run_after_saving(make_trainer):
