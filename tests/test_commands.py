@@ -177,16 +177,16 @@ def test_a_killed_run_resumes_to_the_same_weights(
 ):
     """The whole process group is signalled, as Ctrl-C, `timeout` and clusters do."""
 
-    long = (*SMALL, f"data.root={sample_root}", "train.steps=40", "train.log_every_steps=1")
+    long = (*SMALL, f"data.root={sample_root}", "train.steps=100", "train.log_every_steps=1")
     long = (
         *long,
-        "train.checkpoint_every_steps=4",
-        "train.eval_every_steps=10",
+        "train.checkpoint_every_steps=10",
+        "train.eval_every_steps=25",
         "data.num_workers=1",
     )
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = start(repository, *long, f"run.dir={run}")
-    wait_for_step(process, run, 8)
+    wait_for_step(process, run, 12)
     os.killpg(process.pid, number)
     stdout, stderr = process.communicate()
     assert process.returncode == status, stderr
