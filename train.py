@@ -69,7 +69,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         with StopOnSignal(trainer.request_stop) as stop:
             trainer.fit()
     print(trainer.describe_end(), flush=True)
-    return EXIT_STOPPED if stop.received and not trainer.is_finished else 0
+    return EXIT_STOPPED if stop.received and not trainer.is_complete else 0
 
 
 def watchers(

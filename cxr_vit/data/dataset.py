@@ -44,7 +44,7 @@ class Batch(NamedTuple):
         )
 
 
-class ChestXrayDataset(Dataset):  # type: ignore[type-arg]
+class ChestXrayDataset(Dataset[Sample]):
     """The films of one split.
 
     Parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ from cxr_vit.config.schema import RunSection
 from cxr_vit.errors import CheckpointError, ConfigError
 
 __all__ = ["RunFolder", "open_run", "run_of_checkpoint", "with_weights_of"]
+
+logger = logging.getLogger(__name__)
 
 #: Held while a process writes the run.
 _LOCK = ".lock"
@@ -73,12 +76,14 @@ class RunFolder:
         self._lock = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise ConfigError(
                 f"another process is writing the run in {self.path}. Wait for it, or choose another"
                 " run.dir."
             ) from error
+        except OSError:
+            logger.warning("%s: this file system has no locks; run nothing else there", self.path)
         return self
 
     def __exit__(self, *exception: object) -> None:

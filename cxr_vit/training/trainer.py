@@ -122,6 +122,11 @@ class Trainer:
         return self.step >= self.durations.total_steps
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the last step is done and validated: nothing is left to resume."""
+        return self.is_finished and self.evaluated_step == self.step
+
+    @property
     def evaluation_is_due(self) -> bool:
         """Whether a multiple of the interval, or the end, was reached since the last validation."""
         every = self.durations.eval_every
@@ -189,9 +194,9 @@ class Trainer:
         """Say in a line how the run ended and where its best checkpoint is."""
         best = self.store.linked("best")
         where = self.store.folder / ("best" if best else "last")
-        ending = (
-            f"stopped at step {self.step}: {self.stop_reason}" if self.stop_reason else "finished"
-        )
+        ending = "finished"
+        if not self.is_complete:
+            ending = f"stopped at step {self.step}: {self.stop_reason}"
         return f"{ending}; {'best' if best else 'last'} checkpoint: {where}"
 
     def _facts(self) -> Dict[str, Any]:

@@ -211,7 +211,10 @@ class StopAt(Callback):
 @pytest.mark.parametrize("stop", [3, 6])
 def test_a_validation_that_a_stop_prevented_is_made_up_for(make_trainer, stop):
     scores = {3: 0.9, 6: 0.8}
-    make_trainer(callbacks=[StopAt(stop)], scores=[scores[3]]).fit()
+    stopped = make_trainer(callbacks=[StopAt(stop)], scores=[scores[3]])
+    stopped.fit()
+    assert not stopped.is_complete
+    assert f"stopped at step {stop}" in stopped.describe_end()
     recorder = Recorder()
     resumed = make_trainer(
         callbacks=[recorder], scores=[scores[step] for step in (3, 6) if step >= stop]
@@ -219,6 +222,8 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(make_trainer, stop):
     resumed.resume(resumed.store.folder / "last")
     resumed.fit()
     assert recorder.of("eval") == [step for step in (3, 6) if step >= stop]
+    assert resumed.is_complete
+    assert resumed.describe_end().startswith("finished")
     assert resumed.store.linked("best").name == "step_00000003"
 
 
