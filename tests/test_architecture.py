@@ -22,7 +22,11 @@ ORDER = ["config", "data", "model", "engines", "training", "evaluation"]
 ROOTS = ["train", "evaluate"]
 MAX_FILE, MAX_FUNCTION, MAX_ROOT = 350, 60, 100
 
-POPTORCH = {"cxr_vit.engines.poptorch_engine", "cxr_vit.engines.poptorch_options"}
+POPTORCH = {
+    "cxr_vit.engines.poptorch_engine",
+    "cxr_vit.engines.poptorch_graphs",
+    "cxr_vit.engines.poptorch_options",
+}
 DISTRIBUTED = {"cxr_vit.engines.pipeline_engine"}
 HUGGING_FACE = {"cxr_vit.model.vit"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Callable, List, Optional, Tuple
 
 from cxr_vit.config.architectures import SIZES, known_depth
+from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config
 from cxr_vit.errors import ConfigError, did_you_mean
 
@@ -27,6 +28,46 @@ def depth_problem(layers_per_stage: List[int], depth: int) -> Optional[str]:
 def _layers_are_placed(config: Config) -> Optional[str]:
     depth = known_depth(config.model.name)
     return None if depth is None else depth_problem(config.pipeline.layers_per_stage, depth)
+
+
+def _eval_layers_are_placed(config: Config) -> Optional[str]:
+    training = config.pipeline.layers_per_stage
+    evaluation = config.pipeline.eval_layers_per_stage
+    if evaluation is None or sum(evaluation) == sum(training):
+        return None
+    return (
+        f"pipeline.eval_layers_per_stage={evaluation} places {sum(evaluation)} layers,"
+        f" pipeline.layers_per_stage={training} {sum(training)}. Make them add up to the same."
+    )
+
+
+def _kept_layers_are_on_their_stage(config: Config) -> Optional[str]:
+    recompute, layers = config.pipeline.recompute, config.pipeline.layers_per_stage
+    if isinstance(recompute, str):
+        return None
+    if len(recompute) != len(layers):
+        return (
+            f"pipeline.recompute={recompute} has {len(recompute)} items; there are {len(layers)}"
+            " stages. Give one a stage, or a single word for all."
+        )
+    for stage, choice in enumerate(recompute):
+        first = sum(layers[:stage])
+        there = range(first, first + layers[stage])
+        if not isinstance(choice, str) and not set(choice) <= set(there):
+            return (
+                f"pipeline.recompute={recompute}: item {stage} names layers {choice}, but stage"
+                f" {stage} has the layers {list(there)}."
+            )
+    return None
+
+
+def _optimizer_is_the_engines(config: Config) -> Optional[str]:
+    if config.optim.name != "lamb" or config.engine.name != "torch":
+        return None
+    return (
+        "optim.name=lamb is PopTorch's own; engine.name=torch has adamw and sgd. Set optim.name, or"
+        " engine.name=poptorch."
+    )
 
 
 def _nearest_multiples(value: int, unit: int, *, lowest: int = 1, highest: float = math.inf) -> str:
@@ -71,15 +112,6 @@ def _micro_batches_fill_the_batch(config: Config) -> Optional[str]:
     )
 
 
-def _one_replica(config: Config) -> Optional[str]:
-    if config.batch.replicas == 1:
-        return None
-    return (
-        f"batch.replicas={config.batch.replicas}, but the torch engine is one process with one"
-        " replica. Set batch.replicas=1 and raise batch.gradient_accumulation instead."
-    )
-
-
 def _fractions_leave_training(config: Config) -> Optional[str]:
     data = config.data
     if data.split in ("auto", "official") or data.val_fraction + data.test_fraction < 1:
@@ -104,9 +136,11 @@ def _steps_fill_host_calls(config: Config) -> Optional[str]:
 RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
     _size_is_known,
     _layers_are_placed,
+    _eval_layers_are_placed,
+    _kept_layers_are_on_their_stage,
+    _optimizer_is_the_engines,
     _patches_fill_the_image,
     _micro_batches_fill_the_batch,
-    _one_replica,
     _fractions_leave_training,
     _steps_fill_host_calls,
 )
@@ -121,6 +155,8 @@ def check(config: Config) -> Config:
         Listing every broken rule, each with what was given and the nearest legal values.
     """
     problems = [problem for problem in (rule(config) for rule in RULES) if problem]
+    if config.engine.name == "poptorch" and not problems:  # its rules count on the others
+        problems = ipu_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Dict, List, Mapping, Sequence, Union
 
 from pydantic.fields import FieldInfo
 from typing_extensions import Annotated, Literal, get_args, get_origin
 
 from cxr_vit.config.schema import SECTIONS
+from cxr_vit.config.section import Words
 from cxr_vit.errors import did_you_mean
 
 __all__ = ["allowed", "explain", "help_text"]
@@ -24,6 +26,14 @@ _SYNONYMS = {
     "grad_accum": "batch.gradient_accumulation",
     "replication_factor": "batch.replicas",
     "layers_per_ipu": "pipeline.layers_per_stage",
+    "inference_layers_per_ipu": "pipeline.eval_layers_per_stage",
+    "inference_device_iterations": "batch.eval_device_iterations",
+    "matmul_proportion": "pipeline.available_memory_proportion",
+    "recompute_checkpoint_every_layer": "pipeline.recompute",
+    "executable_cache_dir": "engine.executable_cache",
+    "enable_half_partials": "engine.partials",
+    "optimizer_state_offchip": "engine.optimizer_state_on_chip",
+    "auto_loss_scaling": "optim.loss_scaling",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.steps",
@@ -94,9 +104,12 @@ def allowed(field: FieldInfo) -> str:
 
 def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
     """Say a type with its bounds, which stand beside it or inside its Annotated."""
+    for note in metadata:
+        if isinstance(note, Words):
+            return note.text
     if get_origin(annotation) is Union:
-        inner = next(part for part in get_args(annotation) if part is not type(None))
-        return _type_words(inner, metadata)
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return " or ".join(_type_words(part, metadata) for part in parts)
     if get_origin(annotation) is Annotated:
         inner, *notes = get_args(annotation)
         more = [item for note in notes for item in getattr(note, "metadata", [])]
@@ -104,7 +117,7 @@ def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(_choices(annotation))
     if get_origin(annotation) is list:
-        items = _type_words(get_args(annotation)[0], []).replace("integer", "integers", 1)
+        items = re.sub(r"^(integer|number)", r"\1s", _type_words(get_args(annotation)[0], []))
         return f"a list of {items}{_bounds(metadata)}"
     return f"{_WORDS[annotation]}{_bounds(metadata)}"
 
@@ -126,7 +139,10 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _choices(annotation: Any) -> List[str]:
-    return [str(choice) for choice in get_args(annotation)]
+    """Return the words of a Literal, also inside a Union or a list."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def help_text() -> str:

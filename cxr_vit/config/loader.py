@@ -51,7 +51,9 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config(**merged)
     except ValidationError as error:
-        problems += [explain(detail, places) for detail in error.errors(include_url=False)]
+        # A field of several types is refused once by each of them: the first refusal says it.
+        first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
+        problems += [explain(detail, places) for detail in reversed(list(first.values()))]
     if problems or config is None:
         raise ConfigError("\n".join(problems))
     return config

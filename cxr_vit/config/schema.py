@@ -4,68 +4,18 @@
 at run time, also by Python 3.8: `Optional[int]`, not `int | None`. Imports no torch.
 """
 
-import os
-import re
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type
+from typing import Any, ClassVar, Dict, Optional, Tuple, Type, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from typing_extensions import Annotated, Literal
+
+from cxr_vit.config.device_schema import EngineSection, PipelineSection
+from cxr_vit.config.section import PathText, Section
 
 __all__ = ["SECTIONS", "Config", "Section"]
 
 #: Sides of the square the model sees, pixels.
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def _expand(text: str) -> str:
-    """Replace `${VARIABLE:-default}` and a leading `~`; an unset variable needs a default."""
-
-    def value(match: "re.Match[str]") -> str:
-        name, default = match.groups()
-        # As in a shell, `:-` also covers a variable that is set but empty.
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ValueError(
-                f"environment variable {name} is not set; set it or write ${{{name}:-default}}"
-            )
-        return found
-
-    return os.path.expanduser(_VARIABLE.sub(value, text))
-
-
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-
-
-class Section(BaseModel):
-    """Base of all sections: closed, immutable, finite numbers only."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
-    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
-
-    #: Keys that mean something only beside another: a later layer that gives the other resets them.
-    belongs_to: ClassVar[Dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_of_each_pair(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        for first, second in cls.exclusive:
-            given = [key for key in (first, second) if data.get(key) is not None]
-            if len(given) == 2:
-                raise ValueError(f"give '{first}' or '{second}', not both")
-            if given == [second]:
-                data[first] = None
-            elif first in data and not given:
-                del data[first]  # `epochs: null` beside no `steps` means the default
-        return data
 
 
 class RunSection(Section):
@@ -151,6 +101,11 @@ class ModelSection(Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout after embeddings, attention and MLP"
     )
+    hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = Field(
+        None,
+        description="the MLP's activation: exact GELU or its tanh form, which is all an IPU has;"
+        " null: as in the weights' config.json",
+    )
     head_bias: Literal["prior", "zero"] = Field(
         "prior",
         description="a new head starts at the training prevalence (bias log-odds, small weights),"
@@ -164,16 +119,6 @@ class ModelSection(Section):
         " preprocessor_config.json is not read)",
     )
     image_std: float = Field(0.5, gt=0, le=1, description="gray level divided by, of 0..1")
-
-
-class PipelineSection(Section):
-    """How the layers are cut into stages."""
-
-    layers_per_stage: List[Annotated[int, Field(ge=0)]] = Field(
-        [3, 3, 3, 3],
-        min_length=1,
-        description="encoder layers of each stage; embedding on the first, head on the last",
-    )
 
 
 class BatchSection(Section):
@@ -202,18 +147,35 @@ class BatchSection(Section):
 class OptimSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    name: Literal["adamw", "lamb", "sgd"] = Field(
+        "adamw", description="the optimizer (lamb: IPU only)"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     decay_all: bool = Field(
         False,
         description="decay every parameter, also biases, norms, class token, position embeddings",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment (adamw, lamb)")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment (adamw, lamb)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: Optional[float] = Field(
         None, gt=0, description="clip the global gradient norm to this; null: no clipping"
+    )
+    loss_scaling: Union[Literal["auto"], Annotated[float, Field(gt=0)]] = Field(
+        1.0,
+        description="factor on the loss that keeps fp16 gradients from underflowing, undone before"
+        " the update; auto: PopART adjusts it (IPU)",
+    )
+    accumulator: Literal["fp32", "fp16"] = Field(
+        "fp32", description="dtype of the accumulated gradients (IPU)"
+    )
+    first_moment: Literal["fp32", "fp16"] = Field(
+        "fp32", description="dtype of the first moment, sgd's velocity (IPU)"
+    )
+    second_moment: Literal["fp32", "fp16"] = Field(
+        "fp32", description="dtype of the second moment (IPU)"
     )
 
 
@@ -252,20 +214,13 @@ class TrainSection(Section):
         None, ge=1, description="save every so many steps"
     )
     keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best")
+    resume_weights_only: bool = Field(
+        False,
+        description="--resume takes the weights and the step, and starts the optimizer anew: for a"
+        " checkpoint whose optimizer state this engine cannot take up",
+    )
     early_stopping_patience: Optional[int] = Field(
         None, ge=1, description="stop after so many validations without a better macro AUROC"
-    )
-
-
-class EngineSection(Section):
-    """What computes, and in which arithmetic."""
-
-    name: Literal["auto", "torch"] = Field("auto", description="the back end")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="the torch engine's device")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="arithmetic of the forward pass; auto: bf16 where the processor has it,"
-        " else fp32 (fp16 on older GPUs)",
     )
 
 

@@ -111,11 +111,35 @@ def test_global_batch_of_broken_micro_batches():
     assert message.endswith("Nearest legal values: 96 or 112.")
 
 
-def test_replicas_need_another_engine():
-    message = only_problem("batch.replicas=2")
-    assert message.startswith("batch.replicas=2")
-    assert "batch.replicas=1" in message
-    assert "batch.gradient_accumulation" in message
+def test_cut_of_evaluation_must_hold_the_same_layers():
+    message = only_problem("pipeline.eval_layers_per_stage=[2, 1]")
+    assert message.startswith("pipeline.eval_layers_per_stage=[2, 1] places 3 layers")
+    assert "pipeline.layers_per_stage=[1, 1, 1, 1] 4" in message
+
+
+def test_recompute_names_a_choice_for_every_stage():
+    message = only_problem("pipeline.recompute=[every_layer, stage_inputs]")
+    assert "has 2 items; there are 4 stages" in message
+
+
+def test_recompute_names_layers_of_the_stage():
+    choices = "pipeline.recompute=[[0], [1], [3], every_layer]"
+    message = only_problem(choices)
+    assert "item 2 names layers [3], but stage 2 has the layers [2]" in message
+    check(load_config([], [*SOUND, choices.replace("[3]", "[2]")]))
+
+
+def test_lamb_is_poptorchs():
+    message = only_problem("optim.name=lamb", "engine.name=torch")
+    assert message.startswith("optim.name=lamb")
+    assert "engine.name=poptorch" in message
+    check(load_config([], [*SOUND, "optim.name=lamb"]))  # engine.name=auto may find IPUs
+
+
+def test_rules_of_ipus_hold_for_the_poptorch_engine_alone():
+    refused = ["engine.name=poptorch", "batch.gradient_accumulation=4"]
+    assert len(broken(*refused, "batch.eval_device_iterations=1")) == 2
+    check(load_config([], [*SOUND, "batch.gradient_accumulation=4"]))
 
 
 @pytest.mark.parametrize("split", ["patient", "random"])
@@ -155,7 +179,7 @@ def test_every_broken_rule_speaks():
         "data.image_size=60",
         "batch.micro_batch_size=16",
         "batch.global_batch_size=100",
-        "batch.replicas=3",
+        "pipeline.eval_layers_per_stage=[4]",
         "data.split=random",
         "data.val_fraction=0.5",
         "data.test_fraction=0.6",
@@ -166,7 +190,7 @@ def test_every_broken_rule_speaks():
         "pipeline.layers_per_stage=",
         "data.image_size=",
         "batch.global_batch_size=",
-        "batch.replicas=",
+        "pipeline.eval_layers_per_stage=",
         "data.val_fraction=",
         "train.steps=",
     ]
@@ -176,7 +200,9 @@ def test_every_broken_rule_speaks():
 
 
 def test_every_problem_names_a_key_of_the_schema():
-    problems = broken("pipeline.layers_per_stage=[3]", "data.image_size=60", "batch.replicas=3")
+    problems = broken(
+        "pipeline.layers_per_stage=[3]", "data.image_size=60", "pipeline.eval_layers_per_stage=[4]"
+    )
     for line in problems:
         section, key = re.match(r"(\w+)\.(\w+)=", line).groups()
         assert key in SECTIONS[section].model_fields

@@ -1,0 +1,146 @@
+"""What PopTorch would refuse, told before any compilation."""
+
+import re
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from cxr_vit.config import load_config
+from cxr_vit.config.ipu_rules import RULES, check_ipu, ipu_problems, reserved_ipus
+from cxr_vit.config.schema import SECTIONS
+from cxr_vit.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SOUND = ("batch.gradient_accumulation=7", "batch.eval_device_iterations=4")
+
+
+def problems(*overrides: str) -> List[str]:
+    return ipu_problems(load_config([], [*SOUND, *overrides]))
+
+
+def only_problem(*overrides: str) -> str:
+    (message,) = problems(*overrides)
+    return message
+
+
+def test_a_sound_configuration_passes():
+    assert problems() == []
+    check_ipu(load_config([], SOUND))
+
+
+@pytest.mark.parametrize("name", ["vit_demo_ipu.yaml", "vit_pod4.yaml", "vit_pod16.yaml"])
+def test_the_configurations_for_ipus_pass(name):
+    assert ipu_problems(load_config([CONFIGS / name])) == []
+
+
+def test_accumulation_is_the_message_of_the_design():
+    assert only_problem("batch.gradient_accumulation=4").startswith(
+        "batch.gradient_accumulation=4 is less than the 7 pipeline stages (2 x 4 IPUs - 1) that"
+        " training over 4 IPUs has; PopTorch refuses it. Smallest legal value: 7."
+    )
+
+
+@pytest.mark.parametrize(("cut", "least"), [("[12]", 1), ("[6, 6]", 3), ("[4, 4, 4]", 5)])
+def test_accumulation_follows_the_number_of_ipus(cut, least):
+    layers = f"pipeline.layers_per_stage={cut}"
+    assert problems(layers, f"batch.gradient_accumulation={least}") == []
+    if least > 1:
+        message = only_problem(layers, f"batch.gradient_accumulation={least - 1}")
+        assert f"Smallest legal value: {least}." in message
+
+
+def test_a_global_batch_is_answered_with_a_global_batch():
+    batch = ["batch.global_batch_size=32", "batch.micro_batch_size=4", "batch.replicas=2"]
+    (message,) = ipu_problems(load_config([], [SOUND[1], *batch]))
+    assert message.startswith("batch.global_batch_size=32, an accumulation of 4,")
+    assert "Smallest legal value: 56." in message  # 7 x 4 x 2
+
+
+def test_sharded_stages_are_no_pipeline():
+    assert problems("batch.gradient_accumulation=1", "pipeline.execution=sharded") == []
+    assert problems("batch.eval_device_iterations=1", "pipeline.eval_execution=sharded") == []
+
+
+def test_evaluation_needs_an_iteration_a_stage():
+    message = only_problem("batch.eval_device_iterations=3")
+    assert message.startswith("batch.eval_device_iterations=3 is less than the 4 pipeline stages")
+    assert "Smallest legal value: 4." in message
+    assert problems("batch.eval_device_iterations=2", "pipeline.eval_layers_per_stage=[6, 6]") == []
+
+
+@pytest.mark.parametrize("key", ["layers_per_stage", "eval_layers_per_stage"])
+def test_a_middle_stage_needs_a_layer(key):
+    message = only_problem(f"pipeline.{key}=[4, 4, 0, 4]")
+    assert message.startswith(f"pipeline.{key}=[4, 4, 0, 4] leaves IPU 2 without work")
+    assert problems(f"pipeline.{key}=[0, 6, 6, 0]") == []
+
+
+def test_a_process_has_64_ipus():
+    assert problems("batch.replicas=16") == []
+    assert "Set batch.replicas=16 or fewer" in only_problem("batch.replicas=17")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["engine.replicated_tensor_sharding=true"], "engine.replicated_tensor_sharding=true"),
+        (["engine.device=cpu"], "engine.device=cpu"),
+        (["engine.precision=bf16"], "engine.precision=bf16"),
+        (["engine.precision=fp32", "engine.weights=fp16"], "engine.weights=fp16"),
+        (
+            ["pipeline.available_memory_proportion=[0.1, 0.2]"],
+            "pipeline.available_memory_proportion=[0.1, 0.2] has 2 numbers; there are 4 stages",
+        ),
+        (
+            [
+                "pipeline.layers_per_stage=[6, 6]",
+                "pipeline.eval_layers_per_stage=[3, 3, 3, 3]",
+                "pipeline.available_memory_proportion=[0.1, 0.2]",
+            ],
+            "pipeline.available_memory_proportion has one number",
+        ),
+        (["model.hidden_act=gelu"], "model.hidden_act=gelu"),
+        (["optim.name=lamb", "optim.max_grad_norm=1"], "optim.max_grad_norm=1.0"),
+        (["optim.name=sgd", "optim.max_grad_norm=1"], "optim.max_grad_norm=1.0"),
+        (["optim.loss_scaling=auto", "engine.precision=fp32"], "optim.loss_scaling=auto"),
+    ],
+)
+def test_rule(overrides, start):
+    assert only_problem(*overrides).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.replicated_tensor_sharding=true", "batch.replicas=2"],
+        ["engine.weights=fp16"],
+        ["model.hidden_act=gelu_pytorch_tanh"],
+        ["optim.max_grad_norm=1"],
+        ["optim.loss_scaling=auto"],
+        ["pipeline.available_memory_proportion=[0.1, 0.2, 0.3, 1]"],
+    ],
+)
+def test_what_the_rules_allow(overrides):
+    assert problems(*overrides) == []
+
+
+def test_all_broken_rules_are_told_at_once():
+    config = load_config([], ["batch.gradient_accumulation=4", "engine.precision=bf16"])
+    with pytest.raises(ConfigError) as caught:
+        check_ipu(config)
+    assert len(str(caught.value).split("\n")) == 3
+    assert len(RULES) > 10
+
+
+def test_every_message_begins_with_a_key():
+    found = problems("batch.gradient_accumulation=1", "batch.replicas=99", "model.hidden_act=gelu")
+    assert len(found) == 3
+    keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+    for line in found:
+        assert re.search(r"\w+\.\w+(?==)", line).group() in keys
+
+
+@pytest.mark.parametrize(("ipus", "reserved"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (12, 16)])
+def test_ipus_are_reserved_in_powers_of_two(ipus, reserved):
+    assert reserved_ipus(ipus, 1) == reserved
