@@ -53,6 +53,6 @@ class StagePlan:
             parts += [(f"Encoder {layer}", stage) for layer in self.layers(stage)]
         return [*parts, ("Head", self.num_stages - 1)]
 
-    def describe(self) -> List[str]:
-        """Write the device allocation, a line a part."""
-        return [f"{part:<12} --> stage {stage}" for part, stage in self.allocation()]
+    def describe(self, place: str = "stage") -> List[str]:
+        """Write the device allocation, a line a part; `place` is what a stage runs on."""
+        return [f"{part:<12} --> {place} {stage}" for part, stage in self.allocation()]

@@ -28,19 +28,17 @@ class Normalise(nn.Module):
     Runs on the device: a third of the pixels and a quarter of the bytes cross to it.
     """
 
-    scale: Tensor
-    offset: Tensor
-
     def __init__(self, *, mean: float, std: float, num_channels: int) -> None:
         super().__init__()
         self.num_channels = num_channels
-        # (x / 255 - mean) / std as one multiplication and one addition.
-        self.register_buffer("scale", torch.tensor(1.0 / (255.0 * std)), persistent=False)
-        self.register_buffer("offset", torch.tensor(-mean / std), persistent=False)
+        # (x / 255 - mean) / std as one multiplication and one addition. Plain numbers: a model in
+        # fp16 would round buffers.
+        self.scale = 1.0 / (255.0 * std)
+        self.offset = -mean / std
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 ``[B, 1, H, W]`` to float32 ``[B, num_channels, H, W]``."""
-        pixels = images.to(self.scale.dtype) * self.scale + self.offset
+        pixels = images.float() * self.scale + self.offset
         return pixels.expand(-1, self.num_channels, -1, -1)
 
 
@@ -60,6 +58,11 @@ class Stage(nn.Module):
         Which stage this is.
     mean, std
         Normalisation of the gray levels, of 0..1.
+
+    Attributes
+    ----------
+    dtype
+        What the hidden states are held in, whatever the weights are.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         whole = VitParts(model)
+        self.dtype = torch.float32
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
         # Lists, not attributes: torch registers a module once, and that is at its own path.
@@ -87,10 +91,17 @@ class Stage(nn.Module):
         if self.has_head:
             self._head += [_graft(self, *whole.norm), _graft(self, *whole.head)]
 
+    @property
+    def layers(self) -> List[nn.Module]:
+        """The encoder layers of this stage."""
+        return self._layers
+
     def forward(self, value: Tensor) -> Tensor:
         """Run this stage's parts on pixels or hidden states."""
         for embedding in self._embedding:
-            value = embedding(self.normalise(value))
+            pixels = self.normalise(value).to(self.dtype)
+            # Class token and positions, where they are fp32, widen what they are added to.
+            value = embedding(pixels).to(self.dtype)
         for layer in self._layers:
             value = layer_output(layer(value))
         if self._head:
@@ -129,6 +140,8 @@ class StagedViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = model.config
+        self._whole = (model,)  # in a tuple: no second path to its parameters
+        self.dtype = torch.float32
         self.plan = plan
         self.mean = mean
         self.std = std
@@ -138,7 +151,12 @@ class StagedViT(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Config, *, names: Sequence[str], prevalence: Optional[np.ndarray]
+        cls,
+        config: Config,
+        *,
+        names: Sequence[str],
+        prevalence: Optional[np.ndarray],
+        for_ipu: bool = False,
     ) -> StagedViT:
         """Build the model of a configuration and cut it; see `build_vit`."""
         vit = build_vit(
@@ -148,6 +166,7 @@ class StagedViT(nn.Module):
             layers_per_stage=config.pipeline.layers_per_stage,
             seed=config.run.seed,
             prevalence=prevalence,
+            for_ipu=for_ipu,
         )
         plan = StagePlan.from_list(config.pipeline.layers_per_stage)
         return cls(vit, plan, mean=config.model.image_mean, std=config.model.image_std)
@@ -159,14 +178,30 @@ class StagedViT(nn.Module):
             value = stage(value)
         return value
 
+    def recut(self, plan: StagePlan) -> StagedViT:
+        """Return the same parts, shared, cut otherwise."""
+        other = StagedViT(self._whole[0], plan, mean=self.mean, std=self.std)
+        return other.compute_in(self.dtype)
+
+    def compute_in(self, dtype: torch.dtype) -> StagedViT:
+        """Hold the hidden states in `dtype`; the weights stay what they are."""
+        self.dtype = dtype
+        for stage in self.stages:
+            stage.dtype = dtype  # type: ignore[assignment]
+        return self
+
     def hub_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]:
         """Yield every parameter with the name it has in the hub's checkpoints."""
         for name, parameter in self.named_parameters():
             yield _uncut(name), parameter
 
     def weights(self) -> Dict[str, Tensor]:
-        """Return copies of the weights on the CPU, by hub name."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.hub_parameters()}
+        """Return copies of the weights on the CPU in fp32, by hub name."""
+        return {
+            # PopTorch's parameters have a class of their own, which copies would keep.
+            name: parameter.detach().as_subclass(Tensor).cpu().float().clone()
+            for name, parameter in self.hub_parameters()
+        }
 
     def hub_files(self) -> Dict[str, str]:
         """Return the files that make a folder of the weights loadable by `from_pretrained`."""

@@ -89,6 +89,7 @@ def build_vit(
     layers_per_stage: Sequence[int],
     seed: int,
     prevalence: Optional[np.ndarray] = None,
+    for_ipu: bool = False,
 ) -> ViTForImageClassification:
     """Build the model: random weights of a named size, a local folder's, or the hub's.
 
@@ -107,6 +108,9 @@ def build_vit(
     prevalence
         float64 ``[C]``, the part of the training films with each label, for a new head's bias;
         None where no new head may be made (evaluation).
+    for_ipu
+        Build what PopTorch can run: attention in its plain form, and GELU in its tanh form, which
+        is the one an IPU has; the model's config then says so.
 
     Raises
     ------
@@ -118,9 +122,9 @@ def build_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model.name in SIZES:
-            vit, head_is_new = _from_size(model, names, image_size), True
+            vit, head_is_new = _from_size(model, names, image_size, for_ipu), True
         else:
-            vit, head_is_new = _from_pretrained(model, names, image_size)
+            vit, head_is_new = _from_pretrained(model, names, image_size, for_ipu)
     problem = depth_problem(list(layers_per_stage), vit.config.num_hidden_layers)
     if problem:
         raise ModelError(problem)
@@ -136,9 +140,21 @@ def build_vit(
     return vit.float()
 
 
-def _label_settings(model: ModelSection, names: Sequence[str]) -> Dict[str, Any]:
-    """Settings that hold whatever the weights come from."""
+def _settings(
+    model: ModelSection, names: Sequence[str], for_ipu: bool, hidden_act: str
+) -> Dict[str, Any]:
+    """Settings that hold whatever the weights come from; `hidden_act` is what they were made with.
+
+    On an IPU every GELU is the tanh form (poptorch.md, rule 9): to say so keeps the weights and
+    what computes with them together wherever they go.
+    """
+    hidden_act = model.hidden_act or hidden_act
+    if for_ipu and hidden_act == "gelu":
+        logger.info("GELU in its tanh form, as the IPU computes it; the checkpoints will say so")
+        hidden_act = "gelu_pytorch_tanh"
     return {
+        **({"attn_implementation": "eager"} if for_ipu else {}),
+        "hidden_act": hidden_act,
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         "problem_type": "multi_label_classification",
@@ -148,7 +164,7 @@ def _label_settings(model: ModelSection, names: Sequence[str]) -> Dict[str, Any]
 
 
 def _from_size(
-    model: ModelSection, names: Sequence[str], image_size: int
+    model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
 ) -> ViTForImageClassification:
     size = SIZES[model.name]
     config = ViTConfig(
@@ -159,13 +175,13 @@ def _from_size(
         image_size=image_size,
         patch_size=model.patch_size,
         initializer_range=size.initializer_range,
-        **_label_settings(model, names),
+        **_settings(model, names, for_ipu, "gelu"),
     )
     return ViTForImageClassification(config)
 
 
 def _from_pretrained(
-    model: ModelSection, names: Sequence[str], image_size: int
+    model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
 ) -> Tuple[ViTForImageClassification, bool]:
     """Load weights; return the model and whether its head is new."""
     try:
@@ -173,7 +189,9 @@ def _from_pretrained(
         _check_kind(model, theirs, image_size)
         vit, info = ViTForImageClassification.from_pretrained(
             model.name,
-            config=ViTConfig.from_pretrained(model.name, **_label_settings(model, names)),
+            config=ViTConfig.from_pretrained(
+                model.name, **_settings(model, names, for_ipu, theirs.hidden_act)
+            ),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by us below, all at once
             use_safetensors=True,  # a pickle can run code

@@ -114,3 +114,34 @@ def test_weights_of_another_model_are_refused_by_name(whole):
         model.load_weights(weights)
     for problem in ("missing vit.layernorm.bias", "unexpected extra", "classifier.bias is [7]"):
         assert problem in str(caught.value)
+
+
+def test_recut_shares_every_parameter(whole, images):
+    model = staged(whole, [1, 3])
+    other = model.recut(StagePlan.from_list([2, 1, 1]))
+    assert other.plan.num_stages == 3
+    assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        assert torch.equal(model(images), other(images))
+
+
+def test_hidden_states_are_held_in_the_dtype_asked_for(whole, images):
+    seen = []
+    model = staged(whole, [2, 2]).compute_in(torch.bfloat16)
+    model.to(torch.bfloat16)
+    for stage in model.stages:
+        for layer in stage.layers:
+            layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    with torch.no_grad():
+        assert model(images).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16] * 4
+    assert model.recut(StagePlan.from_list([4])).dtype == torch.bfloat16
+
+
+def test_half_weights_are_stored_in_full(whole):
+    model = staged(whole, [4]).half()
+    weights = model.weights()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    before = {name: parameter.clone() for name, parameter in model.hub_parameters()}
+    model.load_weights(weights)
+    assert all(torch.equal(before[name], p) for name, p in model.hub_parameters())

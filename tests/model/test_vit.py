@@ -226,3 +226,43 @@ def test_damaged_weights_are_told(trunk):
 def test_evaluation_refuses_a_model_without_a_trained_head(trunk):
     with pytest.raises(ModelError, match="no trained head"):
         build(trunk, prevalence=None)
+
+
+# What an IPU needs
+
+
+def test_activation_of_random_weights():
+    def act(**settings):
+        return build("vit-micro", layers=(4,), patch_size=8, **settings).config.hidden_act
+
+    assert act() == "gelu"
+    assert act(hidden_act="gelu_pytorch_tanh") == "gelu_pytorch_tanh"
+
+
+def test_activation_is_the_checkpoints_unless_it_is_set(trunk):
+    config = json.loads((trunk / "config.json").read_text())
+    (trunk / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu_pytorch_tanh"}))
+    assert build(trunk).config.hidden_act == "gelu_pytorch_tanh"
+    assert build(trunk, hidden_act="gelu").config.hidden_act == "gelu"
+
+
+@pytest.mark.parametrize("source", ["size", "folder"])
+def test_model_for_an_ipu_says_what_it_computes(source, trunk, caplog):
+    name, more = ("vit-micro", {"patch_size": 8}) if source == "size" else (trunk, {})
+    model = build_vit(
+        ModelSection(name=str(name), **more),
+        names=FINDINGS,
+        image_size=32,
+        layers_per_stage=(4,) if source == "size" else (1, 1),
+        seed=0,
+        prevalence=np.full(14, 0.1),
+        for_ipu=True,
+    )
+    assert model.config.hidden_act == "gelu_pytorch_tanh"
+    assert model.config._attn_implementation == "eager"
+    x = torch.linspace(-3, 3, 50)
+    tanh = torch.nn.functional.gelu(x, approximate="tanh")
+    activations = [m for m in model.modules() if "GELU" in type(m).__name__]
+    assert activations
+    for activation in activations:
+        assert torch.equal(activation(x), tanh)
