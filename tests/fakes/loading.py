@@ -1,0 +1,120 @@
+"""Import poptorch for a test: the stand-in of this folder, or PopTorch's own front end.
+
+Both are taken out of sys.modules afterwards, so that no other test sees them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+import torch
+
+FAKES = Path(__file__).resolve().parent
+ROOT = FAKES.parents[1]
+
+# The harness can be installed once a process: its modules are kept from use to use.
+_kept: Dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[Tuple[Any, Any]]:
+    """Within, `import poptorch` gives the stand-in.
+
+    Yields
+    ------
+    tuple of module
+        poptorch and its inspection.
+    """
+    before = _take_modules()
+    sys.path.insert(0, str(FAKES))
+    try:
+        import poptorch
+        from poptorch import inspection
+
+        inspection.reset()
+        yield poptorch, inspection
+    finally:
+        sys.path.remove(str(FAKES))
+        _take_modules()
+        sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def frontend() -> Iterator[Tuple[Any, Any]]:
+    """Within, `import poptorch` gives PopTorch's front end; yields it and the harness."""
+    before = _take_modules()
+    path, search_path, hook = list(sys.path), os.environ.get("PYTHONPATH"), sys.excepthook
+    try:
+        with warnings.catch_warnings():
+            # As old as the torch that it is made for.
+            warnings.filterwarnings("ignore", "Positional args are being deprecated")
+            warnings.filterwarnings("ignore", category=ResourceWarning)
+            yield _install()
+    finally:
+        _kept["modules"] = _take_modules()
+        sys.modules.update(before)
+        sys.path[:] = path
+        sys.excepthook = hook
+        if search_path is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = search_path
+
+
+def _install() -> Tuple[Any, Any]:
+    sys.modules.update(_kept.get("modules", {}))
+    sys.path[:0] = _kept.get("path", [str(harness())])
+    import poptorch_harness
+
+    if "path" not in _kept:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            poptorch_harness.install()
+        # It would print a traceback of every thread at SIGTERM, and go on.
+        faulthandler.unregister(signal.SIGTERM)
+        _kept["path"] = [sys.path[0], str(harness())]
+        _kept["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    # For the processes of its asynchronous loaders.
+    os.environ["PYTHONPATH"] = _kept["PYTHONPATH"]
+    poptorch_harness.log().clear()
+    config = poptorch_harness.config()
+    config.available_ipus, config.hardware_version = 16, 2
+    return sys.modules["poptorch"], poptorch_harness
+
+
+def harness() -> Path:
+    """Where the harness of the front end is, or would be."""
+    default = ROOT.parent / "shared" / "tools" / "poptorch_frontend"
+    return Path(os.environ.get("POPTORCH_FRONTEND", str(default)))
+
+
+def available() -> Optional[str]:
+    """Why `frontend()` cannot be used here; None if it can."""
+    source = os.environ.get("POPTORCH_SRC")
+    if not source:
+        return "POPTORCH_SRC is not set to a checkout of graphcore/poptorch"
+    if not (Path(source) / "python" / "_poplar_executor.py").is_file():
+        return f"POPTORCH_SRC={source} is no checkout of graphcore/poptorch"
+    if not (harness() / "poptorch_harness.py").is_file():
+        return f"{harness()} has no poptorch_harness.py (POPTORCH_FRONTEND)"
+    if issubclass(torch.optim.AdamW, torch.optim.Adam):
+        # Since torch 2.7: it would train with another optimizer than asked.
+        return f"PopTorch's front end takes AdamW for Adam on torch {torch.__version__}"
+    return None
+
+
+def _take_modules() -> Dict[str, Any]:
+    """Take poptorch and popdist out of sys.modules and return them."""
+    names = [name for name in sys.modules if _is_ours(name)]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in ("poptorch", "popdist", "poptorch_harness")
