@@ -25,11 +25,12 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from cxr_vit.data.datamodule import ChestXrayDataModule
-    from cxr_vit.engines.choice import build_engine
+    from cxr_vit.engines.choice import build_engine, choose_engine
     from cxr_vit.evaluation.report import print_table, write_report
     from cxr_vit.model.stages import StagedViT
     from cxr_vit.training.checkpoint import verify_checkpoint
 
+    choice = choose_engine(config)
     state = verify_checkpoint(arguments.checkpoint, needs_optimizer=False)
     data = ChestXrayDataModule(config.data, may_write_sample=False)
     split = arguments.split or data.default_split()
@@ -38,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)  # before the scoring, which may take long
     origin = data.fingerprint()
     data.warn_if_changed(state)
-    model = StagedViT.from_config(config, names=data.names, prevalence=None)
-    with build_engine(config, model) as engine:
+    model = StagedViT.from_config(config, names=data.names, prevalence=None, for_ipu=choice.is_ipu)
+    with build_engine(config, model, choice) as engine:
         print(f"{engine.describe()}\n{data.describe()}", flush=True)
         logits, labels = engine.predict_dataset(dataset)
     metrics = write_report(

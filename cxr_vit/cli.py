@@ -37,6 +37,7 @@ class TrainArguments(NamedTuple):
     files: List[Path]
     overrides: List[str]
     resume: Optional[str]
+    compile_only: bool
 
 
 class EvaluateArguments(NamedTuple):
@@ -96,12 +97,20 @@ def train_arguments(argv: Sequence[str]) -> TrainArguments:
         help="go on from the last checkpoint of this run's folder, else of run.dir, else of the"
         " newest run named run.name; the run's own config.yaml holds, overrides win over it",
     )
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="compile the graphs for IPUs into engine.executable_cache and stop: needs the Poplar"
+        " SDK, but no IPU and no data",
+    )
     namespace = parser.parse_intermixed_args(argv)
     files, overrides = read_config(namespace)
     resume = namespace.resume
     if resume and "=" in resume and not Path(resume).exists():
         resume, overrides = "", [resume, *overrides]  # `--resume train.epochs=5`
-    return TrainArguments(files, overrides, resume)
+    if resume is not None and namespace.compile_only:
+        parser.error("--compile-only makes no run, so there is none to --resume")
+    return TrainArguments(files, overrides, resume, namespace.compile_only)
 
 
 def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:

@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "CxrVitError",
     "DataError",
+    "DeviceError",
     "EngineUnavailable",
     "ModelError",
     "NonFiniteLoss",
@@ -39,6 +40,10 @@ class ModelError(CxrVitError):
 
 class EngineUnavailable(CxrVitError):
     """The engine or the precision asked for cannot run on this machine."""
+
+
+class DeviceError(CxrVitError):
+    """The device or its compiler gave up; the message holds its words and what to do."""
 
 
 class CheckpointError(CxrVitError):

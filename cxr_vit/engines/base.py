@@ -42,15 +42,18 @@ class EngineState:
     optimizer
         Hub name -> slot (`exp_avg`, `exp_avg_sq`, `step`) -> tensor.
     optimizer_kind
-        Which optimizer's slots these are.
+        Which optimizer's slots these are; empty: weights only, the optimizer starts anew.
     scalars
         The rest as JSON numbers (update count, loss scale).
+    rng
+        The device's random generator, int64; None where dropout is a function of the update.
     """
 
     weights: Dict[str, Tensor]
     optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
     optimizer_kind: str = ""
     scalars: Dict[str, float] = field(default_factory=dict)
+    rng: Optional[Tensor] = None
 
 
 class Engine(ABC):
@@ -60,10 +63,22 @@ class Engine(ABC):
     ----------
     batch
         The batch arithmetic.
+
+    Attributes
+    ----------
+    local_batch
+        The part of it that this process reads and computes: all, where there is one process.
+    is_main
+        Whether this process is the one that writes and prints.
+    place
+        What a stage runs on, in a word.
     """
 
     def __init__(self, batch: BatchPlan) -> None:
         self.batch = batch
+        self.local_batch = batch
+        self.is_main = True
+        self.place = "stage"
 
     def __enter__(self: EngineType) -> EngineType:
         return self
@@ -87,7 +102,7 @@ class Engine(ABC):
 
     def compile(self, example: Batch) -> float:
         """Do what happens once before the first step; return the seconds it took."""
-        self._check(example, self.batch.global_batch_size)
+        self._check(example, self.local_batch.global_batch_size)
         return self._compile(example)
 
     def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
@@ -96,11 +111,12 @@ class Engine(ABC):
         Parameters
         ----------
         batch
-            A whole number of global batches, in the order of the updates.
+            A whole number of global batches (this process's part of them), in the order of the
+            updates.
         lr
             The learning rate of all of them.
         """
-        self._check(batch, self.batch.global_batch_size)
+        self._check(batch, self.local_batch.global_batch_size)
         return self._train_step(batch, lr)
 
     def predict(self, batch: Batch) -> Tensor:
@@ -125,9 +141,11 @@ class Engine(ABC):
             logits.append(self.predict(batch)[real])
             labels.append(batch.labels[real].clone())
             indices.append(batch.indices[real].clone())
-        scored = torch.cat(indices)
-        assert torch.equal(scored, torch.arange(len(dataset))), "each film once, in order"
-        return torch.cat(logits), torch.cat(labels)
+        parts = (torch.cat(part) for part in (logits, labels, indices))
+        all_logits, all_labels, scored = self._gather(*parts)
+        order = scored.argsort()
+        assert torch.equal(scored[order], torch.arange(len(dataset))), "each film once"
+        return all_logits[order], all_labels[order]
 
     @abstractmethod
     def state_dict(self) -> EngineState:
@@ -144,8 +162,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def memory_stats(self) -> Dict[str, float]:
-        """Return tag -> GiB (2**30 bytes)."""
+    def device_stats(self) -> Dict[str, float]:
+        """Return what the device says of itself, tag -> value: peak memory in GiB (2**30 bytes)."""
 
     def close(self) -> None:  # noqa: B027  (most back ends hold nothing)
         """Give the device back."""
@@ -158,6 +176,10 @@ class Engine(ABC):
 
     @abstractmethod
     def _predict(self, batch: Batch) -> Tensor: ...
+
+    def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Put together what the processes have of something; one process has all."""
+        return parts
 
     def _check(self, batch: Batch, unit: int) -> None:
         assert batch.images.dtype == torch.uint8, batch.images.dtype

@@ -2,29 +2,103 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Optional
+
 from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.ipu_rules import check_ipu
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
+from cxr_vit.engines.poptorch_engine import PopTorchEngine
+from cxr_vit.engines.poptorch_options import poptorch_problem
 from cxr_vit.engines.precision import choose
 from cxr_vit.engines.torch_engine import TorchEngine
+from cxr_vit.errors import EngineUnavailable
 from cxr_vit.model.stages import StagedViT
 
-__all__ = ["build_engine"]
+__all__ = ["EngineChoice", "build_engine", "choose_engine"]
 
 
-def build_engine(config: Config, model: StagedViT) -> Engine:
-    """Build the engine of `engine.name`; `auto` takes a CUDA device where one answers.
+class EngineChoice(NamedTuple):
+    """Which engine, and why in words; the model is built for it."""
+
+    name: str
+    reason: str
+
+    @property
+    def is_ipu(self) -> bool:
+        """Whether the model runs on IPUs."""
+        return self.name == "poptorch"
+
+
+def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
+    """Choose the engine of `engine.name`.
+
+    `auto` takes IPUs where PopTorch imports and enough of them answer, else torch's devices. Who
+    names a torch device (`engine.device`) means that one.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    offline
+        Whether only to compile for IPUs.
+
+    Raises
+    ------
+    EngineUnavailable
+        If the IPUs asked for cannot be had.
+    ConfigError
+        If IPUs are there, but PopTorch would refuse the configuration.
+    """
+    engine = config.engine
+    if engine.name == "torch" and not offline:
+        return EngineChoice("torch", "engine.name=torch")
+    if engine.name == "auto" and engine.device != "auto" and not offline:
+        return EngineChoice("torch", "engine.device is one of torch's")
+    problem = poptorch_problem(config, offline=offline)
+    if problem is None:
+        check_ipu(config)
+        why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
+        return EngineChoice("poptorch", "--compile-only" if offline else why)
+    if engine.name == "poptorch" or offline:
+        raise EngineUnavailable(f"{problem}.")
+    return EngineChoice("torch", f"no IPU: {problem.split(';')[0].split('. ')[0]}")
+
+
+def build_engine(
+    config: Config,
+    model: StagedViT,
+    choice: Optional[EngineChoice] = None,
+    *,
+    offline: bool = False,
+) -> Engine:
+    """Build the chosen engine.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    model
+        Built `for_ipu` if the choice is.
+    choice
+        Of `choose_engine`; None to choose here.
+    offline
+        Whether only to compile for IPUs.
 
     Raises
     ------
     EngineUnavailable
         If it cannot run here.
     """
+    choice = choice or choose_engine(config)
+    if choice.is_ipu:
+        return PopTorchEngine(model, config, reason=choice.reason, offline=offline)
+    placement = choose(config.engine)
     return TorchEngine(
         model,
         BatchPlan.from_section(config.batch),
         config.optim,
-        choose(config.engine),
+        placement._replace(reason=f"{choice.reason}; {placement.reason}"),
         seed=config.run.seed,
         num_workers=config.data.num_workers,
     )

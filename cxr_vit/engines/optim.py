@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from cxr_vit.config.schema import OptimSection
+from cxr_vit.errors import ConfigError
 
-__all__ = ["build_adamw", "is_decayed", "parameter_groups"]
+__all__ = ["build_optimizer", "is_decayed", "parameter_groups"]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -39,13 +40,23 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(
+def build_optimizer(
     parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
-) -> torch.optim.AdamW:
-    """Make torch's AdamW (Loshchilov and Hutter, 2019) with this project's groups."""
-    return torch.optim.AdamW(
-        parameter_groups(parameters, optim),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
+) -> torch.optim.Optimizer:
+    """Make torch's AdamW (Loshchilov and Hutter, 2019) or SGD with this project's groups.
+
+    Raises
+    ------
+    ConfigError
+        If torch has no such optimizer.
+    """
+    groups = parameter_groups(parameters, optim)
+    if optim.name == "adamw":
+        betas = (optim.beta1, optim.beta2)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    raise ConfigError(
+        f"optim.name={optim.name} is PopTorch's own; the torch engine has adamw and sgd. Set"
+        " optim.name, or engine.name=poptorch on a machine with IPUs."
     )

@@ -8,7 +8,7 @@ from typing import Dict, NamedTuple
 
 import torch
 
-from cxr_vit.config.schema import EngineSection
+from cxr_vit.config.device_schema import EngineSection
 from cxr_vit.errors import EngineUnavailable
 
 __all__ = ["Placement", "choose", "cpu_has_bf16"]

@@ -1,11 +1,11 @@
-"""One process on the CPU or one CUDA GPU: the stages in order, plain torch."""
+"""One process on the CPU or one CUDA GPU: the stages in order, plain torch.
+
+Replicas take their turns: the mean over all micro-batches is the same wherever they are computed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
-import sys
 import time
 from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Union
 
@@ -19,15 +19,16 @@ from cxr_vit.config.schema import OptimSection
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.base import Engine, EngineState, StepOutput
-from cxr_vit.engines.optim import build_adamw
+from cxr_vit.engines.host import in_one_line, leave_the_process_group, process_peak_gib
+from cxr_vit.engines.optim import build_optimizer
+from cxr_vit.engines.optimizer_state import check_kind, torch_slots
 from cxr_vit.engines.precision import Placement
-from cxr_vit.errors import CheckpointError, DataError
+from cxr_vit.errors import CheckpointError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 
 __all__ = ["TorchEngine"]
 
-_OPTIMIZER_KIND = "torch.AdamW"
 _GIB = 2**30
 
 
@@ -64,7 +65,8 @@ class TorchEngine(Engine):
         self.placement = placement
         self.model = model.to(placement.device)
         self.max_grad_norm = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
-        self.optimizer = build_adamw(self.model.hub_parameters(), optim)
+        self.optimizer = build_optimizer(self.model.hub_parameters(), optim)
+        self.optimizer_kind = f"torch.{type(self.optimizer).__name__}"
         if placement.precision == "fp32":
             # Else cuDNN runs the patch embedding in TF32, with 10 bits of mantissa.
             torch.backends.cudnn.allow_tf32 = False
@@ -97,9 +99,9 @@ class TorchEngine(Engine):
             num_workers=self.num_workers,
             collate_fn=PaddedCollate(batch_size),
             pin_memory=self.placement.device.type == "cuda",
-            worker_init_fn=_leave_the_process_group,
+            worker_init_fn=leave_the_process_group,
         )
-        return _in_one_line(loader)
+        return in_one_line(loader)
 
     def _compile(self, example: Batch) -> float:
         """Run one forward and backward pass without an update, so that allocations are done."""
@@ -133,11 +135,12 @@ class TorchEngine(Engine):
         _seed_dropout(self.seed, self.updates)
         total = torch.zeros((), device=self.placement.device)
         size = self.batch.micro_batch_size
+        num_micro_batches = self.batch.gradient_accumulation * self.batch.replicas
         for start in range(0, len(images), size):
             loss = self._loss(images[start : start + size], labels[start : start + size])
-            self._scaler.scale(loss / self.batch.gradient_accumulation).backward()
+            self._scaler.scale(loss / num_micro_batches).backward()
             total += loss.detach()
-        return total / self.batch.gradient_accumulation
+        return total / num_micro_batches
 
     def _update(self) -> Tensor:
         """Clip, step, clear; return the gradient norm before clipping, still on the device.
@@ -189,38 +192,33 @@ class TorchEngine(Engine):
             if parameter in self.optimizer.state
         }
         scalars = {"updates": float(self.updates), **self._scaler.state_dict()}
-        return EngineState(self.model.weights(), slots, _OPTIMIZER_KIND, scalars)
+        return EngineState(self.model.weights(), slots, self.optimizer_kind, scalars)
 
     def load_state_dict(self, state: EngineState) -> None:
         """Take up weights, optimizer slots and counters."""
+        check_kind(state.optimizer_kind, self.optimizer_kind)
         self.model.load_weights(state.weights)
-        if state.optimizer_kind != _OPTIMIZER_KIND:
-            raise CheckpointError(
-                f"the checkpoint holds the optimizer state of {state.optimizer_kind or 'none'};"
-                f" this engine has {_OPTIMIZER_KIND}. Resume with the engine that wrote it, or"
-                " start a new run from its weights with model.name=<checkpoint>."
-            )
+        self.optimizer.state.clear()
         for name, parameter in self.model.hub_parameters():
             if state.optimizer and name not in state.optimizer:
                 raise CheckpointError(f"the checkpoint lacks the optimizer state of {name}.")
             if name in state.optimizer:
                 self.optimizer.state[parameter] = {
                     # AdamW keeps its step count on the CPU, whatever the parameter's device.
-                    slot: value.clone() if slot == "step" else value.to(parameter.device, copy=True)
-                    for slot, value in state.optimizer[name].items()
+                    slot: value.clone() if slot == "step" else value.to(parameter, copy=True)
+                    for slot, value in torch_slots(state.optimizer[name]).items()
                 }
         scalars = dict(state.scalars)
-        self.updates = int(scalars.pop("updates"))
+        self.updates = int(scalars.pop("updates", 0))
         if scalars and self._scaler.is_enabled():
             self._scaler.load_state_dict(scalars)
 
-    def memory_stats(self) -> Dict[str, float]:
+    def device_stats(self) -> Dict[str, float]:
         """Return the peak memory: the device's on a GPU, the process's on a CPU."""
         if self.placement.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.placement.device) / _GIB
         else:
-            unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+            peak = process_peak_gib()
         return {"perf/peak_memory_gib": peak}
 
 
@@ -232,22 +230,6 @@ def _grad_scaler(placement: Placement) -> Any:
     return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
-def _leave_the_process_group(worker: int) -> None:
-    """Let a signal to the whole group (Ctrl-C, `timeout`) reach only the process that saves.
-
-    To ignore signals instead would also ignore the main process's own, which ends its workers.
-    """
-    os.setpgrp()
-
-
 def _seed_dropout(seed: int, update: int) -> None:
     """Make dropout a pure function of the update, so that a resumed run repeats it unsaved."""
     torch.manual_seed(int(np.random.SeedSequence((seed, update)).generate_state(1)[0]))
-
-
-def _in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass batches on; a worker process's DataError loses the traceback torch wraps it in."""
-    try:
-        yield from loader
-    except DataError as error:
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None

@@ -121,7 +121,7 @@ class NonFiniteGuard(Callback):
     def _message(
         self, trainer: Trainer, event: StepEnd, update: int, what: str, value: float
     ) -> str:
-        size = trainer.engine.batch.global_batch_size
+        size = trainer.engine.local_batch.global_batch_size
         rows = event.batch.indices[update * size : (update + 1) * size].tolist()
         films = ", ".join(self.image_names[row] for row in rows[:16])
         more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""

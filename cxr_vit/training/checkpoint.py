@@ -31,6 +31,8 @@ _STEP_NAME = re.compile(r"^step_(\d{8})$")
 _FORMAT = 1
 #: Between a parameter's name and its optimizer slot; no parameter name has a slash.
 _SLOT = "/"
+#: The device's random generator, beside the slots; hundreds of thousands of numbers on IPUs.
+_RNG = "rng_state"
 
 
 class CheckpointStore:
@@ -76,7 +78,7 @@ class CheckpointStore:
         _remove(aside)
         aside.mkdir(parents=True)
         save_file(state.weights, str(aside / WEIGHTS), metadata={"format": "pt"})
-        save_file(_flatten(state.optimizer), str(aside / OPTIMIZER))
+        save_file(_flatten(state), str(aside / OPTIMIZER))
         for name, text in model_files.items():
             (aside / name).write_text(text, encoding="utf-8")
         whole = {
@@ -190,21 +192,21 @@ def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
     trainer_state = verify_checkpoint(checkpoint)
     try:
         weights = load_file(str(checkpoint / WEIGHTS))
-        optimizer = _unflatten(load_file(str(checkpoint / OPTIMIZER)))
+        flat = load_file(str(checkpoint / OPTIMIZER))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint}: {error}. Use another checkpoint.") from error
-    state = EngineState(
-        weights, optimizer, trainer_state["optimizer_kind"], trainer_state["scalars"]
-    )
-    return state, trainer_state
+    rng = flat.pop(_RNG, None)
+    kind, scalars = trainer_state["optimizer_kind"], trainer_state["scalars"]
+    return EngineState(weights, _unflatten(flat), kind, scalars, rng), trainer_state
 
 
-def _flatten(optimizer: Dict[str, Dict[str, Tensor]]) -> Dict[str, Tensor]:
-    return {
+def _flatten(state: EngineState) -> Dict[str, Tensor]:
+    flat = {
         f"{name}{_SLOT}{slot}": value.contiguous()
-        for name, slots in optimizer.items()
+        for name, slots in state.optimizer.items()
         for slot, value in slots.items()
     }
+    return flat if state.rng is None else {**flat, _RNG: state.rng}
 
 
 def _unflatten(flat: Dict[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:

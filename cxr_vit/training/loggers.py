@@ -175,7 +175,7 @@ class MetricsLogging(Callback):
         """Log the mean over the steps since the last event."""
         self._window.add(event)
         if trainer.is_due(event.first_step, self.every):
-            self._log(event.step, {**self._window.summary(), **trainer.engine.memory_stats()})
+            self._log(event.step, {**self._window.summary(), **trainer.engine.device_stats()})
             self._window.clear()
 
     def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:

@@ -36,10 +36,13 @@ class RunFolder:
     ----------
     path
         The folder; made by `create`.
+    writes
+        Whether this process writes the run; of several only one does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: Optional[bool] = None) -> None:
         self.path = path
+        self.writes = _is_main_process() if writes is None else writes
         self._lock: IO[str]
 
     @classmethod
@@ -51,6 +54,8 @@ class RunFolder:
         ConfigError
             If `run.dir` holds something already: a run is never written over.
         """
+        if not _is_main_process():
+            return cls(Path(run.dir or run.root))
         if run.dir is not None:
             path = Path(run.dir)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -73,6 +78,8 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         """Take the run for this process; the system releases it even if the process is killed."""
+        if not self.writes:
+            return self
         self._lock = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,6 +94,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self.writes:
+            return
         (self.path / _LOCK).unlink()
         self._lock.close()
         self.discard_if_empty()
@@ -122,6 +131,8 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, without the folder: to repeat a run is to make a new one."""
+        if not self.writes:
+            return
         elsewhere = config.run.model_copy(update={"dir": None})
         text = dump_config(config.model_copy(update={"run": elsewhere}))
         aside = self.config.with_name(".config.yaml.writing")
@@ -130,6 +141,8 @@ class RunFolder:
 
     def write_environment(self, *, device: str, data: Dict[str, str]) -> None:
         """Write environment.json: versions, device, commit, hashes of the data."""
+        if not self.writes:
+            return
         environment = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "python": platform.python_version(),
@@ -141,6 +154,11 @@ class RunFolder:
         }
         path = self.path / "environment.json"
         path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_main_process() -> bool:
+    """Whether this process is the only one, or the first of those `poprun` (mpirun) started."""
+    return os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
 
 
 def _make(path: Path, setting: str) -> None:

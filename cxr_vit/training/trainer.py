@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.base import Engine
+from cxr_vit.engines.base import Engine, EngineState
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
@@ -161,8 +161,15 @@ class Trainer:
         self._notify("on_checkpoint", path)
         return path
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, *, weights_only: bool = False) -> None:
         """Go on from a checkpoint.
+
+        Parameters
+        ----------
+        checkpoint
+            Its folder.
+        weights_only
+            Start the optimizer and the device's random generator anew.
 
         Raises
         ------
@@ -184,6 +191,8 @@ class Trainer:
                 f"{checkpoint} is at step {trainer_state['step']}, past this run's"
                 f" {self.durations.total_steps} steps. Raise train.epochs or train.steps."
             )
+        if weights_only:
+            state = EngineState(state.weights, scalars={"updates": float(trainer_state["step"])})
         self.engine.load_state_dict(state)
         self.step = trainer_state["step"]
         self.evaluated_step = trainer_state["evaluated_step"]
@@ -217,7 +226,7 @@ class Trainer:
 
     def _example(self) -> Batch:
         return Batch.zeros(
-            self.engine.batch.host_batch_size,
+            self.engine.local_batch.host_batch_size,
             image_size=self.train.image_size,
             num_classes=self.train.num_classes,
         )

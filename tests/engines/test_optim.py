@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.engines.optim import build_adamw, parameter_groups
+from cxr_vit.engines.optim import build_optimizer, parameter_groups
 from cxr_vit.model.stages import StagedViT
 
 
@@ -45,7 +45,7 @@ def test_decay_all_decays_everything(model):
 
 def test_an_undecayed_parameter_only_moves_along_its_gradient():
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = build_adamw(
+    optimizer = build_optimizer(
         [("a.weight", weight), ("a.bias", bias)], OptimSection(lr=0.1, weight_decay=0.5)
     )
     weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
@@ -56,6 +56,6 @@ def test_an_undecayed_parameter_only_moves_along_its_gradient():
 
 def test_settings_reach_the_optimizer():
     optim = OptimSection(lr=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
-    optimizer = build_adamw([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
+    optimizer = build_optimizer([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.95), 1e-6)

@@ -194,7 +194,7 @@ def test_optimizer_state_has_hub_names(make_config):
 
 
 def test_memory_is_reported_in_gib(make_config):
-    (value,) = engine_of(make_config()).memory_stats().values()
+    (value,) = engine_of(make_config()).device_stats().values()
     assert 0.05 < value < 64
 
 

@@ -36,7 +36,7 @@ class FakeTrainer:
     """Records what a callback asks for."""
 
     def __init__(self):
-        self.engine = SimpleNamespace(batch=SimpleNamespace(global_batch_size=2))
+        self.engine = SimpleNamespace(local_batch=SimpleNamespace(global_batch_size=2))
         self.store = SimpleNamespace(linked=lambda name: None)
         self.reasons = []
 

@@ -1,0 +1,121 @@
+"""Two numbers that docs/ipu.md gives: what GELU's tanh form changes, and what fp16 gradients lose.
+
+    python -m benchmarks.ipu_numerics --checkpoint runs/<name>/checkpoints/best [--out FILE]
+
+GELU: the checkpoint's test films scored with the exact and the tanh form. Gradients: the hidden
+states' gradients of ViT-B/16 at the start of a fine-tuning, computed in fp32; the part that fp16
+would round to zero at each loss scaling. Prints a table, writes a JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+
+from cxr_vit.cli import run
+from cxr_vit.config import Config, check, load_config
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.engines.choice import build_engine
+from cxr_vit.evaluation.metrics import flat_scores
+from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.training.run_folder import run_of_checkpoint, with_weights_of
+
+#: Half of fp16's smallest number: what is nearer to zero becomes zero.
+LOST_BELOW = 2.0**-25
+SCALINGS = (1, 16, 128, 1024, 16384)
+
+
+def gelu_difference(checkpoint: Path) -> Dict[str, float]:
+    """Score the test split with either form."""
+    folder = run_of_checkpoint(checkpoint)
+    config = load_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
+    data = ChestXrayDataModule(config.data, may_write_sample=False)
+    dataset = data.dataset(data.default_split())
+    logits, scores = {}, {}
+    for form in ("gelu", "gelu_pytorch_tanh"):
+        model = config.model.model_copy(update={"hidden_act": form})
+        changed: Config = with_weights_of(config.model_copy(update={"model": model}), checkpoint)
+        staged = StagedViT.from_config(changed, names=data.names, prevalence=None)
+        with build_engine(changed, staged) as engine:
+            logits[form], labels = engine.predict_dataset(dataset)
+        scores[form] = flat_scores(logits[form], labels, data.names)["auroc_macro"]
+    exact, tanh = logits.values()
+    return {
+        "films": float(len(exact)),
+        "largest_logit": float(exact.abs().max()),
+        "largest_logit_difference": float((exact - tanh).abs().max()),
+        "largest_probability_difference": float((exact.sigmoid() - tanh.sigmoid()).abs().max()),
+        "auroc_macro_exact": float(scores["gelu"] or 0.0),
+        "auroc_macro_tanh": float(scores["gelu_pytorch_tanh"] or 0.0),
+    }
+
+
+def gradients_lost(num_films: int) -> Dict[str, Dict[str, float]]:
+    """Return, by loss scaling, the part of the hidden states' gradients that fp16 rounds to 0."""
+    config = check(load_config([], ["model.name=vit-base"]))
+    model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.05))
+    hidden: List[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        state.retain_grad()
+        hidden.append(state)
+
+    for stage in model.stages:
+        for layer in stage.layers:
+            layer.register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 1, config.data.image_size, config.data.image_size)
+    for film in range(num_films):  # micro-batches of one, as in vit_pod4.yaml
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.zeros(1, 14)
+        labels[0, film % 14] = 1
+        multi_label_loss(model(images), labels).backward()
+    gradients = torch.cat([state.grad[state.grad != 0].abs() for state in hidden])
+    return {
+        str(scaling): {
+            "lost": float((gradients * scaling < LOST_BELOW).float().mean()),
+            "largest": float(gradients.max() * scaling),
+        }
+        for scaling in SCALINGS
+    }
+
+
+def main(argv: List[str]) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--films", type=int, default=4, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
+    arguments = parser.parse_args(argv)
+    result: Dict[str, Any] = {
+        "measured": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "gelu": gelu_difference(arguments.checkpoint),
+        "fp16_gradients": gradients_lost(arguments.films),
+    }
+    for name, value in result["gelu"].items():
+        print(f"{name:32} {value:.6g}")
+    for scaling, values in result["fp16_gradients"].items():
+        print(
+            f"loss scaling {scaling:>6}: {100 * values['lost']:6.2f} % of the hidden states'"
+            f" gradients lost, largest {values['largest']:.3g}"
+        )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

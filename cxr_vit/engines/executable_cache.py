@@ -1,0 +1,47 @@
+"""PopART's cache of compiled graphs: a folder a configuration, and whether it was hit.
+
+PopART reads every file of the folder to find a graph, which takes long once many are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Mapping, Optional, Set
+
+__all__ = ["ExecutableCache"]
+
+
+class ExecutableCache:
+    """The folder of one configuration's graphs.
+
+    Parameters
+    ----------
+    root
+        Folder of all; None for no cache.
+    shape
+        What the graphs follow from; JSON-able.
+    """
+
+    def __init__(self, root: Optional[str], shape: Mapping[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
+        self.path: Optional[Path] = None if root is None else Path(root) / key[:12]
+        self._before: Set[str] = set()
+
+    def note(self) -> None:
+        """Remember what is there before a compilation."""
+        self._before = self._files()
+
+    def outcome(self) -> str:
+        """Say what the compilation since `note` did with the cache."""
+        if self.path is None:
+            return "not cached: engine.executable_cache=null"
+        new = self._files() - self._before
+        if new:
+            return f"cache miss, now in {self.path}"
+        return f"cache hit in {self.path}" if self._before else f"nothing cached in {self.path}"
+
+    def _files(self) -> Set[str]:
+        """Return the graphs that are there (PopART calls them <hash>.popef)."""
+        return set() if self.path is None else {path.name for path in self.path.glob("*.popef")}

@@ -1,0 +1,339 @@
+"""IPUs: the stages as blocks of one PopTorch graph, stage i on IPU i.
+
+Written from PopTorch's sources (../shared/reference/poptorch.md is the digest) and run on its real
+Python front end; docs/ipu.md says what has been verified and what only hardware can tell.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
+
+import torch
+from torch import Tensor
+
+from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.ipu_rules import eval_layers, reserved_ipus
+from cxr_vit.config.schema import Config
+from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.engines.base import Engine, EngineState, StepOutput
+from cxr_vit.engines.executable_cache import ExecutableCache
+from cxr_vit.engines.host import in_one_line, leave_the_process_group, process_peak_gib
+from cxr_vit.engines.optimizer_state import check_kind, from_poptorch, to_poptorch
+from cxr_vit.engines.poptorch_graphs import IpuGraphs
+from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler, collate
+from cxr_vit.engines.poptorch_options import (
+    Instances,
+    inference_options,
+    poptorch_optimizer,
+    training_options,
+)
+from cxr_vit.errors import ConfigError
+from cxr_vit.model.plan import StagePlan
+from cxr_vit.model.stages import StagedViT
+
+__all__ = ["PopTorchEngine"]
+
+
+class PopTorchEngine(Engine):
+    """Train and score on IPUs.
+
+    Parameters
+    ----------
+    model
+        The staged model, built `for_ipu`.
+    config
+        The configuration; `check_ipu` must have passed.
+    reason
+        Why this engine was chosen, in words.
+    offline
+        Only compile, for `engine.ipu_version`, without an IPU.
+    """
+
+    def __init__(
+        self, model: StagedViT, config: Config, *, reason: str, offline: bool = False
+    ) -> None:
+        super().__init__(BatchPlan.from_section(config.batch))
+        self.config = config
+        self.reason = reason
+        self.place = "IPU"
+        self.precision = "fp16" if config.engine.precision == "auto" else config.engine.precision
+        self.instances = self._join_instances()
+        self.is_main = self.instances.index == 0
+        self.model = model.half() if config.engine.weights == "fp16" else model
+        self.model.compute_in(torch.float16 if self.precision == "fp16" else torch.float32)
+        self.optimizer = poptorch_optimizer(self.model.hub_parameters(), config)
+        self.optimizer_kind = f"poptorch.{type(self.optimizer).__name__}"
+        self.updates = 0
+        self.graphs = self._build_graphs(offline)
+        self._rng: Optional[Tensor] = None
+        self._loaders: List[Any] = []
+
+    def _build_graphs(self, offline: bool) -> IpuGraphs:
+        """Make both graphs' options and hand all to PopTorch."""
+        config = self.config
+        cache = ExecutableCache(config.engine.executable_cache, self._graph_shape())
+        path = None if cache.path is None else str(cache.path)
+        settings: Dict[str, Any] = {"precision": self.precision, "cache": path, "offline": offline}
+        return IpuGraphs(
+            self.model,
+            self.model.recut(StagePlan.from_list(eval_layers(config))),
+            self.optimizer,
+            training_options=training_options(config, **settings),
+            inference_options=inference_options(config, **settings),
+            keep=self._kept_layers(),
+            cache=cache,
+            offline=offline,
+        )
+
+    def _join_instances(self) -> Instances:
+        """Take this process's share of the replicas, where `poprun` started several."""
+        instances = Instances.from_environment()
+        local = instances.local_replicas
+        if local is not None:
+            if local * instances.count != self.batch.replicas:
+                raise ConfigError(
+                    f"batch.replicas={self.batch.replicas}, but poprun started {instances.count}"
+                    f" instances x {local} replicas. Give the same number to both: poprun"
+                    f" --num-replicas {self.batch.replicas}."
+                )
+            self.local_batch = replace(self.batch, replicas=local)
+        return instances
+
+    def _graph_shape(self) -> Dict[str, Any]:
+        """Return what the compiled graphs follow from, for the name of their folder."""
+        config = self.config
+        varies = {"optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"}}
+        sections = ("pipeline", "batch", "optim", "engine")
+        shape: Dict[str, Any] = {
+            name: getattr(config, name).model_dump(exclude=varies.get(name)) for name in sections
+        }
+        for unrelated in ("name", "device", "executable_cache", "loader_mode"):
+            del shape["engine"][unrelated]
+        shape["parameters"] = {
+            name: list(parameter.shape) for name, parameter in self.model.hub_parameters()
+        }
+        shape["image_size"] = config.data.image_size
+        shape["hidden_act"] = self.model.config.hidden_act
+        shape["dropout"] = config.model.dropout
+        return shape
+
+    def describe(self) -> str:
+        """Say in a line what computes, in which arithmetic, and why."""
+        replicas = self.batch.replicas
+        stages = max(self.model.plan.num_stages, len(eval_layers(self.config)))
+        reserved = reserved_ipus(stages, replicas)
+        weights = f"{self.precision} with {self.config.engine.weights} weights"
+        processes = "" if self.instances.count == 1 else f" by {self.instances.count} processes"
+        return (
+            f"poptorch engine on {stages * replicas} IPUs ({replicas} x {stages} stages"
+            f"{processes}, {reserved} reserved) in {weights} ({self.reason}; choose with"
+            " engine.name=torch|poptorch, engine.precision=fp16|fp32, engine.weights=fp32|fp16)"
+        )
+
+    # Data
+
+    def loader(
+        self,
+        dataset: ChestXrayDataset,
+        sampler: Union[TrainingSampler, EvaluationSampler],
+        *,
+        training: bool,
+    ) -> Iterable[Batch]:
+        """Return PopTorch's loader of the host batches, all of them full.
+
+        Raises
+        ------
+        ConfigError
+            If the steps left are no whole number of host calls.
+        """
+        import poptorch
+
+        if isinstance(sampler, TrainingSampler):
+            self._check_whole_calls(sampler)
+        batch, local = self.batch, self.local_batch
+        first = self.instances.index * local.replicas
+        host_batch = local.host_batch_size if training else local.eval_host_batch_size
+        micro_batch = batch.micro_batch_size if training else batch.eval_micro_batch_size
+        rows = RowSampler(
+            sampler,
+            host_batch_size=batch.host_batch_size if training else batch.eval_host_batch_size,
+            micro_batch_size=micro_batch,
+            replicas=batch.replicas,
+            own=range(first, first + local.replicas),
+        )
+        workers, mode = self.config.data.num_workers, self.config.engine.loader_mode
+        more: Dict[str, Any] = {}
+        if mode != "sync":
+            # Else the process would go round once more at the end, for nobody.
+            more["async_options"] = {"load_indefinitely": False}
+        if mode == "async_rebatched":
+            more["rebatched_worker_size"] = -(-host_batch // max(1, workers))
+        loader = poptorch.DataLoader(
+            self.graphs.training_options if training else self.graphs.inference_options,
+            PaddedDataset(dataset),
+            batch_size=micro_batch,
+            sampler=rows,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_the_process_group,
+            auto_distributed_partitioning=False,
+            mode=_loader_mode(mode),
+            **more,
+        )
+        return in_one_line(self._batches(loader))
+
+    def _check_whole_calls(self, sampler: TrainingSampler) -> None:
+        left, iterations = sampler.total_steps - sampler.start_step, sampler.device_iterations
+        if left % iterations:
+            raise ConfigError(
+                f"{left} steps are left of {sampler.total_steps}, no multiple of"
+                f" batch.device_iterations={iterations}: a graph has one shape. Set"
+                " batch.device_iterations to what the run began with, or to 1."
+            )
+
+    def _batches(self, loader: Any) -> Iterator[Batch]:
+        """Pass batches on (an asynchronous loader gives lists); end its process in any case."""
+        self._loaders.append(loader)
+        try:
+            for images, labels, indices in loader:
+                # The buffers are used again for the next batch; the images are not kept.
+                yield Batch(images, labels.clone(), indices.clone())
+        finally:
+            loader.terminate()
+            self._loaders.remove(loader)
+
+    # Computation
+
+    def _compile(self, example: Batch) -> float:
+        """Compile both graphs, inference first: training then keeps the device."""
+        start = time.perf_counter()
+        size = self.local_batch.eval_host_batch_size
+        self.graphs.inference(example.images.new_zeros(size, *example.images.shape[1:]))
+        self._training(example)
+        return time.perf_counter() - start
+
+    def _training(self, batch: Batch) -> Any:
+        """Return the training graph, attached; a restored random generator goes in once."""
+        fresh = self.graphs.trained is None
+        executor = self.graphs.training(batch.images, batch.labels)
+        if fresh and self._rng is not None:
+            executor.rng_state = self._rng.tolist()
+        return executor
+
+    def _kept_layers(self) -> List[int]:
+        pipeline, plan = self.config.pipeline, self.model.plan
+        if pipeline.execution == "sharded":
+            return []
+        choices = pipeline.recompute
+        if isinstance(choices, str):
+            choices = [choices] * plan.num_stages
+        kept: List[int] = []
+        for stage, choice in enumerate(choices):
+            if choice == "every_layer":
+                kept += plan.layers(stage)
+            elif choice != "stage_inputs":
+                kept += [int(layer) for layer in choice]
+        return kept
+
+    def _train_step(self, batch: Batch, lr: float) -> StepOutput:
+        executor = self._training(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        executor.setOptimizer(self.optimizer)
+        losses = self.graphs.guarded("training", executor, batch.images, batch.labels)
+        iterations = self.local_batch.device_iterations
+        self.updates += iterations
+        # [device iteration][accumulation][replica], one loss a micro-batch
+        means = losses.float().reshape(iterations, -1).mean(dim=1)
+        return StepOutput(self._mean(means), None, len(batch.images) * self.instances.count)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        executor = self.graphs.inference(batch.images)
+        logits: Tensor = self.graphs.guarded("scoring", executor, batch.images)
+        return logits.float()
+
+    # Several processes
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """Average over the processes."""
+        if self.instances.count == 1:
+            return losses
+        return torch.stack(self._all_of(losses)).mean(dim=0)
+
+    def _gather(self, *parts: Tensor) -> Any:
+        if self.instances.count == 1:
+            return parts
+        return tuple(torch.cat(self._all_of(part)) for part in parts)
+
+    def _all_of(self, value: Tensor) -> List[Tensor]:
+        """Return every process's value, in the order of the processes."""
+        import horovod.torch as horovod
+
+        horovod.init()
+        return list(horovod.allgather(value.unsqueeze(0)))
+
+    # State
+
+    def state_dict(self) -> EngineState:
+        """Return copies of weights, optimizer state and random generator, on the CPU."""
+        if self.graphs.trained is not None:
+            self._rng = torch.tensor(self.graphs.trained.rng_state, dtype=torch.int64)
+        weights = self.model.weights()  # brings them to the host if the device has newer ones
+        slots = from_poptorch(self.optimizer.state_dict(), self._hub_names(), self.optimizer_kind)
+        scalars = {"updates": float(self.updates)}
+        return EngineState(weights, slots, self.optimizer_kind, scalars, self._rng)
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """Take up weights, optimizer state and random generator, before or after compiling."""
+        check_kind(state.optimizer_kind, self.optimizer_kind)
+        self.model.load_weights(state.weights)
+        self.updates = int(state.scalars.get("updates", 0))
+        self._rng = state.rng
+        if state.optimizer:
+            names = {hub: name for name, hub in self._hub_names().items()}
+            theirs = to_poptorch(state.optimizer, names)
+            groups = torch.optim.Optimizer.state_dict(self.optimizer)
+            self.optimizer.load_state_dict({**theirs, **groups})
+        executor = self.graphs.trained
+        if executor is not None:
+            # Attached, it gets the new state now; detached, when it is attached again.
+            if executor.isAttachedToDevice():
+                executor.copyWeightsToDevice()
+            executor.setOptimizer(self.optimizer)
+            if self._rng is not None:
+                executor.rng_state = self._rng.tolist()
+
+    def _hub_names(self) -> Dict[str, str]:
+        """Return the wrapped model's parameter names -> hub names."""
+        return {
+            f"model.{name}": hub
+            for (name, _), (hub, _) in zip(
+                self.model.named_parameters(), self.model.hub_parameters()
+            )
+        }
+
+    def device_stats(self) -> Dict[str, float]:
+        """Return the host's peak memory, and the clock cycles of the last call if counted."""
+        stats = {"perf/peak_memory_gib": process_peak_gib()}
+        if self.config.engine.log_cycles and self.graphs.trained is not None:
+            stats["perf/ipu_cycles"] = float(self.graphs.trained.cycleCount())
+        return stats
+
+    def close(self) -> None:
+        """End loader processes and give the IPUs back; the model is a plain one again."""
+        for loader in list(self._loaders):
+            loader.terminate()
+        self.graphs.close()
+
+
+def _loader_mode(mode: str) -> Any:
+    import poptorch
+
+    return {
+        "sync": poptorch.DataLoaderMode.Sync,
+        "async": poptorch.DataLoaderMode.Async,
+        "async_rebatched": poptorch.DataLoaderMode.AsyncRebatched,
+    }[mode]

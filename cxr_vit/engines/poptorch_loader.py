@@ -1,0 +1,106 @@
+"""The sample order as PopTorch's loader wants it: single rows, whole host batches, no remainder."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterator, List, Sequence, Union
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample
+from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.engines.host import leave_the_process_group
+
+__all__ = ["PaddedDataset", "RowSampler", "collate"]
+
+PADDING = -1
+
+
+class PaddedDataset(Dataset[Sample]):
+    """A split with a black film of row -1, which fills up the last host batch of an evaluation.
+
+    Parameters
+    ----------
+    dataset
+        The split.
+    """
+
+    def __init__(self, dataset: ChestXrayDataset) -> None:
+        self.dataset = dataset
+        size = dataset.image_size
+        self._padding = Sample(
+            torch.zeros(1, size, size, dtype=torch.uint8), torch.zeros(dataset.num_classes), PADDING
+        )
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Unpickled means: in an asynchronous loader's own process."""
+        self.__dict__.update(state)
+        leave_the_process_group()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Sample:
+        return self._padding if row == PADDING else self.dataset[row]
+
+    def __getitems__(self, rows: Sequence[int]) -> List[Sample]:
+        """Read many films; torch's loader asks for a batch this way."""
+        real = iter(self.dataset.__getitems__([row for row in rows if row != PADDING]))
+        return [self._padding if row == PADDING else next(real) for row in rows]
+
+
+class RowSampler:
+    """The rows of a sampler's host batches one by one, each host batch full.
+
+    A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``
+    (poptorch.md, section 2). Of several processes each reads the rows of its own replicas, and all
+    together those that one process would read.
+
+    Parameters
+    ----------
+    sampler
+        Yields host batches of all replicas.
+    host_batch_size
+        Rows of a full one; a shorter one is filled up with -1.
+    micro_batch_size
+        Samples in one forward pass of one replica.
+    replicas
+        All replicas.
+    own
+        The replicas of this process.
+    """
+
+    def __init__(
+        self,
+        sampler: Union[TrainingSampler, EvaluationSampler],
+        *,
+        host_batch_size: int,
+        micro_batch_size: int,
+        replicas: int,
+        own: range,
+    ) -> None:
+        self.sampler = sampler
+        self.host_batch_size = host_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.replicas = replicas
+        self.own = own
+
+    def __iter__(self) -> Iterator[int]:
+        for rows in self.sampler:
+            full = np.full(self.host_batch_size, PADDING)
+            full[: len(rows)] = rows
+            by_replica = full.reshape(-1, self.replicas, self.micro_batch_size)
+            yield from by_replica[:, list(self.own)].ravel().tolist()
+
+    def __len__(self) -> int:
+        return len(self.sampler) * self.host_batch_size // self.replicas * len(self.own)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack the samples (a function of a module: loader processes may be spawned)."""
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.stack([sample.labels for sample in samples]),
+        torch.tensor([sample.row for sample in samples], dtype=torch.int64),
+    )

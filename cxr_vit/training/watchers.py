@@ -1,0 +1,65 @@
+"""Which callbacks a run has, in which order."""
+
+from __future__ import annotations
+
+from typing import Callable, List
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cxr_vit.config import Config, dump_config
+from cxr_vit.data.dataset import ChestXrayDataset
+from cxr_vit.training.callbacks import Callback, Checkpointing, EarlyStopping, NonFiniteGuard
+from cxr_vit.training.loggers import JsonlLogger, MetricsLogging, TensorBoardLogger
+from cxr_vit.training.progress import ProgressDisplay
+from cxr_vit.training.run_folder import RunFolder
+
+__all__ = ["watchers"]
+
+
+def watchers(
+    config: Config,
+    folder: RunFolder,
+    training: ChestXrayDataset,
+    *,
+    checkpoint_every: int,
+    films: Callable[[], Figure],
+    roc: Callable[[Tensor, Tensor], Figure],
+) -> List[Callback]:
+    """Make the callbacks; a process that does not write the run gets those that can end it alone.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    folder
+        The run's.
+    training
+        The training split.
+    checkpoint_every
+        Steps between saves.
+    films, roc
+        Make the figures of TensorBoard: of the training films, and of a validation's logits and
+        labels.
+    """
+    every = config.train.log_every_steps
+    guards: List[Callback] = [
+        NonFiniteGuard(training.image_names),
+        EarlyStopping(config.train.early_stopping_patience),
+    ]
+    if not folder.writes:
+        return guards
+    tensorboard = TensorBoardLogger(
+        folder.tensorboard,
+        config_text=dump_config(config),
+        hparams=config.flat(),
+        films=films,
+        roc=roc,
+    )
+    return [
+        *guards,
+        ProgressDisplay(every=every),
+        MetricsLogging([JsonlLogger(folder.metrics), tensorboard], every=every),
+        # Last, so that it saves what the others know.
+        Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last),
+    ]
