@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     with build_engine(config, model, choice) as engine:
         print(f"{engine.describe()}\n{data.describe()}", flush=True)
         logits, labels = engine.predict_dataset(dataset)
+        if not engine.is_main:
+            return 0
     metrics = write_report(
         out,
         dataset.records,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Tup
 
 from cxr_vit.config.explain import help_text
 from cxr_vit.errors import CxrVitError
+from cxr_vit.training.run_folder import is_main_process
 
 __all__ = [
     "EvaluateArguments",
@@ -151,6 +153,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
+    if not is_main_process():  # the first of several processes speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        logging.getLogger("cxr_vit").setLevel(logging.ERROR)
     # transformers 4.46 imports a part of torchvision 0.15 that calls itself beta; unused here.
     warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     try:

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|console)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
-    line[2:] if line.startswith("$ ") else line
+    re.sub(r"^(\$ |poprun .*?(?=python ))", "", line)
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith(("$ ", "make ", "python "))
+    if line.startswith(("$ ", "make ", "python ", "poprun "))
 ]
 YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 

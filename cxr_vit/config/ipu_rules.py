@@ -179,8 +179,15 @@ def ipu_problems(config: Config) -> List[str]:
     return [problem for problem in (rule(config) for rule in RULES) if problem]
 
 
-def check_ipu(config: Config) -> None:
+def check_ipu(config: Config, hint: str = "") -> None:
     """Raise if PopTorch would refuse the configuration.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    hint
+        A last line for the message.
 
     Raises
     ------
@@ -189,7 +196,7 @@ def check_ipu(config: Config) -> None:
     """
     problems = ipu_problems(config)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join([*problems, *([hint] if hint else [])]))
 
 
 def reserved_ipus(stages: int, replicas: int) -> int:

@@ -7,10 +7,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Mapping, Optional, Set
+from typing import Any, Dict, Mapping, Optional, Set
 
-__all__ = ["ExecutableCache"]
+from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.schema import Config
+from cxr_vit.model.stages import StagedViT
+
+__all__ = ["ExecutableCache", "graph_shape"]
+
+#: What the device can be given later, or never sees.
+_VARIES = {
+    "optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"},
+    "engine": {"name", "device", "executable_cache", "loader_mode", "ipu_version"},
+}
+
+
+def graph_shape(config: Config, model: StagedViT) -> Dict[str, Any]:
+    """Return what the compiled graphs follow from."""
+    shape: Dict[str, Any] = {
+        name: getattr(config, name).model_dump(exclude=_VARIES.get(name))
+        for name in ("pipeline", "optim", "engine")
+    }
+    shape["batch"] = asdict(BatchPlan.from_section(config.batch))
+    shape["parameters"] = {
+        name: list(parameter.shape) for name, parameter in model.hub_parameters()
+    }
+    shape["image_size"] = config.data.image_size
+    shape["hidden_act"] = model.config.hidden_act
+    shape["dropout"] = config.model.dropout
+    return shape
 
 
 class ExecutableCache:

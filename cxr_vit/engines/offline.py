@@ -32,6 +32,8 @@ def compile_offline(config: Config) -> str:
         raise ConfigError(
             "engine.executable_cache=null: --compile-only would throw its work away. Name a folder."
         )
+    if config.engine.log_cycles:
+        raise ConfigError("engine.log_cycles=true takes an IPU: leave it out with --compile-only.")
     names = label_names(include_no_finding=config.data.include_no_finding)
     choice = choose_engine(config, offline=True)
     prevalence = np.full(len(names), 0.5)

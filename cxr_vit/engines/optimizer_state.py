@@ -81,7 +81,11 @@ def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: 
     return slots
 
 
-def to_poptorch(slots: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> Any:
+def to_poptorch(
+    slots: Mapping[str, Mapping[str, Tensor]],
+    names: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype],
+) -> Dict[str, Dict[str, Tensor]]:
     """Turn slots by hub name into PopTorch's `ipu_state` and `ipu_param`.
 
     Parameters
@@ -90,6 +94,8 @@ def to_poptorch(slots: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, s
         Of `from_poptorch`, or of torch's AdamW.
     names
         Hub name -> parameter name in the wrapped model.
+    dtypes
+        PopART's moment -> the dtype the device holds it in.
     """
     state: Dict[str, Dict[str, Tensor]] = {"ipu_state": {}, "ipu_param": {}}
     theirs = {ours: popart for popart, ours in _ADAMW.items()}
@@ -98,5 +104,5 @@ def to_poptorch(slots: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, s
             table, _, what = slot.rpartition(":")
             table, what = table or "ipu_state", theirs.get(what, what)
             key = what if hub == _WHOLE else f"{what}{_KEY}{names[hub]}"
-            state[table][key] = value.clone()
+            state[table][key] = value.to(dtypes.get(what, value.dtype), copy=True)
     return state

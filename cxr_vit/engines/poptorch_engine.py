@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
 
 import torch
@@ -19,7 +20,7 @@ from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.base import Engine, EngineState, StepOutput
-from cxr_vit.engines.executable_cache import ExecutableCache
+from cxr_vit.engines.executable_cache import ExecutableCache, graph_shape
 from cxr_vit.engines.host import in_one_line, leave_the_process_group, process_peak_gib
 from cxr_vit.engines.optimizer_state import check_kind, from_poptorch, to_poptorch
 from cxr_vit.engines.poptorch_graphs import IpuGraphs
@@ -27,10 +28,11 @@ from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler, collate
 from cxr_vit.engines.poptorch_options import (
     Instances,
     inference_options,
+    moment_dtypes,
     poptorch_optimizer,
     training_options,
 )
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.model.plan import StagePlan
 from cxr_vit.model.stages import StagedViT
 
@@ -74,7 +76,7 @@ class PopTorchEngine(Engine):
     def _build_graphs(self, offline: bool) -> IpuGraphs:
         """Make both graphs' options and hand all to PopTorch."""
         config = self.config
-        cache = ExecutableCache(config.engine.executable_cache, self._graph_shape())
+        cache = ExecutableCache(config.engine.executable_cache, graph_shape(config, self.model))
         path = None if cache.path is None else str(cache.path)
         settings: Dict[str, Any] = {"precision": self.precision, "cache": path, "offline": offline}
         return IpuGraphs(
@@ -101,24 +103,6 @@ class PopTorchEngine(Engine):
                 )
             self.local_batch = replace(self.batch, replicas=local)
         return instances
-
-    def _graph_shape(self) -> Dict[str, Any]:
-        """Return what the compiled graphs follow from, for the name of their folder."""
-        config = self.config
-        varies = {"optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"}}
-        sections = ("pipeline", "batch", "optim", "engine")
-        shape: Dict[str, Any] = {
-            name: getattr(config, name).model_dump(exclude=varies.get(name)) for name in sections
-        }
-        for unrelated in ("name", "device", "executable_cache", "loader_mode"):
-            del shape["engine"][unrelated]
-        shape["parameters"] = {
-            name: list(parameter.shape) for name, parameter in self.model.hub_parameters()
-        }
-        shape["image_size"] = config.data.image_size
-        shape["hidden_act"] = self.model.config.hidden_act
-        shape["dropout"] = config.model.dropout
-        return shape
 
     def describe(self) -> str:
         """Say in a line what computes, in which arithmetic, and why."""
@@ -171,7 +155,8 @@ class PopTorchEngine(Engine):
             more["async_options"] = {"load_indefinitely": False}
         if mode == "async_rebatched":
             more["rebatched_worker_size"] = -(-host_batch // max(1, workers))
-        loader = poptorch.DataLoader(
+        make_loader = partial(
+            poptorch.DataLoader,
             self.graphs.training_options if training else self.graphs.inference_options,
             PaddedDataset(dataset),
             batch_size=micro_batch,
@@ -183,6 +168,7 @@ class PopTorchEngine(Engine):
             mode=_loader_mode(mode),
             **more,
         )
+        loader = self.graphs.guarded("starting the loader", make_loader)
         return in_one_line(self._batches(loader))
 
     def _check_whole_calls(self, sampler: TrainingSampler) -> None:
@@ -201,6 +187,11 @@ class PopTorchEngine(Engine):
             for images, labels, indices in loader:
                 # The buffers are used again for the next batch; the images are not kept.
                 yield Batch(images, labels.clone(), indices.clone())
+        except AssertionError as error:  # all that PopTorch says when its loader's process ends
+            raise DataError(
+                "the loader's own process ended; what it said stands above."
+                " engine.loader_mode=sync reads in this process and says it in a line."
+            ) from error
         finally:
             loader.terminate()
             self._loaders.remove(loader)
@@ -294,7 +285,7 @@ class PopTorchEngine(Engine):
         self._rng = state.rng
         if state.optimizer:
             names = {hub: name for name, hub in self._hub_names().items()}
-            theirs = to_poptorch(state.optimizer, names)
+            theirs = to_poptorch(state.optimizer, names, moment_dtypes(self.config))
             groups = torch.optim.Optimizer.state_dict(self.optimizer)
             self.optimizer.load_state_dict({**theirs, **groups})
         executor = self.graphs.trained

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Instances",
     "inference_options",
+    "moment_dtypes",
     "poptorch_optimizer",
     "poptorch_problem",
     "training_options",
@@ -54,10 +56,17 @@ class Instances:
             return cls()
         if not popdist.isPopdistEnvSet():
             return cls()
-        popdist.init()
+        _init_popdist()
         return cls(
             popdist.getInstanceIndex(), popdist.getNumInstances(), popdist.getNumLocalReplicas()
         )
+
+
+@lru_cache(maxsize=None)
+def _init_popdist() -> None:
+    import popdist
+
+    popdist.init()
 
 
 def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
@@ -239,6 +248,14 @@ def _set_popart_options(options: poptorch.Options, config: Config) -> None:
 def _set_mapping(options: poptorch.Options, name: str, entries: Dict[str, str]) -> None:
     """Add to a mapping: to set it would erase what is there."""
     options._Popart.set(name, {**options._Popart.options.get(name, {}), **entries})
+
+
+def moment_dtypes(config: Config) -> Dict[str, torch.dtype]:
+    """Return PopART's moment -> the dtype it is held in."""
+    return {
+        "Accl1": _DTYPES[config.optim.first_moment],
+        "Accl2": _DTYPES[config.optim.second_moment],
+    }
 
 
 def poptorch_optimizer(

@@ -18,7 +18,7 @@ from cxr_vit.config import Config, check, dump_config, load_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.errors import CheckpointError, ConfigError
 
-__all__ = ["RunFolder", "open_run", "run_of_checkpoint", "with_weights_of"]
+__all__ = ["RunFolder", "is_main_process", "open_run", "run_of_checkpoint", "with_weights_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: Optional[bool] = None) -> None:
         self.path = path
-        self.writes = _is_main_process() if writes is None else writes
+        self.writes = is_main_process() if writes is None else writes
         self._lock: IO[str]
 
     @classmethod
@@ -54,7 +54,7 @@ class RunFolder:
         ConfigError
             If `run.dir` holds something already: a run is never written over.
         """
-        if not _is_main_process():
+        if not is_main_process():
             return cls(Path(run.dir or run.root))
         if run.dir is not None:
             path = Path(run.dir)
@@ -130,11 +130,15 @@ class RunFolder:
             self.path.rmdir()
 
     def write_config(self, config: Config) -> None:
-        """Write config.yaml, without the folder: to repeat a run is to make a new one."""
+        """Write config.yaml, without the folder: to repeat a run is to make a new one.
+
+        Nor does it say to leave the optimizer's state: that is of one resumption.
+        """
         if not self.writes:
             return
         elsewhere = config.run.model_copy(update={"dir": None})
-        text = dump_config(config.model_copy(update={"run": elsewhere}))
+        whole = config.train.model_copy(update={"resume_weights_only": False})
+        text = dump_config(config.model_copy(update={"run": elsewhere, "train": whole}))
         aside = self.config.with_name(".config.yaml.writing")
         aside.write_text(f"# python train.py --config {self.config}\n{text}", encoding="utf-8")
         aside.replace(self.config)
@@ -156,7 +160,7 @@ class RunFolder:
         path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the only one, or the first of those `poprun` (mpirun) started."""
     return os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
 
