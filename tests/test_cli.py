@@ -320,3 +320,26 @@ def test_evaluate_needs_a_checkpoint():
 def test_evaluate_takes_split_out_and_overrides():
     words = ["--checkpoint", "a", "--split", "val", "--out", "b", "data.root=c"]
     assert evaluate_arguments(words) == (Path("a"), "val", Path("b"), ["data.root=c"])
+
+
+# IPUs
+
+
+def test_check_says_that_poptorch_would_refuse_nothing(pod4_check):
+    assert "on IPUs      nothing here that PopTorch would refuse" in pod4_check.out
+
+
+def test_check_says_what_poptorch_would_refuse():
+    words = ["check", "--config", "configs/vit_pod4.yaml", "batch.gradient_accumulation=4"]
+    result = command("-m", "cxr_vit", *words)
+    assert result.status == 0  # a GPU does not mind
+    assert "refused by PopTorch:\n  batch.gradient_accumulation=4 is less than the 7" in result.out
+    result = command("-m", "cxr_vit", *words, "engine.name=poptorch")
+    assert result.status == 2
+    assert "ConfigError: batch.gradient_accumulation=4 is less than the 7" in result.err
+
+
+def test_compile_only_makes_no_run_to_resume():
+    result = command("train.py", "--compile-only", "--resume")
+    assert result.status == 2
+    assert "--compile-only makes no run" in result.err

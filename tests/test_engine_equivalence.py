@@ -134,3 +134,11 @@ def test_device_iterations_change_nothing_at_a_constant_rate(make_config):
     expected, _ = run(make_config(*constant))
     losses, _ = run(make_config(*constant, "batch.device_iterations=5"))
     assert torch.equal(losses, expected)
+
+
+@pytest.mark.parametrize(("replicas", "accumulation"), [(2, 2), (4, 1)])
+def test_replicas_in_turn_are_more_accumulation(make_config, replicas, accumulation):
+    expected, _ = run(make_config(*BASE, "batch.gradient_accumulation=4"))
+    batch = [f"batch.replicas={replicas}", f"batch.gradient_accumulation={accumulation}"]
+    losses, _ = run(make_config(*BASE, *batch))
+    assert torch.equal(losses, expected)

@@ -5,8 +5,9 @@ import torch
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.engines.base import EngineState
 from cxr_vit.engines.choice import build_engine
-from cxr_vit.errors import CheckpointError, DataError
+from cxr_vit.errors import CheckpointError, ConfigError, DataError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 
@@ -184,6 +185,34 @@ def test_state_of_another_optimizer_is_refused(make_config):
     state.optimizer_kind = "poptorch.LAMB"
     with pytest.raises(CheckpointError, match=r"poptorch\.LAMB.*torch\.AdamW"):
         engine.load_state_dict(state)
+
+
+def test_weights_alone_start_the_optimizer_anew(make_config):
+    engine = engine_of(make_config())
+    train(engine, steps=2)
+    state = engine.state_dict()
+    engine.load_state_dict(EngineState(state.weights))
+    assert engine.state_dict().optimizer == {}
+    train(engine, steps=1)
+    step = engine.state_dict().optimizer["classifier.bias"]["step"]
+    assert step == 1
+
+
+def test_sgd_with_momentum_goes_on_bit_for_bit(make_config):
+    config = make_config("optim.name=sgd", "optim.momentum=0.8")
+    straight = train(engine_of(config), steps=4)
+    first, second = engine_of(config), engine_of(config)
+    train(first, steps=2)
+    state = first.state_dict()
+    assert state.optimizer_kind == "torch.SGD"
+    second.load_state_dict(state)
+    losses = [second.train_step(random_batch(8, k), lr=1e-3).losses for k in (2, 3)]
+    assert torch.equal(torch.cat(losses), straight[2:])
+
+
+def test_lamb_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"optim\.name=lamb is PopTorch's own"):
+        engine_of(make_config("optim.name=lamb"))
 
 
 def test_optimizer_state_has_hub_names(make_config):

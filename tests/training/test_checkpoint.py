@@ -43,6 +43,16 @@ def test_what_is_saved_is_loaded(store):
     assert (trainer_state["step"], trainer_state["labels"]) == (7, ["a", "b"])
 
 
+def test_the_random_generator_of_a_device_is_kept(store):
+    with_rng = state()
+    with_rng.rng = torch.tensor([2**62, 0, 2**32 - 1])
+    path = store.save(3, with_rng, model_files={}, trainer_state={})
+    loaded, _ = load_checkpoint(path)
+    assert torch.equal(loaded.rng, with_rng.rng)
+    assert set(loaded.optimizer) == {"classifier.bias"}
+    assert load_checkpoint(save(store, 4))[0].rng is None
+
+
 def test_the_folder_holds_the_designs_files(store):
     path = save(store, 1000)
     assert path.name == "step_00001000"

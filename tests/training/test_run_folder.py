@@ -9,7 +9,12 @@ import pytest
 from cxr_vit.config import Config, load_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.training.run_folder import RunFolder, open_run, run_of_checkpoint
+from cxr_vit.training.run_folder import (
+    RunFolder,
+    is_main_process,
+    open_run,
+    run_of_checkpoint,
+)
 
 SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
 
@@ -321,3 +326,37 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
 def test_a_folder_to_resume_and_a_config_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="leave --config out"):
         open_run([tmp_path / "any.yaml"], [], str(tmp_path))
+
+
+# several processes
+
+
+@pytest.mark.parametrize("rank", ["1", "3"])
+def test_only_the_first_process_writes(root, monkeypatch, rank):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+    assert not is_main_process()
+    folder, config = open_run([], [*SOUND, f"run.root={root}"], None)
+    with folder:
+        folder.write_config(config)
+        folder.write_environment(device="IPU", data={})
+    assert not root.exists()
+
+
+def test_the_first_process_is_the_main_one(monkeypatch):
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
+    assert is_main_process()
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert is_main_process()
+
+
+def test_a_later_process_finds_the_run_to_resume(root, monkeypatch):
+    run = make_run(root, "demo-20240101-000000", "run.name=demo")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with open_run([], [], str(run))[0] as folder:
+        assert folder.path == run
+        assert not (run / ".lock").exists()
+
+
+def test_to_leave_the_optimizer_is_of_one_resumption(root):
+    run = make_run(root, "demo-20240101-000000", "train.resume_weights_only=true")
+    assert load_config([run / "config.yaml"]).train.resume_weights_only is False

@@ -241,6 +241,20 @@ def test_a_run_is_not_resumed_as_another(make_trainer, override, fact):
         other.resume(other.store.folder / "last")
 
 
+def test_weights_alone_can_be_resumed(make_trainer):
+    first = make_trainer("train.steps=3")
+    first.fit()
+    second = make_trainer()
+    second.resume(second.store.folder / "last", weights_only=True)
+    assert second.step == 3
+    state = second.engine.state_dict()
+    assert (state.optimizer, state.scalars["updates"]) == ({}, 3.0)
+    expected = first.engine.state_dict().weights
+    assert all(torch.equal(expected[name], weight) for name, weight in state.weights.items())
+    second.fit()
+    assert second.is_complete
+
+
 def test_a_run_is_not_resumed_past_its_end(make_trainer):
     make_trainer().fit()
     shorter = make_trainer("train.steps=3")
