@@ -16,6 +16,7 @@ from transformers import ViTForImageClassification
 
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
+from cxr_vit.model.casting import cast_weights_to_input
 from cxr_vit.model.plan import StagePlan
 from cxr_vit.model.vit import VitParts, build_vit, hub_files, hub_name, layer_output
 
@@ -184,8 +185,10 @@ class StagedViT(nn.Module):
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
-        """Hold the hidden states in `dtype`; the weights stay what they are."""
+        """Compute in `dtype`; the weights stay what they are, and are cast where they are used."""
         self.dtype = dtype
+        if any(parameter.dtype != dtype for parameter in self.parameters()):
+            cast_weights_to_input(self)
         for stage in self.stages:
             stage.dtype = dtype  # type: ignore[assignment]
         return self
