@@ -52,9 +52,10 @@ def test_no_layer_of_a_vit_is_left_out(model):
     seen = {}
 
     def note(name):
-        return lambda module, inputs, output: seen.setdefault(
-            name, {x.dtype for x in (*inputs, output) if isinstance(x, torch.Tensor)}
-        )
+        def hook(module, inputs, output):
+            seen[name] = {x.dtype for x in (*inputs, output)}
+
+        return hook
 
     for name, module in model.named_modules():
         if list(module.parameters(recurse=False)) and not list(module.children()):
