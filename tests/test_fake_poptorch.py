@@ -342,18 +342,23 @@ def test_moments_have_the_types_asked_for(fake: Tuple[Any, Any]) -> None:
         poptorch.optim.AdamW(model.parameters(), accum_type=torch.bfloat16)
 
 
-@pytest.mark.parametrize("half_weights", [False, True])
-def test_half_precision(fake: Tuple[Any, Any], half_weights: bool) -> None:
+def test_half_precision(fake: Tuple[Any, Any]) -> None:
     poptorch, _ = fake
-    model = SmallViT(poptorch)
-    if half_weights:
-        model.half()
+    model = SmallViT(poptorch).half()
     options = make_options(poptorch, accumulation=7)
     optimizer = poptorch.optim.AdamW(model.parameters(), lr=0.001, loss_scaling=64.0)
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     images, labels = torch.randn(7, 1, 8, 8), torch.ones(7, 3)
     losses = [float(executor(images.half(), labels)[1]) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_weights_are_not_cast_to_their_input(fake: Tuple[Any, Any]) -> None:
+    poptorch, _ = fake
+    model = SmallViT(poptorch)
+    executor = poptorch.trainingModel(model.train(), make_options(poptorch, accumulation=7))
+    with pytest.raises(RuntimeError, match="type"):
+        executor(torch.randn(7, 1, 8, 8).half(), torch.ones(7, 3))
 
 
 # Options.

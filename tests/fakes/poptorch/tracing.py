@@ -35,17 +35,6 @@ _LOSSES = frozenset(
     ]
 )
 
-#: Layers whose weight and bias PopTorch casts to their input's type; where those arguments are.
-_CASTING = {
-    F.linear: (("weight", 1), ("bias", 2)),
-    torch.conv1d: (("weight", 1), ("bias", 2)),
-    torch.conv2d: (("weight", 1), ("bias", 2)),
-    F.layer_norm: (("weight", 2), ("bias", 3)),
-    torch.layer_norm: (("weight", 2), ("bias", 3)),
-    F.group_norm: (("weight", 2), ("bias", 3)),
-    torch.group_norm: (("weight", 2), ("bias", 3)),
-}
-
 #: Without a device, PopTorch forces what they make onto the IPU.
 _FACTORIES = frozenset(
     [
@@ -142,7 +131,10 @@ class Trace:
 
 
 class ForwardMode(TorchFunctionMode):
-    """Collects the marked losses; casts weights to their input's type."""
+    """Collects the marked losses.
+
+    Weights are not cast to their input's type: PopTorch does so for some layers only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,8 +144,6 @@ class ForwardMode(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if function in _CASTING:
-            args, kwargs = _cast(function, list(args), kwargs)
         if _current is not None:
             if function is torch.Tensor.cpu:
                 raise compiler_error('Illegal move to CPU (via .to("cpu") or .cpu())')
@@ -200,17 +190,6 @@ def _feeds(loss: torch.Tensor, other: torch.Tensor) -> bool:
             seen.add(node)
             todo.extend(parent for parent, _ in node.next_functions)
     return False
-
-
-def _cast(function: Any, args: List[Any], kwargs: Dict[str, Any]) -> Tuple[List[Any], Any]:
-    dtype = (args[0] if args else kwargs["input"]).dtype
-    for name, position in _CASTING[function]:
-        where: Any = kwargs if name in kwargs else args
-        key: Any = name if name in kwargs else position
-        present = name in kwargs or position < len(args)
-        if present and where[key] is not None and where[key].dtype != dtype:
-            where[key] = where[key].to(dtype)
-    return args, kwargs
 
 
 # Kept, because torch takes ten milliseconds to make the error.
