@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -249,22 +249,18 @@ class PopTorchEngine(Engine):
     # Several processes
 
     def _mean(self, losses: Tensor) -> Tensor:
-        """Average over the processes."""
-        if self.instances.count == 1:
-            return losses
-        return torch.stack(self._all_of(losses)).mean(dim=0)
+        """Average over the processes, which have as many micro-batches each."""
+        (every,) = self._gather(losses.unsqueeze(0))
+        return every.mean(dim=0)
 
-    def _gather(self, *parts: Tensor) -> Any:
+    def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Put the processes' rows one after another; they may have unequal numbers of them."""
         if self.instances.count == 1:
             return parts
-        return tuple(torch.cat(self._all_of(part)) for part in parts)
-
-    def _all_of(self, value: Tensor) -> List[Tensor]:
-        """Return every process's value, in the order of the processes."""
         import horovod.torch as horovod
 
         horovod.init()
-        return list(horovod.allgather(value.unsqueeze(0)))
+        return tuple(horovod.allgather(part) for part in parts)
 
     # State
 
@@ -280,6 +276,7 @@ class PopTorchEngine(Engine):
     def load_state_dict(self, state: EngineState) -> None:
         """Take up weights, optimizer state and random generator, before or after compiling."""
         check_kind(state.optimizer_kind, self.optimizer_kind)
+        self.graphs.detach()  # to attach is to send what is loaded here
         self.model.load_weights(state.weights)
         self.updates = int(state.scalars.get("updates", 0))
         self._rng = state.rng
@@ -288,14 +285,8 @@ class PopTorchEngine(Engine):
             theirs = to_poptorch(state.optimizer, names, moment_dtypes(self.config))
             groups = torch.optim.Optimizer.state_dict(self.optimizer)
             self.optimizer.load_state_dict({**theirs, **groups})
-        executor = self.graphs.trained
-        if executor is not None:
-            # Attached, it gets the new state now; detached, when it is attached again.
-            if executor.isAttachedToDevice():
-                executor.copyWeightsToDevice()
-            executor.setOptimizer(self.optimizer)
-            if self._rng is not None:
-                executor.rng_state = self._rng.tolist()
+        if self.graphs.trained is not None and self._rng is not None:
+            self.graphs.trained.rng_state = self._rng.tolist()
 
     def _hub_names(self) -> Dict[str, str]:
         """Return the wrapped model's parameter names -> hub names."""

@@ -156,6 +156,12 @@ class IpuGraphs:
         self._attach(self._scored)
         return self._scored
 
+    def detach(self) -> None:
+        """Take the IPUs from the graph that has them; its weights and states come to the host."""
+        if self._attached is not None:
+            self.guarded("detaching from the IPUs", self._attached.detachFromDevice)
+            self._attached = None
+
     def guarded(self, doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call PopTorch; put its errors into words a person can act on.
 
@@ -192,7 +198,7 @@ class IpuGraphs:
         *inputs: Tensor,
     ) -> None:
         """Compile with PopTorch's progress bar; say how long it took and what the cache did."""
-        self._detach()
+        self.detach()
         logger.info("compiling the %s graph for %d IPUs", name, model.plan.num_stages)
         start = time.perf_counter()
         self.cache.note()
@@ -206,11 +212,6 @@ class IpuGraphs:
     def _attach(self, executor: poptorch.PoplarExecutor) -> None:
         if self.offline or self._attached is executor:
             return
-        self._detach()
+        self.detach()
         self.guarded("attaching to the IPUs", executor.attachToDevice)
         self._attached = executor
-
-    def _detach(self) -> None:
-        if self._attached is not None:
-            self.guarded("detaching from the IPUs", self._attached.detachFromDevice)
-            self._attached = None
