@@ -81,7 +81,7 @@ class EngineSection(Section):
         False, description="stop at the first NaN or overflow on the device (IPU)"
     )
     optimizer_state_on_chip: bool = Field(
-        True, description="hold the moments in the IPU's own memory, not in the host's (IPU)"
+        True, description="hold the moments in the IPU's own memory, not in Streaming Memory (IPU)"
     )
     replicated_tensor_sharding: bool = Field(
         False, description="each replica holds its share of the moments only (IPU)"
@@ -99,8 +99,8 @@ class EngineSection(Section):
         validate_default=True,
         description="folder of compiled graphs, a subfolder a configuration; null: none (IPU)",
     )
-    ipu_version: Literal["mk2", "bow"] = Field(
-        "mk2", description="the IPU that --compile-only compiles for (IPU)"
+    ipu_version: Literal["mk2", "c600"] = Field(
+        "mk2", description="the IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
     )
     profile_dir: Optional[PathText] = Field(
         None, description="write PopVision's reports there (IPU)"

@@ -77,7 +77,7 @@ OWN_KEYS: Dict[str, str] = {
     "enableFloatingPointChecks": "engine.floating_point_exceptions",
     "enableStochasticRounding": "engine.stochastic_rounding",
     "instrumentWithHardwareCycleCounter": "engine.log_cycles",
-    "logDir": "engine.profile_dir",
+    "logDir": "nothing: PopTorch ignores it",
     "meanAccumulationAndReplicationReductionStrategy": "optim.accumulator",
     "partialsTypeMatMuls": "engine.partials",
     "syntheticDataMode": "engine.synthetic_data",

@@ -1,6 +1,7 @@
 """PopART's cache of compiled graphs: a folder a configuration, and whether it was hit.
 
-PopART reads every file of the folder to find a graph, which takes long once many are there.
+Many graphs of many configurations in one folder are slow to look through, and nobody knows which to
+delete.
 """
 
 from __future__ import annotations

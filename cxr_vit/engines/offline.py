@@ -18,7 +18,7 @@ __all__ = ["compile_offline"]
 def compile_offline(config: Config) -> str:
     """Compile both graphs into `engine.executable_cache`; say in a line what was done.
 
-    A graph holds no weights and no films, so neither data nor a trained head is needed.
+    Weights are sent when a graph is attached, so neither data nor a trained head is needed.
 
     Raises
     ------

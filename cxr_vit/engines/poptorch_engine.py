@@ -6,6 +6,7 @@ Python front end; docs/ipu.md says what has been verified and what only hardware
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,11 @@ from cxr_vit.model.stages import StagedViT
 
 __all__ = ["PopTorchEngine"]
 
+logger = logging.getLogger(__name__)
+
+#: How many IPUs a stored random generator is of.
+_RNG_IPUS = "rng_ipus"
+
 
 class PopTorchEngine(Engine):
     """Train and score on IPUs.
@@ -68,6 +74,8 @@ class PopTorchEngine(Engine):
         self.model.compute_in(torch.float16 if self.precision == "fp16" else torch.float32)
         self.optimizer = poptorch_optimizer(self.model.hub_parameters(), config)
         self.optimizer_kind = f"poptorch.{type(self.optimizer).__name__}"
+        if config.optim.name == "sgd":  # whose velocity PopART scales as it does the loss
+            self.optimizer_kind += f" with loss scaling {config.optim.loss_scaling}"
         self.updates = 0
         self.graphs = self._build_graphs(offline)
         self._rng: Optional[Tensor] = None
@@ -100,6 +108,12 @@ class PopTorchEngine(Engine):
                     f"batch.replicas={self.batch.replicas}, but poprun started {instances.count}"
                     f" instances x {local} replicas. Give the same number to both: poprun"
                     f" --num-replicas {self.batch.replicas}."
+                )
+            if local == 1 and self.config.engine.replicated_tensor_sharding:
+                raise ConfigError(
+                    "engine.replicated_tensor_sharding=true shares among the replicas of a process,"
+                    f" and each of the {instances.count} has one. Set it to false, or start fewer:"
+                    f" poprun --num-instances {max(1, instances.count // 2)}."
                 )
             self.local_batch = replace(self.batch, replicas=local)
         return instances
@@ -270,7 +284,7 @@ class PopTorchEngine(Engine):
             self._rng = torch.tensor(self.graphs.trained.rng_state, dtype=torch.int64)
         weights = self.model.weights()  # brings them to the host if the device has newer ones
         slots = from_poptorch(self.optimizer.state_dict(), self._hub_names(), self.optimizer_kind)
-        scalars = {"updates": float(self.updates)}
+        scalars = {"updates": float(self.updates), _RNG_IPUS: float(self._num_ipus())}
         return EngineState(weights, slots, self.optimizer_kind, scalars, self._rng)
 
     def load_state_dict(self, state: EngineState) -> None:
@@ -280,6 +294,9 @@ class PopTorchEngine(Engine):
         self.model.load_weights(state.weights)
         self.updates = int(state.scalars.get("updates", 0))
         self._rng = state.rng
+        if state.rng is not None and state.scalars.get(_RNG_IPUS) != self._num_ipus():
+            logger.warning("the random generator is of another number of IPUs: it starts anew")
+            self._rng = None
         if state.optimizer:
             names = {hub: name for name, hub in self._hub_names().items()}
             theirs = to_poptorch(state.optimizer, names, moment_dtypes(self.config))
@@ -287,6 +304,10 @@ class PopTorchEngine(Engine):
             self.optimizer.load_state_dict({**theirs, **groups})
         if self.graphs.trained is not None and self._rng is not None:
             self.graphs.trained.rng_state = self._rng.tolist()
+
+    def _num_ipus(self) -> int:
+        """Return how many IPUs this process trains on: each has random generators of its own."""
+        return self.model.plan.num_stages * self.local_batch.replicas
 
     def _hub_names(self) -> Dict[str, str]:
         """Return the wrapped model's parameter names -> hub names."""

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_IPU_VERSIONS = {"mk2": 2, "bow": 21}
+_IPU_VERSIONS = {"mk2": 2, "c600": 21}
 #: popart::AccumulateOuterFragmentSchedule::OverlapMemoryOptimized
 _OVERLAP_MEMORY_OPTIMIZED = 3
 #: popart::SubgraphCopyingStrategy::JustInTime
@@ -150,8 +150,9 @@ def training_options(
     popart = options._Popart
     # What Graphcore's own ViT sets: overlap the update with the exchange, copy late, free early.
     popart.set("disableGradAccumulationTensorStreams", True)
-    popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
-    popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
+    if config.optim.max_grad_norm is None:  # else PopTorch chooses one that can clip
+        popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
+        popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
     popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
     _set_popart_options(options, config)
     return options
@@ -190,7 +191,7 @@ def _shared(
         options.setAvailableMemoryProportion(
             {f"IPU{ipu}": float(each[ipu]) for ipu in range(len(layers))}
         )
-    if cache is not None:
+    if cache is not None or os.environ.get("POPTORCH_CACHE_DIR"):  # which PopTorch reads itself
         options.enableExecutableCaching(cache)
     if offline:
         options.useOfflineIpuTarget(_IPU_VERSIONS[engine.ipu_version])

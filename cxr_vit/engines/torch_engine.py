@@ -208,10 +208,10 @@ class TorchEngine(Engine):
                     slot: value.clone() if slot == "step" else value.to(parameter, copy=True)
                     for slot, value in torch_slots(state.optimizer[name]).items()
                 }
-        scalars = dict(state.scalars)
-        self.updates = int(scalars.pop("updates", 0))
-        if scalars and self._scaler.is_enabled():
-            self._scaler.load_state_dict(scalars)
+        self.updates = int(state.scalars.get("updates", 0))
+        scaler = {key: state.scalars.get(key) for key in self._scaler.state_dict()}
+        if None not in scaler.values():  # else from an engine that had no such scaler
+            self._scaler.load_state_dict(scaler)
 
     def device_stats(self) -> Dict[str, float]:
         """Return the peak memory: the device's on a GPU, the process's on a CPU."""

@@ -43,10 +43,9 @@ def watchers(
         labels.
     """
     every = config.train.log_every_steps
-    guards: List[Callback] = [
-        NonFiniteGuard(training.image_names),
-        EarlyStopping(config.train.early_stopping_patience),
-    ]
+    guards: List[Callback] = [EarlyStopping(config.train.early_stopping_patience)]
+    if not config.engine.synthetic_data:  # whose losses are whatever was in the buffers
+        guards.insert(0, NonFiniteGuard(training.image_names))
     if not folder.writes:
         return guards
     tensorboard = TensorBoardLogger(
