@@ -88,8 +88,8 @@ class EngineSection(Section):
     )
     loader_mode: Literal["sync", "async", "async_rebatched"] = Field(
         "sync",
-        description="where host batches are put together: in the main process, ahead of time in"
-        " another one, or there from smaller pieces (IPU)",
+        description="where host batches of training are put together: in the main process, ahead"
+        " of time in another one, or there from smaller pieces (IPU)",
     )
     prefetch_depth: int = Field(
         1, ge=1, description="host batches streamed to the device ahead of need (IPU)"

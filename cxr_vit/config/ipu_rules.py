@@ -12,7 +12,7 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError
 
-__all__ = ["check_ipu", "eval_layers", "ipu_problems", "reserved_ipus"]
+__all__ = ["MOST_IPUS", "check_ipu", "eval_layers", "ipu_problems", "reserved_ipus"]
 
 #: PopTorch's limit for one process.
 MOST_IPUS = 64
@@ -64,17 +64,6 @@ def _no_ipu_is_empty(config: Config) -> Optional[str]:
                 " (embedding) and the last (head) may have 0 layers."
             )
     return None
-
-
-def _few_enough_ipus(config: Config) -> Optional[str]:
-    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
-    ipus = stages * config.batch.replicas
-    if ipus <= MOST_IPUS:
-        return None
-    return (
-        f"{stages} stages x batch.replicas={config.batch.replicas} are {ipus} IPUs; one process has"
-        f" at most {MOST_IPUS}. Set batch.replicas={MOST_IPUS // stages} or fewer."
-    )
 
 
 def _sharding_has_replicas(config: Config) -> Optional[str]:
@@ -162,7 +151,6 @@ RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
     _accumulation_fills_the_pipeline,
     _iterations_fill_the_eval_pipeline,
     _no_ipu_is_empty,
-    _few_enough_ipus,
     _sharding_has_replicas,
     _device_is_the_ipu,
     _arithmetic_is_the_ipus,
@@ -187,7 +175,7 @@ def check_ipu(config: Config, hint: str = "") -> None:
     config
         The configuration.
     hint
-        A last line for the message.
+        Added to the last message.
 
     Raises
     ------
@@ -196,7 +184,7 @@ def check_ipu(config: Config, hint: str = "") -> None:
     """
     problems = ipu_problems(config)
     if problems:
-        raise ConfigError("\n".join([*problems, *([hint] if hint else [])]))
+        raise ConfigError("\n".join(problems) + hint)
 
 
 def reserved_ipus(stages: int, replicas: int) -> int:

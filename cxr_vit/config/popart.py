@@ -90,9 +90,15 @@ def _truth(value: Any) -> bool:
 
 
 def _natural(value: Any) -> int:
-    if isinstance(value, bool) or int(value) < 0:
+    if isinstance(value, (bool, float)) or int(value) < 0:
         raise ValueError(value)
     return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
 
 
 def _text(value: Any) -> str:
@@ -116,7 +122,7 @@ def _mapping(value: Any) -> Any:
 _READ: Dict[str, Callable[[Any], Any]] = {
     "true or false": _truth,
     "an integer >= 0": _natural,
-    "a number": float,
+    "a number": _number,
     "text": _text,
     "a list": _texts,
     "a mapping": _mapping,

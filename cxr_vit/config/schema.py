@@ -166,7 +166,7 @@ class OptimSection(Section):
     loss_scaling: Union[Literal["auto"], Annotated[float, Field(gt=0)]] = Field(
         1.0,
         description="factor on the loss that keeps fp16 gradients from underflowing, undone before"
-        " the update; auto: PopART adjusts it (IPU)",
+        " the update; auto lets PopART adjust it (IPU; the torch engine has a scaler of its own)",
     )
     accumulator: Literal["fp32", "fp16"] = Field(
         "fp32", description="dtype of the accumulated gradients (IPU)"

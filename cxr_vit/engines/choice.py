@@ -57,7 +57,7 @@ def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
         return EngineChoice("torch", "engine.device is one of torch's")
     problem = poptorch_problem(config, offline=offline)
     if problem is None:
-        hint = "IPUs answer here; engine.name=torch leaves them alone."
+        hint = " (IPUs answer here; engine.name=torch leaves them alone.)"
         check_ipu(config, hint if engine.name == "auto" and not offline else "")
         why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
         return EngineChoice("poptorch", "--compile-only" if offline else why)

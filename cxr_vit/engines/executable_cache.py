@@ -56,6 +56,7 @@ class ExecutableCache:
         key = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
         self.path: Optional[Path] = None if root is None else Path(root) / key[:12]
         self._before: Set[str] = set()
+        self._written: Set[str] = set()
 
     def note(self) -> None:
         """Remember what is there before a compilation."""
@@ -66,9 +67,16 @@ class ExecutableCache:
         if self.path is None:
             return "not cached: engine.executable_cache=null"
         new = self._files() - self._before
+        self._written |= new
         if new:
             return f"cache miss, now in {self.path}"
-        return f"cache hit in {self.path}" if self._before else f"nothing cached in {self.path}"
+        found = self._before - self._written
+        return f"cache hit in {self.path}" if found else f"nothing cached in {self.path}"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no graph is there."""
+        return not self._files()
 
     def _files(self) -> Set[str]:
         """Return the graphs that are there (PopART calls them <hash>.popef)."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
+from multiprocessing import forkserver
 from typing import Iterable, Iterator
 
 from cxr_vit.data.dataset import Batch
 from cxr_vit.errors import DataError
 
-__all__ = ["in_one_line", "leave_the_process_group", "process_peak_gib"]
+__all__ = ["in_one_line", "leave_the_process_group", "process_peak_gib", "start_fork_server"]
 
 
 def leave_the_process_group(worker: int = 0) -> None:
@@ -19,6 +21,20 @@ def leave_the_process_group(worker: int = 0) -> None:
     To ignore signals instead would also ignore the main process's own, which ends its workers.
     """
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def start_fork_server() -> None:
+    """Start the process that an asynchronous loader's process is forked from, deaf to SIGTERM.
+
+    It stays in the group, and with it a signal to the group would end the loader. What is forked
+    from it listens again (`leave_the_process_group`).
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -9,7 +9,8 @@ from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import label_names
 from cxr_vit.engines.choice import build_engine, choose_engine
-from cxr_vit.errors import ConfigError
+from cxr_vit.engines.poptorch_engine import PopTorchEngine
+from cxr_vit.errors import ConfigError, DeviceError
 from cxr_vit.model.stages import StagedViT
 
 __all__ = ["compile_offline"]
@@ -26,6 +27,8 @@ def compile_offline(config: Config) -> str:
         If there is no cache to compile into, or PopTorch would refuse the configuration.
     EngineUnavailable
         If PopTorch is not there.
+    DeviceError
+        If it gives up, or nothing is in the cache afterwards.
     """
     check_ipu(config)
     if config.engine.executable_cache is None:
@@ -42,4 +45,11 @@ def compile_offline(config: Config) -> str:
         size = engine.local_batch.host_batch_size
         example = Batch.zeros(size, image_size=config.data.image_size, num_classes=len(names))
         seconds = engine.compile(example)
-    return f"compiled for {config.engine.ipu_version} in {seconds:.1f} s"
+        assert isinstance(engine, PopTorchEngine)
+        cache = engine.graphs.cache
+    if cache.is_empty:
+        raise DeviceError(
+            f"both graphs were compiled, but PopTorch left nothing in {cache.path}. Is the folder"
+            " writable, and the disk full? Name another engine.executable_cache."
+        )
+    return f"compiled for {config.engine.ipu_version} in {seconds:.1f} s into {cache.path}"

@@ -75,7 +75,7 @@ def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: 
             what, _, name = key.rpartition(_KEY)
             hub = hub_names.get(name, _WHOLE)
             slot = what if name in hub_names else key
-            known = _ADAMW if kind == "poptorch.AdamW" and table == "ipu_state" else {}
+            known = _ADAMW if kind.startswith("poptorch.AdamW") and table == "ipu_state" else {}
             slot = known.get(slot, f"{table}:{slot}")
             slots.setdefault(hub, {})[slot] = torch.as_tensor(value).clone()
     return slots

@@ -22,12 +22,17 @@ from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.base import Engine, EngineState, StepOutput
 from cxr_vit.engines.executable_cache import ExecutableCache, graph_shape
-from cxr_vit.engines.host import in_one_line, leave_the_process_group, process_peak_gib
+from cxr_vit.engines.host import (
+    in_one_line,
+    leave_the_process_group,
+    process_peak_gib,
+    start_fork_server,
+)
+from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.optimizer_state import check_kind, from_poptorch, to_poptorch
 from cxr_vit.engines.poptorch_graphs import IpuGraphs
 from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler, collate
 from cxr_vit.engines.poptorch_options import (
-    Instances,
     inference_options,
     moment_dtypes,
     poptorch_optimizer,
@@ -68,14 +73,19 @@ class PopTorchEngine(Engine):
         self.reason = reason
         self.place = "IPU"
         self.precision = "fp16" if config.engine.precision == "auto" else config.engine.precision
-        self.instances = self._join_instances()
+        self.instances = Instances.from_environment()
+        self.instances.check(config)
         self.is_main = self.instances.index == 0
+        own = self.instances.own(self.batch.replicas)
+        self.local_batch = replace(self.batch, replicas=len(own))
         self.model = model.half() if config.engine.weights == "fp16" else model
         self.model.compute_in(torch.float16 if self.precision == "fp16" else torch.float32)
         self.optimizer = poptorch_optimizer(self.model.hub_parameters(), config)
         self.optimizer_kind = f"poptorch.{type(self.optimizer).__name__}"
-        if config.optim.name == "sgd":  # whose velocity PopART scales as it does the loss
-            self.optimizer_kind += f" with loss scaling {config.optim.loss_scaling}"
+        scaling = config.optim.loss_scaling
+        if scaling == "auto" or config.optim.name == "sgd":
+            # An automatic scale has a state of its own; SGD's velocity carries a fixed one.
+            self.optimizer_kind += f" with loss scaling {scaling}"
         self.updates = 0
         self.graphs = self._build_graphs(offline)
         self._rng: Optional[Tensor] = None
@@ -97,26 +107,6 @@ class PopTorchEngine(Engine):
             cache=cache,
             offline=offline,
         )
-
-    def _join_instances(self) -> Instances:
-        """Take this process's share of the replicas, where `poprun` started several."""
-        instances = Instances.from_environment()
-        local = instances.local_replicas
-        if local is not None:
-            if local * instances.count != self.batch.replicas:
-                raise ConfigError(
-                    f"batch.replicas={self.batch.replicas}, but poprun started {instances.count}"
-                    f" instances x {local} replicas. Give the same number to both: poprun"
-                    f" --num-replicas {self.batch.replicas}."
-                )
-            if local == 1 and self.config.engine.replicated_tensor_sharding:
-                raise ConfigError(
-                    "engine.replicated_tensor_sharding=true shares among the replicas of a process,"
-                    f" and each of the {instances.count} has one. Set it to false, or start fewer:"
-                    f" poprun --num-instances {max(1, instances.count // 2)}."
-                )
-            self.local_batch = replace(self.batch, replicas=local)
-        return instances
 
     def describe(self) -> str:
         """Say in a line what computes, in which arithmetic, and why."""
@@ -152,7 +142,6 @@ class PopTorchEngine(Engine):
         if isinstance(sampler, TrainingSampler):
             self._check_whole_calls(sampler)
         batch, local = self.batch, self.local_batch
-        first = self.instances.index * local.replicas
         host_batch = local.host_batch_size if training else local.eval_host_batch_size
         micro_batch = batch.micro_batch_size if training else batch.eval_micro_batch_size
         rows = RowSampler(
@@ -160,13 +149,19 @@ class PopTorchEngine(Engine):
             host_batch_size=batch.host_batch_size if training else batch.eval_host_batch_size,
             micro_batch_size=micro_batch,
             replicas=batch.replicas,
-            own=range(first, first + local.replicas),
+            own=self.instances.own(batch.replicas),
         )
-        workers, mode = self.config.data.num_workers, self.config.engine.loader_mode
+        workers = self.config.data.num_workers
+        # A validation is over sooner than an asynchronous loader's process has started.
+        mode = self.config.engine.loader_mode if training else "sync"
         more: Dict[str, Any] = {}
         if mode != "sync":
+            start_fork_server()
             # Else the process would go round once more at the end, for nobody.
             more["async_options"] = {"load_indefinitely": False}
+            if workers > 0:
+                # Else they would be another server's children, and outlive the loader's process.
+                more["multiprocessing_context"] = "fork"
         if mode == "async_rebatched":
             more["rebatched_worker_size"] = -(-host_batch // max(1, workers))
         make_loader = partial(
@@ -176,6 +171,7 @@ class PopTorchEngine(Engine):
             batch_size=micro_batch,
             sampler=rows,
             num_workers=workers,
+            persistent_workers=False,  # the samples come by once
             collate_fn=collate,
             worker_init_fn=leave_the_process_group,
             auto_distributed_partitioning=False,
@@ -183,7 +179,8 @@ class PopTorchEngine(Engine):
             **more,
         )
         loader = self.graphs.guarded("starting the loader", make_loader)
-        return in_one_line(self._batches(loader))
+        self._loaders.append(loader)
+        return in_one_line(self._batches(loader, mode))
 
     def _check_whole_calls(self, sampler: TrainingSampler) -> None:
         left, iterations = sampler.total_steps - sampler.start_step, sampler.device_iterations
@@ -194,14 +191,16 @@ class PopTorchEngine(Engine):
                 " batch.device_iterations to what the run began with, or to 1."
             )
 
-    def _batches(self, loader: Any) -> Iterator[Batch]:
+    def _batches(self, loader: Any, mode: str) -> Iterator[Batch]:
         """Pass batches on (an asynchronous loader gives lists); end its process in any case."""
-        self._loaders.append(loader)
         try:
             for images, labels, indices in loader:
                 # The buffers are used again for the next batch; the images are not kept.
                 yield Batch(images, labels.clone(), indices.clone())
-        except AssertionError as error:  # all that PopTorch says when its loader's process ends
+        except AssertionError as error:
+            if mode == "sync":
+                raise
+            # All that PopTorch says when its loader's process ends.
             raise DataError(
                 "the loader's own process ended; what it said stands above."
                 " engine.loader_mode=sync reads in this process and says it in a line."
@@ -224,8 +223,8 @@ class PopTorchEngine(Engine):
         """Return the training graph, attached; a restored random generator goes in once."""
         fresh = self.graphs.trained is None
         executor = self.graphs.training(batch.images, batch.labels)
-        if fresh and self._rng is not None:
-            executor.rng_state = self._rng.tolist()
+        if fresh:
+            self._restore_rng()
         return executor
 
     def _kept_layers(self) -> List[int]:
@@ -253,28 +252,16 @@ class PopTorchEngine(Engine):
         self.updates += iterations
         # [device iteration][accumulation][replica], one loss a micro-batch
         means = losses.float().reshape(iterations, -1).mean(dim=1)
-        return StepOutput(self._mean(means), None, len(batch.images) * self.instances.count)
+        num_samples = len(batch.images) * self.instances.count
+        return StepOutput(self.instances.mean(means), None, num_samples)
 
     def _predict(self, batch: Batch) -> Tensor:
         executor = self.graphs.inference(batch.images)
         logits: Tensor = self.graphs.guarded("scoring", executor, batch.images)
         return logits.float()
 
-    # Several processes
-
-    def _mean(self, losses: Tensor) -> Tensor:
-        """Average over the processes, which have as many micro-batches each."""
-        (every,) = self._gather(losses.unsqueeze(0))
-        return every.mean(dim=0)
-
     def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
-        """Put the processes' rows one after another; they may have unequal numbers of them."""
-        if self.instances.count == 1:
-            return parts
-        import horovod.torch as horovod
-
-        horovod.init()
-        return tuple(horovod.allgather(part) for part in parts)
+        return self.instances.gather(*parts)
 
     # State
 
@@ -302,6 +289,9 @@ class PopTorchEngine(Engine):
             theirs = to_poptorch(state.optimizer, names, moment_dtypes(self.config))
             groups = torch.optim.Optimizer.state_dict(self.optimizer)
             self.optimizer.load_state_dict({**theirs, **groups})
+        self._restore_rng()
+
+    def _restore_rng(self) -> None:
         if self.graphs.trained is not None and self._rng is not None:
             self.graphs.trained.rng_state = self._rng.tolist()
 

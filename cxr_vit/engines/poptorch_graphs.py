@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cxr_vit.engines.executable_cache import ExecutableCache
 from cxr_vit.engines.poptorch_errors import explained
-from cxr_vit.errors import DeviceError
+from cxr_vit.errors import CxrVitError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 
@@ -185,7 +185,7 @@ class IpuGraphs:
             if executor is not None:
                 try:
                     self.guarded("releasing the IPUs", executor.destroy)
-                except DeviceError as error:  # the run's own error is what matters
+                except CxrVitError as error:  # the run's own error is what matters
                     logger.warning("%s", error)
         self.trained = self._scored = self._attached = None
 

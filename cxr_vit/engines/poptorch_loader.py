@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any, Dict, Iterator, List, Sequence, Union
 
 import numpy as np
@@ -34,9 +35,10 @@ class PaddedDataset(Dataset[Sample]):
         )
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """Unpickled means: in an asynchronous loader's own process."""
+        """Leave the group where an asynchronous loader's own process unpickles this."""
         self.__dict__.update(state)
-        leave_the_process_group()
+        if multiprocessing.parent_process() is not None:
+            leave_the_process_group()
 
     def __len__(self) -> int:
         return len(self.dataset)

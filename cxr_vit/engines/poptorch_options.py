@@ -7,23 +7,21 @@ entry is explained in docs/ipu.md.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from torch import nn
 
 from cxr_vit.config.batching import BatchPlan
-from cxr_vit.config.ipu_rules import eval_layers, reserved_ipus
+from cxr_vit.config.ipu_rules import MOST_IPUS, eval_layers, reserved_ipus
 from cxr_vit.config.schema import Config
+from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.optim import parameter_groups
 
 if TYPE_CHECKING:
     import poptorch
 
 __all__ = [
-    "Instances",
     "inference_options",
     "moment_dtypes",
     "poptorch_optimizer",
@@ -37,36 +35,6 @@ _IPU_VERSIONS = {"mk2": 2, "c600": 21}
 _OVERLAP_MEMORY_OPTIMIZED = 3
 #: popart::SubgraphCopyingStrategy::JustInTime
 _JUST_IN_TIME = 1
-
-
-@dataclass(frozen=True)
-class Instances:
-    """The processes that `poprun` started, and which of them this is; else one."""
-
-    index: int = 0
-    count: int = 1
-    local_replicas: Optional[int] = None
-
-    @classmethod
-    def from_environment(cls) -> Instances:
-        """Ask popdist, where `poprun` set it up."""
-        try:
-            import popdist
-        except ImportError:
-            return cls()
-        if not popdist.isPopdistEnvSet():
-            return cls()
-        _init_popdist()
-        return cls(
-            popdist.getInstanceIndex(), popdist.getNumInstances(), popdist.getNumLocalReplicas()
-        )
-
-
-@lru_cache(maxsize=None)
-def _init_popdist() -> None:
-    import popdist
-
-    popdist.init()
 
 
 def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
@@ -87,8 +55,16 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
     except ImportError:
         return (
             "PopTorch is not installed or its SDK is not enabled; engine 'poptorch' needs the"
-            f" Poplar SDK's PopTorch (3.3 or 3.4). {elsewhere.capitalize()}, or enable the SDK:"
+            f" Poplar SDK's PopTorch (3.3 or 3.4). U{elsewhere[1:]}, or enable the SDK:"
             " source <sdk>/enable (docs/ipu.md)"
+        )
+    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
+    replicas = Instances.from_environment().local_replicas or config.batch.replicas
+    if stages * replicas > MOST_IPUS:
+        return (
+            f"{stages} stages x {replicas} replicas are {stages * replicas} IPUs, and one process"
+            f" has at most {MOST_IPUS}. Start several with poprun (docs/ipu.md), or set"
+            f" batch.replicas={MOST_IPUS // stages} or fewer"
         )
     if offline:
         return None
@@ -103,8 +79,6 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
             "PopTorch is there, but no IPU answers. Check `gc-monitor` and the partition (vipu), or"
             f" {elsewhere}; to compile without an IPU: train.py --compile-only"
         )
-    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
-    replicas = Instances.from_environment().local_replicas or config.batch.replicas
     wanted = reserved_ipus(stages, replicas)
     if not poptorch.ipuHardwareIsAvailable(wanted):
         return (
