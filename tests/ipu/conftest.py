@@ -1,0 +1,83 @@
+"""Fixtures: PopTorch twice, and the two commands."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+import pytest
+import torch
+from fakes import loading
+
+from .commands import ROOT, TORCH, Commands, Run
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What PopTorch and the launcher of several processes read must not come from outside."""
+    for name in (
+        "POPTORCH_CACHE_DIR",
+        "POPTORCH_IPU_MODEL",
+        "POPLAR_ENGINE_OPTIONS",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "DATASET_DIR",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(str(ROOT))
+    # The commands and PopTorch seed and use the process's generator.
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _poptorch(which: str) -> Iterator[Tuple[Any, Any]]:
+    reason = loading.available() if which == "front end" else None
+    if reason:
+        pytest.skip(reason)
+    context = loading.stand_in if which == "stand-in" else loading.frontend
+    with context() as modules:
+        yield modules
+
+
+@pytest.fixture(params=["stand-in", "front end"])
+def ipu(request: pytest.FixtureRequest) -> Iterator[Tuple[Any, Any]]:
+    """PopTorch and its inspection: the stand-in, then PopTorch's own front end."""
+    yield from _poptorch(request.param)
+
+
+@pytest.fixture
+def front_end() -> Iterator[Tuple[Any, Any]]:
+    """PopTorch's own front end only."""
+    yield from _poptorch("front end")
+
+
+@pytest.fixture
+def commands(sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """train.py and evaluate.py on a small data set."""
+    return Commands(sample_root, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def torch_run(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Make a run on the torch engine, once for the same overrides."""
+    done: Dict[Tuple[str, ...], Run] = {}
+
+    def run(*overrides: str) -> Run:
+        if overrides not in done:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.syspath_prepend(str(ROOT))
+                folder = tmp_path_factory.mktemp("torch")
+                done[overrides] = Commands(sample_root, folder, monkeypatch).train(
+                    *overrides, *TORCH
+                )
+        return done[overrides]
+
+    return run
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the package logs, also at the level of information."""
+    caplog.set_level(logging.INFO, logger="cxr_vit")
+    return caplog

@@ -1,0 +1,1 @@
+"""Stands for Horovod in processes of a test, which have nothing but a folder in common."""

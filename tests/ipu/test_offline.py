@@ -1,0 +1,154 @@
+"""--compile-only, and what is said of the cache of compiled graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes import loading
+
+from cxr_vit.errors import ConfigError, DeviceError, EngineUnavailable
+
+from .commands import SMALL, compiled, messages
+
+
+@pytest.fixture
+def compile_only(commands, monkeypatch):
+    """Compile where neither data nor a place for runs is."""
+    import train
+
+    def run(*overrides):
+        settings = [
+            *(f"{item}" for item in SMALL if not item.startswith("engine.executable_cache")),
+            "data.root=nowhere/at/all",
+            f"run.root={commands.folder / 'runs'}",
+            f"engine.executable_cache={commands.folder / 'cache'}",
+        ]
+        return train.main(["--config", str(commands.file), "--compile-only", *settings, *overrides])
+
+    return run
+
+
+def cached(commands):
+    return sorted(commands.folder.glob("cache/*/*.popef"))
+
+
+@pytest.fixture
+def a_cache_is_written(ipu, monkeypatch):
+    """As PopART does; the harness of the front end leaves it out."""
+    poptorch, inspection = ipu
+    compile_graph = poptorch.PoplarExecutor.compile
+
+    def compile_and_write(executor, *inputs):
+        compile_graph(executor, *inputs)
+        folder = Path(inspection.executable(executor).options["cachePath"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{len(list(folder.glob('*.popef')))}.popef").touch()
+
+    monkeypatch.setattr(poptorch.PoplarExecutor, "compile", compile_and_write)
+
+
+def test_both_graphs_are_compiled_for_an_ipu_that_is_not_there(
+    ipu, a_cache_is_written, compile_only, commands, capsys
+):
+    _, inspection = ipu
+    inspection.config().hardware_version = 0
+    inspection.config().available_ipus = 0
+    assert compile_only("engine.ipu_version=c600") == 0
+    assert "compiled for c600 in" in capsys.readouterr().out
+    inference, training = compiled(inspection)
+    for executable in (inference, training):
+        assert executable.options["connection_type"] == 2, "Never"
+        assert executable.options["ipu_version"] == 21
+        assert executable.blocks
+    names = set(inspection.log().names())
+    assert not names & {"attachToDevice", "loadEngineAndConnectStreams", "execute"}
+    assert not (commands.folder / "runs").exists()
+
+
+def test_a_compilation_that_leaves_nothing_has_failed(compile_only, monkeypatch):
+    with loading.stand_in():
+        from poptorch import executable
+
+        monkeypatch.setattr(executable, "read_or_write", lambda graph: (None, False))
+        with pytest.raises(DeviceError, match=r"PopTorch left nothing in .*cache"):
+            compile_only()
+
+
+def test_graphs_are_cached_and_found_again(compile_only, commands, said):
+    """On the stand-in only: the harness of the front end writes no cache."""
+    with loading.stand_in():
+        compile_only()
+        files = cached(commands)
+        assert len(files) == 2
+        assert len({path.parent for path in files}) == 1, "one folder for a configuration"
+        outcomes = [text for text in messages(said) if "graph: " in text]
+        assert [text.rpartition(", ")[2] for text in outcomes] == [
+            f"now in {files[0].parent}",
+            f"now in {files[0].parent}",
+        ]
+        assert all("cache miss" in text for text in outcomes)
+        said.clear()
+        compile_only()
+    again = [text for text in messages(said) if "graph: " in text]
+    assert len(again) == 2
+    assert all(f"cache hit in {files[0].parent}" in text for text in again)
+    assert cached(commands) == files
+
+
+@pytest.mark.parametrize(
+    ("override", "is_another"),
+    [
+        ("optim.lr=0.5", False),
+        ("run.seed=9", False),
+        ("train.steps=8", False),
+        ("engine.loader_mode=async", False),
+        ("batch.gradient_accumulation=8", True),
+        ("pipeline.layers_per_stage=[0, 2, 2, 0]", True),
+        ("pipeline.recompute=every_layer", True),
+        ("optim.accumulator=fp16", True),
+        ("engine.partials=fp32", True),
+        ("model.dropout=0.1", True),
+    ],
+)
+def test_a_folder_of_the_cache_is_of_one_shape_of_graphs(
+    compile_only, commands, override, is_another
+):
+    with loading.stand_in():
+        compile_only()
+        compile_only(override)
+    folders = {path.parent for path in cached(commands)}
+    assert len(folders) == (2 if is_another else 1)
+
+
+def test_a_run_says_what_the_cache_did(commands, said):
+    setting = f"engine.executable_cache={commands.folder / 'cache'}"
+    with loading.stand_in():
+        for expected in ("cache miss", "cache hit"):
+            said.clear()
+            commands.train(setting, "train.steps=1")
+            outcomes = [text for text in messages(said) if "graph: " in text]
+            assert len(outcomes) == 2
+            assert all(expected in text for text in outcomes)
+        said.clear()
+        commands.train("train.steps=1")
+    assert all("not cached" in text for text in messages(said) if "graph: " in text)
+
+
+def test_without_a_cache_there_is_nothing_to_compile_into(ipu, compile_only):
+    with pytest.raises(ConfigError, match=r"engine\.executable_cache=null: --compile-only would"):
+        compile_only("engine.executable_cache=null")
+
+
+def test_what_poptorch_would_refuse_is_refused_before(ipu, compile_only):
+    with pytest.raises(ConfigError, match="less than the 7 pipeline stages"):
+        compile_only("engine.name=auto", "batch.gradient_accumulation=4")
+    assert compiled(ipu[1]) == []
+
+
+def test_without_the_sdk_nothing_is_compiled(compile_only, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+    with pytest.raises(EngineUnavailable, match="source <sdk>/enable"):
+        compile_only("engine.name=auto")
