@@ -71,9 +71,8 @@ def gradients_lost(num_films: int) -> Dict[str, Dict[str, float]]:
         state.retain_grad()
         hidden.append(state)
 
-    for stage in model.stages:
-        for layer in stage.layers:
-            layer.register_forward_hook(keep)
+    for layer in model.layers:
+        layer.register_forward_hook(keep)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, config.data.image_size, config.data.image_size)
     for film in range(num_films):  # micro-batches of one, as in vit_pod4.yaml

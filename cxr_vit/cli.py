@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -154,7 +153,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     )
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
     if not is_main_process():  # the first of several processes speaks for all
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        sys.stdout = None
         logging.getLogger("cxr_vit").setLevel(logging.ERROR)
     # transformers 4.46 imports a part of torchvision 0.15 that calls itself beta; unused here.
     warnings.filterwarnings("ignore", message="The torchvision.datapoints")

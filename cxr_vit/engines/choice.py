@@ -62,8 +62,8 @@ def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
         why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
         return EngineChoice("poptorch", "--compile-only" if offline else why)
     if engine.name == "poptorch" or offline:
-        raise EngineUnavailable(f"{problem}.")
-    return EngineChoice("torch", f"no IPU: {problem.split(';')[0].split('. ')[0]}")
+        raise EngineUnavailable(str(problem))
+    return EngineChoice("torch", f"no IPU: {problem.found}")
 
 
 def build_engine(

@@ -18,7 +18,7 @@ from torch import Tensor
 from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.ipu_rules import eval_layers, reserved_ipus
 from cxr_vit.config.schema import Config
-from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.base import Engine, EngineState, StepOutput
 from cxr_vit.engines.executable_cache import ExecutableCache, graph_shape
@@ -31,7 +31,7 @@ from cxr_vit.engines.host import (
 from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.optimizer_state import check_kind, from_poptorch, to_poptorch
 from cxr_vit.engines.poptorch_graphs import IpuGraphs
-from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler, collate
+from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler
 from cxr_vit.engines.poptorch_options import (
     inference_options,
     moment_dtypes,
@@ -172,7 +172,7 @@ class PopTorchEngine(Engine):
             sampler=rows,
             num_workers=workers,
             persistent_workers=False,  # the samples come by once
-            collate_fn=collate,
+            collate_fn=PaddedCollate(None),  # the rows fill their batches
             worker_init_fn=leave_the_process_group,
             auto_distributed_partitioning=False,
             mode=_loader_mode(mode),

@@ -29,16 +29,6 @@ _ADVICE: Tuple[Tuple[str, Type[CxrVitError], str], ...] = (
         " where the memory went.",
     ),
     (
-        r"gradientAccumulation must be greater",
-        DeviceError,
-        "Raise batch.gradient_accumulation to 2 x stages - 1.",
-    ),
-    (
-        r"deviceIterations must be greater",
-        DeviceError,
-        "Raise batch.eval_device_iterations to the number of stages.",
-    ),
-    (
         r"Unsupported ops found",
         DeviceError,
         "This transformers has an operation PopTorch cannot compile. Install the pins:"

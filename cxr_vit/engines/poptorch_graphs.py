@@ -78,8 +78,7 @@ def placed_on_ipus(model: StagedViT, keep: Iterable[int]) -> Iterator[None]:
 
     for index, stage in enumerate(model.stages):
         poptorch.BeginBlock(stage, user_id=f"stage{index}", ipu_id=index)
-    layers = [layer for stage in model.stages for layer in stage.layers]  # type: ignore[union-attr]
-    hooks = [layers[index].register_forward_hook(checkpoint) for index in keep]
+    hooks = [model.layers[index].register_forward_hook(checkpoint) for index in keep]
     try:
         yield
     finally:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample
+from cxr_vit.data.dataset import ChestXrayDataset, Sample
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.host import leave_the_process_group
 
-__all__ = ["PaddedDataset", "RowSampler", "collate"]
+__all__ = ["PaddedDataset", "RowSampler"]
 
 PADDING = -1
 
@@ -97,12 +97,3 @@ class RowSampler:
 
     def __len__(self) -> int:
         return len(self.sampler) * self.host_batch_size // self.replicas * len(self.own)
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack the samples (a function of a module: loader processes may be spawned)."""
-    return Batch(
-        torch.stack([sample.image for sample in samples]),
-        torch.stack([sample.labels for sample in samples]),
-        torch.tensor([sample.row for sample in samples], dtype=torch.int64),
-    )

@@ -7,7 +7,7 @@ entry is explained in docs/ipu.md.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
@@ -37,7 +37,17 @@ _OVERLAP_MEMORY_OPTIMIZED = 3
 _JUST_IN_TIME = 1
 
 
-def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
+class Problem(NamedTuple):
+    """What was found, and what to do about it."""
+
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}. {self.remedy}."
+
+
+def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[Problem]:
     """Say why the poptorch engine cannot run here and what to do, or return None.
 
     Parameters
@@ -51,40 +61,43 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[str]:
     try:
         import poptorch
     except AssertionError as error:  # PopTorch's own check of torch's version
-        return f"{error}. Install the pins beside the SDK: pip install -r requirements-sdk34.txt"
+        pins = "Install the pins beside the SDK: pip install -r requirements-sdk34.txt"
+        return Problem(str(error), pins)
     except ImportError:
-        return (
-            "PopTorch is not installed or its SDK is not enabled; engine 'poptorch' needs the"
-            f" Poplar SDK's PopTorch (3.3 or 3.4). U{elsewhere[1:]}, or enable the SDK:"
-            " source <sdk>/enable (docs/ipu.md)"
+        return Problem(
+            "PopTorch is not installed or its SDK is not enabled",
+            "Engine 'poptorch' needs the Poplar SDK's PopTorch (3.3 or 3.4): enable the SDK with"
+            f" source <sdk>/enable (docs/ipu.md), or {elsewhere}",
         )
     stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
     replicas = Instances.from_environment().local_replicas or config.batch.replicas
     if stages * replicas > MOST_IPUS:
-        return (
+        return Problem(
             f"{stages} stages x {replicas} replicas are {stages * replicas} IPUs, and one process"
-            f" has at most {MOST_IPUS}. Start several with poprun (docs/ipu.md), or set"
-            f" batch.replicas={MOST_IPUS // stages} or fewer"
+            f" has at most {MOST_IPUS}",
+            "Start several with poprun (docs/ipu.md), or set"
+            f" batch.replicas={MOST_IPUS // stages} or fewer",
         )
     if offline:
         return None
     if os.environ.get("POPTORCH_IPU_MODEL", "0") not in ("", "0"):
-        return (
+        return Problem(
             "POPTORCH_IPU_MODEL asks for the IPU Model, a simulator without executable cache or"
-            f" several processes, far too slow for a ViT. Unset it, or {elsewhere}; to compile"
-            " without an IPU: train.py --compile-only"
+            " several processes, far too slow for a ViT",
+            f"Unset it, or {elsewhere}; to compile without an IPU: train.py --compile-only",
         )
     if not poptorch.ipuHardwareIsAvailable():
-        return (
-            "PopTorch is there, but no IPU answers. Check `gc-monitor` and the partition (vipu), or"
-            f" {elsewhere}; to compile without an IPU: train.py --compile-only"
+        return Problem(
+            "PopTorch is there, but no IPU answers",
+            f"Check `gc-monitor` and the partition (vipu), or {elsewhere}; to compile without an"
+            " IPU: train.py --compile-only",
         )
     wanted = reserved_ipus(stages, replicas)
     if not poptorch.ipuHardwareIsAvailable(wanted):
-        return (
-            f"{stages} stages x {replicas} replicas take {wanted} IPUs, and there are fewer here."
-            " Check `gc-monitor` and the partition (vipu), lower batch.replicas, or cut"
-            " pipeline.layers_per_stage into fewer stages"
+        return Problem(
+            f"{stages} stages x {replicas} replicas take {wanted} IPUs, and there are fewer here",
+            "Check `gc-monitor` and the partition (vipu), lower batch.replicas, or cut"
+            " pipeline.layers_per_stage into fewer stages",
         )
     return None
 

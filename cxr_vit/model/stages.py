@@ -146,9 +146,10 @@ class StagedViT(nn.Module):
         self.plan = plan
         self.mean = mean
         self.std = std
-        self.stages = nn.ModuleList(
+        self._stages = tuple(
             Stage(model, plan, index, mean=mean, std=std) for index in range(plan.num_stages)
         )
+        self.stages = nn.ModuleList(self._stages)
 
     @classmethod
     def from_config(
@@ -179,6 +180,11 @@ class StagedViT(nn.Module):
             value = stage(value)
         return value
 
+    @property
+    def layers(self) -> List[nn.Module]:
+        """The encoder layers of all stages, in order."""
+        return [layer for stage in self._stages for layer in stage.layers]
+
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return the same parts, shared, cut otherwise."""
         other = StagedViT(self._whole[0], plan, mean=self.mean, std=self.std)
@@ -189,8 +195,8 @@ class StagedViT(nn.Module):
         self.dtype = dtype
         if any(parameter.dtype != dtype for parameter in self.parameters()):
             cast_weights_to_input(self)
-        for stage in self.stages:
-            stage.dtype = dtype  # type: ignore[assignment]
+        for stage in self._stages:
+            stage.dtype = dtype
         return self
 
     def hub_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]:

@@ -78,6 +78,14 @@ def test_with_too_few_ipus(ipu, commands, there, overrides, wanted):
     assert "fewer stages" in message
 
 
+def test_a_process_has_64_ipus(ipu, commands):
+    ipu[1].config().available_ipus = 256
+    sixteen = ["batch.replicas=16", "engine.name=poptorch"]
+    assert choose_engine(commands.config(*sixteen)).is_ipu
+    with pytest.raises(EngineUnavailable, match=r"68 IPUs.*at most 64\..*poprun.*=16 or fewer"):
+        choose_engine(commands.config("batch.replicas=17", "engine.name=poptorch"))
+
+
 def test_enough_ipus_are_enough(ipu, commands):
     ipu[1].config().available_ipus = 4
     choice = choose_engine(commands.config("engine.name=auto"))

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from cxr_vit.data.dataset import Batch
+from cxr_vit.engines.poptorch_engine import PopTorchEngine
 from cxr_vit.engines.poptorch_graphs import InferenceGraph, TrainingGraph
+from cxr_vit.errors import NonFiniteLoss
 from cxr_vit.model.stages import StagedViT
 
 from .commands import compiled, make_engine
@@ -351,3 +353,30 @@ def test_the_device_gets_each_calls_learning_rate_before_it_runs(ipu, commands):
     for index, name in enumerate(names):
         if name == "execute":
             assert names[index - 1] == "updateOptimizers"
+
+
+def test_cycles_are_logged_where_they_are_counted(ipu, commands):
+    counted = commands.train("engine.log_cycles=true", "train.steps=2")
+    cycles = [event["perf/ipu_cycles"] for event in counted.events if "train/loss" in event]
+    assert len(cycles) == 2
+    assert min(cycles) > 0
+    plain = commands.train("train.steps=1")
+    assert not any("perf/ipu_cycles" in event for event in plain.events)
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_what_synthetic_data_give_ends_no_run(ipu, commands, monkeypatch, synthetic):
+    """The device's buffers then hold anything, also no number."""
+    step = PopTorchEngine._train_step
+
+    def train_step(engine, batch, lr):
+        output = step(engine, batch, lr)
+        return output._replace(losses=output.losses * float("nan"))
+
+    monkeypatch.setattr(PopTorchEngine, "_train_step", train_step)
+    overrides = [f"engine.synthetic_data={str(synthetic).lower()}", "train.steps=2"]
+    if synthetic:
+        assert commands.train(*overrides).status == 0
+    else:
+        with pytest.raises(NonFiniteLoss):
+            commands.train(*overrides)
