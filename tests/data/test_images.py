@@ -1,262 +1,342 @@
-"""Files -> uint8 gray: what is read, and what is refused and how."""
+"""Files -> uint8 gray: which films are read, and as what pixels. `test_bad_images.py` has the rest.
+
+Also the index: name -> path.
+"""
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, List
 
+import kornia_rs
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from film_files import (
+    COLOUR,
+    GRAY,
+    PALETTE,
+    PNG_SIGNATURE,
+    SIDE,
+    as_rows,
+    encoded,
+    exif,
+    exif_chunk,
+    in_colour,
+    interlaced_png,
+    pixels,
+    png,
+    png_chunk,
+    png_of,
+    raw_profile_chunk,
+    smooth,
+    turned,
+    write,
+    xmp_chunk,
+)
+from PIL import Image
 
-from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.data.images import find_images, gray_or_reason, read_gray
 from cxr_vit.errors import DataError
 
-SIDE = 24
-LFS_POINTER = (
-    b"version https://git-lfs.github.com/spec/v1\n"
-    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
-    b"size 412345\n"
-)
+
+def assert_read_as(expected: np.ndarray, data: bytes, folder: Path) -> None:
+    """To be read exactly; where a film is no square, no resizing is asked for either way."""
+    path = write(folder, data)
+    read = read_gray(path, SIDE)
+    assert read.dtype == np.uint8 and read.shape == (SIDE, SIDE)
+    if expected.shape != (SIDE, SIDE):
+        resized = Image.fromarray(np.ascontiguousarray(expected))
+        expected = np.asarray(resized.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(read, expected)
 
 
-def pixels(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+def ramp(bits: int) -> np.ndarray:
+    """From black to white in all values of so many bits, in a 16-bit film."""
+    return np.linspace(0, 2**bits - 1, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
 
 
-def save(image: Image.Image, path: Path, **options: object) -> Path:
-    image.save(path, **options)
-    return path
+def scaled(values: np.ndarray, bits: int) -> np.ndarray:
+    return np.round(values * 255.0 / (2**bits - 1)).astype(np.uint8)
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def gray() -> Image.Image:
-    return Image.fromarray(pixels())
-
-
-def with_alpha(alpha: int, corner: int) -> Image.Image:
-    """Gray in all three colours; alpha everywhere, but for one pixel."""
-    opacity = np.full((SIDE, SIDE), alpha, dtype=np.uint8)
-    opacity[-1, -1] = corner
-    return Image.merge("RGBA", [gray(), gray(), gray(), Image.fromarray(opacity)])
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def sixteen_bit_png() -> bytes:
-    rows = b"".join(b"\0" + b"\x12\x34" * SIDE for _ in range(SIDE))
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", header)
-        + png_chunk(b"IDAT", zlib.compress(rows))
-        + png_chunk(b"IEND", b"")
-    )
-
-
-def assert_refused(path: Path, reason: str) -> None:
-    with pytest.raises(DataError, match=reason) as caught:
-        read_gray(path, SIDE)
-    assert str(path) in str(caught.value)
-
-
-# What is read
+# The plain film
 
 
 def test_a_gray_png_of_the_right_size_is_read_exactly(tmp_path: Path) -> None:
-    path = save(gray(), tmp_path / "film.png")
-    np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
+    assert_read_as(pixels(), png_of(pixels()), tmp_path)
+
+
+def test_gray_or_reason_gives_the_same_pixels(tmp_path: Path) -> None:
+    path = write(tmp_path, png_of(pixels()))
+    np.testing.assert_array_equal(gray_or_reason(path, SIDE), read_gray(path, SIDE))
 
 
 @pytest.mark.parametrize("size", [8, SIDE, 40])
 def test_the_result_is_a_uint8_square_of_the_size_asked(tmp_path: Path, size: int) -> None:
-    path = save(Image.fromarray(pixels()[:10]), tmp_path / "wide.png")
-    read = read_gray(path, size)
+    read = read_gray(write(tmp_path, png_of(pixels((10, SIDE)))), size)
     assert read.dtype == np.uint8 and read.shape == (size, size)
 
 
-def test_the_result_may_be_written_to(tmp_path: Path) -> None:
-    assert read_gray(save(gray(), tmp_path / "film.png"), SIDE).flags.writeable
+@pytest.mark.parametrize("size", [8, SIDE])
+def test_the_result_may_be_written_to_and_is_contiguous(tmp_path: Path, size: int) -> None:
+    read = read_gray(write(tmp_path, png_of(pixels())), size)
+    assert read.flags.writeable and read.flags.c_contiguous
 
 
 def test_a_path_may_be_text(tmp_path: Path) -> None:
-    path = save(gray(), tmp_path / "film.png")
+    path = write(tmp_path, png_of(pixels()))
     np.testing.assert_array_equal(read_gray(str(path), SIDE), pixels())
 
 
-def test_rgb_of_equal_colours_is_its_red_channel(tmp_path: Path) -> None:
-    path = save(gray().convert("RGB"), tmp_path / "film.png")
-    np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
-
-
-def test_rgb_of_unequal_colours_is_its_luma(tmp_path: Path) -> None:
-    path = save(Image.new("RGB", (SIDE, SIDE), (255, 0, 0)), tmp_path / "red.png")
-    assert np.unique(read_gray(path, SIDE)).tolist() == [76]
-
-
-def test_rgba_with_an_opaque_alpha_is_its_red_channel(tmp_path: Path) -> None:
-    path = save(with_alpha(255, 255), tmp_path / "film.png")
-    np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
-
-
-def test_gray_with_an_opaque_alpha_is_its_gray_channel(tmp_path: Path) -> None:
-    path = save(gray().convert("LA"), tmp_path / "film.png")
-    with Image.open(path) as stored:
-        assert stored.mode == "LA"
-    np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
-
-
-def test_a_palette_is_looked_up(tmp_path: Path) -> None:
-    image = Image.fromarray((pixels() % 3).astype(np.uint8))
-    image.putpalette([200, 200, 200, 10, 10, 10, 90, 90, 90])
-    path = save(image, tmp_path / "film.png")
-    with Image.open(path) as stored:
-        assert stored.mode == "P"
-    grays = np.array([200, 10, 90], dtype=np.uint8)
-    np.testing.assert_array_equal(read_gray(path, SIDE), grays[pixels() % 3])
-
-
-def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
-    path = save(Image.fromarray(pixels() > 99), tmp_path / "film.png")
-    with Image.open(path) as stored:
-        assert stored.mode == "1"
-    np.testing.assert_array_equal(read_gray(path, SIDE), np.where(pixels() > 99, 255, 0))
-
-
-@pytest.mark.parametrize("name", ["film.jpg", "film.jpeg", "film.png"])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_jpeg_is_read_whatever_its_suffix(tmp_path: Path, name: str, mode: str) -> None:
-    ramp = np.tile(np.linspace(0, 255, SIDE).astype(np.uint8), (SIDE, 1))
-    path = tmp_path / name
-    path.write_bytes(encoded(Image.fromarray(ramp).convert(mode), "JPEG"))
-    assert np.abs(read_gray(path, SIDE).astype(int) - ramp).max() < 16
-
-
-def test_an_exif_rotation_is_undone(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
-    path = save(gray(), tmp_path / "film.png", exif=exif)
-    np.testing.assert_array_equal(read_gray(path, SIDE), np.rot90(pixels(), -1))
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (17, 40), (40, 17)])
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_films_of_any_shape_are_squeezed_into_the_square(
+    tmp_path: Path, make: Callable[[np.ndarray], bytes], shape: tuple
+) -> None:
+    assert_read_as(pixels(shape), make(pixels(shape)), tmp_path)
 
 
 def test_shrinking_is_antialiased(tmp_path: Path) -> None:
     board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    small = read_gray(save(Image.fromarray(board), tmp_path / "board.png"), 32)
+    small = read_gray(write(tmp_path, png_of(board)), 32)
     assert np.abs(small[1:-1, 1:-1].astype(int) - 127.5).max() <= 2
     assert np.abs(small.astype(int) - 127.5).max() <= 8
 
 
 def test_shrinking_a_uniform_film_keeps_its_gray(tmp_path: Path) -> None:
-    path = save(Image.new("L", (100, 60), 173), tmp_path / "film.png")
+    path = write(tmp_path, png_of(np.full((60, 100), 173, np.uint8)))
     assert np.unique(read_gray(path, 32)).tolist() == [173]
 
 
-def test_a_palette_with_an_opaque_transparency_table_is_looked_up(tmp_path: Path) -> None:
-    image = Image.fromarray((pixels() % 3).astype(np.uint8))
-    image.putpalette([200, 200, 200, 10, 10, 10, 90, 90, 90])
-    path = save(image, tmp_path / "film.png", transparency=b"\xff\xff\xff")
-    grays = np.array([200, 10, 90], dtype=np.uint8)
-    np.testing.assert_array_equal(read_gray(path, SIDE), grays[pixels() % 3])
+# The two decoders
 
 
-# What is refused
+def refuse(*_: object) -> None:
+    raise ValueError("not this time")
 
 
-@pytest.mark.parametrize(("alpha", "corner"), [(255, 254), (255, 0), (0, 0), (128, 255)])
-def test_a_partly_transparent_colour_film_is_refused(
-    tmp_path: Path, alpha: int, corner: int
+@pytest.mark.parametrize("size", [1, 7, SIDE, 100])
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (100, 100), (1, 9), (61, 33)])
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_pillow_alone_gives_the_same_pixels(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[np.ndarray], bytes],
+    shape: tuple,
+    size: int,
 ) -> None:
-    assert_refused(save(with_alpha(alpha, corner), tmp_path / "film.png"), "partly transparent")
+    path = write(tmp_path, make(pixels(shape)))
+    fast = read_gray(path, size)
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", refuse)
+    np.testing.assert_array_equal(fast, read_gray(path, size))
 
 
-def test_a_partly_transparent_gray_film_is_refused(tmp_path: Path) -> None:
-    path = save(with_alpha(255, 7).convert("LA"), tmp_path / "film.png")
-    assert_refused(path, "partly transparent")
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
-def test_a_transparent_colour_is_refused_as_a_transparent_channel_is(
-    tmp_path: Path, mode: str
-) -> None:
-    image = gray().convert("RGB").quantize(8) if mode == "P" else gray().convert(mode)
-    transparency = {"L": int(pixels()[0, 0]), "RGB": (int(pixels()[0, 0]),) * 3, "P": b"\0\x80"}
-    path = save(image, tmp_path / "film.png", transparency=transparency[mode])
-    assert_refused(path, "partly transparent")
-
-
-def test_sixteen_bit_gray_is_refused_and_not_clipped(tmp_path: Path) -> None:
-    path = tmp_path / "film.png"
-    path.write_bytes(sixteen_bit_png())
-    assert_refused(path, "more than 8 bits")
-
-
-def test_sixteen_bit_gray_as_pillow_writes_it_is_refused(tmp_path: Path) -> None:
-    path = save(Image.fromarray(pixels().astype(np.uint16) * 257), tmp_path / "film.png")
-    assert_refused(path, "more than 8 bits")
-
-
-def half(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-REFUSED: Dict[str, Callable[[], bytes]] = {
-    "truncated png": lambda: half(encoded(gray(), "PNG")),
-    "truncated jpeg": lambda: half(encoded(gray(), "JPEG")),
-    "png header alone": lambda: encoded(gray(), "PNG")[:20],
-    "png signature alone": lambda: encoded(gray(), "PNG")[:8],
-    "empty": lambda: b"",
-    "html": lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-    "git-lfs pointer": lambda: LFS_POINTER,
-    "gif": lambda: encoded(gray(), "GIF"),
-    "bmp": lambda: encoded(gray(), "BMP"),
-    "tiff": lambda: encoded(gray(), "TIFF"),
-    "ppm": lambda: encoded(gray(), "PPM"),
+PLAIN_CHUNKS = {
+    "none": b"",
+    "as NIH's": png_chunk(b"tIME", struct.pack(">HBBBBB", 2017, 1, 16, 12, 0, 0)),
+    "gamma": png_chunk(b"gAMA", struct.pack(">I", 22_000)),
+    "colour profile": png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"of nothing" * 20)),
+    "broken colour profile": png_chunk(b"iCCP", b"profile\0\0zzzz"),
+    "resolution": png_chunk(b"pHYs", struct.pack(">IIB", 100, 300, 1)),
+    "unknown": png_chunk(b"abCd", b"whatever"),
+    "text": png_chunk(b"tEXt", b"Comment\0a film"),
+    "5 MB of text": png_chunk(b"tEXt", b"Comment\0" + b"a" * 5_000_000),
+    "broken text": png_chunk(b"zTXt", b"Comment\0\0zzzz"),
+    "animation without frames": png_chunk(b"acTL", struct.pack(">II", 0, 0)),
 }
 
 
-@pytest.mark.parametrize("kind", sorted(REFUSED))
-def test_what_is_not_a_whole_png_or_jpeg_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "film.png"
-    path.write_bytes(REFUSED[kind]())
-    assert_refused(path, "not a readable PNG or JPEG")
+@pytest.mark.parametrize("name", sorted(PLAIN_CHUNKS))
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_chunks_about_other_things_change_nothing(tmp_path: Path, place: str, name: str) -> None:
+    assert_read_as(pixels(), png_of(pixels(), **{place: PLAIN_CHUNKS[name]}), tmp_path)
 
 
-def test_a_damaged_byte_amid_the_pixels_is_refused(tmp_path: Path) -> None:
-    data = bytearray(encoded(gray(), "PNG"))
-    data[len(data) // 2] ^= 0x40
-    path = tmp_path / "film.png"
-    path.write_bytes(bytes(data))
-    assert_refused(path, "not a readable PNG or JPEG")
+def test_films_as_nih_writes_them_take_the_fast_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: List[object] = []
+    decode = kornia_rs.io.decode_image_png_u8
+    monkeypatch.setattr(
+        kornia_rs.io, "decode_image_png_u8", lambda *given: (calls.append(1), decode(*given))[1]
+    )
+    read_gray(write(tmp_path, png_of(pixels(), before=PLAIN_CHUNKS["as NIH's"])), SIDE)
+    assert len(calls) == 1
 
 
-def test_nobody_has_told_pillow_to_fill_truncated_films_with_gray() -> None:
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+@pytest.mark.parametrize("pieces", [2, 7, 50])
+def test_pixels_may_come_in_pieces(tmp_path: Path, pieces: int) -> None:
+    packed = zlib.compress(as_rows(pixels()))
+    cuts = np.linspace(0, len(packed), pieces + 1).astype(int)
+    parts = [png_chunk(b"IDAT", packed[start:end]) for start, end in zip(cuts, cuts[1:])]
+    whole = png_chunk(b"IDAT", packed)
+    data = png_of(pixels()).replace(whole, b"".join([*parts, png_chunk(b"IDAT", b"")]))
+    assert_read_as(pixels(), data, tmp_path)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "absent.png", "the image is not there")
+def test_what_follows_the_end_of_a_film_is_left_alone(tmp_path: Path) -> None:
+    assert_read_as(pixels(), png_of(pixels()) + b"\0" * 100, tmp_path)
 
 
-def test_a_folder_in_place_of_a_film_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "film.png"
-    path.mkdir()
-    assert_refused(path, "not a readable PNG or JPEG")
+# Colour, palettes, transparency, few bits
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(gray(), tmp_path / "film.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 4)
-    assert_refused(path, "not a readable PNG or JPEG")
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_rgb_of_equal_colours_is_its_red_channel(
+    tmp_path: Path, make: Callable[[np.ndarray], bytes]
+) -> None:
+    assert_read_as(pixels(), make(in_colour(pixels())), tmp_path)
+
+
+def test_rgb_of_unequal_colours_is_its_luma(tmp_path: Path) -> None:
+    red = np.zeros((SIDE, SIDE, 3), np.uint8)
+    red[..., 0] = 255
+    assert_read_as(np.full((SIDE, SIDE), 76, np.uint8), png_of(red), tmp_path)
+
+
+def test_rgba_with_an_opaque_alpha_is_its_red_channel(tmp_path: Path) -> None:
+    assert_read_as(pixels(), png_of(in_colour(pixels(), alpha=255)), tmp_path)
+
+
+def test_gray_with_an_opaque_alpha_is_its_gray_channel(tmp_path: Path) -> None:
+    opaque = np.dstack([pixels(), np.full_like(pixels(), 255)])
+    assert_read_as(pixels(), png_of(opaque), tmp_path)
+
+
+def test_a_palette_of_shuffled_grays_is_looked_up(tmp_path: Path) -> None:
+    grays = np.random.default_rng(1).permutation(256).astype(np.uint8)
+    table = png_chunk(b"PLTE", in_colour(grays[None]).tobytes())
+    data = png((SIDE, SIDE), 8, PALETTE, as_rows(pixels()), before=table)
+    assert_read_as(grays[pixels()], data, tmp_path)
+
+
+def test_a_palette_with_an_opaque_transparency_table_is_looked_up(tmp_path: Path) -> None:
+    table = png_chunk(b"PLTE", bytes([200] * 3 + [10] * 3 + [90] * 3))
+    table += png_chunk(b"tRNS", b"\xff\xff\xff")
+    data = png((SIDE, SIDE), 8, PALETTE, as_rows(pixels() % 3), before=table)
+    assert_read_as(np.array([200, 10, 90], np.uint8)[pixels() % 3], data, tmp_path)
+
+
+def test_a_transparent_gray_that_no_pixel_has_is_no_transparency(tmp_path: Path) -> None:
+    data = png_of(pixels(), before=png_chunk(b"tRNS", b"\0\0"))
+    assert_read_as(pixels(), data, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("colour", [GRAY, PALETTE])
+def test_few_bits_are_spread_from_black_to_white(tmp_path: Path, bits: int, colour: int) -> None:
+    levels = 2**bits
+    grays = (np.arange(levels) * 255 // (levels - 1)).astype(np.uint8)
+    values = pixels() % levels
+    as_bits = np.unpackbits(values[..., None], axis=2)[..., -bits:]
+    rows = as_rows(np.packbits(as_bits.reshape(SIDE, -1), axis=1))
+    table = png_chunk(b"PLTE", in_colour(grays[None]).tobytes()) if colour == PALETTE else b""
+    assert_read_as(grays[values], png((SIDE, SIDE), bits, colour, rows, before=table), tmp_path)
+
+
+# 16 bits
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_sixteen_bit_gray_is_scaled_by_the_depth_in_use(
+    tmp_path: Path, make: Callable[[np.ndarray], bytes], bits: int
+) -> None:
+    assert_read_as(scaled(ramp(bits), bits), make(ramp(bits)), tmp_path)
+    read = read_gray(tmp_path / "film.png", SIDE).ravel().astype(int)
+    assert read[0] == 0 and read[-1] == 255  # neither clipped nor dark
+    assert (np.diff(read) >= 0).all() and len(np.unique(read)) == 256
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_sixteen_bit_colour_keeps_its_low_bytes(
+    tmp_path: Path, make: Callable[[np.ndarray], bytes], bits: int
+) -> None:
+    assert_read_as(scaled(ramp(bits), bits), make(in_colour(ramp(bits))), tmp_path)
+
+
+def test_sixteen_bit_gray_as_pillow_writes_it_is_scaled(tmp_path: Path) -> None:
+    film = Image.fromarray(smooth().astype(np.uint16) * 257)
+    assert_read_as(smooth(), encoded(film, "PNG"), tmp_path)
+
+
+@pytest.mark.parametrize("make", [np.array, in_colour])
+def test_a_black_sixteen_bit_film_stays_black(
+    tmp_path: Path, make: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    black = np.zeros((SIDE, SIDE), np.uint8)
+    assert_read_as(black, png_of(make(black.astype(np.uint16))), tmp_path)
+
+
+# Orientation
+
+ORIENTED = {"exif": exif_chunk, "raw profile": raw_profile_chunk, "xmp": xmp_chunk}
+VALUES: Dict[str, Callable[[], np.ndarray]] = {
+    "gray": pixels,
+    "colour": lambda: in_colour(pixels()),
+    "opaque": lambda: in_colour(pixels(), alpha=255),
+    "16-bit gray": lambda: pixels().astype(np.uint16) * 257,
+    "16-bit colour": lambda: in_colour(pixels().astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("written", sorted(ORIENTED))
+@pytest.mark.parametrize("kind", sorted(VALUES))
+def test_an_orientation_in_a_png_is_undone(
+    tmp_path: Path, kind: str, written: str, place: str
+) -> None:
+    data = png_of(VALUES[kind](), **{place: ORIENTED[written](6)})
+    assert_read_as(turned(pixels(), 6), data, tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (10, 31)])
+def test_all_eight_orientations_are_undone(tmp_path: Path, shape: tuple, orientation: int) -> None:
+    data = png_of(pixels(shape), before=exif_chunk(orientation))
+    assert_read_as(turned(pixels(shape), orientation), data, tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_in_a_jpeg_is_undone(tmp_path: Path, orientation: int) -> None:
+    film = Image.fromarray(smooth())
+    upright = read_gray(write(tmp_path, encoded(film, "JPEG")), SIDE)
+    data = encoded(film, "JPEG", exif=exif(orientation))
+    assert_read_as(turned(upright, orientation), data, tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_does_not_exist_is_none(tmp_path: Path, orientation: int) -> None:
+    assert_read_as(pixels(), png_of(pixels(), before=exif_chunk(orientation)), tmp_path)
+
+
+# JPEG
+
+
+@pytest.mark.parametrize("name", ["film.jpg", "film.jpeg", "film.png"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_read_whatever_its_suffix(
+    tmp_path: Path, name: str, mode: str, progressive: bool
+) -> None:
+    film = Image.fromarray(smooth()).convert(mode)
+    path = write(tmp_path, encoded(film, "JPEG", progressive=progressive), name)
+    assert np.abs(read_gray(path, SIDE).astype(int) - smooth()).max() < 16
+
+
+def test_a_png_is_read_under_a_jpeg_name(tmp_path: Path) -> None:
+    path = write(tmp_path, png_of(pixels()), "film.jpg")
+    np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
+
+
+def test_the_helpers_write_what_pillow_reads(tmp_path: Path) -> None:
+    for values in (pixels(), in_colour(pixels()), in_colour(pixels(), alpha=7)):
+        with Image.open(write(tmp_path, png_of(values))) as image:
+            np.testing.assert_array_equal(np.asarray(image), values)
+    assert png_of(pixels()).startswith(PNG_SIGNATURE) and in_colour(pixels()).shape[2] == COLOUR + 1
 
 
 # The index

@@ -1,0 +1,447 @@
+"""One table of outcomes for bad input: refused, with the path and a reason a person understands."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Callable, Dict, Iterator, Tuple, Union
+
+import kornia_rs
+import numpy as np
+import pytest
+from film_files import (
+    COLOUR,
+    GRAY,
+    PALETTE,
+    PNG_END,
+    PNG_SIGNATURE,
+    SIDE,
+    as_rows,
+    encoded,
+    exif_chunk,
+    in_colour,
+    interlaced_png,
+    pixels,
+    png,
+    png_chunk,
+    png_of,
+    smooth,
+    write,
+)
+from PIL import Image, ImageFile
+
+from cxr_vit.data.images import gray_or_reason, read_gray
+from cxr_vit.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _nobody_fills_truncated_films_with_gray() -> Iterator[None]:
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    yield
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def outcome(path: Path, **options: int) -> Union[np.ndarray, str]:
+    """Pixels or the reason, the same in both ways of asking, without a warning on the way."""
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        found = gray_or_reason(path, SIDE, **options)
+        if isinstance(found, str):
+            with pytest.raises(DataError) as caught:
+                read_gray(path, SIDE, **options)
+            assert str(caught.value) == f"{path}: {found}"
+    assert [str(warning.message) for warning in leaked] == []
+    return found
+
+
+def assert_refused(path: Path, *reasons: str, **options: int) -> None:
+    found = outcome(path, **options)
+    assert isinstance(found, str), "it was read"
+    assert all(reason in found for reason in reasons), found
+    assert len(found) < 160 and found.isprintable() and "<_io" not in found and "0x" not in found
+
+
+def assert_refused_or_equal(expected: np.ndarray, data: bytes, folder: Path) -> None:
+    found = outcome(write(folder, data))
+    if not isinstance(found, str):
+        np.testing.assert_array_equal(found, expected)
+
+
+# Not a film at all
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "absent.png", "not there")
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "film.png").symlink_to(tmp_path / "absent.png")
+    assert_refused(tmp_path / "film.png", "not there")
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "film.png").symlink_to(tmp_path / "film.png")
+    assert_refused(tmp_path / "film.png", "cannot be read", "symbolic links")
+
+
+def test_a_folder_in_place_of_a_film_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "film.png").mkdir()
+    assert_refused(tmp_path / "film.png", "cannot be read", "Is a directory")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, png_of(pixels()))
+    assert_refused(path / "film.png", "cannot be read", "Not a directory")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, png_of(pixels()))
+    path.chmod(0)
+    assert_refused(path, "cannot be read", "Permission denied")
+
+
+PAGE = b"<html><body>404 Not Found</body></html>"
+GIT_LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 412345\n"
+)
+OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
+    "empty": (b"", "empty"),
+    "git lfs": (GIT_LFS, "git lfs pull"),
+    "page": (PAGE, "HTML"),
+    "page with a type": (b"<!DOCTYPE html>" + PAGE, "HTML"),
+    "page in upper case": (PAGE.upper(), "HTML"),
+    "page after lines": (b"\r\n\t \n" + PAGE, "HTML"),
+    "page after many lines": (b"\n" * 200 + PAGE, "HTML"),
+    "page after a byte order mark": (b"\xef\xbb\xbf" + PAGE, "HTML"),
+    "page after a mark and lines": (b"\xef\xbb\xbf\r\n" + b"<!doctype HTML>" + PAGE, "HTML"),
+    "page after a comment": (b"<!-- saved -->" + PAGE, "HTML"),
+    "a store's denial": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "ML"),
+    "text": (b"the film is in the other folder\n", "neither a PNG nor a JPEG"),
+    "csv": (b"Image Index,Finding Labels\n00000001_000.png,Hernia\n", "neither a PNG nor a JPEG"),
+    "zeros": (b"\0" * 5000, "neither a PNG nor a JPEG"),
+    "one byte": (b"\x89", "neither a PNG nor a JPEG"),
+    "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 500, "neither a PNG nor a JPEG"),
+    "webp": (b"RIFF\x24\0\0\0WEBPVP8 \x18\0\0\0" + b"\0" * 24, "neither a PNG nor a JPEG"),
+    **{
+        kind: (encoded(Image.fromarray(pixels()), kind), "neither a PNG nor a JPEG")
+        for kind in ("GIF", "BMP", "TIFF", "PPM", "TGA")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["film.png", "film.jpg"])
+@pytest.mark.parametrize("content", sorted(OTHER_CONTENT))
+def test_other_content_under_a_films_name_is_refused(
+    tmp_path: Path, content: str, name: str
+) -> None:
+    data, reason = OTHER_CONTENT[content]
+    assert_refused(write(tmp_path, data, name), reason)
+
+
+# Damaged on the way
+
+FORMS: Dict[str, Callable[[], bytes]] = {
+    "gray": lambda: png_of(smooth()),
+    "gray in pieces": lambda: encoded(Image.fromarray(np.tile(pixels(), (60, 60))), "PNG"),
+    "interlaced": lambda: interlaced_png(smooth()),
+    "colour": lambda: png_of(in_colour(smooth())),
+    "opaque": lambda: png_of(in_colour(smooth(), alpha=255)),
+    "16-bit gray": lambda: png_of(smooth().astype(np.uint16) * 257),
+    "16-bit colour": lambda: png_of(in_colour(smooth().astype(np.uint16) * 257)),
+    "black and white": lambda: encoded(Image.fromarray(smooth() > 120), "PNG"),
+    "palette": lambda: encoded(Image.fromarray(in_colour(smooth())).quantize(200), "PNG"),
+    "turned": lambda: png_of(smooth(), before=exif_chunk(6)),
+    "turned, said at the end": lambda: png_of(in_colour(smooth()), after=exif_chunk(6)),
+    "turned, gray, said at the end": lambda: png_of(smooth(), after=exif_chunk(6)),
+}
+
+
+@pytest.fixture(params=sorted(FORMS))
+def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Tuple[bytes, np.ndarray]:
+    """A sound film's bytes and pixels."""
+    data = FORMS[request.param]()
+    return data, read_gray(write(tmp_path, data), SIDE)
+
+
+def flipped(data: bytes, position: int, bit: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
+
+
+def test_a_flipped_bit_never_changes_a_png(tmp_path: Path, whole: Tuple[bytes, np.ndarray]) -> None:
+    data, expected = whole
+    generator = np.random.default_rng(3)
+    anywhere = generator.integers(0, len(data), 60)
+    near_the_end = generator.integers(len(data) - 100, len(data), 60)
+    for position in [*anywhere, *near_the_end]:
+        assert_refused_or_equal(expected, flipped(data, position, generator.integers(8)), tmp_path)
+
+
+def test_overwritten_bytes_never_change_a_png(
+    tmp_path: Path, whole: Tuple[bytes, np.ndarray]
+) -> None:
+    data, expected = whole
+    generator = np.random.default_rng(4)
+    for position in generator.integers(0, len(data) - 8, 40):
+        damaged = data[:position] + generator.bytes(8) + data[position + 8 :]
+        assert_refused_or_equal(expected, damaged, tmp_path)
+
+
+def test_lost_bytes_never_change_a_png(tmp_path: Path, whole: Tuple[bytes, np.ndarray]) -> None:
+    data, expected = whole
+    for position in np.random.default_rng(5).integers(0, len(data) - 8, 40):
+        assert_refused_or_equal(expected, data[:position] + data[position + 3 :], tmp_path)
+
+
+def test_a_png_cut_short_anywhere_is_refused(
+    tmp_path: Path, whole: Tuple[bytes, np.ndarray]
+) -> None:
+    data, _ = whole
+    lengths = {*np.linspace(9, len(data) - 1, 50).astype(int), 8, 20, 33, len(data) - 13}
+    for length in lengths:
+        assert_refused(write(tmp_path, data[:length]), "damaged image")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_cut_short_anywhere_is_refused(tmp_path: Path, mode: str, progressive: bool) -> None:
+    film = Image.fromarray(smooth(200)).convert(mode)
+    data = encoded(film, "JPEG", progressive=progressive)
+    lengths = {*np.linspace(4, len(data) - 3, 60).astype(int), 3, 11, 20}
+    for length in lengths:
+        assert_refused(write(tmp_path, data[:length]), "damaged image")
+
+
+def test_a_jpegs_lost_end_mark_takes_no_pixels(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(smooth()), "JPEG")
+    expected = read_gray(write(tmp_path, data), SIDE)
+    for length in (len(data) - 2, len(data) - 1):
+        assert_refused_or_equal(expected, data[:length], tmp_path)
+
+
+def test_damaged_jpegs_end_in_pixels_or_a_reason(tmp_path: Path) -> None:
+    """Without checksums a JPEG's damage may pass for pixels; nothing else may come of it."""
+    data = encoded(Image.fromarray(smooth(64)), "JPEG", exif=Image.Exif())
+    generator = np.random.default_rng(6)
+    for position in generator.integers(0, len(data), 300):
+        found = outcome(write(tmp_path, flipped(data, position, generator.integers(8))))
+        assert isinstance(found, str) or found.shape == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("position", range(8, 33))
+def test_a_damaged_header_is_called_damage(tmp_path: Path, position: int) -> None:
+    assert_refused(write(tmp_path, flipped(png_of(smooth()), position, 0)), "damaged image")
+
+
+# Written badly: all checksums are right
+
+
+def film(values: np.ndarray, stream: bytes) -> bytes:
+    colour = COLOUR if values.ndim == 3 else GRAY
+    return png((SIDE, SIDE), 8 * values.dtype.itemsize, colour, b"", packed=stream)
+
+
+KINDS: Dict[str, np.ndarray] = {
+    "gray": pixels(),
+    "colour": in_colour(pixels()),
+    "16-bit gray": pixels().astype(np.uint16) * 257,
+    "16-bit colour": in_colour(pixels().astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("kept_rows", [0, 1, 12, 23, 0.5, 11.3, 23.9])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_missing_rows_are_never_black(tmp_path: Path, kind: str, kept_rows: float) -> None:
+    rows = as_rows(KINDS[kind])
+    short = zlib.compress(rows[: int(len(rows) // SIDE * kept_rows)])
+    assert_refused(write(tmp_path, film(KINDS[kind], short)), "damaged image")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_packed_pixels_that_break_off_are_refused(tmp_path: Path, kind: str, keep: float) -> None:
+    stream = zlib.compress(as_rows(KINDS[kind]))
+    cut = film(KINDS[kind], stream[: int(len(stream) * keep)])
+    assert_refused(write(tmp_path, cut), "damaged image")
+
+
+@pytest.mark.parametrize("make", [png_of, interlaced_png])
+def test_missing_rows_are_seen_without_the_fast_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[np.ndarray], bytes]
+) -> None:
+    monkeypatch.delattr(kornia_rs.io, "decode_image_png_u8")
+    data = make(pixels())
+    stream = zlib.decompress(data[41:-16])
+    cut = data[:33] + png_chunk(b"IDAT", zlib.compress(stream[: 12 * (SIDE + 1)])) + PNG_END
+    assert_refused(write(tmp_path, cut), "damaged image")
+
+
+def header(**changes: int) -> bytes:
+    fields = {"width": SIDE, "height": SIDE, "bits": 8, "colour": 0, "packing": 0, "filter": 0}
+    fields = {**fields, "interlace": 0, **changes}
+    return png_chunk(b"IHDR", struct.pack(">IIBBBBB", *fields.values()))
+
+
+def with_header(**changes: int) -> bytes:
+    return PNG_SIGNATURE + header(**changes) + png_of(pixels())[33:]
+
+
+IMPOSSIBLE: Dict[str, Callable[[], bytes]] = {
+    "no width": lambda: with_header(width=0),
+    "no height": lambda: with_header(height=0),
+    "more rows than there are": lambda: with_header(height=SIDE + 1),
+    "seven bits": lambda: with_header(bits=7),
+    "a fifth kind of colour": lambda: with_header(colour=5),
+    "interlaced by a header alone": lambda: with_header(interlace=1),
+    "interlaced in another way": lambda: with_header(interlace=2),
+    "a palette that is missing": lambda: with_header(colour=PALETTE),
+    "a palette too short": lambda: png(
+        (SIDE, SIDE), 8, PALETTE, as_rows(pixels()), before=png_chunk(b"PLTE", b"\7" * 30)
+    ),
+    "no pixels": lambda: PNG_SIGNATURE + header() + PNG_END,
+    "no header": lambda: PNG_SIGNATURE + png_of(pixels())[33:],
+    "an end alone": lambda: PNG_SIGNATURE + PNG_END,
+    "an unknown row filter": lambda: film(pixels(), zlib.compress(b"\x09" * SIDE * (SIDE + 1))),
+    "10 MB of text in 10 kB": lambda: png_of(
+        pixels(), before=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10_000_000))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", sorted(IMPOSSIBLE))
+def test_an_impossible_png_is_refused(tmp_path: Path, what: str) -> None:
+    assert_refused(write(tmp_path, IMPOSSIBLE[what]()), "damaged image")
+
+
+@pytest.mark.parametrize("make", [np.array, in_colour])
+@pytest.mark.parametrize("tags", [b"", b"junk", b"MM\0*\0\0\0\x08\0\x01\x01\x12"])
+def test_broken_exif_gives_no_warning_and_no_other_pixels(
+    tmp_path: Path, make: Callable[[np.ndarray], np.ndarray], tags: bytes
+) -> None:
+    data = png_of(make(pixels()), before=png_chunk(b"eXIf", tags))
+    assert_refused_or_equal(pixels(), data, tmp_path)
+
+
+# Sound, and no film
+
+
+def bomb(side: int) -> bytes:
+    compressor = zlib.compressobj(9)
+    row = bytes(side // 8 + 1)
+    rows = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
+    return png((side, side), 1, GRAY, b"", packed=rows)
+
+
+@pytest.mark.parametrize("side", [10_000, 14_000])
+def test_a_decompression_bomb_is_refused_in_a_moment(tmp_path: Path, side: int) -> None:
+    path = write(tmp_path, bomb(side))
+    assert path.stat().st_size < 25_000
+    assert_refused(path, "pixels", "data.max_megapixels=64")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
+def test_a_header_may_promise_anything(tmp_path: Path, width: int, height: int) -> None:
+    data = with_header(width=width, height=height)
+    assert_refused(write(tmp_path, data), "data.max_megapixels=64")
+
+
+@pytest.mark.parametrize("side", [9_000, 30_000])
+def test_a_jpegs_header_may_promise_anything(tmp_path: Path, side: int) -> None:
+    sizes = struct.pack(">HH", SIDE, SIDE), struct.pack(">HH", side, side)
+    data = encoded(Image.fromarray(smooth()), "JPEG").replace(*sizes)
+    assert_refused(write(tmp_path, data), "data.max_megapixels=64")
+
+
+def test_the_limit_on_pixels_is_the_configurations(tmp_path: Path) -> None:
+    at_limit = write(tmp_path, png_of(np.full((1000, 1000), 90, np.uint8)), "at.png")
+    above = write(tmp_path, png_of(np.full((1000, 1001), 90, np.uint8)), "above.png")
+    assert not isinstance(outcome(at_limit, max_megapixels=1), str)
+    assert_refused(above, "1001 x 1000 pixels", "data.max_megapixels=1", max_megapixels=1)
+    assert not isinstance(outcome(above, max_megapixels=2), str)
+
+
+def transparent(alpha: int, corner: int) -> np.ndarray:
+    """Gray in all three colours; alpha everywhere, but for one pixel."""
+    values = in_colour(pixels(), alpha=alpha)
+    values[-1, -1, 3] = corner
+    return values
+
+
+@pytest.mark.parametrize(("alpha", "corner"), [(255, 254), (255, 0), (0, 0), (128, 255)])
+def test_a_partly_transparent_film_is_refused(tmp_path: Path, alpha: int, corner: int) -> None:
+    values = transparent(alpha, corner)
+    for data in (png_of(values), png_of(np.ascontiguousarray(values[..., 2:]))):
+        assert_refused(write(tmp_path, data), "transparent", "Export")
+
+
+def indexed(table: bytes) -> bytes:
+    colours = png_chunk(b"PLTE", bytes(range(9))) + png_chunk(b"tRNS", table)
+    return png((SIDE, SIDE), 8, PALETTE, as_rows(pixels() % 3), before=colours)
+
+
+def few_bits(bits: int, level: int) -> bytes:
+    """All levels in each row, one of them transparent."""
+    rows = as_rows(np.tile(np.array([0x1B, 0xF0] * (bits * SIDE // 16), np.uint8), (SIDE, 1)))
+    colour = png_chunk(b"tRNS", struct.pack(">H", level))
+    return png((SIDE, SIDE), bits, GRAY, rows, before=colour)
+
+
+def level_of(values: np.ndarray, place: str = "before") -> bytes:
+    """The first pixel's colour is transparent."""
+    first = np.atleast_1d(values[0, 0]).astype(">u2").tobytes()
+    return png_of(values, **{place: png_chunk(b"tRNS", first)})
+
+
+TRANSPARENT: Dict[str, Callable[[], bytes]] = {
+    "gray": lambda: level_of(pixels()),
+    "colour": lambda: level_of(in_colour(pixels())),
+    "16-bit gray": lambda: level_of(pixels().astype(np.uint16) * 255),
+    "16-bit colour": lambda: level_of(in_colour(pixels().astype(np.uint16) * 255)),
+    "palette": lambda: indexed(b"\xff\x80"),
+    "palette's last": lambda: indexed(b"\xff\xff\x00"),
+    "2 bits, black": lambda: few_bits(2, 0),
+    "2 bits, white": lambda: few_bits(2, 3),
+    "4 bits, black": lambda: few_bits(4, 0),
+    "4 bits, white": lambda: few_bits(4, 15),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(TRANSPARENT))
+def test_a_transparent_level_is_refused_as_a_transparent_channel_is(
+    tmp_path: Path, kind: str
+) -> None:
+    assert_refused(write(tmp_path, TRANSPARENT[kind]()), "transparent", "Export")
+
+
+@pytest.mark.parametrize("channels", [slice(2, 4), slice(0, 4)])
+@pytest.mark.parametrize("alpha", [0, 40_000, 65_535])
+def test_sixteen_bits_with_an_alpha_channel_are_refused(
+    tmp_path: Path, channels: slice, alpha: int
+) -> None:
+    values = in_colour(pixels().astype(np.uint16) * 257, alpha=alpha)[..., channels]
+    path = write(tmp_path, png_of(np.ascontiguousarray(values)))
+    assert_refused(path, "Export")
+
+
+def test_an_animated_png_is_refused(tmp_path: Path) -> None:
+    frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1, 2)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert_refused(write(tmp_path, data), "several pictures", "Export")
+
+
+def test_a_jpeg_of_several_pictures_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1)]
+    frames[0].save(buffer, "MPO", save_all=True, append_images=frames[1:])
+    assert_refused(write(tmp_path, buffer.getvalue(), "film.jpg"), "several pictures", "Export")
+
+
+def test_a_jpeg_for_print_is_refused(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(in_colour(smooth())).convert("CMYK"), "JPEG")
+    assert_refused(write(tmp_path, data), "for print", "CMYK", "Export")
