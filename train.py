@@ -44,7 +44,8 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
 
     choice = choose_engine(config)
     data = ChestXrayDataModule(config.data)
-    training, names = data.dataset("train"), data.names
+    training = data.dataset("train", augment=config.augment, seed=config.run.seed)
+    names = data.names
     batch = BatchPlan.from_section(config.batch)
     durations = Durations.from_section(config.train, batch, len(training))
     source = with_weights_of(config, folder.checkpoints / "last") if resume else config
@@ -80,6 +81,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         else:
             folder.write_environment(device=engine.describe(), data=data.fingerprint())
         folder.write_config(config)
+        folder.write_skipped(data.skipped)
         print(data.describe(), engine.describe(), sep="\n")
         print(*model.plan.describe(engine.place), *batch.describe(), sep="\n")
         print(durations.describe(trainer.step), flush=True)

@@ -1,4 +1,4 @@
-"""python -m cxr_vit sample | check."""
+"""python -m cxr_vit sample | check | prepare | data-report."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from cxr_vit.model.plan import StagePlan
 _USAGE = """usage: python -m cxr_vit COMMAND ...
 
 commands:
-  sample --out DIR     write a synthetic data set in NIH's layout
-  check --config FILE  validate a configuration; print it, the batch arithmetic and the stages
+  sample --out DIR           write a synthetic data set in NIH's layout
+  check --config FILE        validate a configuration; print it, the batch arithmetic and the stages
+  prepare --config FILE      decode and resize all films once, into the cache that training reads
+  data-report --config FILE  what the data are: findings, patients, splits, films left out
 
 python -m cxr_vit COMMAND --help says more."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that the first word names."""
-    commands = {"sample": _sample, "check": _check}
+    commands = {
+        "sample": _sample,
+        "check": _check,
+        "prepare": _prepare,
+        "data-report": _data_report,
+    }
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if argv and argv[0] in ("-h", "--help"):
@@ -71,6 +78,56 @@ def _check(argv: Sequence[str]) -> int:
         print("on IPUs      refused by PopTorch:", *refused, sep="\n  ")
     else:
         print("on IPUs      nothing here that PopTorch would refuse")
+    return 0
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    from cxr_vit.data.datamodule import prepare
+    from cxr_vit.data.film_source import verify
+
+    parser = config_parser(
+        "python -m cxr_vit prepare",
+        "Decode and resize all films of the CSV once, into the cache that training reads.",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every film of the cache, by its checksum and against its file",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    data = check(load_config(*read_config(arguments))).data
+    if not arguments.verify:
+        print(prepare(data))
+        return 0
+    wrong = verify(data)
+    for name, reason in wrong.items():
+        print(f"{name}: {reason}")
+    print(f"{len(wrong)} films of the cache are wrong")
+    return EXIT_USER_ERROR if wrong else 0
+
+
+def _data_report(argv: Sequence[str]) -> int:
+    from cxr_vit.data.datamodule import ChestXrayDataModule
+    from cxr_vit.evaluation.data_report import write_data_report
+
+    parser = config_parser(
+        "python -m cxr_vit data-report",
+        "Say what the data are, as text and as one HTML page with figures and sample films. Every"
+        " film is decoded first, into the cache if there is to be one.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("data_report.html"),
+        metavar="FILE",
+        help="the page; default: data_report.html",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    data = check(load_config(*read_config(arguments))).data
+    # Which films are missing or of no use is what the report is for.
+    lenient = data.model_copy(update={"on_missing": "skip", "on_bad_image": "skip"})
+    print(write_data_report(ChestXrayDataModule(lenient), arguments.out))
+    print(f"page: {arguments.out}")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Dict, Optional, Tuple, Type, Union
 from pydantic import Field
 from typing_extensions import Annotated, Literal
 
+from cxr_vit.config.augment_schema import AugmentSection
 from cxr_vit.config.device_schema import EngineSection, PipelineSection
 from cxr_vit.config.section import PathText, Section
 
@@ -32,11 +33,20 @@ class RunSection(Section):
 class DataSection(Section):
     """Where the films and labels are, how they are split and at what size they are read."""
 
-    belongs_to: ClassVar[Dict[str, str]] = {
-        "sample_images": "root",
-        "images": "root",
-        "csv": "root",
-    }
+    belongs_to: ClassVar[Dict[str, str]] = dict.fromkeys(
+        (
+            "sample_images",
+            "csv",
+            "images",
+            "train_list",
+            "val_list",
+            "test_list",
+            "boxes",
+            "relabels",
+            "cache_dir",
+        ),
+        "root",
+    )
 
     root: PathText = Field(
         "${DATASET_DIR:-.}/chest-xray-nihcc",
@@ -49,11 +59,28 @@ class DataSection(Section):
     images: Optional[PathText] = Field(
         None, description="the folder of the images (any nesting), where it is not the root"
     )
+    boxes: Optional[PathText] = Field(
+        None, description="NIH's BBox_List_2017.csv, where it is not in the root"
+    )
+    relabels: Optional[PathText] = Field(
+        None, description="Google's 2019 labels by radiologists, where they are not in the root"
+    )
     split: Literal["auto", "official", "patient", "random"] = Field(
         "auto",
         description="official list files, seeded by patient, or seeded by image (leaks patients);"
         " auto: official where its list files are, else patient",
     )
+    train_list: Optional[PathText] = Field(
+        None,
+        description="the official split's training list (with or without the validation films),"
+        " where it is not in the root under one of its names",
+    )
+    val_list: Optional[PathText] = Field(
+        None,
+        description="names of the validation films; null: val_list.txt (or val_list_NIH.txt,"
+        " community_val_list.txt) of the root, else drawn out of the training list by patient",
+    )
+    test_list: Optional[PathText] = Field(None, description="the official split's test list")
     split_seed: int = Field(1337, ge=0, lt=2**63, description="seed of everything the split draws")
     val_fraction: float = Field(
         0.05,
@@ -75,6 +102,28 @@ class DataSection(Section):
     )
     on_missing: Literal["error", "skip"] = Field(
         "error", description="what to do about CSV rows whose image is not there"
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error",
+        description="what to do about films that are damaged or not what they should be: list them"
+        " and stop, or leave them out and write skipped.csv",
+    )
+    max_megapixels: int = Field(
+        64,
+        ge=1,
+        le=178,
+        description="films of more pixels are refused unread (a file of a few kB can hold them)",
+    )
+    cache: Literal["auto", "require", "off"] = Field(
+        "auto",
+        description="keep the films, decoded and resized, in one file: build it on first use,"
+        " insist on a finished one, or decode in every epoch",
+    )
+    cache_dir: Optional[PathText] = Field(
+        None, description="folder of the cache; null: <data.root>/cxr_vit_cache"
+    )
+    cache_workers: Optional[int] = Field(
+        None, ge=1, le=256, description="processes that decode films for it; null: one a core"
     )
     num_workers: int = Field(
         0, ge=0, le=128, description="loader processes; 0 reads in the main one"
@@ -229,6 +278,7 @@ class Config(Section):
 
     run: RunSection = Field(default_factory=RunSection)
     data: DataSection = Field(default_factory=DataSection)
+    augment: AugmentSection = Field(default_factory=AugmentSection)
     model: ModelSection = Field(default_factory=ModelSection)
     pipeline: PipelineSection = Field(default_factory=PipelineSection)
     batch: BatchSection = Field(default_factory=BatchSection)
@@ -249,6 +299,7 @@ class Config(Section):
 SECTIONS: Dict[str, Type[Section]] = {
     "run": RunSection,
     "data": DataSection,
+    "augment": AugmentSection,
     "model": ModelSection,
     "pipeline": PipelineSection,
     "batch": BatchSection,

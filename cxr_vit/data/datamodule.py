@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
+import pandas as pd
 
+from cxr_vit.config.augment_schema import AugmentSection
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.annotations import find_boxes, find_relabels
+from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.data.images import find_images
+from cxr_vit.data.film_source import FilmSource, images_folder, open_film_source, store_paths
 from cxr_vit.data.labels import label_names
 from cxr_vit.data.records import Records, find_csv, read_records
 from cxr_vit.data.sample import write_sample
-from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_sizes, make_splits, split_hash
+from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError
 
-__all__ = ["ChestXrayDataModule"]
+__all__ = ["ChestXrayDataModule", "prepare"]
 
 logger = logging.getLogger(__name__)
+
+_MISSING = "missing"
 
 
 class ChestXrayDataModule:
@@ -42,29 +48,35 @@ class ChestXrayDataModule:
 
     def __init__(self, data: DataSection, *, may_write_sample: bool = True) -> None:
         self.data = data
+        if may_write_sample:
+            _write_sample_if_absent(data)
         root = Path(data.root)
-        if may_write_sample and data.sample_images is not None and not root.exists():
-            logger.warning(
-                "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
-                " them real; data.sample_images)",
-                root,
-                data.sample_images,
-            )
-            write_sample(root, num_images=data.sample_images)
-        images = root if data.images is None else Path(data.images)
         self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
         self.csv: Path = find_csv(root, data.csv)
-        self.records: Records = read_records(
+        everything = read_records(
             self.csv,
-            find_images(images),
             include_no_finding=data.include_no_finding,
-            on_missing=data.on_missing,
-            root=images,
+            boxes=find_boxes(root, data.boxes),
+            relabels=find_relabels(root, data.relabels),
         )
+        self._source = open_film_source(data, everything.table["image"].tolist())
+        _refuse_unusable(self._source, data, total=len(everything))
+        self.skipped: pd.DataFrame = _unusable(self._source)
+        usable = ~everything.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
+        self.records: Records = everything.take(np.flatnonzero(usable))
         self.splits: Splits = make_splits(self.records, root, data)
 
-    def dataset(self, split: str) -> ChestXrayDataset:
-        """Return the films of ``"train"``, ``"val"`` or ``"test"``.
+    def dataset(
+        self, split: str, *, augment: Optional[AugmentSection] = None, seed: int = 0
+    ) -> ChestXrayDataset:
+        """Return the films of a split.
+
+        Parameters
+        ----------
+        split
+            ``"train"``, ``"val"`` or ``"test"``.
+        augment, seed
+            How films are varied, and the run's seed; None: not at all.
 
         Raises
         ------
@@ -77,7 +89,14 @@ class ChestXrayDataModule:
             raise DataError(
                 f"the {self.splits.kind} split has no {split} films. It has: {', '.join(others)}."
             )
-        return ChestXrayDataset(self.records.take(rows), image_size=self.data.image_size)
+        records = self.records.take(rows)
+        augmentation = None
+        if augment is not None and augment.is_on:
+            augmentation = Augmentation(
+                augment, num_samples=len(records), image_size=self.data.image_size, seed=seed
+            )
+        films = self._source.films.select(records.table["image"].tolist())
+        return ChestXrayDataset(records, films, augmentation=augmentation)
 
     def prevalence(self) -> np.ndarray:
         """Return the part of the training films with each label, float64 ``[C]``, never 0 or 1.
@@ -113,8 +132,86 @@ class ChestXrayDataModule:
         return "test" if len(self.splits.test) else "val"
 
     def describe(self) -> str:
-        """Say in a line what the data are."""
+        """Say in two lines what the data are and where the films come from."""
         return (
             f"{len(self.records)} films of {self.records.table['patient'].nunique()} patients from"
-            f" {self.csv}, {self.splits.kind} split: {describe_sizes(self.splits)}"
+            f" {self.csv}, {describe_splits(self.splits)}\n"
+            f"films at {self.data.image_size} x {self.data.image_size} from {self._source.place}"
         )
+
+
+def prepare(data: DataSection) -> str:
+    """Build the cache of a configuration, or bring it up to date, and say what it holds.
+
+    Films of no use are written to `skipped.csv` beside it.
+
+    Raises
+    ------
+    DataError
+        If the data are not what they should be, as when training: the cache is whole even then.
+    """
+    _write_sample_if_absent(data)
+    csv = find_csv(Path(data.root), data.csv)
+    names = read_records(csv, include_no_finding=False).table["image"].tolist()
+    source = open_film_source(data, names, renew=True)
+    skipped = _unusable(source)
+    if len(skipped):
+        skipped.to_csv(store_paths(data).pixels.with_name("skipped.csv"), index=False)
+    _refuse_unusable(source, data, total=len(names))
+    return f"{len(names) - len(skipped)} of {len(names)} films of {csv} are in {source.place}"
+
+
+def _write_sample_if_absent(data: DataSection) -> None:
+    root = Path(data.root)
+    if data.sample_images is None or root.exists():
+        return
+    logger.warning(
+        "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
+        " them real; data.sample_images)",
+        root,
+        data.sample_images,
+    )
+    write_sample(root, num_images=data.sample_images)
+
+
+def _unusable(source: FilmSource) -> pd.DataFrame:
+    """Return the films that cannot be used, columns `image` and `reason`."""
+    reasons = {**dict.fromkeys(source.missing, _MISSING), **source.bad}
+    return pd.DataFrame({"image": list(reasons), "reason": list(reasons.values())}, dtype=object)
+
+
+def _refuse_unusable(source: FilmSource, data: DataSection, *, total: int) -> None:
+    """Raise DataError unless the configuration says to go on without them; warn then."""
+    images = images_folder(data)
+    missing, bad = dict.fromkeys(source.missing, _MISSING), source.bad
+    if missing and (data.on_missing == "error" or len(missing) == total):
+        advice = "Set data.root or data.images to the folder that holds them"
+        if len(missing) < total:
+            advice += ", or data.on_missing=skip to go on without them"
+        raise DataError(
+            f"{len(missing)} of {total} images are missing under {images}:\n"
+            f"{_first_ten(missing)}\n{advice}."
+        )
+    if bad and (data.on_bad_image == "error" or len(missing) + len(bad) == total):
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be used:\n{_first_ten(bad)}\n"
+            "Mend them, or set data.on_bad_image=skip to go on without them."
+        )
+    if missing:
+        logger.warning(
+            "%d of %d images are missing under %s and left out", len(missing), total, images
+        )
+    if bad:
+        logger.warning(
+            "%d of %d images cannot be used and are left out:\n%s",
+            len(bad),
+            total,
+            _first_ten(bad),
+        )
+
+
+def _first_ten(reasons: Mapping[str, str]) -> str:
+    lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:10]]
+    if len(reasons) > len(lines):
+        lines.append(f"  ... and {len(reasons) - len(lines)} more")
+    return "\n".join(lines)

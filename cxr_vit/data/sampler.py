@@ -3,6 +3,9 @@
 Think of one endless stream: the samples in a new order, then in another, and so on; step k takes
 the k-th global batch from it. No sample is dropped at an epoch's end, nothing needs to be saved to
 resume, and every engine sees the same order.
+
+What a sampler yields are draws: number ``epoch * num_samples + row``. The data set takes the row
+from it, and the augmentation the epoch as well.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ __all__ = ["EvaluationSampler", "TrainingSampler"]
 
 
 class TrainingSampler:
-    """The host batches of a training run, as lists of rows of the training split.
+    """The host batches of a training run, as lists of draws from the training split.
 
     Parameters
     ----------
@@ -50,11 +53,15 @@ class TrainingSampler:
         self.total_steps = total_steps
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
-    def rows(self, step: int) -> np.ndarray:
-        """Return the rows of step `step`, int64 ``[global_batch_size]``."""
+    def draws(self, step: int) -> np.ndarray:
+        """Return the draws of step `step`, int64 ``[global_batch_size]``."""
         positions = np.arange(self.global_batch_size) + step * self.global_batch_size
         epochs, places = np.divmod(positions, self.num_samples)
-        return np.array([self._order(epoch)[place] for epoch, place in zip(epochs, places)])
+        draws = epochs * self.num_samples
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            draws[here] += self._order(int(epoch))[places[here]]
+        return draws
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -67,14 +74,14 @@ class TrainingSampler:
     def __iter__(self) -> Iterator[List[int]]:
         for step in range(self.start_step, self.total_steps, self.device_iterations):
             steps = range(step, min(step + self.device_iterations, self.total_steps))
-            yield [int(row) for k in steps for row in self.rows(k)]
+            yield np.concatenate([self.draws(k) for k in steps]).tolist()
 
     def __len__(self) -> int:
         return -(-(self.total_steps - self.start_step) // self.device_iterations)
 
 
 class EvaluationSampler:
-    """All rows of a split once, in order, in host batches; the last may be shorter.
+    """All rows of a split once, in order, in host batches; the last may be shorter. No epochs.
 
     Parameters
     ----------

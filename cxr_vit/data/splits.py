@@ -8,34 +8,54 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Dict, List, NamedTuple, Set, Tuple
 
 import numpy as np
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.records import Records
+from cxr_vit.data.tables import read_text
 from cxr_vit.errors import DataError
 
-__all__ = ["SPLIT_NAMES", "Splits", "make_splits", "num_sharing_patients", "split_hash"]
+__all__ = [
+    "SPLIT_NAMES",
+    "Splits",
+    "describe_sizes",
+    "describe_splits",
+    "make_splits",
+    "num_sharing_patients",
+    "read_list",
+    "split_hash",
+]
 
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES: Tuple[str, ...] = ("train", "val", "test")
-#: Spellings of the official lists: NIH's own and that of the copy at 224 pixels.
-_LIST_NAMES = (
-    ("train_val_list.txt", "test_list.txt"),
-    ("train_val_list_NIH.txt", "test_list_NIH.txt"),
-)
+#: Key of the configuration -> spellings in use: NIH's, that of the copy at 224 pixels, and those of
+#: the validation list that most papers use.
+_LIST_NAMES: Dict[str, Tuple[str, ...]] = {
+    "train_list": ("train_val_list.txt", "train_val_list_NIH.txt", "train_list.txt"),
+    "val_list": ("val_list.txt", "val_list_NIH.txt", "community_val_list.txt"),
+    "test_list": ("test_list.txt", "test_list_NIH.txt"),
+}
+#: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
+_LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
 
 
 class Splits(NamedTuple):
-    """Rows of the records in each split, int64 ``[n]`` each, ascending; and how they were made."""
+    """Rows of the records in each split, int64 ``[n]`` each, ascending; and how they were made.
+
+    `kind` is ``"official"``, ``"patient"`` or ``"random"``; `source` says for people by which
+    files or seed.
+    """
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
     kind: str
+    source: str = ""
 
 
 def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
@@ -44,57 +64,120 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     Raises
     ------
     DataError
-        If the list files are missing, a split that trains or validates is empty, or a patient is
-        in two splits (but for `random`, which only warns).
+        If list files are missing, name none of the films or share one, a split that trains or
+        validates is empty, or a patient is in two splits (but for `random`, which only warns).
     """
-    lists = _find_lists(root)
+    given = [f"data.{key}" for key in _LIST_NAMES if getattr(data, key) is not None]
     kind = data.split
     if kind == "auto":
-        kind = "official" if lists else "patient"
+        found = _find_lists(root, data)
+        kind = "official" if given or {"train_list", "test_list"} <= set(found) else "patient"
     if kind == "official":
-        splits = _official(records, lists, root, data)
-    elif kind == "patient":
-        splits = _by_patient(records, data)
+        splits = _official(records, root, data)
     else:
-        splits = _at_random(len(records), data)
+        if given:
+            logger.warning("data.split=%s passes over %s", kind, ", ".join(given))
+        splits = (_by_patient if kind == "patient" else _at_random)(records, data)
     _check_sizes(splits, len(records))
     _check_leak(records, splits)
     return splits
 
 
-def _find_lists(root: Path) -> Optional[Tuple[Path, Path]]:
-    for train_val, test in _LIST_NAMES:
-        if (root / train_val).is_file() and (root / test).is_file():
-            return root / train_val, root / test
-    return None
+def _find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
+    """Return the list files that are there, by key: those given, else those in the root."""
+    found: Dict[str, Path] = {}
+    for key, names in _LIST_NAMES.items():
+        given = getattr(data, key)
+        candidates = [root / name for name in names] if given is None else [Path(given)]
+        there = [path for path in candidates if path.is_file()]
+        if there:
+            found[key] = there[0]
+        elif given is not None:
+            raise DataError(
+                f"data.{key}={given}: no such file. Correct data.{key} or leave it out."
+            )
+    return found
 
 
-def _official(
-    records: Records, lists: Optional[Tuple[Path, Path]], root: Path, data: DataSection
-) -> Splits:
-    """NIH's lists; validation is taken out of the training list, patient by patient."""
-    if lists is None:
+def _official(records: Records, root: Path, data: DataSection) -> Splits:
+    """Split by list files; without one for validation, it is drawn out of the training list."""
+    lists = _find_lists(root, data)
+    if not {"train_list", "test_list"} <= set(lists):
         raise DataError(
-            f"data.split=official needs train_val_list.txt and test_list.txt in {root}."
-            " Fetch them from NIH, or set data.split=patient."
+            f"the official split needs train_val_list.txt and test_list.txt in {root}. Fetch them"
+            " from NIH, name such files with data.train_list and data.test_list, or set"
+            " data.split=patient."
         )
-    train_val_names, test_names = (_read_list(path) for path in lists)
-    names = records.table["image"]
-    in_train = names.isin(train_val_names).to_numpy()
-    in_test = names.isin(test_names).to_numpy()
-    unlisted = int((~in_train & ~in_test).sum())
+    listed = {
+        # A machine that only trains may hold no film to test.
+        key: _listed_films(records, path, may_be_absent=key == "test_list")
+        for key, path in lists.items()
+    }
+    in_train, in_test = listed["train_list"], listed["test_list"]
+    for key in ("train_list", "val_list"):
+        if key in lists:
+            _check_apart(records, listed[key] & in_test, lists[key], lists["test_list"])
+    unlisted = int((~np.any(list(listed.values()), axis=0)).sum())
     if unlisted:
-        logger.warning("%d films are in neither official list and left out", unlisted)
-    candidates = np.flatnonzero(in_train)
-    val, train = _draw_patients(records, candidates, data.val_fraction, data.split_seed)
-    return Splits(train, val, np.flatnonzero(in_test), "official")
+        logger.warning("%d films are in no list file and left out", unlisted)
+    source = f"{lists['train_list'].name}, {lists['test_list'].name}, validation "
+    if "val_list" in lists:
+        in_val = listed["val_list"]
+        val, train = np.flatnonzero(in_val), np.flatnonzero(in_train & ~in_val)
+        source += f"of {lists['val_list'].name}"
+    else:
+        candidates = np.flatnonzero(in_train)
+        val, train = _draw_patients(records, candidates, data.val_fraction, data.split_seed)
+        source += f"drawn by patient with seed {data.split_seed}"
+    return Splits(train, val, np.flatnonzero(in_test), "official", source)
 
 
-def _read_list(path: Path) -> Set[str]:
-    try:
-        return set(path.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable list of file names ({error}).") from error
+def read_list(path: Path) -> Set[str]:
+    """Read a list of file names, one a line.
+
+    Parameters
+    ----------
+    path
+        UTF-8, any line ends. A folder before the name and further fields after it, as in
+        ``images_001/00000001_000.png 0 1 0``, are passed over.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, is empty or no UTF-8 text.
+    """
+    return set(_LISTED.findall(read_text(path)))
+
+
+def _listed_films(records: Records, path: Path, *, may_be_absent: bool) -> np.ndarray:
+    """Say of each film whether the list names it: bool ``[len(records)]``."""
+    names, films = read_list(path), records.table["image"]
+    listed: np.ndarray = films.isin(names).to_numpy(dtype=bool)
+    absent = names.difference(films)
+    if not listed.any() and not (names and may_be_absent):
+        raise DataError(
+            f"{path}: names none of the {len(films)} films: it has"
+            f" {min(absent, default='nothing')!r}, they have {films.min()!r}. Give the list files"
+            " of these films, or set data.split=patient."
+        )
+    if absent:
+        logger.warning(
+            "%s: %d of %d names are of films that are not there, first: %s",
+            path,
+            len(absent),
+            len(names),
+            min(absent),
+        )
+    return listed
+
+
+def _check_apart(records: Records, in_both: np.ndarray, one: Path, other: Path) -> None:
+    if in_both.any():
+        first = records.table["image"].iloc[int(np.argmax(in_both))]
+        raise DataError(
+            f"{int(in_both.sum())} films are both in {one} and in {other}, first: {first}."
+            " Mend the list files or set data.split=patient."
+        )
 
 
 def _by_patient(records: Records, data: DataSection) -> Splits:
@@ -103,7 +186,7 @@ def _by_patient(records: Records, data: DataSection) -> Splits:
     val, train = _draw_patients(
         records, rest, data.val_fraction / (1.0 - data.test_fraction), data.split_seed + 1
     )
-    return Splits(train, val, test, "patient")
+    return Splits(train, val, test, "patient", f"seed {data.split_seed}")
 
 
 def _draw_patients(
@@ -119,12 +202,14 @@ def _draw_patients(
     return rows[drawn], rows[~drawn]
 
 
-def _at_random(num_records: int, data: DataSection) -> Splits:
+def _at_random(records: Records, data: DataSection) -> Splits:
+    num_records = len(records)
     order = np.random.default_rng(data.split_seed).permutation(num_records)
     num_val = round(data.val_fraction * num_records)
     num_test = round(data.test_fraction * num_records)
     val, test, train = np.split(order, [num_val, num_val + num_test])
-    return Splits(np.sort(train), np.sort(val), np.sort(test), "random")
+    source = f"seed {data.split_seed}"
+    return Splits(np.sort(train), np.sort(val), np.sort(test), "random", source)
 
 
 def _check_sizes(splits: Splits, total: int) -> None:
@@ -140,6 +225,12 @@ def _check_sizes(splits: Splits, total: int) -> None:
 def describe_sizes(splits: Splits) -> str:
     """Write the sizes of a split, e.g. ``"train 82198, val 4326, test 25596"``."""
     return ", ".join(f"{name} {len(getattr(splits, name))}" for name in SPLIT_NAMES)
+
+
+def describe_splits(splits: Splits) -> str:
+    """Write how a split was made and its sizes, e.g. ``"random split (seed 7): train 8, ..."``."""
+    made = f" ({splits.source})" if splits.source else ""
+    return f"{splits.kind} split{made}: {describe_sizes(splits)}"
 
 
 def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray) -> int:

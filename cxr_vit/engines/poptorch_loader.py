@@ -1,21 +1,18 @@
-"""The sample order as PopTorch's loader wants it: single rows, whole host batches, no remainder."""
+"""The sample order as PopTorch's loader wants it: single draws, whole host batches, no rest."""
 
 from __future__ import annotations
 
 import multiprocessing
-from typing import Any, Dict, Iterator, List, Sequence, Union
+from typing import Any, Dict, Iterator, Sequence, Union
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from cxr_vit.data.dataset import ChestXrayDataset, Sample
+from cxr_vit.data.dataset import PADDING, Batch, ChestXrayDataset, Sample
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.engines.host import leave_the_process_group
 
 __all__ = ["PaddedDataset", "RowSampler"]
-
-PADDING = -1
 
 
 class PaddedDataset(Dataset[Sample]):
@@ -29,10 +26,6 @@ class PaddedDataset(Dataset[Sample]):
 
     def __init__(self, dataset: ChestXrayDataset) -> None:
         self.dataset = dataset
-        size = dataset.image_size
-        self._padding = Sample(
-            torch.zeros(1, size, size, dtype=torch.uint8), torch.zeros(dataset.num_classes), PADDING
-        )
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Leave the group where an asynchronous loader's own process unpickles this."""
@@ -43,17 +36,13 @@ class PaddedDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> Sample:
-        return self._padding if row == PADDING else self.dataset[row]
-
-    def __getitems__(self, rows: Sequence[int]) -> List[Sample]:
-        """Read many films; torch's loader asks for a batch this way."""
-        real = iter(self.dataset.__getitems__([row for row in rows if row != PADDING]))
-        return [self._padding if row == PADDING else next(real) for row in rows]
+    def __getitems__(self, draws: Sequence[int]) -> Batch:
+        """Read a batch; torch's loader asks for it this way. Padding is always at its end."""
+        return self.dataset.__getitems__([d for d in draws if d != PADDING]).padded(len(draws))
 
 
 class RowSampler:
-    """The rows of a sampler's host batches one by one, each host batch full.
+    """The draws of a sampler's host batches one by one, each host batch full.
 
     A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``
     (poptorch.md, section 2). Of several processes each reads the rows of its own replicas, and all
@@ -89,9 +78,9 @@ class RowSampler:
         self.own = own
 
     def __iter__(self) -> Iterator[int]:
-        for rows in self.sampler:
+        for draws in self.sampler:
             full = np.full(self.host_batch_size, PADDING)
-            full[: len(rows)] = rows
+            full[: len(draws)] = draws
             by_replica = full.reshape(-1, self.replicas, self.micro_batch_size)
             yield from by_replica[:, list(self.own)].ravel().tolist()
 

@@ -77,9 +77,9 @@ def film_grid(
     axes = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
-    for axis, row in zip(axes, rows):
-        sample = dataset[int(row)]
-        axis.imshow(sample.image[0].numpy(), cmap="gray", vmin=0, vmax=255)
-        findings = [name for name, label in zip(names, sample.labels.tolist()) if label]
+    batch = dataset.__getitems__(rows.tolist())
+    for axis, image, labels in zip(axes, batch.images, batch.labels.tolist()):
+        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
+        findings = [name for name, label in zip(names, labels) if label]
         axis.set_title("\n".join(findings) or "No Finding", fontsize=8)
     return figure

@@ -12,11 +12,14 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Dict, List, Optional, Sequence, Tuple
+from typing import IO, TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from cxr_vit.config import Config, check, dump_config, load_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["RunFolder", "is_main_process", "open_run", "run_of_checkpoint", "with_weights_of"]
 
@@ -24,7 +27,17 @@ logger = logging.getLogger(__name__)
 
 #: Held while a process writes the run.
 _LOCK = ".lock"
-_PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "pandas", "pillow", "pydantic")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "torchmetrics",
+    "numpy",
+    "pandas",
+    "pillow",
+    "kornia-rs",
+    "opencv-python-headless",
+    "pydantic",
+)
 
 
 class RunFolder:
@@ -158,6 +171,11 @@ class RunFolder:
         }
         path = self.path / "environment.json"
         path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+    def write_skipped(self, skipped: pd.DataFrame) -> None:
+        """Write skipped.csv, the films left out and why, if there are any."""
+        if self.writes and len(skipped):
+            skipped.to_csv(self.path / "skipped.csv", index=False)
 
 
 def is_main_process() -> bool:

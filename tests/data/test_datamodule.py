@@ -131,7 +131,7 @@ def test_the_csv_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
 
 def test_a_missing_film_stops_the_start(root: Path) -> None:
     (root / "images" / "00000007_000.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 40 images are missing.*00000007_000\.png"):
+    with pytest.raises(DataError, match=r"1 of 40 images are missing[^:]*:\n  00000007_000\.png"):
         module_of(root)
 
 
@@ -197,9 +197,20 @@ def test_another_csv_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "csv_sha256" in record.getMessage()
 
 
+def test_films_of_the_test_list_may_be_absent(root: Path) -> None:
+    for row in range(30, 40):
+        (root / "images" / f"{row:08d}_000.png").unlink()
+    module = module_of(root, on_missing="skip")
+    assert len(module.splits.test) == 0
+    assert module.default_split() == "val"
+    assert module.skipped["image"].tolist() == [f"{row:08d}_000.png" for row in range(30, 40)]
+
+
 def test_describe_gives_films_patients_and_sizes(root: Path) -> None:
     assert module_of(root).describe() == (
-        f"40 films of 40 patients from {root / CSV}, official split: train 24, val 6, test 10"
+        f"40 films of 40 patients from {root / CSV}, official split (train_val_list.txt,"
+        " test_list.txt, validation drawn by patient with seed 1337): train 24, val 6, test 10\n"
+        f"films at 16 x 16 from {root / 'cxr_vit_cache' / 'films_16.u8'}"
     )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
+from cxr_vit.data.films import FilmFiles
 from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.errors import DataError
@@ -31,10 +32,12 @@ def dataset(tmp_path: Path) -> ChestXrayDataset:
     names = [f"{row:08d}_000.png" for row in range(FILMS)]
     for row, name in enumerate(names):
         Image.fromarray(pixels(row)).save(tmp_path / name)
-    table = pd.DataFrame({"image": names, "path": [str(tmp_path / name) for name in names]})
+    paths = {name: str(tmp_path / name) for name in names}
+    table = pd.DataFrame({"image": names})
     labels = np.eye(FILMS, 14, dtype=np.uint8)
     labels[3] = 0
-    return ChestXrayDataset(Records(table, labels), image_size=SIDE)
+    films = FilmFiles(paths, names, image_size=SIDE, max_megapixels=1)
+    return ChestXrayDataset(Records(table, labels), films)
 
 
 def load(dataset: ChestXrayDataset, sampler: object, num_workers: int) -> List[Batch]:
@@ -59,10 +62,6 @@ def test_an_image_is_uint8_of_one_channel(dataset: ChestXrayDataset) -> None:
     np.testing.assert_array_equal(image[0].numpy(), pixels(2))
 
 
-def test_an_image_has_the_size_asked(dataset: ChestXrayDataset) -> None:
-    assert ChestXrayDataset(dataset.records, image_size=9)[0].image.shape == (1, 9, 9)
-
-
 def test_labels_are_float32_zeros_and_ones(dataset: ChestXrayDataset) -> None:
     labels = dataset[2].labels
     assert labels.dtype == torch.float32
@@ -81,10 +80,21 @@ def test_the_length_names_and_classes_are_those_of_the_records(dataset: ChestXra
 
 
 def test_a_batch_of_rows_is_read_as_single_rows_are(dataset: ChestXrayDataset) -> None:
-    for sample, row in zip(dataset.__getitems__([4, 0, 4]), [4, 0, 4]):
-        assert sample.row == row
-        assert torch.equal(sample.image, dataset[row].image)
-        assert torch.equal(sample.labels, dataset[row].labels)
+    batch = dataset.__getitems__([4, 0, 4])
+    assert batch.indices.tolist() == [4, 0, 4]
+    for image, labels, row in zip(batch.images, batch.labels, [4, 0, 4]):
+        assert torch.equal(image, dataset[row].image)
+        assert torch.equal(labels, dataset[row].labels)
+
+
+def test_a_draw_of_a_later_epoch_is_the_same_row(dataset: ChestXrayDataset) -> None:
+    batch = dataset.__getitems__([4, 4 + FILMS, 4 + 5 * FILMS])
+    assert batch.indices.tolist() == [4, 4, 4]
+    assert torch.equal(batch.images[0], batch.images[2])
+
+
+def test_films_are_given_as_they_are_stored(dataset: ChestXrayDataset) -> None:
+    np.testing.assert_array_equal(dataset.films([5, 1]), np.stack([pixels(5), pixels(1)]))
 
 
 def test_a_film_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
@@ -96,14 +106,11 @@ def test_a_film_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path
 def test_a_dataset_survives_pickling(dataset: ChestXrayDataset) -> None:
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.image_names == dataset.image_names
-    assert_equal_batches(
-        [PaddedCollate(None)([copy[row] for row in range(FILMS)])],
-        [PaddedCollate(None)([dataset[row] for row in range(FILMS)])],
-    )
+    assert_equal_batches([copy.__getitems__(range(FILMS))], [dataset.__getitems__(range(FILMS))])
 
 
-def test_collate_stacks_in_order(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(3)([dataset[row] for row in (5, 1, 2)])
+def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
+    batch = PaddedCollate(3)(dataset.__getitems__([5, 1, 2]))
     assert batch.images.shape == (3, 1, SIDE, SIDE) and batch.images.dtype == torch.uint8
     assert batch.labels.shape == (3, 14) and batch.labels.dtype == torch.float32
     assert batch.indices.tolist() == [5, 1, 2] and batch.indices.dtype == torch.int64
@@ -112,7 +119,7 @@ def test_collate_stacks_in_order(dataset: ChestXrayDataset) -> None:
 
 
 def test_collate_fills_up_with_black_films_of_index_minus_one(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(5)([dataset[4], dataset[6]])
+    batch = PaddedCollate(5)(dataset.__getitems__([4, 6]))
     assert batch.indices.tolist() == [4, 6, -1, -1, -1]
     assert batch.images.shape == (5, 1, SIDE, SIDE) and batch.labels.shape == (5, 14)
     assert not batch.images[2:].any() and not batch.labels[2:].any()
@@ -120,12 +127,12 @@ def test_collate_fills_up_with_black_films_of_index_minus_one(dataset: ChestXray
 
 
 def test_padding_keeps_the_types(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(4)([dataset[0]])
+    batch = PaddedCollate(4)(dataset.__getitems__([0]))
     assert [part.dtype for part in batch] == [torch.uint8, torch.float32, torch.int64]
 
 
 def test_collate_without_a_size_leaves_batches_as_they_come(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(None)([dataset[0], dataset[1]])
+    batch = PaddedCollate(None)(dataset.__getitems__([0, 1]))
     assert batch.indices.tolist() == [0, 1]
     assert len(batch.images) == len(batch.labels) == 2
 
@@ -158,5 +165,5 @@ def test_two_worker_processes_give_the_batches_of_none(dataset: ChestXrayDataset
     )
     alone, helped = (load(dataset, sampler, num_workers) for num_workers in (0, 2))
     assert_equal_batches(alone, helped)
-    expected = torch.cat([torch.tensor(rows) for rows in sampler])
+    expected = torch.cat([torch.tensor(draws) for draws in sampler]) % FILMS
     assert torch.equal(torch.cat([batch.indices for batch in helped]), expected)

@@ -70,9 +70,21 @@ def test_no_texts_give_an_empty_matrix_of_14_columns() -> None:
     assert multi_hot([]).shape == (0, 14)
 
 
+def test_each_row_gets_its_own_text_however_often_it_comes() -> None:
+    texts = ["Mass", "Edema", "Mass", "No Finding", "Edema", "Mass"]
+    expected = [np.flatnonzero(multi_hot([text])[0]).tolist() for text in texts]
+    assert [np.flatnonzero(row).tolist() for row in multi_hot(texts)] == expected
+
+
 def test_an_unknown_finding_names_its_row_and_suggests_the_nearest() -> None:
     with pytest.raises(DataError, match=r"row 2 .*'Cardiomegally'.*Did you mean 'Cardiomegaly'\?"):
         multi_hot(["Edema", "Mass|Cardiomegally"])
+
+
+def test_all_unknown_findings_are_counted_and_the_first_is_shown() -> None:
+    with pytest.raises(DataError, match="row 2 has an unknown finding 'mass'") as caught:
+        multi_hot(["Edema", "Hernia|mass", "Foo|Bar", "mass", "Hernia|mass", "No Finding"])
+    assert "4 rows in all hold unknown findings, 3 different ones" in str(caught.value)
 
 
 def test_an_unknown_finding_unlike_any_lists_what_is_allowed_without_a_guess() -> None:
@@ -81,14 +93,47 @@ def test_an_unknown_finding_unlike_any_lists_what_is_allowed_without_a_guess() -
     assert "Did you mean" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "Edema|", "edema", "Edema, Mass"])
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("no finding", "No Finding"),
+        ("Infiltrate", "Infiltration"),
+        ("Pleural Thickening", "Pleural_Thickening"),
+    ],
+)
+def test_spellings_in_use_elsewhere_are_guessed(text: str, meant: str) -> None:
+    with pytest.raises(DataError, match=f"Did you mean '{meant}'"):
+        multi_hot([text])
+
+
+@pytest.mark.parametrize("text", ["", "Edema|", "edema", "Edema, Mass", " Edema"])
 def test_a_text_that_is_not_quite_a_finding_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="unknown finding"):
+        multi_hot([text])
+
+
+@pytest.mark.parametrize("text", ["", "Edema|"])
+def test_an_empty_finding_says_how_none_is_written(text: str) -> None:
+    with pytest.raises(DataError, match="Write 'No Finding' for a film without a finding"):
         multi_hot([text])
 
 
 @pytest.mark.parametrize("text", ["No Finding|Edema", "Edema|No Finding"])
 @pytest.mark.parametrize("include", [False, True])
 def test_no_finding_beside_a_finding_is_refused(text: str, include: bool) -> None:
-    with pytest.raises(DataError, match=r"row 1 .*'No Finding' cannot stand beside a finding"):
-        multi_hot([text], include_no_finding=include)
+    with pytest.raises(
+        DataError, match=r"row 2 .*'No Finding' cannot stand beside a finding"
+    ) as caught:
+        multi_hot(["Mass", text, text], include_no_finding=include)
+    assert "2 in all are so" in str(caught.value)
+
+
+def test_a_finding_named_twice_counts_once_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    labels = multi_hot(["Edema", "Mass|Mass", "No Finding|No Finding", "Mass|Mass"])
+    assert labels.sum(axis=1).tolist() == [1, 1, 0, 1]
+    assert "3 rows name a finding twice, first: row 2" in caplog.text
+
+
+def test_a_clean_column_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    multi_hot(["Edema|Mass", "No Finding", "Mass|Edema"])
+    assert caplog.records == []

@@ -6,23 +6,27 @@ import gzip
 import re
 import shutil
 from pathlib import Path
-from typing import Dict
+from typing import List
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data import datamodule
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.data.records import Records, read_records
-from cxr_vit.data.splits import SPLIT_NAMES, Splits, make_splits
+from cxr_vit.data.records import RELABELS, Records, read_records
+from cxr_vit.data.splits import SPLIT_NAMES, make_splits, split_hash
 
 NIH = Path(__file__).resolve().parents[3] / "shared" / "data" / "nih"
 CSV = "Data_Entry_2017_v2020.csv"
-LISTS = ("train_val_list.txt", "test_list.txt", "community_val_list.txt")
+BOXES = "BBox_List_2017.csv"
+RELABELLED = "google2019_nih-chest-xray-labels.csv"
+LISTS = ("train_val_list.txt", "test_list.txt")
+COMMUNITY = "community_val_list.txt"
+# Of the drawn official split; whoever resumes a run that used it has to find the same films.
+DRAWN_HASH = "52f3652519339ef77a0c9f87b86862370bf23515520ba5145de2156b0fb761a9"
 POSITIVES = {
     "Atelectasis": 11559,
     "Cardiomegaly": 2776,
@@ -45,26 +49,45 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def unpack(name: str, folder: Path) -> None:
+    packed_file = NIH / f"{name}.gz"
+    if not packed_file.is_file():
+        pytest.skip(f"not at hand: {packed_file}")
+    with gzip.open(packed_file, "rb") as packed, (folder / name).open("wb") as plain:
+        shutil.copyfileobj(packed, plain)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NIH's own files."""
     folder = tmp_path_factory.mktemp("nih")
     for name in (CSV, *LISTS):
-        with gzip.open(NIH / f"{name}.gz", "rb") as packed, (folder / name).open("wb") as plain:
-            shutil.copyfileobj(packed, plain)
+        unpack(name, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def images(root: Path) -> Dict[str, str]:
-    """An index as if every film were there; none is opened."""
-    with (root / CSV).open(encoding="utf-8") as lines:
-        next(lines)
-        return {line.split(",", 1)[0]: "not opened" for line in lines}
+def annotated(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    folder = tmp_path_factory.mktemp("annotated")
+    for name in (CSV, BOXES, RELABELLED):
+        unpack(name, folder)
+    return read_records(
+        folder / CSV, include_no_finding=False, boxes=folder / BOXES, relabels=folder / RELABELLED
+    )
+
+
+@pytest.fixture
+def community(root: Path, tmp_path: Path) -> Path:
+    """NIH's lists with the validation list that most papers use."""
+    for name in LISTS:
+        shutil.copy(root / name, tmp_path)
+    unpack(COMMUNITY, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
-def records(root: Path, images: Dict[str, str]) -> Records:
-    return read_records(root / CSV, images, include_no_finding=True, on_missing="error")
+def records(root: Path) -> Records:
+    return read_records(root / CSV, include_no_finding=True)
 
 
 def test_the_csv_has_its_112120_films_of_30805_patients(records: Records) -> None:
@@ -92,6 +115,87 @@ def test_ages_run_from_0_to_95_and_none_is_unknown(records: Records) -> None:
 def test_sexes_and_views_are_those_of_nih(records: Records) -> None:
     assert records.table["sex"].value_counts().to_dict() == {"M": 63_340, "F": 48_780}
     assert records.table["view"].value_counts().to_dict() == {"PA": 67_310, "AP": 44_810}
+
+
+def test_the_csv_is_v2020_with_its_original_sizes_and_follow_ups(records: Records) -> None:
+    table = records.table
+    assert records.variant == "v2020"
+    assert (table["width"].min(), table["width"].max()) == (1143, 3827)
+    assert (table["height"].min(), table["height"].max()) == (966, 4715)
+    assert ((table["width"] == 2500) & (table["height"] == 2048)).sum() == 37_153
+    # v2020 put the follow-ups in the order of time: they are no longer the file name's.
+    named = table["image"].str[9:12].astype(np.int64)
+    assert (table["follow_up"] != named).sum() == 24_106
+
+
+def test_the_984_boxes_are_on_880_films_labelled_with_their_findings(annotated: Records) -> None:
+    boxes = annotated.boxes
+    assert (len(boxes), boxes["row"].nunique()) == (984, 880)
+    assert boxes["finding"].value_counts().to_dict() == {
+        "Atelectasis": 180,
+        "Effusion": 153,
+        "Cardiomegaly": 146,
+        "Infiltration": 123,
+        "Pneumonia": 120,
+        "Pneumothorax": 98,
+        "Mass": 85,
+        "Nodule": 79,
+    }
+    columns = [FINDINGS.index(name) for name in boxes["finding"]]
+    assert annotated.labels[boxes["row"], columns].all()
+
+
+def test_the_boxed_films_are_all_for_testing(root: Path, annotated: Records) -> None:
+    splits = make_splits(annotated, root, DataSection(root=str(root)))
+    assert set(annotated.boxes["row"]) <= set(splits.test.tolist())
+    assert len(annotated.take(splits.test).boxes) == 984
+    assert len(annotated.take(splits.train).boxes) == 0
+
+
+def test_radiologists_read_4376_films_again(root: Path, annotated: Records) -> None:
+    read = ~np.isnan(annotated.relabels).any(axis=1)
+    assert read.sum() == 4_376
+    positives = annotated.relabels[read].sum(axis=0).astype(int).tolist()
+    assert dict(zip(RELABELS, positives)) == {
+        "Fracture": 186,
+        "Pneumothorax": 238,
+        "Airspace opacity": 2_166,
+        "Nodule or mass": 605,
+    }
+    splits = make_splits(annotated, root, DataSection(root=str(root)))
+    assert read[splits.test].sum() == 1_962
+
+
+def sizes_of(records: Records, root: Path) -> List[int]:
+    splits = make_splits(records, root, DataSection(root=str(root)))
+    return [len(getattr(splits, name)) for name in SPLIT_NAMES]
+
+
+def test_the_communitys_list_gives_75312_11212_and_25596_films(
+    community: Path, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = make_splits(records, community, DataSection(root=str(community)))
+    assert splits.kind == "official" and splits.source.endswith(f"validation of {COMMUNITY}")
+    assert [len(getattr(splits, name)) for name in SPLIT_NAMES] == [75_312, 11_212, 25_596]
+    patients = records.table["patient"].to_numpy()
+    parts = [set(patients[getattr(splits, name)].tolist()) for name in SPLIT_NAMES]
+    assert [len(part) for part in parts] == [24_342, 3_666, 2_797]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 30_805
+    assert caplog.records == []
+
+
+def test_the_lists_of_medical_mae_with_folders_and_labels_give_the_same(
+    community: Path, records: Records
+) -> None:
+    for name in (*LISTS, COMMUNITY):
+        lines = (community / name).read_text().split()
+        (community / name).write_text("".join(f"images/{line} 0 1 0\r\n" for line in lines))
+    assert sizes_of(records, community) == [75_312, 11_212, 25_596]
+
+
+def test_the_drawn_validation_is_that_of_earlier_runs(root: Path, records: Records) -> None:
+    splits = make_splits(records, root, DataSection(root=str(root)))
+    assert split_hash(records, splits) == DRAWN_HASH
 
 
 def test_the_official_split_has_86524_and_25596_films(root: Path, records: Records) -> None:
@@ -132,17 +236,12 @@ def test_a_patient_split_of_the_real_films_is_near_its_fractions(
 
 
 def test_the_loss_that_knows_only_the_prevalence_is_0_1637(
-    root: Path, images: Dict[str, str], monkeypatch: pytest.MonkeyPatch
+    community: Path, annotated: Records
 ) -> None:
-    monkeypatch.setattr(datamodule, "find_images", lambda _: images)
-    module = ChestXrayDataModule(DataSection(root=str(root)))
-    train_val, test, val = (
-        set((root / name).read_text().split())
-        for name in ("train_val_list.txt", "test_list.txt", "community_val_list.txt")
-    )
-    names = module.records.table["image"]
-    parts = (names.isin(part).to_numpy() for part in (train_val - val, val, test))
-    module.splits = Splits(*(np.flatnonzero(part) for part in parts), "official")
+    # The films themselves are not at hand: only what the prevalence is of.
+    module = ChestXrayDataModule.__new__(ChestXrayDataModule)
+    module.records = annotated
+    module.splits = make_splits(annotated, community, DataSection(root=str(community)))
     assert len(module.splits.train) == 75_312
     prior = module.prevalence()
     labels = module.records.labels[module.splits.train]
@@ -173,10 +272,10 @@ def test_a_real_rgba_film_is_its_red_channel(name: str) -> None:
     np.testing.assert_array_equal(read_gray(NIH / "images" / name, 1024), red)
 
 
-def test_the_thousand_small_films_are_found_and_named_as_in_the_csv(images: Dict[str, str]) -> None:
+def test_the_thousand_small_films_are_found_and_named_as_in_the_csv(records: Records) -> None:
     films = find_images(NIH / "nih1000_64px")
     assert len(films) == 1000
-    assert set(films) <= set(images)
+    assert set(films) <= set(records.table["image"])
 
 
 @pytest.mark.parametrize("size", [64, 32])

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from cxr_vit.data.records import Records, find_csv, read_records
+from cxr_vit.data.records import RELABELS, Records, find_csv, read_records
 from cxr_vit.errors import DataError
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+SAMPLE_HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImageWidth,OriginalImageHeight,OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y"
 )
 V2020_ROWS = (
     "00000001_000.png,Cardiomegaly,0,1,57,M,PA,2682,2749,0.14300000000000002,0.14300000000000002",
@@ -38,22 +43,13 @@ def write_csv(folder: Path, rows: Sequence[str], header: str = HEADER) -> Path:
     return csv
 
 
-def images_of(csv: Path) -> Dict[str, str]:
-    names = [line.split(",")[0] for line in csv.read_text(encoding="utf-8").splitlines()[1:]]
-    return {name: f"films/{name}" for name in names}
-
-
-def read(csv: Path) -> Records:
-    return read_records(csv, images_of(csv), include_no_finding=False, on_missing="error")
+def read(csv: Path, include_no_finding: bool = False) -> Records:
+    return read_records(csv, include_no_finding=include_no_finding)
 
 
 def read_ages(folder: Path, ages: Sequence[str]) -> list:
     rows = [f"{row:08d}_000.png,Mass,0,{row},{age},M,PA,1,1,1,1" for row, age in enumerate(ages)]
     return read(write_csv(folder, rows)).table["age"].tolist()
-
-
-def many_rows(count: int) -> list:
-    return [f"{row:08d}_000.png,Edema,0,{row},50,F,AP,1,1,1,1" for row in range(count)]
 
 
 def test_v2020_columns_stay_in_place_beside_the_unquoted_commas(tmp_path: Path) -> None:
@@ -66,20 +62,80 @@ def test_v2020_columns_stay_in_place_beside_the_unquoted_commas(tmp_path: Path) 
     ]
 
 
-def test_each_row_gets_its_path_and_its_labels(tmp_path: Path) -> None:
+def test_each_row_gets_its_labels(tmp_path: Path) -> None:
     records = read(write_csv(tmp_path, V2020_ROWS))
-    assert records.table["path"].tolist() == [
-        "films/00000001_000.png",
-        "films/00000001_001.png",
-        "films/00000002_000.png",
-    ]
     assert [np.flatnonzero(row).tolist() for row in records.labels] == [[1], [1, 10], []]
 
 
 def test_no_finding_becomes_a_fifteenth_column_on_request(tmp_path: Path) -> None:
-    csv = write_csv(tmp_path, V2020_ROWS)
-    records = read_records(csv, images_of(csv), include_no_finding=True, on_missing="error")
+    records = read(write_csv(tmp_path, V2020_ROWS), include_no_finding=True)
     assert records.labels[:, 14].tolist() == [0, 0, 1]
+
+
+def test_follow_up_and_the_original_size_are_numbers(tmp_path: Path) -> None:
+    table = read(write_csv(tmp_path, V2020_ROWS)).table
+    assert table["follow_up"].tolist() == [0, 1, 0]
+    assert table["width"].tolist() == [2682, 2894, 2500]
+    assert table["height"].tolist() == [2749, 2729, 2048]
+
+
+def test_the_table_has_these_columns_and_types(tmp_path: Path) -> None:
+    table = read(write_csv(tmp_path, V2020_ROWS)).table
+    numbers = {
+        "patient": np.int64,
+        "age": np.float64,
+        "follow_up": np.int64,
+        "width": np.float64,
+        "height": np.float64,
+    }
+    assert set(table.columns) == {"image", "findings", "sex", "view", *numbers}
+    assert {name: table[name].dtype for name in numbers} == numbers
+
+
+@pytest.mark.parametrize("follow_up", ["", "x", "-3", "nan", "inf"])
+@pytest.mark.parametrize("size", ["", "0", "-5", "wide", "nan", "inf"])
+def test_unreadable_follow_ups_and_sizes_are_unknown(
+    tmp_path: Path, follow_up: str, size: str
+) -> None:
+    rows = [
+        V2020_ROWS[0],
+        f"00000003_000.png,Mass,{follow_up},3,57,M,PA,{size},{size},1,1",
+    ]
+    table = read(write_csv(tmp_path, rows)).table
+    assert table["follow_up"].tolist() == [0, -1]
+    assert table["width"].isna().tolist() == table["height"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("header", "variant"),
+    [
+        (HEADER, "v2020"),
+        (HEADER.replace("Gender", "Sex"), "v2020"),
+        (HEADER.replace("Gender", "Sex") + ",", "v2020"),
+        (HEADER + ",", "2017"),
+        (SAMPLE_HEADER, "Kaggle sample"),
+        ("Image Index,Finding Labels,x,Patient ID", "other"),
+    ],
+)
+def test_variants_are_told_apart_by_their_header(tmp_path: Path, header: str, variant: str) -> None:
+    records = read(write_csv(tmp_path, V2020_ROWS, header))
+    assert records.variant == variant
+    assert records.take(np.array([1])).variant == variant
+    assert records.table["patient"].tolist() == [1, 1, 2]
+
+
+def test_kaggles_sample_has_its_own_names_of_width_and_height(tmp_path: Path) -> None:
+    row = "00000013_005.png,Emphysema|Mass,005,00000013,060Y,M,AP,3056,2544,0.139,0.139"
+    film = read(write_csv(tmp_path, [row], SAMPLE_HEADER)).table.iloc[0]
+    found = film[["patient", "age", "sex", "view", "follow_up", "width", "height"]].tolist()
+    assert found == [13, 60, "M", "AP", 5, 3056, 2544]
+
+
+def test_nihs_later_name_of_the_sex_is_known_with_commas_after_each_row(tmp_path: Path) -> None:
+    rows = [f"{row}," for row in V2020_ROWS]
+    table = read(write_csv(tmp_path, rows, HEADER.replace("Gender", "Sex") + ",")).table
+    assert table["sex"].tolist() == ["M", "M", "F"]
+    assert table["height"].tolist() == [2749, 2729, 2048]
 
 
 def test_the_older_format_reads_ages_ids_and_its_trailing_comma(tmp_path: Path) -> None:
@@ -111,15 +167,15 @@ def test_the_real_sample_of_the_older_format_is_read(caplog: pytest.LogCaptureFi
 def test_columns_are_found_by_name_and_not_by_place(tmp_path: Path) -> None:
     header = "Patient ID,View Position,Finding Labels,Image Index"
     csv = write_csv(tmp_path, ["7,AP,Hernia,00000007_000.png"], header)
-    images = {"00000007_000.png": "x.png"}
-    records = read_records(csv, images, include_no_finding=False, on_missing="error")
+    records = read(csv)
     assert records.table.loc[0, ["image", "patient", "view", "sex"]].tolist() == [
         "00000007_000.png",
         7,
         "AP",
         "",
     ]
-    assert math.isnan(records.table["age"][0])
+    assert records.table[["age", "width", "height"]].isna().all(axis=None)
+    assert records.table["follow_up"].tolist() == [-1]
     assert np.flatnonzero(records.labels[0]).tolist() == [13]
 
 
@@ -129,8 +185,9 @@ def test_ages_in_months_and_days_become_years(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_age_is_unknown(tmp_path: Path) -> None:
-    ages = read_ages(tmp_path, ["", "old", "44"])
-    assert math.isnan(ages[0]) and math.isnan(ages[1]) and ages[2] == 44
+    ages = read_ages(tmp_path, ["", "old", "-3", "58Z", "44", "44.5"])
+    assert [math.isnan(age) for age in ages] == [True] * 4 + [False] * 2
+    assert ages[4:] == [44, 44.5]
 
 
 def test_impossible_ages_become_unknown_and_are_counted(
@@ -152,34 +209,46 @@ def test_a_missing_column_is_named_with_the_expected_ones(tmp_path: Path, column
     csv = write_csv(tmp_path, V2020_ROWS, HEADER.replace(column, "Something"))
     with pytest.raises(DataError, match=f"labels.csv: no column '{column}'") as caught:
         read(csv)
-    assert "columns Image Index, Finding Labels, Patient ID" in str(caught.value)
+    assert "columns Image Index, Patient ID, Finding Labels" in str(caught.value)
 
 
-def test_the_list_file_given_as_csv_says_what_was_expected(tmp_path: Path) -> None:
-    csv = tmp_path / "train_val_list.txt"
-    csv.write_text("00000001_000.png\n00000001_001.png\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"Expected NIH's label CSV .*Finding Labels") as caught:
+@pytest.mark.parametrize(
+    "lines", ["00000001_000.png\n00000001_001.png\n", "\nimages_001/00000001_000.png 0 1 0\n"]
+)
+def test_the_list_file_given_as_csv_is_recognised(tmp_path: Path, lines: str) -> None:
+    csv = tmp_path / "mine.txt"
+    csv.write_text(lines, encoding="utf-8")
+    with pytest.raises(DataError, match=r"mine\.txt: looks like a list of file names") as caught:
         read(csv)
-    assert "train_val_list.txt" in str(caught.value)
-    assert "begins with 00000001_000.png" in str(caught.value)
+    assert "00000001_000.png" in str(caught.value)
+    assert "set data.csv to Data_Entry_2017_v2020.csv" in str(caught.value)
 
 
-def test_an_empty_file_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_an_empty_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
     csv = tmp_path / "labels.csv"
-    csv.touch()
-    with pytest.raises(DataError, match=r"labels\.csv: not a readable CSV"):
+    csv.write_text(content)
+    with pytest.raises(DataError, match=r"labels\.csv: the file is empty"):
         read(csv)
 
 
 def test_a_header_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"labels\.csv: no rows"):
+    with pytest.raises(DataError, match=r"labels\.csv: no rows below the header"):
         read(write_csv(tmp_path, []))
+
+
+def test_fields_that_commas_do_not_part_are_recognised(tmp_path: Path) -> None:
+    rows = [row.replace(",", ";") for row in V2020_ROWS]
+    with pytest.raises(DataError, match="Separate the fields with commas"):
+        read(write_csv(tmp_path, rows, HEADER.replace(",", ";")))
 
 
 def test_duplicate_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     rows = [*V2020_ROWS, V2020_ROWS[2], V2020_ROWS[1]]
-    with pytest.raises(DataError, match=r"2 duplicate rows, first: 00000002_000\.png"):
+    with pytest.raises(DataError, match="given before in 2 of 5 rows, first in row 4") as caught:
         read(write_csv(tmp_path, rows))
+    assert "'00000002_000.png'" in str(caught.value)
+    assert "Keep one row a film" in str(caught.value)
 
 
 @pytest.mark.parametrize("patient", ["P17", "", "1;2"])
@@ -187,7 +256,7 @@ def test_a_patient_id_that_is_no_number_is_refused_with_its_row(
     tmp_path: Path, patient: str
 ) -> None:
     rows = [V2020_ROWS[0], f"00000002_000.png,Mass,0,{patient},60,M,PA,1,1,1,1"]
-    with pytest.raises(DataError, match=f"labels.csv: row 2 has the Patient ID '{patient}'"):
+    with pytest.raises(DataError, match=f"Patient ID.* 1 of 2 rows, .* row 2: '{patient}'"):
         read(write_csv(tmp_path, rows))
 
 
@@ -198,50 +267,44 @@ def test_a_patient_id_that_is_no_whole_number_is_refused(tmp_path: Path, patient
         read(write_csv(tmp_path, rows))
 
 
-@pytest.mark.parametrize("name", ["../00000001_000.png", "images/a.png", "a\\b.png", "..", "/a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../00000001_000.png", "images/a.png", "a\\b.png", "..", ".", "", "/a", "C:a.png"),
+        *("C:\\a.png", "\\\\server\\a.png", "a\tb.png", "~/a.png"),
+    ],
+)
 def test_a_path_in_place_of_a_file_name_is_refused(tmp_path: Path, name: str) -> None:
-    csv = write_csv(tmp_path, [f"{name},Mass,0,1,60,M,PA,1,1,1,1"])
-    with pytest.raises(DataError, match="is a path; it must be a file name"):
+    csv = write_csv(tmp_path, [V2020_ROWS[0], f"{name},Mass,0,1,60,M,PA,1,1,1,1"])
+    with pytest.raises(DataError, match="a path or empty in 1 of 2 rows, first in row 2") as caught:
         read(csv)
+    assert repr(name) in str(caught.value)
+    assert "It must be a file name" in str(caught.value)
 
 
-def test_missing_images_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
-    csv = write_csv(tmp_path, many_rows(9))
-    images = {"00000000_000.png": "a.png", "00000004_000.png": "b.png"}
-    with pytest.raises(DataError) as caught:
-        read_records(csv, images, include_no_finding=False, on_missing="error")
-    message = str(caught.value)
-    first_five = ", ".join(f"{row:08d}_000.png" for row in (1, 2, 3, 5, 6))
-    assert f"7 of 9 images are missing under {tmp_path}, first: {first_five}." in message
-    assert "00000007_000.png" not in message
-    assert "data.on_missing=skip" in message
+@pytest.mark.parametrize("name", ["a..b.png", "film 7.png", "1.2.840.png", ".hidden.png", "é.png"])
+def test_other_file_names_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
+    csv = write_csv(tmp_path, [f"{name},Mass,0,1,60,M,PA,1,1,1,1"])
+    assert read(csv).table["image"].tolist() == [name]
 
 
-def test_skip_leaves_missing_films_out_and_logs_their_number(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_patient_that_is_not_the_file_names_is_refused_with_count_and_first(
+    tmp_path: Path,
 ) -> None:
-    csv = write_csv(tmp_path, V2020_ROWS)
-    images = {name: path for name, path in images_of(csv).items() if name != "00000001_000.png"}
-    records = read_records(csv, images, include_no_finding=False, on_missing="skip")
-    assert records.table["image"].tolist() == ["00000001_001.png", "00000002_000.png"]
-    assert records.table.index.tolist() == [0, 1]
-    assert [np.flatnonzero(row).tolist() for row in records.labels] == [[1, 10], []]
-    assert "1 of 3 images are missing" in caplog.text
+    rows = [
+        *V2020_ROWS,
+        "00000003_000.png,Mass,0,4,60,M,PA,1,1,1,1",
+        "00000004_000.png,Mass,0,00000003,60,M,PA,1,1,1,1",
+    ]
+    with pytest.raises(DataError, match="2 of 5 rows, first in row 4") as caught:
+        read(write_csv(tmp_path, rows))
+    assert "00000003_000.png of patient 4" in str(caught.value)
 
 
-@pytest.mark.parametrize("on_missing", ["error", "skip"])
-def test_all_images_missing_is_an_error_whatever_is_set(tmp_path: Path, on_missing: str) -> None:
-    csv = write_csv(tmp_path, V2020_ROWS)
-    with pytest.raises(DataError, match="3 of 3 images are missing") as caught:
-        read_records(csv, {}, include_no_finding=False, on_missing=on_missing)
-    assert "on_missing" not in str(caught.value)
-
-
-def test_images_that_no_row_names_are_left_alone(tmp_path: Path) -> None:
-    csv = write_csv(tmp_path, V2020_ROWS)
-    images = {**images_of(csv), "roc.png": "figures/roc.png"}
-    records = read_records(csv, images, include_no_finding=False, on_missing="error")
-    assert len(records) == 3
+@pytest.mark.parametrize("name", ["3_000.png", "00000003_000.jpg", "00000003_0000.png", "x.png"])
+def test_names_of_another_form_say_nothing_of_the_patient(tmp_path: Path, name: str) -> None:
+    csv = write_csv(tmp_path, [f"{name},Mass,0,4,60,M,PA,1,1,1,1"])
+    assert read(csv).table["patient"].tolist() == [4]
 
 
 def test_an_unknown_finding_names_its_row_of_the_csv(tmp_path: Path) -> None:
@@ -250,34 +313,64 @@ def test_an_unknown_finding_names_its_row_of_the_csv(tmp_path: Path) -> None:
         read(write_csv(tmp_path, rows))
 
 
-def test_an_unknown_finding_names_its_row_of_the_csv_when_films_are_skipped(
-    tmp_path: Path,
+def test_no_finding_beside_a_finding_is_refused_by_file_and_row(tmp_path: Path) -> None:
+    rows = [*V2020_ROWS, "00000003_000.png,Mass|No Finding,0,3,81,M,PA,1,1,1,1"]
+    with pytest.raises(DataError, match=r"labels\.csv: row 4 .*cannot stand beside a finding"):
+        read(write_csv(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "what"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("latin-1", "Latin-1"),
+        ("cp1252", "Latin-1"),
+    ],
+)
+def test_a_csv_in_another_encoding_is_refused_by_name(
+    tmp_path: Path, encoding: str, what: str
 ) -> None:
-    rows = [*V2020_ROWS, "00000003_000.png,Hernai,0,3,81,M,PA,1,1,1,1"]
-    csv = write_csv(tmp_path, rows)
-    images = {"00000001_001.png": "a.png", "00000003_000.png": "b.png"}
-    with pytest.raises(DataError, match="row 4 "):
-        read_records(csv, images, include_no_finding=False, on_missing="skip")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_a_csv_in_another_encoding_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
     csv = tmp_path / "labels.csv"
     text = "\n".join([HEADER, *V2020_ROWS]).replace(",M,", ",männlich,")
     csv.write_bytes(text.encode(encoding))
-    with pytest.raises(DataError, match=r"labels\.csv"):
-        read_records(csv, {}, include_no_finding=False, on_missing="error")
+    with pytest.raises(DataError, match=rf"labels\.csv: .*{what}.* Save it as UTF-8") as caught:
+        read(csv)
+    assert what != "Latin-1" or "byte 0xe4 in line 2" in str(caught.value)
 
 
-def test_a_binary_file_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a PNG image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\x1f\x8b\x08\x00", "packed with gzip"),
+        (b"PK\x03\x04", "a zip archive or an Excel workbook"),
+        (b"Image\x00Index", "zero bytes"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, start: bytes, what: str) -> None:
     csv = tmp_path / "labels.csv"
-    csv.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8)
-    with pytest.raises(DataError, match=r"labels\.csv"):
-        read_records(csv, {}, include_no_finding=False, on_missing="error")
+    csv.write_bytes(start)
+    with pytest.raises(DataError, match=rf"labels\.csv: .*{what}"):
+        read(csv)
+
+
+def test_a_folder_in_place_of_the_csv_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_a_quote_that_is_never_closed_is_refused_by_name(tmp_path: Path) -> None:
+    rows = [V2020_ROWS[0], V2020_ROWS[1].replace("Cardio", '"Cardio')]
+    with pytest.raises(DataError, match=r"labels\.csv: not a readable CSV"):
+        read(write_csv(tmp_path, rows))
 
 
 def test_a_csv_cut_off_in_its_last_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="row 4 "):
+    with pytest.raises(DataError, match="first in row 4: ''"):
         read(write_csv(tmp_path, [*V2020_ROWS, "00000003_000.png,Hern"]))
 
 
@@ -297,7 +390,6 @@ def test_a_row_cut_off_before_its_findings_is_refused_whatever_the_columns_order
         read(csv)
 
 
-@pytest.mark.filterwarnings("ignore:Length of header")  # pandas, of the fields left over
 def test_columns_stay_in_place_where_rows_have_more_fields_than_the_header(tmp_path: Path) -> None:
     header = HEADER.replace("OriginalImage[", '"OriginalImage[').replace("Height]", 'Height]"')
     table = read(write_csv(tmp_path, V2020_ROWS, header)).table
@@ -308,10 +400,8 @@ def test_columns_stay_in_place_where_rows_have_more_fields_than_the_header(tmp_p
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
     csv = write_csv(tmp_path, V2020_ROWS)
     plain = read(csv).table
-    images = images_of(csv)
     csv.write_bytes(b"\xef\xbb\xbf" + csv.read_bytes().replace(b"\n", b"\r\n"))
-    other = read_records(csv, images, include_no_finding=False, on_missing="error").table
-    assert other.to_numpy().tolist() == plain.to_numpy().tolist()
+    pd.testing.assert_frame_equal(read(csv).table, plain)
 
 
 def test_the_word_none_is_text_and_not_a_missing_value(tmp_path: Path) -> None:
@@ -326,8 +416,108 @@ def test_take_returns_rows_in_the_order_asked_numbered_anew(tmp_path: Path) -> N
     assert taken.labels.sum(axis=1).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("name", ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"])
-def test_find_csv_knows_both_names_of_nih(tmp_path: Path, name: str) -> None:
+def test_records_of_a_table_and_labels_alone_have_no_boxes_and_no_relabels(tmp_path: Path) -> None:
+    whole = read(write_csv(tmp_path, V2020_ROWS))
+    records = Records(whole.table, whole.labels)
+    assert records.boxes.columns.tolist() == ["row", "finding", "x", "y", "width", "height"]
+    assert len(records.boxes) == 0
+    assert records.relabels.shape == (3, 4) and records.relabels.dtype == np.float32
+    assert np.isnan(records.relabels).all()
+    assert records.variant == "other"
+    taken = records.take(np.array([2, 0]))
+    assert len(taken) == len(taken.relabels) == 2
+    assert taken.boxes.columns.tolist() == records.boxes.columns.tolist()
+    assert len(records.take(np.array([], dtype=np.int64)).relabels) == 0
+
+
+# Boxes and relabels
+
+BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+BOXES = (
+    "00000002_000.png,Infiltrate,10.5,20,30,40.25",
+    "00000001_001.png,Cardiomegaly,1,2,3,4,,,",
+    "00000009_000.png,Mass,5,6,7,8",
+    "00000001_001.png,Emphysema,100,200,300,400",
+)
+RELABEL_HEADER = f"Image Index,{','.join(RELABELS)}"
+RELABEL_ROWS = ("00000002_000.png,NO,YES,NO,YES", "00000009_000.png,YES,YES,YES,YES")
+
+
+def read_annotated(folder: Path) -> Records:
+    boxes, relabels = folder / "boxes.csv", folder / "relabels.csv"
+    boxes.write_text("\n".join([BOX_HEADER, *BOXES]))
+    relabels.write_text("\n".join([RELABEL_HEADER, *RELABEL_ROWS]))
+    csv = write_csv(folder, V2020_ROWS)
+    return read_records(csv, include_no_finding=False, boxes=boxes, relabels=relabels)
+
+
+def test_boxes_point_to_the_rows_of_their_films(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    boxes = read_annotated(tmp_path).boxes
+    assert boxes["row"].dtype == np.int64
+    assert boxes.to_numpy().tolist() == [
+        [2, "Infiltration", 10.5, 20, 30, 40.25],
+        [1, "Cardiomegaly", 1, 2, 3, 4],
+        [1, "Emphysema", 100, 200, 300, 400],
+    ]
+    assert "1 of 4 boxes are of films that the CSV lacks, and left out" in caplog.text
+
+
+def test_a_box_of_a_finding_that_the_film_lacks_is_kept_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_annotated(tmp_path)
+    assert "1 boxes are of a finding that their film is not labelled with" in caplog.text
+
+
+def test_relabels_stand_beside_their_films_and_are_unknown_elsewhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    relabels = read_annotated(tmp_path).relabels
+    assert relabels.dtype == np.float32 and relabels.shape == (3, 4)
+    assert np.isnan(relabels[:2]).all()
+    assert relabels[2].tolist() == [0, 1, 0, 1]
+    assert "1 of 2 labels are of films that the CSV lacks, and left out" in caplog.text
+
+
+def test_boxes_of_other_films_only_leave_none(tmp_path: Path) -> None:
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text(f"{BOX_HEADER}\n{BOXES[2]}\n")
+    records = read_records(write_csv(tmp_path, V2020_ROWS), include_no_finding=False, boxes=boxes)
+    assert len(records.boxes) == 0 and records.boxes["row"].dtype == np.int64
+    assert len(records.take(np.array([1])).boxes) == 0
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 1], [1, 0, 2], [0], [1, 1], []])
+def test_boxes_and_relabels_follow_their_films(tmp_path: Path, rows: list) -> None:
+    records = read_annotated(tmp_path)
+    taken = records.take(np.array(rows, dtype=np.int64))
+    sides = ["finding", "x", "y", "width", "height"]
+    for new, old in enumerate(rows):
+        of_new = taken.boxes[taken.boxes["row"] == new][sides]
+        of_old = records.boxes[records.boxes["row"] == old][sides]
+        assert of_new.to_numpy().tolist() == of_old.to_numpy().tolist()
+    np.testing.assert_array_equal(taken.relabels, records.relabels[rows])
+    assert taken.boxes["row"].isin(range(len(rows))).all()
+    assert taken.boxes["row"].dtype == np.int64
+
+
+def test_take_understands_a_mask_too(tmp_path: Path) -> None:
+    records = read_annotated(tmp_path)
+    masked = records.take(np.array([False, True, True]))
+    pd.testing.assert_frame_equal(masked.boxes, records.take(np.array([1, 2])).boxes)
+
+
+# Where the CSV is
+
+
+@pytest.mark.parametrize(
+    "name", ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv"]
+)
+def test_find_csv_knows_the_names_of_nih_and_of_kaggles_sample(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     assert find_csv(tmp_path, None) == tmp_path / name
 

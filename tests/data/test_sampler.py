@@ -31,19 +31,23 @@ def make(
     )
 
 
+def rows_of(sampler: TrainingSampler, step: int) -> np.ndarray:
+    return sampler.draws(step) % sampler.num_samples
+
+
 def stream(sampler: TrainingSampler) -> List[int]:
-    return [row for batch in sampler for row in batch]
+    return [draw % sampler.num_samples for batch in sampler for draw in batch]
 
 
 @pytest.mark.parametrize("step", sorted(GOLDEN))
 def test_rows_are_golden_for_a_fixed_seed(step: int) -> None:
-    assert make().rows(step).tolist() == GOLDEN[step]
+    assert rows_of(make(), step).tolist() == GOLDEN[step]
 
 
 def test_a_step_has_the_same_rows_in_any_order_of_asking() -> None:
     forward, backward = make(), make()
-    in_order = [forward.rows(step).tolist() for step in range(15)]
-    reversed_order = [backward.rows(step).tolist() for step in reversed(range(15))]
+    in_order = [rows_of(forward, step).tolist() for step in range(15)]
+    reversed_order = [rows_of(backward, step).tolist() for step in reversed(range(15))]
     assert in_order == reversed_order[::-1]
 
 
@@ -51,27 +55,32 @@ def test_a_fresh_sampler_gives_a_step_the_same_rows_as_one_that_has_served_other
     served = make()
     stream(served)
     for step in (14, 0, 7):
-        np.testing.assert_array_equal(served.rows(step), make().rows(step))
+        np.testing.assert_array_equal(rows_of(served, step), rows_of(make(), step))
 
 
 def test_rows_do_not_depend_on_the_length_of_the_run() -> None:
-    np.testing.assert_array_equal(make(total_steps=15).rows(3), make(total_steps=4).rows(3))
+    np.testing.assert_array_equal(rows_of(make(total_steps=15), 3), rows_of(make(total_steps=4), 3))
 
 
 def test_rows_do_not_depend_on_numpys_global_generator() -> None:
-    before = make().rows(3)
+    before = rows_of(make(), 3)
     np.random.seed(0)  # noqa: NPY002
-    np.testing.assert_array_equal(make().rows(3), before)
+    np.testing.assert_array_equal(rows_of(make(), 3), before)
 
 
-def test_iterating_gives_the_rows_of_each_step() -> None:
+def test_iterating_gives_the_draws_of_each_step() -> None:
     sampler = make()
-    assert list(sampler) == [make().rows(step).tolist() for step in range(15)]
+    assert list(sampler) == [make().draws(step).tolist() for step in range(15)]
 
 
-def test_rows_are_int64_and_a_batch_is_plain_integers() -> None:
-    assert make().rows(0).dtype == np.int64
-    assert {type(row) for row in stream(make())} == {int}
+def test_a_draw_tells_its_epoch() -> None:
+    draws = [draw for batch in make(10, 4, total_steps=15) for draw in batch]
+    assert [draw // 10 for draw in draws] == [epoch for epoch in range(6) for _ in range(10)]
+
+
+def test_draws_are_int64_and_a_batch_is_plain_integers() -> None:
+    assert make().draws(0).dtype == np.int64
+    assert {type(draw) for batch in make() for draw in batch} == {int}
 
 
 def test_another_seed_gives_another_order() -> None:

@@ -17,8 +17,10 @@ from cxr_vit.data.splits import (
     SPLIT_NAMES,
     Splits,
     describe_sizes,
+    describe_splits,
     make_splits,
     num_sharing_patients,
+    read_list,
     split_hash,
 )
 from cxr_vit.errors import DataError
@@ -26,6 +28,7 @@ from cxr_vit.errors import DataError
 NIH_NAMES = ("train_val_list.txt", "test_list.txt")
 
 # Of ten films with the default seed; a change here moves films between everybody's splits.
+GOLDEN_OFFICIAL = [[0, 1, 2, 5, 6, 7], [3, 4], [8, 9]]
 GOLDEN_PATIENT = [[0, 1, 2, 5, 6, 8], [3, 9], [4, 7]]
 # printf '[train]\n00000001_000.png\n00000003_002.png[val]\n...' | sha256sum
 GOLDEN_HASH = "a09c5af8e21c617f7f94f6aafb0ab3c56b9b8cb8adf21ca5b07fb3d3cd105b62"
@@ -103,6 +106,13 @@ def test_official_takes_validation_out_of_the_training_list(tmp_path: Path) -> N
     assert len(splits.train) and len(splits.val)
 
 
+def test_official_draws_a_golden_validation_for_a_fixed_seed(tmp_path: Path) -> None:
+    records = records_of([1, 1, 2, 3, 4, 5, 5, 6, 7, 8])
+    write_official(tmp_path, records, first_test_patient=7)
+    splits = split(records, tmp_path, split="official", val_fraction=0.2)
+    assert rows_in(splits) == GOLDEN_OFFICIAL
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
 def test_official_validation_is_about_its_fraction_of_the_training_list(
     tmp_path: Path, fraction: float
@@ -149,7 +159,7 @@ def test_official_leaves_unlisted_films_out_with_a_warning(
     splits = split(records, tmp_path, split="official")
     assert sum(map(len, rows_in(splits))) == len(names) - 3
     assert not set.union(*names_in(records, splits)) & set(listed[:3])
-    assert "3 films are in neither official list" in caplog.text
+    assert "3 films are in no list file" in caplog.text
 
 
 def test_official_warns_of_nothing_when_every_film_is_listed(
@@ -161,16 +171,29 @@ def test_official_warns_of_nothing_when_every_film_is_listed(
     assert caplog.records == []
 
 
-def test_official_lists_may_name_films_that_are_not_there(tmp_path: Path) -> None:
+def test_official_lists_may_name_films_that_are_not_there_and_count_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     records = cohort()
     write_official(tmp_path, records)
     subset = records.take(np.arange(0, len(records), 2))
     splits = split(subset, tmp_path, split="official")
     assert sum(map(len, rows_in(splits))) == len(subset)
+    counts = re.findall(
+        r"list\.txt: (\d+) of \d+ names are of films that are not there", caplog.text
+    )
+    assert sum(map(int, counts)) == len(records) - len(subset)
 
 
-@pytest.mark.parametrize("names", [NIH_NAMES, ("train_val_list_NIH.txt", "test_list_NIH.txt")])
-def test_official_knows_both_spellings_of_the_lists(tmp_path: Path, names: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        NIH_NAMES,
+        ("train_val_list_NIH.txt", "test_list_NIH.txt"),
+        ("train_list.txt", "test_list.txt"),
+    ],
+)
+def test_official_knows_each_spelling_of_the_lists(tmp_path: Path, names: Sequence[str]) -> None:
     films = [1, 1, 2, 3, 4, 5]
     records = records_of(films)
     listed = records.table["image"].tolist()
@@ -178,15 +201,31 @@ def test_official_knows_both_spellings_of_the_lists(tmp_path: Path, names: Seque
     assert split(records, tmp_path, split="official", val_fraction=0.3).test.tolist() == [4, 5]
 
 
-@pytest.mark.parametrize("line_end", ["\r\n", "\n\n", " \n"])
-def test_official_lists_may_have_other_line_ends(tmp_path: Path, line_end: str) -> None:
-    records = cohort()
-    write_official(tmp_path, records)
-    plain = split(records, tmp_path, split="official")
-    for name in NIH_NAMES:
-        text = (tmp_path / name).read_text(encoding="utf-8").replace("\n", line_end)
-        (tmp_path / name).write_bytes(text.encode())
-    assert rows_in(split(records, tmp_path, split="official")) == rows_in(plain)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}\r\n",
+        "{}\n\n",
+        "{} \n",
+        "images_001/{}\n",
+        "D:\\NIH films\\images\\{}\r\n",
+        "{} 0 1 0 0\n",
+        "images_001/{}\t0\t1\n",
+        "{},1,a/b\n",
+        '"{}","Mass|Nodule"\n',
+        "{};x\n",
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lists_may_have_other_line_ends_folders_and_further_fields(
+    tmp_path: Path, line: str, mark: bytes
+) -> None:
+    names = ["00000001_000.png", "00000002_001.png", "00000013_000.png"]
+    path = tmp_path / "list.txt"
+    path.write_bytes(mark + "".join(line.format(name) for name in names).encode())
+    assert read_list(path) == set(names)
+    path.write_bytes(path.read_bytes().rstrip(b"\r\n"))
+    assert read_list(path) == set(names)
 
 
 @pytest.mark.parametrize("present", [[], ["train_val_list.txt"], ["test_list.txt"]])
@@ -206,6 +245,14 @@ def test_a_list_that_is_no_utf_8_text_is_refused_by_name(tmp_path: Path) -> None
         split(records, tmp_path, split="official")
 
 
+def test_an_empty_list_is_refused_by_name(tmp_path: Path) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    (tmp_path / "test_list.txt").write_text("\n\n")
+    with pytest.raises(DataError, match=r"test_list\.txt: the file is empty"):
+        split(records, tmp_path, split="official")
+
+
 def test_a_list_with_a_patient_on_both_sides_is_refused(tmp_path: Path) -> None:
     records = records_of([1, 1, 2, 3, 4, 4, 4])
     names = records.table["image"].tolist()
@@ -215,18 +262,178 @@ def test_a_list_with_a_patient_on_both_sides_is_refused(tmp_path: Path) -> None:
     assert "Mend the list files" in str(caught.value)
 
 
-def test_a_film_in_both_lists_is_refused(tmp_path: Path) -> None:
+def test_a_film_in_both_lists_is_refused_by_name(tmp_path: Path) -> None:
     records = records_of([1, 2, 3, 4, 5])
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:4], names[3:])
-    with pytest.raises(DataError, match="1 of 2 test films share a patient with"):
+    with pytest.raises(DataError, match=r"1 films are both in .*train_val_list\.txt and") as caught:
         split(records, tmp_path, split="official", val_fraction=0.3)
+    assert f"test_list.txt, first: {names[3]}" in str(caught.value)
 
 
-def test_lists_that_name_none_of_the_films_are_refused(tmp_path: Path) -> None:
-    write_lists(tmp_path, ["a.png"], ["b.png"])
-    with pytest.raises(DataError, match="leaves none for train"):
-        split(cohort(), tmp_path, split="official")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train_val_list.txt", "a.png\nb.png\n"),
+        ("val_list.txt", "a.png\nb.png\n"),
+        *[(name, '"",\n') for name in (*NIH_NAMES, "val_list.txt")],
+    ],
+)
+def test_a_list_that_names_none_of_the_films_is_refused(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        DataError, match=f"{name}: names none of the {len(records)} films"
+    ) as caught:
+        split(records, tmp_path, split="official")
+    assert "they have '00000001_000.png'" in str(caught.value)
+
+
+def test_a_machine_that_only_trains_may_lack_the_films_of_the_test_list(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    (tmp_path / "test_list.txt").write_text("a.png\nb.png\n")
+    assert len(split(records, tmp_path, split="official").test) == 0
+    assert "test_list.txt: 2 of 2 names are of films that are not there" in caplog.text
+
+
+def test_official_says_by_which_files_and_seed(tmp_path: Path) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    splits = split(records, tmp_path, split_seed=9)
+    files = "train_val_list.txt, test_list.txt"
+    assert splits.source == f"{files}, validation drawn by patient with seed 9"
+    assert describe_splits(splits) == f"official split ({splits.source}): {describe_sizes(splits)}"
+
+
+# A validation list
+
+
+def write_validation(root: Path, records: Records, name: str = "val_list.txt") -> Set[int]:
+    """List the films of patients 1 to 20 for validation; return their rows."""
+    chosen = records.table["patient"] <= 20
+    (root / name).write_text("\n".join(records.table["image"][chosen]))
+    return set(np.flatnonzero(chosen).tolist())
+
+
+@pytest.mark.parametrize("name", ["val_list.txt", "val_list_NIH.txt", "community_val_list.txt"])
+@pytest.mark.parametrize("kind", ["auto", "official"])
+def test_a_validation_list_in_the_root_is_honoured(tmp_path: Path, name: str, kind: str) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    chosen = write_validation(tmp_path, records, name)
+    splits = split(records, tmp_path, split=kind)
+    assert set(splits.val.tolist()) == chosen
+    expected = np.flatnonzero(records.table["patient"].between(21, 150))
+    np.testing.assert_array_equal(splits.train, expected)
+    assert splits.kind == "official"
+    assert splits.source.endswith(f"validation of {name}")
+
+
+def test_the_training_list_may_go_without_the_validation_films(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    write_validation(tmp_path, records)
+    whole = split(records, tmp_path)
+    names, patients = records.table["image"], records.table["patient"]
+    (tmp_path / "train_val_list.txt").write_text("\n".join(names[patients.between(21, 150)]))
+    assert rows_in(split(records, tmp_path)) == rows_in(whole)
+    assert caplog.records == []
+
+
+def test_the_given_validation_list_goes_before_those_of_the_root(tmp_path: Path) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    write_validation(tmp_path, records)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(records.table["image"][records.table["patient"].between(100, 130)]))
+    splits = split(records, tmp_path, val_list=str(mine))
+    assert patients_in(records, splits)["val"] == set(range(100, 131))
+    assert "validation of mine.txt" in describe_splits(splits)
+
+
+def test_a_validation_list_that_cuts_a_patient_in_two_is_refused(tmp_path: Path) -> None:
+    records = records_of([1, 1, 1, 2, 3, 4])
+    names = records.table["image"].tolist()
+    write_lists(tmp_path, names[:5], names[5:])
+    (tmp_path / "val_list.txt").write_text(names[2])
+    with pytest.raises(DataError, match="1 of 1 val films share a patient with train"):
+        split(records, tmp_path)
+
+
+def test_a_validation_list_that_shares_a_film_with_the_test_is_refused(tmp_path: Path) -> None:
+    records = records_of([1, 2, 3, 4])
+    names = records.table["image"].tolist()
+    write_lists(tmp_path, names[:2], names[2:])
+    (tmp_path / "val_list.txt").write_text("\n".join(names[1:3]))
+    with pytest.raises(DataError, match=f"1 films are both in .*val_list.txt.*first: {names[2]}"):
+        split(records, tmp_path)
+
+
+# Lists given by key
+
+
+def given_lists(root: Path, records: Records) -> Dict[str, str]:
+    folder = root / "lists"
+    folder.mkdir()
+    write_official(folder, records)
+    write_validation(folder, records, "v.txt")
+    files = dict(zip(("train_list", "test_list", "val_list"), (*NIH_NAMES, "v.txt")))
+    return {key: str(folder / name) for key, name in files.items()}
+
+
+def test_given_lists_make_auto_official_wherever_they_are(tmp_path: Path) -> None:
+    records = cohort()
+    splits = split(records, tmp_path, split="auto", **given_lists(tmp_path, records))
+    assert splits.kind == "official"
+    assert patients_in(records, splits)["val"] == set(range(1, 21))
+    assert patients_in(records, splits)["test"] == set(range(151, 201))
+
+
+@pytest.mark.parametrize("key", ["train_list", "val_list", "test_list"])
+@pytest.mark.parametrize("kind", ["auto", "official"])
+def test_a_given_list_that_is_not_there_is_named_with_its_key(
+    tmp_path: Path, key: str, kind: str
+) -> None:
+    records = cohort()
+    write_official(tmp_path, records)
+    with pytest.raises(DataError, match=rf"data\.{key}=.*absent\.txt: no such file"):
+        split(records, tmp_path, split=kind, **{key: str(tmp_path / "absent.txt")})
+
+
+def test_auto_with_only_one_list_given_asks_for_the_others(tmp_path: Path) -> None:
+    records = cohort()
+    given = given_lists(tmp_path, records)
+    with pytest.raises(DataError, match=r"data\.train_list and data\.test_list"):
+        split(records, tmp_path, split="auto", val_list=given["val_list"])
+
+
+@pytest.mark.parametrize("kind", ["patient", "random"])
+def test_given_lists_that_are_passed_over_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    records = cohort()
+    given = given_lists(tmp_path, records)
+    splits = split(records, tmp_path, split=kind, **given)
+    assert rows_in(splits) == rows_in(split(records, tmp_path, split=kind))
+    passed_over = "data.train_list, data.val_list, data.test_list"
+    assert f"data.split={kind} passes over {passed_over}" in caplog.text
+
+
+def test_given_lists_are_checked_for_leaks_too(tmp_path: Path) -> None:
+    records = records_of([1, 1, 2, 3, 3])
+    names = records.table["image"].tolist()
+    write_lists(tmp_path, names[:3] + names[4:], [names[3]], ("a.txt", "b.txt"))
+    lists = {"train_list": str(tmp_path / "a.txt"), "test_list": str(tmp_path / "b.txt")}
+    with pytest.raises(DataError, match="1 of 1 test films share a patient with"):
+        split(records, tmp_path, val_fraction=0.3, **lists)
 
 
 # By patient
@@ -408,6 +615,17 @@ def test_the_order_of_the_csv_does_not_move_a_film(tmp_path: Path, kind: str) ->
 def test_describe_sizes_names_all_three() -> None:
     splits = Splits(np.arange(5), np.arange(2), np.arange(0), "patient")
     assert describe_sizes(splits) == "train 5, val 2, test 0"
+
+
+@pytest.mark.parametrize("kind", ["patient", "random"])
+def test_a_drawn_split_says_its_seed(tmp_path: Path, kind: str) -> None:
+    splits = split(cohort(), tmp_path, split=kind, split_seed=3)
+    assert describe_splits(splits).startswith(f"{kind} split (seed 3): train ")
+
+
+def test_a_split_without_a_source_is_told_by_its_kind() -> None:
+    splits = Splits(np.arange(5), np.arange(2), np.arange(0), "patient")
+    assert describe_splits(splits) == "patient split: train 5, val 2, test 0"
 
 
 def test_sharing_counts_films_and_not_patients() -> None:

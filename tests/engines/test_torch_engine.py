@@ -235,11 +235,11 @@ def test_description_says_what_why_and_how_to_choose(make_config):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_film_is_named_in_one_line_from_any_process(make_config, tmp_path, workers):
-    config = make_config(f"data.num_workers={workers}")
+    config = make_config(f"data.num_workers={workers}", "data.cache=off")
     dataset = ChestXrayDataModule(config.data).dataset("test")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<html>not found</html>")
-    dataset._paths[3] = str(broken)
+    dataset._films._paths[3] = str(broken)
     with pytest.raises(DataError, match=r"broken\.png") as caught:
         engine_of(config).predict_dataset(dataset)
     assert "Traceback" not in str(caught.value)

@@ -1,0 +1,325 @@
+"""Build and verify the packed store, on all cores. Imports no torch.
+
+A store grows aside, in `.partial`, which has its full size from the start; a chunk of films is
+written in place and then, with the checksums of its pixels, noted in the journal. A process that
+goes on after another was killed believes a line of the journal only where the pixels have its
+checksums. So nothing is lost or done twice, and the store is the same to the byte, however often
+it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from cxr_vit.data.cache import (
+    StoreIndex,
+    StorePaths,
+    StoreSettings,
+    file_sizes,
+    library_versions,
+)
+from cxr_vit.data.decoding import CHUNK_FILMS, Chunk, film_progress, in_parallel
+from cxr_vit.data.images import gray_or_reason
+from cxr_vit.errors import DataError
+
+__all__ = ["build_store", "check_films", "locked", "verify_store"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Decoded(NamedTuple):
+    """What became of a chunk: a checksum or None, and a reason or None, a film."""
+
+    first_row: int
+    crc32: List[Optional[int]]
+    reasons: List[Optional[str]]
+
+
+@contextlib.contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """Hold a lock file; wait while another process builds. The system frees that of a dead one.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise DataError(
+            f"the cache cannot be written to {lock.parent} ({error.strerror}). Set data.cache_dir"
+            " to a folder you may write to, or data.cache=off to decode in every epoch."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process builds the cache in %s: waiting for it", lock.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            logger.warning("%s: this file system has no locks; build it once", lock.parent)
+        yield
+
+
+def build_store(
+    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str], *, workers: int
+) -> StoreIndex:
+    """Decode films into a new store, or go on with one that was interrupted.
+
+    The caller holds the lock. An older store is replaced only when the new one is whole.
+
+    Parameters
+    ----------
+    where
+        The store's files.
+    settings
+        How the films are made.
+    paths
+        File name -> path of the films.
+    workers
+        Processes.
+
+    Raises
+    ------
+    DataError
+        If there is no room for it.
+    """
+    names = sorted(paths)
+    sizes = file_sizes(paths, names)
+    plan = json.dumps({**asdict(settings), "films": _digest(names, sizes)})
+    finished = _resume(where, plan, len(names), settings)
+    chunks = [
+        chunk
+        for chunk in _chunks([paths[name] for name in names])
+        if chunk.first_row not in finished
+    ]
+    done = len(names) - sum(len(chunk.paths) for chunk in chunks)
+    if done:
+        logger.info(
+            "going on with an interrupted cache: %d of %d films are in it", done, len(names)
+        )
+    started = time.monotonic()
+    decode = partial(_decode_chunk, settings=settings, pixels=where.partial)
+    with where.journal.open("a", encoding="utf-8") as journal, film_progress(
+        "decoding films", done=done, total=len(names)
+    ) as advance:
+        for decoded in in_parallel(decode, chunks, workers=workers):
+            finished[decoded.first_row] = decoded
+            journal.write(json.dumps(decoded) + "\n")
+            journal.flush()
+            advance(len(decoded.crc32))
+    index = _finish(where, settings, names, sizes, finished)
+    seconds = time.monotonic() - started
+    logger.info(
+        "cached %d films in %s (%.1f MB, %.0f s)",
+        len(names) - len(index.unusable),
+        where.pixels,
+        index.store_bytes / 1e6,
+        seconds,
+    )
+    return index
+
+
+def _digest(names: Sequence[str], sizes: Sequence[int]) -> str:
+    lines = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _chunks(paths: Sequence[str]) -> List[Chunk]:
+    return [
+        Chunk(start, list(paths[start : start + CHUNK_FILMS]))
+        for start in range(0, len(paths), CHUNK_FILMS)
+    ]
+
+
+def _resume(
+    where: StorePaths, plan: str, num_films: int, settings: StoreSettings
+) -> Dict[int, _Decoded]:
+    """Return the chunks that are done, by first row, with the files ready to go on."""
+    total_bytes = num_films * settings.image_size**2
+    lines: List[str] = []
+    if where.journal.is_file():
+        lines = where.journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
+        where.pixels.replace(where.partial)  # killed between the last two renames
+    if not where.partial.exists() or not lines or lines[0] != plan + "\n":
+        _start(where, plan, total_bytes)
+        return {}
+    whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut short
+    os.truncate(where.journal, sum(map(len, whole)))
+    os.truncate(where.partial, total_bytes)
+    noted = [_Decoded(*json.loads(line)) for line in whole[1:]]
+    with where.partial.open("rb") as pixels:
+        return {
+            decoded.first_row: decoded
+            for decoded in noted
+            if _are_written(pixels, decoded, settings.image_size**2)
+        }
+
+
+def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
+    for path in (where.journal, where.partial):
+        path.unlink(missing_ok=True)
+    free = shutil.disk_usage(where.partial.parent).free
+    if free < total_bytes:
+        raise DataError(
+            f"the cache needs {total_bytes / 1e9:.2f} GB in {where.partial.parent}, where"
+            f" {free / 1e9:.2f} GB are free. Make room, or set data.cache_dir to another disk, or"
+            " data.cache=off to decode in every epoch."
+        )
+    with where.partial.open("wb") as file:
+        file.truncate(total_bytes)
+    where.journal.write_text(plan + "\n", encoding="utf-8")
+
+
+def _are_written(pixels: IO[bytes], decoded: _Decoded, film_bytes: int) -> bool:
+    stored = _stored_checksums(pixels, decoded.first_row, len(decoded.crc32), film_bytes)
+    return all(noted in (None, there) for noted, there in zip(decoded.crc32, stored))
+
+
+def _stored_checksums(
+    pixels: IO[bytes], first_row: int, num_films: int, film_bytes: int
+) -> List[int]:
+    pixels.seek(first_row * film_bytes)
+    return [zlib.crc32(pixels.read(film_bytes)) for _ in range(num_films)]
+
+
+def _decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> _Decoded:
+    """Decode a chunk and, if there is a file of pixels, write it in its place."""
+    size = settings.image_size
+    films = np.zeros((len(chunk.paths), size, size), dtype=np.uint8)
+    crc32: List[Optional[int]] = []
+    reasons: List[Optional[str]] = []
+    for place, path in enumerate(chunk.paths):
+        film = gray_or_reason(path, size, max_megapixels=settings.max_megapixels)
+        if isinstance(film, str):
+            crc32.append(None)
+            reasons.append(film)
+        else:
+            films[place] = film
+            crc32.append(zlib.crc32(film.tobytes()))
+            reasons.append(None)
+    if pixels is not None:
+        try:
+            with pixels.open("r+b") as file:
+                file.seek(chunk.first_row * size**2)
+                file.write(films.tobytes())
+        except OSError as error:
+            raise DataError(
+                f"{pixels}: {error.strerror}. Mend that and run the command again: it goes on"
+                " where it stopped."
+            ) from error
+    return _Decoded(chunk.first_row, crc32, reasons)
+
+
+def _finish(
+    where: StorePaths,
+    settings: StoreSettings,
+    names: List[str],
+    sizes: List[int],
+    finished: Mapping[int, _Decoded],
+) -> StoreIndex:
+    """Put the new store in the place of an older one; its index comes last."""
+    in_order = [finished[first_row] for first_row in sorted(finished)]
+    reasons = [reason for decoded in in_order for reason in decoded.reasons]
+    index = StoreIndex(
+        settings,
+        library_versions(),
+        names,
+        sizes,
+        [crc for decoded in in_order for crc in decoded.crc32],
+        {name: reason for name, reason in zip(names, reasons) if reason is not None},
+    )
+    with where.partial.open("rb") as file:
+        os.fsync(file.fileno())
+    where.index.unlink(missing_ok=True)
+    where.partial.replace(where.pixels)
+    index.save(where.index)
+    where.journal.unlink()
+    return index
+
+
+def check_films(
+    paths: Mapping[str, str], settings: StoreSettings, *, workers: int
+) -> Dict[str, str]:
+    """Decode films without keeping them; return file name -> reason of those of no use.
+
+    Parameters
+    ----------
+    paths
+        File name -> path of the films.
+    settings
+        How films are read.
+    workers
+        Processes.
+    """
+    names = sorted(paths)
+    unusable: Dict[str, str] = {}
+    decode = partial(_decode_chunk, settings=settings, pixels=None)
+    chunks = _chunks([paths[name] for name in names])
+    with film_progress("checking films", done=0, total=len(names)) as advance:
+        for decoded in in_parallel(decode, chunks, workers=workers):
+            for row, reason in enumerate(decoded.reasons, start=decoded.first_row):
+                if reason is not None:
+                    unusable[names[row]] = reason
+            advance(len(decoded.reasons))
+    return dict(sorted(unusable.items()))
+
+
+def verify_store(
+    index: StoreIndex, where: StorePaths, paths: Mapping[str, str], *, workers: int
+) -> Dict[str, str]:
+    """Check every film of a store against its checksum and against its file, decoded anew.
+
+    Parameters
+    ----------
+    index, where
+        The store.
+    paths
+        File name -> path, of the files that are there; the others are only checked for damage.
+    workers
+        Processes.
+
+    Returns
+    -------
+    dict
+        File name -> what is wrong.
+    """
+    wrong: Dict[str, str] = {}
+    verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
+    chunks = _chunks([paths.get(name, "") for name in index.images])
+    with film_progress("verifying films", done=0, total=len(index.images)) as advance:
+        for first_row, stored, decoded in in_parallel(verify, chunks, workers=workers):
+            for row, (there, anew) in enumerate(zip(stored, decoded), start=first_row):
+                noted, name = index.crc32[row], index.images[row]
+                if noted is not None and there != noted:
+                    wrong[name] = "its pixels in the cache are damaged"
+                elif name in paths and anew != noted:
+                    wrong[name] = "the cache does not hold what its file holds now"
+            advance(len(stored))
+    return dict(sorted(wrong.items()))
+
+
+def _verify_chunk(
+    chunk: Chunk, *, settings: StoreSettings, pixels: Path
+) -> Tuple[int, List[int], List[Optional[int]]]:
+    """Return the first row, the checksums of the pixels stored, and those of the files."""
+    with pixels.open("rb") as file:
+        stored = _stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
+    return chunk.first_row, stored, _decode_chunk(chunk, settings=settings, pixels=None).crc32

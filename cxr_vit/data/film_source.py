@@ -1,0 +1,153 @@
+"""Choose where films come from, their files or the cache, and say which are of no use.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
+from cxr_vit.data.cache_build import build_store, check_films, locked, verify_store
+from cxr_vit.data.decoding import default_workers
+from cxr_vit.data.films import FilmFiles, Films
+from cxr_vit.data.images import find_images
+from cxr_vit.errors import DataError
+
+__all__ = ["FilmSource", "images_folder", "open_film_source", "store_paths", "verify"]
+
+logger = logging.getLogger(__name__)
+
+_PREPARE = "python -m cxr_vit prepare --config <file>"
+
+
+class FilmSource(NamedTuple):
+    """The films that can be used, and why the others cannot.
+
+    `missing` are names without a file, `bad` names and reasons of files that are no films, `place`
+    says where the pixels come from.
+    """
+
+    films: Films
+    missing: List[str]
+    bad: Dict[str, str]
+    place: str
+
+
+def images_folder(data: DataSection) -> Path:
+    """Return the folder that is searched for images."""
+    return Path(data.root if data.images is None else data.images)
+
+
+def store_paths(data: DataSection) -> StorePaths:
+    """Name the files of the cache for a configuration."""
+    folder = Path(data.root) / "cxr_vit_cache" if data.cache_dir is None else Path(data.cache_dir)
+    return StorePaths.of(folder, data.image_size)
+
+
+def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = False) -> FilmSource:
+    """Find the films of a CSV, in the cache or as files.
+
+    Parameters
+    ----------
+    data
+        The `data` section: `cache` says whether the cache is built on first use (`auto`), must be
+        there (`require`), or is left alone (`off`): then every film is decoded once, to see that
+        it can be.
+    names
+        File names.
+    renew
+        Build the cache anew where it does not fit (and whatever `cache` says).
+
+    Raises
+    ------
+    DataError
+        If the cache is wanted and missing, out of date, damaged, or cannot be written.
+    """
+    found = find_images(images_folder(data))
+    paths = {name: found[name] for name in names if name in found}
+    where = store_paths(data)
+    nothing = not paths and not where.index.exists()
+    if nothing or (data.cache == "off" and not renew):
+        return _from_files(data, names, paths)
+    settings = StoreSettings(data.image_size, data.max_megapixels)
+    index, reason = _look(where, settings, paths)
+    if index is None and reason is None and data.cache == "require" and not renew:
+        raise DataError(
+            f"data.cache=require, and there is no finished cache {where.pixels}. Build it:"
+            f" {_PREPARE}"
+        )
+    if index is None:
+        with locked(where.lock):
+            index, reason = _look(where, settings, paths)  # another process may have built it
+            if reason is not None and not renew:
+                raise DataError(
+                    f"the cache {where.pixels} is refused: {reason}. Build it anew ({_PREPARE}), or"
+                    " do without it (data.cache=off)."
+                )
+            if reason is not None:
+                logger.info("the cache %s does not fit: %s", where.pixels, reason)
+            if index is None:
+                workers = default_workers(data.cache_workers)
+                index = build_store(where, settings, paths, workers=workers)
+    return _from_store(where, index, names)
+
+
+def _look(
+    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str]
+) -> Tuple[Optional[StoreIndex], Optional[str]]:
+    """Return the index of a store that fits; else None, and the reason if there is a store."""
+    if not where.index.exists():
+        return None, None
+    try:
+        index = StoreIndex.load(where.index)
+    except ValueError as error:
+        return None, str(error)
+    reason = refusal(index, where.pixels, settings, paths)
+    return (index, None) if reason is None else (None, reason)
+
+
+def _from_store(where: StorePaths, index: StoreIndex, names: Sequence[str]) -> FilmSource:
+    held = set(index.images)
+    return FilmSource(
+        open_films(index, where.pixels),
+        [name for name in names if name not in held],
+        {name: index.unusable[name] for name in names if name in index.unusable},
+        str(where.pixels),
+    )
+
+
+def _from_files(data: DataSection, names: Sequence[str], paths: Mapping[str, str]) -> FilmSource:
+    settings = StoreSettings(data.image_size, data.max_megapixels)
+    bad = check_films(paths, settings, workers=default_workers(data.cache_workers))
+    usable = [name for name in names if name in paths and name not in bad]
+    films = FilmFiles(paths, usable, image_size=data.image_size, max_megapixels=data.max_megapixels)
+    missing = [name for name in names if name not in paths]
+    return FilmSource(films, missing, bad, "their files, decoded each time")
+
+
+def verify(data: DataSection) -> Dict[str, str]:
+    """Check every film of the cache, by its checksum and against its file.
+
+    Returns
+    -------
+    dict
+        File name -> what is wrong; empty where all is well.
+
+    Raises
+    ------
+    DataError
+        If there is no cache, or its index is damaged.
+    """
+    where = store_paths(data)
+    if not where.index.exists():
+        raise DataError(f"there is no finished cache {where.pixels}. Build it: {_PREPARE}")
+    try:
+        index = StoreIndex.load(where.index)
+    except ValueError as error:
+        raise DataError(f"the cache {where.pixels} is refused: {error}.") from error
+    found = find_images(images_folder(data))
+    return verify_store(index, where, found, workers=default_workers(data.cache_workers))

@@ -1,0 +1,214 @@
+"""Augmentation: pure functions of (seed, epoch, row), within their ranges, each one switchable."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict
+
+import cv2
+import numpy as np
+import pytest
+
+from cxr_vit.config.augment_schema import AugmentSection
+from cxr_vit.data.augment import Augmentation
+
+SIDE = 32
+FILMS = 50
+EVERYTHING: Dict[str, Any] = {
+    "rotation": 10,
+    "shift": 0.05,
+    "scale": 0.1,
+    "crop": 0.7,
+    "brightness": 0.2,
+    "contrast": 0.2,
+    "gamma": 0.2,
+    "horizontal_flip": 0.5,
+}
+DRAWS = np.arange(FILMS)
+
+
+def films(count: int = FILMS) -> np.ndarray:
+    """Smooth films, as a warp of noise would change every pixel by any small move."""
+    coarse = np.random.default_rng(0).integers(30, 220, (count, 4, 4), dtype=np.uint8)
+    return np.stack([cv2.resize(film, (SIDE, SIDE)) for film in coarse])
+
+
+def make(seed: int = 0, **switches: Any) -> Augmentation:
+    section = AugmentSection(**switches)
+    return Augmentation(section, num_samples=FILMS, image_size=SIDE, seed=seed)
+
+
+def varied(augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
+    result = films()[draws % FILMS]
+    augmentation(result, draws)
+    return result
+
+
+def numbers_of(augmentation: Augmentation, draws: np.ndarray = DRAWS) -> np.ndarray:
+    return augmentation._numbers(draws)
+
+
+def test_all_of_it_is_off_by_default() -> None:
+    assert not AugmentSection().is_on
+    assert not AugmentSection(crop_ratio=1.3).is_on  # which says something only beside a crop
+    np.testing.assert_array_equal(varied(make(), DRAWS), films())
+
+
+@pytest.mark.parametrize("switch", sorted(EVERYTHING))
+def test_each_one_alone_varies_films(switch: str) -> None:
+    augmentation = make(**{switch: EVERYTHING[switch]})
+    assert augmentation.section.is_on
+    assert augmentation.moves != augmentation.recolours
+    changed = (varied(augmentation, DRAWS) != films()).any(axis=(1, 2))
+    assert changed.mean() > 0.4
+
+
+def test_a_film_is_varied_alike_whatever_it_is_read_with() -> None:
+    whole = varied(make(**EVERYTHING), DRAWS)
+    order = np.random.default_rng(1).permutation(FILMS)
+    np.testing.assert_array_equal(varied(make(**EVERYTHING), order), whole[order])
+    for draw in (0, 7, 49):
+        np.testing.assert_array_equal(varied(make(**EVERYTHING), np.array([draw]))[0], whole[draw])
+
+
+def test_a_batch_may_span_epochs() -> None:
+    draws = np.arange(FILMS - 5, FILMS + 5)
+    together = varied(make(**EVERYTHING), draws)
+    apart = [varied(make(**EVERYTHING), part) for part in (draws[:5], draws[5:])]
+    np.testing.assert_array_equal(together, np.concatenate(apart))
+
+
+def test_going_back_to_an_epoch_gives_the_same_films() -> None:
+    augmentation = make(**EVERYTHING)
+    first = varied(augmentation, DRAWS)
+    for epoch in (1, 2, 3):
+        varied(augmentation, DRAWS + epoch * FILMS)
+    np.testing.assert_array_equal(varied(augmentation, DRAWS), first)
+
+
+def test_another_epoch_and_another_seed_vary_otherwise() -> None:
+    first = varied(make(**EVERYTHING), DRAWS)
+    assert (first != varied(make(**EVERYTHING), DRAWS + FILMS)).any(axis=(1, 2)).all()
+    assert (first != varied(make(seed=1, **EVERYTHING), DRAWS)).any(axis=(1, 2)).all()
+
+
+def test_numpys_global_generator_is_left_alone() -> None:
+    np.random.seed(0)  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    varied(make(**EVERYTHING), DRAWS)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_a_sure_flip_mirrors_every_film() -> None:
+    np.testing.assert_array_equal(varied(make(horizontal_flip=1), DRAWS), films()[:, :, ::-1])
+
+
+def test_a_flip_of_a_half_mirrors_about_half_of_the_films() -> None:
+    draws = np.arange(FILMS * 20)
+    numbers = numbers_of(make(horizontal_flip=0.5), draws)
+    mirrored = make(horizontal_flip=0.5).matrices(numbers)[:, 0, 0] < 0
+    assert 0.45 < mirrored.mean() < 0.55
+
+
+@pytest.mark.parametrize("degrees", [1, 10, 45])
+def test_rotations_fill_their_range_either_way(degrees: float) -> None:
+    augmentation = make(rotation=degrees)
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    angles = np.rad2deg(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
+    assert abs(angles).max() <= degrees + 1e-4
+    assert angles.min() < -0.95 * degrees and angles.max() > 0.95 * degrees
+
+
+def test_a_rotation_is_about_the_middle() -> None:
+    augmentation = make(rotation=45)
+    middle = np.array([(SIDE - 1) / 2, (SIDE - 1) / 2, 1])
+    there = augmentation.matrices(numbers_of(augmentation)) @ middle
+    np.testing.assert_allclose(there, np.tile(middle[:2], (FILMS, 1)), atol=1e-9)
+
+
+def test_scales_fill_their_range() -> None:
+    augmentation = make(scale=0.2)
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    zooms = 1 / np.sqrt(np.linalg.det(matrices[:, :, :2]))
+    assert 0.8 - 1e-6 <= zooms.min() < 0.82 and 1.18 < zooms.max() <= 1.2 + 1e-6
+
+
+def test_shifts_move_the_film_by_parts_of_its_side() -> None:
+    augmentation = make(shift=0.1)
+    offsets = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))[:, :, 2]
+    assert abs(offsets).max() <= 0.1 * SIDE + 1e-4
+    assert (abs(offsets).max(axis=0) > 0.095 * SIDE).all()
+
+
+@pytest.mark.parametrize(("crop", "ratio"), [(0.5, 1.5), (0.7, 1.1), (0.9, 1.0), (0.5, 1.0)])
+def test_a_crop_stays_inside_the_film_and_keeps_its_least_area(crop: float, ratio: float) -> None:
+    augmentation = make(crop=crop, crop_ratio=ratio)
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    area = np.linalg.det(matrices[:, :, :2])
+    assert area.min() >= crop - 1e-6 and area.max() <= 1 + 1e-6
+    assert area.min() < crop + 0.01 and area.max() > 0.98
+    shape = matrices[:, 0, 0] / matrices[:, 1, 1]
+    assert shape.max() <= ratio + 1e-6 and shape.min() >= 1 / ratio - 1e-6
+    edges = np.array([[-0.5, -0.5, 1], [SIDE - 0.5, SIDE - 0.5, 1]])
+    corners = matrices @ edges.T
+    assert corners.min() >= -0.5 - 1e-4 and corners.max() <= SIDE - 0.5 + 1e-4
+
+
+def test_less_than_half_a_film_is_no_crop() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.5"):
+        AugmentSection(crop=0.4)
+
+
+def test_gray_levels_keep_their_order() -> None:
+    augmentation = make(brightness=0.5, contrast=0.5, gamma=0.5)
+    tables = augmentation.tables(numbers_of(augmentation), films()).astype(int)
+    assert (np.diff(tables, axis=1) >= 0).all()
+    assert len(np.unique(tables, axis=0)) == FILMS
+
+
+def test_gamma_leaves_black_and_white_alone() -> None:
+    augmentation = make(gamma=0.3)
+    tables = augmentation.tables(numbers_of(augmentation), films())
+    assert (tables[:, 0] == 0).all() and (tables[:, 255] == 255).all()
+    middle = tables[:, 128] / 255
+    assert (128 / 255) ** 1.3 - 0.01 <= middle.min() < middle.max() <= (128 / 255) ** 0.7 + 0.01
+
+
+def test_brightness_multiplies_gray_levels() -> None:
+    augmentation = make(brightness=0.2)
+    tables = augmentation.tables(numbers_of(augmentation), films())
+    assert (tables[:, 0] == 0).all()
+    assert 80 - 1 <= tables[:, 100].min() < tables[:, 100].max() <= 120 + 1
+
+
+def test_contrast_leaves_a_films_mean_alone() -> None:
+    augmentation = make(contrast=0.3)
+    batch = films()
+    tables = augmentation.tables(numbers_of(augmentation), batch)
+    means = batch.mean(axis=(1, 2)).round().astype(int)
+    assert abs(tables[np.arange(FILMS), means].astype(int) - means).max() <= 1
+    assert (tables[:, 255].astype(int) < 255).any()
+
+
+def test_what_comes_into_view_is_black() -> None:
+    white = np.full((FILMS, SIDE, SIDE), 255, dtype=np.uint8)
+    make(shift=0.5, gamma=0.5)(white, DRAWS)
+    beyond = (white == 0).reshape(FILMS, -1).mean(axis=1)
+    assert beyond.max() > 0.5 and beyond.mean() > 0.2
+
+
+def test_opencv_uses_no_threads_which_a_forked_loader_process_would_lack() -> None:
+    varied(make(**EVERYTHING), DRAWS)
+    assert cv2.getNumThreads() == 1
+    expected = varied(make(**EVERYTHING), DRAWS)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, b"%d" % np.array_equal(varied(make(**EVERYTHING), DRAWS), expected))
+        finally:
+            os._exit(0)
+    assert os.read(reader, 8) == b"1"
+    os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
