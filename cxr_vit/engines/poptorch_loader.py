@@ -37,8 +37,10 @@ class PaddedDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitems__(self, draws: Sequence[int]) -> Batch:
-        """Read a batch; torch's loader asks for it this way. Padding is always at its end."""
-        return self.dataset.__getitems__([d for d in draws if d != PADDING]).padded(len(draws))
+        """Read a batch; torch's loader asks for it this way."""
+        real = [draw for draw in draws if draw != PADDING]
+        assert list(draws[: len(real)]) == real, "padding ends a batch"
+        return self.dataset.__getitems__(real).padded(len(draws))
 
 
 class RowSampler:

@@ -45,13 +45,14 @@ def test_batches_are_the_samplers_in_every_mode(ipu, commands, mode, workers):
     config = commands.config(*SHAPE, f"engine.loader_mode={mode}", f"data.num_workers={workers}")
     data = ChestXrayDataModule(config.data)
     dataset = data.dataset("train")
-    expected = [list(rows) for rows in sampler_of(config, data, steps=16)]
+    size = len(dataset)
+    expected = [[draw % size for draw in draws] for draws in sampler_of(config, data, steps=16)]
     with make_engine(config) as engine:
         batches = []
         for batch in engine.loader(dataset, sampler_of(config, data, steps=16), training=True):
             assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.float32)
-            first = dataset[int(batch.indices[0])]
-            assert torch.equal(batch.images[0], first.image), "the films are those of the rows"
+            films = torch.from_numpy(dataset.films(batch.indices.numpy()))
+            assert torch.equal(batch.images[:, 0], films), "the films are those of the rows"
             batches.append(batch)
         assert [batch.indices.tolist() for batch in batches] == expected
         labels = torch.stack([dataset[row].labels for rows in expected for row in rows])
@@ -209,14 +210,16 @@ def test_padding_is_black_and_without_findings(commands):
     dataset = ChestXrayDataModule(commands.config().data).dataset("val")
     padded = PaddedDataset(dataset)
     assert len(padded) == len(dataset)
-    film, black, other = padded.__getitems__([3, PADDING, 0])
-    assert (film.row, black.row, other.row) == (3, PADDING, 0)
-    assert torch.equal(film.image, dataset[3].image)
-    assert black.image.shape == film.image.shape
-    assert black.image.dtype == torch.uint8
-    assert not black.image.any()
-    assert not black.labels.any()
-    assert padded[PADDING].row == PADDING
+    batch = padded.__getitems__([3, 0, PADDING, PADDING])
+    assert batch.indices.tolist() == [3, 0, PADDING, PADDING]
+    assert torch.equal(batch.images[0], dataset[3].image)
+    assert batch.images.shape == (4, 1, 32, 32)
+    assert batch.images.dtype == torch.uint8
+    assert not batch.images[2:].any()
+    assert not batch.labels[2:].any()
+    only = padded.__getitems__([PADDING, PADDING])
+    assert only.indices.tolist() == [PADDING, PADDING]
+    assert not only.images.any()
 
 
 def test_a_batch_of_a_wrong_size_is_refused_before_the_device_sees_it(ipu, commands):
