@@ -82,8 +82,7 @@ def _check(argv: Sequence[str]) -> int:
 
 
 def _prepare(argv: Sequence[str]) -> int:
-    from cxr_vit.data.datamodule import prepare
-    from cxr_vit.data.film_source import verify
+    from cxr_vit.data.datamodule import prepare, verify_cache
 
     parser = config_parser(
         "python -m cxr_vit prepare",
@@ -96,14 +95,8 @@ def _prepare(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     data = check(load_config(*read_config(arguments))).data
-    if not arguments.verify:
-        print(prepare(data))
-        return 0
-    wrong = verify(data)
-    for name, reason in wrong.items():
-        print(f"{name}: {reason}")
-    print(f"{len(wrong)} films of the cache are wrong")
-    return EXIT_USER_ERROR if wrong else 0
+    print(verify_cache(data) if arguments.verify else prepare(data))
+    return 0
 
 
 def _data_report(argv: Sequence[str]) -> int:

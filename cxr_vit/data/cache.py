@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
 
-from cxr_vit.data.films import CachedFilms
-from cxr_vit.data.images import RESIZE_FILTER
+import numpy as np
 
-__all__ = ["StoreIndex", "StorePaths", "StoreSettings", "open_films", "refusal"]
+from cxr_vit.data.films import CachedFilms, StoreMap
+from cxr_vit.data.images import RESIZE_FILTER, gray_or_reason
+from cxr_vit.errors import DataError
+
+__all__ = ["BUILD_ANEW", "StoreIndex", "StorePaths", "StoreSettings", "open_films", "refusal"]
 
 _FORMAT = 1
+#: Films of a store whose checksums are compared at each start.
+_LOOKED_AT = 32
+BUILD_ANEW = (
+    "Build it anew (remove it and run: python -m cxr_vit prepare --config <file>), or do without it"
+    " (data.cache=off)."
+)
 
 
 @dataclass(frozen=True)
@@ -146,8 +156,9 @@ def refusal(
 ) -> Optional[str]:
     """Say why a store may not be used for these films, or return None.
 
-    Cheap: sizes of files are compared, not their contents. Films whose files are gone may still be
-    read from the store, so that it can be taken to a machine without them.
+    Cheap: sizes of files are compared, not their contents (but of films of no use). Films whose
+    files are gone may still be read from the store, so that it can be taken to a machine without
+    them.
 
     Parameters
     ----------
@@ -174,16 +185,38 @@ def refusal(
     changed = [name for (name, size), now in zip(there, sizes) if now != size]
     if changed:
         return f"{len(changed)} films were changed since, first: {changed[0]}"
+    # A film fetched again has the size of the damaged one; these are few, and looked at.
+    mended = [
+        name
+        for name in index.unusable
+        if name in paths and not isinstance(_read(paths[name], settings), str)
+    ]
+    if mended:
+        return f"{len(mended)} films that could not be used were mended, first: {mended[0]}"
     return None
 
 
+def _read(path: str, settings: StoreSettings) -> Union[np.ndarray, str]:
+    return gray_or_reason(path, settings.image_size, max_megapixels=settings.max_megapixels)
+
+
 def open_films(index: StoreIndex, pixels: Path) -> CachedFilms:
-    """Return all films of a store that can be used."""
+    """Return all films of a store that can be used.
+
+    Raises
+    ------
+    DataError
+        If a few of them, looked at for that, are not those of the index.
+    """
+    size = index.settings.image_size
+    store = StoreMap(pixels, (len(index.images), size, size))
     rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
-    return CachedFilms(
-        pixels,
-        rows,
-        list(rows),
-        num_stored=len(index.images),
-        image_size=index.settings.image_size,
-    )
+    films = CachedFilms(store, rows, list(rows))
+    looked_at = list(rows.values())[:: max(1, len(rows) // _LOOKED_AT)]
+    damaged = [row for row in looked_at if zlib.crc32(store.pixels[row]) != index.crc32[row]]
+    if damaged:
+        raise DataError(
+            f"the cache {pixels} is damaged: {index.images[damaged[0]]} is not what its index says."
+            f" {BUILD_ANEW}"
+        )
+    return films

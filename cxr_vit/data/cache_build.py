@@ -102,7 +102,14 @@ def build_store(
     """
     names = sorted(paths)
     sizes = file_sizes(paths, names)
-    plan = json.dumps({**asdict(settings), "films": _digest(names, sizes)})
+    plan = json.dumps(
+        {
+            **asdict(settings),
+            **library_versions(),
+            "chunk": CHUNK_FILMS,
+            "films": _digest(names, sizes),
+        }
+    )
     finished = _resume(where, plan, len(names), settings)
     chunks = [
         chunk
@@ -153,24 +160,32 @@ def _resume(
 ) -> Dict[int, _Decoded]:
     """Return the chunks that are done, by first row, with the files ready to go on."""
     total_bytes = num_films * settings.image_size**2
-    lines: List[str] = []
+    lines: List[bytes] = []
     if where.journal.is_file():
-        lines = where.journal.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = where.journal.read_bytes().splitlines(keepends=True)
     if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
         where.pixels.replace(where.partial)  # killed between the last two renames
-    if not where.partial.exists() or not lines or lines[0] != plan + "\n":
+    if not where.partial.exists() or not lines or lines[0] != f"{plan}\n".encode():
         _start(where, plan, total_bytes)
         return {}
-    whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut short
+    whole = [line for line in lines if line.endswith(b"\n")]  # the last may have been cut short
     os.truncate(where.journal, sum(map(len, whole)))
     os.truncate(where.partial, total_bytes)
-    noted = [_Decoded(*json.loads(line)) for line in whole[1:]]
+    noted = list(filter(None, map(_parse, whole[1:])))
     with where.partial.open("rb") as pixels:
         return {
             decoded.first_row: decoded
             for decoded in noted
             if _are_written(pixels, decoded, settings.image_size**2)
         }
+
+
+def _parse(line: bytes) -> Optional[_Decoded]:
+    """Read a line of the journal; None for one that a loss of power has damaged."""
+    try:
+        return _Decoded(*json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def _start(where: StorePaths, plan: str, total_bytes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import pandas as pd
@@ -15,14 +15,20 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.data.annotations import find_boxes, find_relabels
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.data.film_source import FilmSource, images_folder, open_film_source, store_paths
+from cxr_vit.data.film_source import (
+    FilmSource,
+    images_folder,
+    open_film_source,
+    store_paths,
+    verify,
+)
 from cxr_vit.data.labels import label_names
 from cxr_vit.data.records import Records, find_csv, read_records
 from cxr_vit.data.sample import write_sample
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError
 
-__all__ = ["ChestXrayDataModule", "prepare"]
+__all__ = ["ChestXrayDataModule", "prepare", "verify_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,14 +157,39 @@ def prepare(data: DataSection) -> str:
         If the data are not what they should be, as when training: the cache is whole even then.
     """
     _write_sample_if_absent(data)
-    csv = find_csv(Path(data.root), data.csv)
-    names = read_records(csv, include_no_finding=False).table["image"].tolist()
+    csv, names = _films_of_csv(data)
     source = open_film_source(data, names, renew=True)
     skipped = _unusable(source)
-    if len(skipped):
-        skipped.to_csv(store_paths(data).pixels.with_name("skipped.csv"), index=False)
+    listed = store_paths(data).pixels.with_name("skipped.csv")
+    listed.unlink(missing_ok=True)
+    if len(skipped) and listed.parent.is_dir():
+        skipped.to_csv(listed, index=False)
     _refuse_unusable(source, data, total=len(names))
     return f"{len(names) - len(skipped)} of {len(names)} films of {csv} are in {source.place}"
+
+
+def verify_cache(data: DataSection) -> str:
+    """Check every film of a configuration's cache and say that all is well.
+
+    Raises
+    ------
+    DataError
+        If there is no cache that fits, or films of it are not what they should be.
+    """
+    _, names = _films_of_csv(data)
+    wrong = verify(data, names)
+    where = store_paths(data)
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} films of the cache {where.pixels} are wrong:\n{_first_ten(wrong)}\n"
+            f"Remove {where.index} and run: python -m cxr_vit prepare --config <file>"
+        )
+    return f"every film of {where.pixels} has its checksum and is what its file holds"
+
+
+def _films_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
+    csv = find_csv(Path(data.root), data.csv)
+    return csv, read_records(csv, include_no_finding=False).table["image"].tolist()
 
 
 def _write_sample_if_absent(data: DataSection) -> None:

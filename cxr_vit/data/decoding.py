@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
 from rich.console import Console
@@ -19,9 +20,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from cxr_vit.errors import DataError
 
@@ -83,24 +87,37 @@ def in_parallel(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     futures: List[Future[Result]] = []
     try:
-        futures = [pool.submit(function, chunk) for chunk in chunks]
+        with _interrupts_held():
+            futures = [pool.submit(function, chunk) for chunk in chunks]
         for future in as_completed(futures):
             yield future.result()
-    except BrokenProcessPool as error:
+    except BrokenProcessPool as error:  # which every future has got by now
         raise DataError(
             "a process that decodes films ended before its work: killed, out of memory, or started"
             ' from a script without `if __name__ == "__main__":`. Run the command again, which'
             " goes on where it stopped; data.cache_workers=1 decodes in the main process."
         ) from error
-    finally:
+    except BaseException:
         for future in futures:
             future.cancel()
+        raise
+    finally:
         pool.shutdown()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that leave Ctrl-C to their parent: they inherit what it holds back."""
+    resource_tracker.ensure_running()  # which would let it through as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Do not outlive the parent, even if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -135,7 +152,7 @@ def film_progress(doing: str, *, done: int, total: int) -> Iterator[Callable[[in
         TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:.0f}/s" if done < total else ""),
+        _FilmsPerSecond(),
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console,
@@ -143,6 +160,11 @@ def film_progress(doing: str, *, done: int, total: int) -> Iterator[Callable[[in
     with bar:
         task = bar.add_task(doing, total=total, completed=done)
         yield lambda count: bar.advance(task, count)
+
+
+class _FilmsPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.0f}/s")
 
 
 class _LoggedProgress:

@@ -75,25 +75,32 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
         return _from_files(data, names, paths)
     settings = StoreSettings(data.image_size, data.max_megapixels)
     index, reason = _look(where, settings, paths)
-    if index is None and reason is None and data.cache == "require" and not renew:
-        raise DataError(
-            f"data.cache=require, and there is no finished cache {where.pixels}. Build it:"
-            f" {_PREPARE}"
-        )
+    if not renew:
+        _refuse(where, reason)
+        if index is None and data.cache == "require":
+            raise DataError(
+                f"data.cache=require, and there is no finished cache {where.pixels}. Build it:"
+                f" {_PREPARE}"
+            )
     if index is None:
         with locked(where.lock):
             index, reason = _look(where, settings, paths)  # another process may have built it
-            if reason is not None and not renew:
-                raise DataError(
-                    f"the cache {where.pixels} is refused: {reason}. Build it anew ({_PREPARE}), or"
-                    " do without it (data.cache=off)."
-                )
-            if reason is not None:
+            if not renew:
+                _refuse(where, reason)
+            elif reason is not None:
                 logger.info("the cache %s does not fit: %s", where.pixels, reason)
             if index is None:
                 workers = default_workers(data.cache_workers)
                 index = build_store(where, settings, paths, workers=workers)
     return _from_store(where, index, names)
+
+
+def _refuse(where: StorePaths, reason: Optional[str]) -> None:
+    if reason is not None:
+        raise DataError(
+            f"the cache {where.pixels} is refused: {reason}. Build it anew ({_PREPARE}), or do"
+            " without it (data.cache=off)."
+        )
 
 
 def _look(
@@ -104,6 +111,8 @@ def _look(
         return None, None
     try:
         index = StoreIndex.load(where.index)
+    except FileNotFoundError:  # another process is just replacing it
+        return None, None
     except ValueError as error:
         return None, str(error)
     reason = refusal(index, where.pixels, settings, paths)
@@ -129,8 +138,15 @@ def _from_files(data: DataSection, names: Sequence[str], paths: Mapping[str, str
     return FilmSource(films, missing, bad, "their files, decoded each time")
 
 
-def verify(data: DataSection) -> Dict[str, str]:
+def verify(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
     """Check every film of the cache, by its checksum and against its file.
+
+    Parameters
+    ----------
+    data
+        The `data` section.
+    names
+        File names of the CSV.
 
     Returns
     -------
@@ -140,14 +156,13 @@ def verify(data: DataSection) -> Dict[str, str]:
     Raises
     ------
     DataError
-        If there is no cache, or its index is damaged.
+        If there is no cache, or training would refuse it at once.
     """
-    where = store_paths(data)
-    if not where.index.exists():
-        raise DataError(f"there is no finished cache {where.pixels}. Build it: {_PREPARE}")
-    try:
-        index = StoreIndex.load(where.index)
-    except ValueError as error:
-        raise DataError(f"the cache {where.pixels} is refused: {error}.") from error
     found = find_images(images_folder(data))
+    where = store_paths(data)
+    settings = StoreSettings(data.image_size, data.max_megapixels)
+    index, reason = _look(where, settings, {name: found[name] for name in names if name in found})
+    _refuse(where, reason)
+    if index is None:
+        raise DataError(f"there is no finished cache {where.pixels}. Build it: {_PREPARE}")
     return verify_store(index, where, found, workers=default_workers(data.cache_workers))

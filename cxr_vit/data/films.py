@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import mmap
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 
 from cxr_vit.data.images import read_gray
+from cxr_vit.errors import DataError
 
-__all__ = ["CachedFilms", "FilmFiles", "Films"]
+__all__ = ["CachedFilms", "FilmFiles", "Films", "StoreMap"]
 
 #: The map is let go of after so many bytes: they stay in the system's cache, but no longer count
 #: as this process's memory, which a pass over all films would otherwise fill with the whole store.
@@ -104,70 +106,91 @@ class FilmFiles(Films):
         return {**self.__dict__, "_by_name": {}}
 
 
+class StoreMap:
+    """The memory map of a store's pixels; every process maps the same pages.
+
+    It keeps to the file it was made with: one that takes its place, while loader processes still
+    start, holds other films in the same rows.
+
+    Parameters
+    ----------
+    path
+        The file.
+    shape
+        Films, height, width.
+    """
+
+    def __init__(self, path: Path, shape: Tuple[int, int, int]) -> None:
+        self.path = path
+        self.shape = shape
+        self._file = _identity(path.stat())
+        self._open()
+
+    def _open(self) -> None:
+        with self.path.open("rb") as file:
+            if _identity(os.fstat(file.fileno())) != self._file:
+                raise DataError(
+                    f"the cache {self.path} was built anew during the run, with other films in its"
+                    " rows. Go on with --resume."
+                )
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.pixels = np.frombuffer(self._pages, dtype=np.uint8).reshape(self.shape)
+        self._unreleased = 0
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy films (int64 ``[n]``) into a buffer (uint8 ``[n, H, W]``), one copy for all."""
+        # `clip` only because numpy copies into `out` directly then; the rows are in range.
+        np.take(self.pixels, rows, axis=0, out=out, mode="clip")
+        self._unreleased += out.nbytes
+        if self._unreleased > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED)
+            self._unreleased = 0
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # A loader process of its own maps the file anew; the pixels do not travel.
+        return {"path": self.path, "shape": self.shape, "_file": self._file}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class CachedFilms(Films):
-    """Films straight from the memory map of a store; every process maps the same pages.
+    """Films straight from the memory map of a store.
 
     Parameters
     ----------
     store
-        The store's file of pixels.
+        The store's pixels.
     rows_by_name
         File name -> row of the store.
     names
         The films of this sequence, in order.
-    num_stored
-        Number of rows of the store.
-    image_size
-        Side of a film, pixels.
     """
 
     def __init__(
-        self,
-        store: Path,
-        rows_by_name: Mapping[str, int],
-        names: Sequence[str],
-        *,
-        num_stored: int,
-        image_size: int,
+        self, store: StoreMap, rows_by_name: Mapping[str, int], names: Sequence[str]
     ) -> None:
-        super().__init__(image_size)
-        self.store = store
-        self._shape = (num_stored, image_size, image_size)
+        super().__init__(store.shape[-1])
+        self._store = store
         self._by_name = rows_by_name
         self._rows = np.array([rows_by_name[name] for name in names], dtype=np.int64)
-        self._map: Optional[Tuple[mmap.mmap, np.ndarray]] = None
-        self._unreleased = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def select(self, names: Sequence[str]) -> CachedFilms:
         """Return the films of these file names, in this order."""
-        return CachedFilms(
-            self.store,
-            self._by_name,
-            names,
-            num_stored=self._shape[0],
-            image_size=self.image_size,
-        )
+        return CachedFilms(self._store, self._by_name, names)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copy films into a buffer, one copy for all of them."""
-        if self._map is None:
-            self._map = self._open()
-        pages, pixels = self._map
-        # `clip` only because numpy copies into `out` directly then; the rows are in range.
-        np.take(pixels, self._rows[rows], axis=0, out=out, mode="clip")
-        self._unreleased += out.nbytes
-        if self._unreleased > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(mmap.MADV_DONTNEED)
-            self._unreleased = 0
-
-    def _open(self) -> Tuple[mmap.mmap, np.ndarray]:
-        with self.store.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return pages, np.frombuffer(pages, dtype=np.uint8).reshape(self._shape)
+        self._store.take(self._rows[rows], out)
 
     def __getstate__(self) -> Dict[str, Any]:
-        # A loader process of its own maps the file anew; the pixels do not travel.
-        return {**self.__dict__, "_map": None, "_by_name": {}}
+        # A loader process of its own needs the rows of its films, not of all.
+        return {**self.__dict__, "_by_name": {}}

@@ -1,0 +1,316 @@
+"""The packed store: what its index says, and when a store is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from importlib import metadata
+from pathlib import Path
+from typing import Callable, Dict, NamedTuple, Optional
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_vit.data import decoding
+from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
+from cxr_vit.data.cache_build import build_store, check_films, verify_store
+from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
+from cxr_vit.errors import DataError
+
+SIDE = 16
+SETTINGS = StoreSettings(SIDE, 5)
+BAD = "00000003_000.png"
+
+
+class Store(NamedTuple):
+    images: Path
+    paths: Dict[str, str]
+    where: StorePaths
+    index: StoreIndex
+
+    def refusal(self, settings: StoreSettings = SETTINGS) -> Optional[str]:
+        index = StoreIndex.load(self.where.index)
+        return refusal(index, self.where.pixels, settings, find_images(self.images))
+
+
+def write_film(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 30), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Six films; the fourth is none."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in (4, 1, 5, 0, 2):  # not in order
+        write_film(images / f"{row:08d}_000.png", row)
+    (images / BAD).write_bytes(b"<html>")
+    paths = find_images(images)
+    where = StorePaths.of(tmp_path, SIDE)
+    return Store(images, paths, where, build_store(where, SETTINGS, paths, workers=1))
+
+
+# The index
+
+
+def test_the_files_are_named_by_the_image_size(tmp_path: Path) -> None:
+    where = StorePaths.of(tmp_path, 224)
+    assert where.pixels == tmp_path / "films_224.u8"
+    assert where.index == tmp_path / "films_224.json"
+    assert len(set(dataclasses.astuple(where))) == 5
+
+
+def test_a_finished_store_leaves_nothing_half_done_beside_it(store: Store) -> None:
+    there = {path.name for path in store.where.pixels.parent.iterdir()}
+    assert there == {"images", "films_16.u8", "films_16.json"}
+
+
+def test_films_lie_in_the_order_of_their_names(store: Store) -> None:
+    assert store.index.images == [f"{row:08d}_000.png" for row in range(6)]
+    pixels = np.fromfile(store.where.pixels, dtype=np.uint8).reshape(6, SIDE, SIDE)
+    for row, name in enumerate(store.index.images):
+        if name != BAD:
+            np.testing.assert_array_equal(pixels[row], read_gray(store.paths[name], SIDE))
+
+
+def test_the_index_holds_the_size_of_every_file(store: Store) -> None:
+    sizes = [Path(store.paths[name]).stat().st_size for name in store.index.images]
+    assert store.index.source_bytes == sizes
+
+
+def test_the_index_holds_the_checksum_of_every_film(store: Store) -> None:
+    pixels = store.where.pixels.read_bytes()
+    for row, name in enumerate(store.index.images):
+        film = pixels[row * SIDE**2 : (row + 1) * SIDE**2]
+        assert store.index.crc32[row] == (None if name == BAD else zlib.crc32(film))
+
+
+def test_the_index_says_how_the_films_were_made(store: Store) -> None:
+    values = json.loads(store.where.index.read_text())
+    assert values["settings"] == {
+        "image_size": SIDE,
+        "max_megapixels": 5,
+        "resize": RESIZE_FILTER,
+        "format": 1,
+    }
+    assert "antialiased" in RESIZE_FILTER
+    assert values["versions"] == {
+        "pillow": metadata.version("pillow"),
+        "kornia-rs": metadata.version("kornia-rs"),
+    }
+
+
+def test_an_index_is_loaded_as_it_was_made(store: Store) -> None:
+    assert StoreIndex.load(store.where.index) == store.index
+    assert store.index.store_bytes == store.where.pixels.stat().st_size == 6 * SIDE**2
+
+
+def test_a_film_of_no_use_has_its_reason_and_a_black_row_that_is_never_read(store: Store) -> None:
+    assert list(store.index.unusable) == [BAD]
+    assert "HTML" in store.index.unusable[BAD]
+    films = open_films(store.index, store.where.pixels)
+    assert len(films) == 5
+    with pytest.raises(KeyError):
+        films.select([BAD])
+    assert store.where.pixels.read_bytes()[3 * SIDE**2 : 4 * SIDE**2] == bytes(SIDE**2)
+
+
+# Refused
+
+
+def test_a_store_that_fits_is_not_refused(store: Store) -> None:
+    assert store.refusal() is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"image_size": 24}, "it was made with image_size=16, and 24 is wanted"),
+        ({"max_megapixels": 64}, "it was made with max_megapixels=5, and 64 is wanted"),
+        ({"resize": "nearest"}, f"it was made with resize={RESIZE_FILTER}, and nearest is wanted"),
+        ({"format": 2}, "it was made with format=1, and 2 is wanted"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_store_made_otherwise_is_refused(
+    store: Store, changed: Dict[str, object], reason: str
+) -> None:
+    assert store.refusal(dataclasses.replace(SETTINGS, **changed)) == reason
+
+
+@pytest.mark.parametrize(
+    ("damage", "held"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), 6 * SIDE**2 - 1),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), 6 * SIDE**2 + 1),
+        (lambda path: path.write_bytes(b""), 0),
+        (lambda path: path.unlink(), 0),
+    ],
+    ids=["a byte short", "a byte long", "empty", "absent"],
+)
+def test_a_file_of_pixels_of_another_size_is_refused(
+    store: Store, damage: Callable[[Path], None], held: int
+) -> None:
+    damage(store.where.pixels)
+    expected = f"{store.where.pixels} has {held} bytes and should have {6 * SIDE**2}"
+    assert store.refusal() == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace("crc32", "crc33"),
+        lambda text: text.replace('"format"', '"of_tomorrow"'),
+        lambda text: text.replace('"00000001_000.png", ', ""),
+        lambda text: text.replace('"images": [', '"images": 5, "more": ['),
+        lambda text: "\0" * len(text),
+    ],
+    ids=["empty", "cut", "list", "bare", "field", "setting", "row lost", "type", "zeros"],
+)
+def test_a_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) -> None:
+    text = store.where.index.read_text()
+    store.where.index.write_text(damage(text))
+    assert store.where.index.read_text() != text
+    with pytest.raises(ValueError, match=rf"its index {store.where.index} is damaged"):
+        StoreIndex.load(store.where.index)
+
+
+def test_bytes_that_are_no_text_are_a_damaged_index(store: Store) -> None:
+    store.where.index.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="is damaged"):
+        StoreIndex.load(store.where.index)
+
+
+def test_films_that_came_since_are_counted_and_the_first_is_named(store: Store) -> None:
+    for row in (8, 7):
+        write_film(store.images / f"{row:08d}_000.png", row)
+    reason = store.refusal()
+    assert reason is not None
+    assert reason.startswith("2 of 8 films are not in it, first: 0000000")
+
+
+def test_films_that_changed_since_are_counted_and_the_first_is_named(store: Store) -> None:
+    for row in (2, 5):
+        path = store.images / f"{row:08d}_000.png"
+        path.write_bytes(path.read_bytes() + b"\0")
+    assert store.refusal() == "2 films were changed since, first: 00000002_000.png"
+
+
+def test_a_bad_film_that_was_mended_is_a_film_changed_since(store: Store) -> None:
+    write_film(store.images / BAD, 3)
+    assert store.refusal() == f"1 films were changed since, first: {BAD}"
+
+
+# Not refused
+
+
+def test_a_store_may_be_taken_to_a_machine_without_the_films(store: Store) -> None:
+    expected = [read_gray(store.paths[name], SIDE) for name in store.index.images if name != BAD]
+    for path in store.images.iterdir():
+        path.unlink()
+    assert store.refusal() is None
+    out = np.empty((5, SIDE, SIDE), dtype=np.uint8)
+    open_films(store.index, store.where.pixels).read(np.arange(5), out)
+    np.testing.assert_array_equal(out, np.stack(expected))
+
+
+def test_a_store_of_more_films_than_are_wanted_fits(store: Store) -> None:
+    for row in (0, 4):
+        (store.images / f"{row:08d}_000.png").unlink()
+    assert store.refusal() is None
+
+
+def test_the_order_of_the_films_does_not_matter(store: Store) -> None:
+    backwards = dict(sorted(store.paths.items(), reverse=True))
+    assert refusal(store.index, store.where.pixels, SETTINGS, backwards) is None
+
+
+def test_films_may_move_to_another_folder(store: Store) -> None:
+    moved = store.images.with_name("images_001")
+    store.images.rename(moved)
+    assert refusal(store.index, store.where.pixels, SETTINGS, find_images(moved)) is None
+
+
+# Verified
+
+
+DAMAGED = "its pixels in the cache are damaged"
+CHANGED = "the cache does not hold what its file holds now"
+
+
+def verified(store: Store, *, workers: int = 1) -> Dict[str, str]:
+    paths = find_images(store.images)
+    return verify_store(store.index, store.where, paths, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sound_store_has_nothing_wrong(
+    store: Store, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_FEW_FILMS", 0)
+    assert verified(store, workers=workers) == {}
+
+
+def flip(path: Path, *places: int) -> None:
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("has_files", [True, False], ids=["with the films", "without the films"])
+def test_every_film_with_a_flipped_bit_is_named(store: Store, has_files: bool) -> None:
+    flip(store.where.pixels, 0, 2 * SIDE**2 - 1, 4 * SIDE**2)
+    if not has_files:
+        shutil.rmtree(store.images)
+    assert verified(store) == {f"{row:08d}_000.png": DAMAGED for row in (0, 1, 4)}
+
+
+def test_films_behind_the_end_of_a_store_cut_short_are_named(store: Store) -> None:
+    os.truncate(store.where.pixels, 4 * SIDE**2 + 1)
+    assert verified(store) == dict.fromkeys(("00000004_000.png", "00000005_000.png"), DAMAGED)
+
+
+def test_a_film_that_changed_without_changing_size_is_named(store: Store) -> None:
+    path = store.images / "00000002_000.png"
+    size = path.stat().st_size
+    for seed in range(100, 200):
+        write_film(path, seed)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        if path.stat().st_size == size:
+            break
+    assert store.refusal() is None  # the cheap look cannot see it
+    assert verified(store) == {"00000002_000.png": CHANGED}
+
+
+def test_a_film_that_went_bad_and_one_that_was_mended_are_named(store: Store) -> None:
+    (store.images / "00000001_000.png").write_bytes(b"no film")
+    write_film(store.images / BAD, 3)
+    assert verified(store) == {"00000001_000.png": CHANGED, BAD: CHANGED}
+
+
+def test_films_whose_files_are_gone_are_only_checked_for_damage(store: Store) -> None:
+    shutil.rmtree(store.images)
+    assert verified(store) == {}
+
+
+def test_films_are_checked_without_a_store(store: Store, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert check_films(store.paths, SETTINGS, workers=1) == store.index.unusable
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_store_of_other_pixels_is_refused_at_the_start(store: Store) -> None:
+    pixels = store.where.pixels
+    pixels.write_bytes(bytes(len(pixels.read_bytes())))  # the right size, and black
+    with pytest.raises(DataError, match=r"is damaged: .* is not what its index says.*prepare"):
+        open_films(StoreIndex.load(store.where.index), pixels)

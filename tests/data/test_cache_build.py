@@ -1,0 +1,327 @@
+"""Building a store: the same bytes however often it was interrupted, and what verifying finds."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Callable, Dict, Iterator, NamedTuple, Tuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_vit.data import cache_build, decoding
+from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
+from cxr_vit.data.cache_build import build_store, locked
+from cxr_vit.data.decoding import Chunk
+from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.errors import DataError
+
+SIDE = 8
+SETTINGS = StoreSettings(SIDE, 1)
+FILMS = 300  # more than one process decodes, in five chunks
+BAD = "00000100_000.png"
+
+
+def name_of(row: int) -> str:
+    return f"{row:08d}_000.png"
+
+
+def write_films(folder: Path) -> Dict[str, str]:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for row in range(FILMS):
+        pixels = random.integers(0, 256, (12, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name_of(row))
+    (folder / BAD).write_bytes(b"")
+    return find_images(folder)
+
+
+class Reference(NamedTuple):
+    paths: Dict[str, str]
+    where: StorePaths
+    pixels: bytes
+    index: bytes
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A store built in one go by one process."""
+    root = tmp_path_factory.mktemp("reference")
+    where = StorePaths.of(root, SIDE)
+    paths = write_films(root / "images")
+    build_store(where, SETTINGS, paths, workers=1)
+    return Reference(paths, where, where.pixels.read_bytes(), where.index.read_bytes())
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> StorePaths:
+    return StorePaths.of(tmp_path, SIDE)
+
+
+def assert_whole(where: StorePaths, reference: Reference) -> None:
+    assert where.pixels.read_bytes() == reference.pixels
+    assert where.index.read_bytes() == reference.index
+    assert not where.partial.exists()
+    assert not where.journal.exists()
+
+
+def build(where: StorePaths, paths: Dict[str, str]) -> int:
+    """Build or go on with a store; return how many films did not have to be decoded."""
+    found = []
+
+    @contextlib.contextmanager
+    def noted(doing: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        found.append(done)
+        yield lambda count: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_build, "film_progress", noted)
+        build_store(where, SETTINGS, paths, workers=1)
+    return found[0]
+
+
+def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) -> None:
+    """Build a store until so many chunks are noted in the journal."""
+
+    @contextlib.contextmanager
+    def ends(doing: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        left = iter(range(after_chunks - 1))
+
+        def advance(count: int) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_build, "film_progress", ends)
+        with pytest.raises(KeyboardInterrupt):
+            build_store(where, SETTINGS, paths, workers=1)
+
+
+def interrupt_before_the_index(where: StorePaths, paths: Dict[str, str]) -> str:
+    """Build a store until its pixels are renamed; return the journal."""
+
+    def ends(index: StoreIndex, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoreIndex, "save", ends)
+        with pytest.raises(KeyboardInterrupt):
+            build_store(where, SETTINGS, paths, workers=1)
+    return where.journal.read_text()
+
+
+# In one go
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_processes_makes_the_same_bytes(
+    reference: Reference, where: StorePaths, workers: int
+) -> None:
+    build_store(where, SETTINGS, reference.paths, workers=workers)
+    assert_whole(where, reference)
+
+
+def test_the_order_in_which_films_are_found_does_not_matter(
+    reference: Reference, where: StorePaths
+) -> None:
+    build_store(where, SETTINGS, dict(reversed(list(reference.paths.items()))), workers=1)
+    assert_whole(where, reference)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize(("chunks", "films"), [(1, 64), (3, 192), (5, 300)])
+def test_an_interrupted_store_goes_on_where_it_stopped(
+    reference: Reference, where: StorePaths, chunks: int, films: int
+) -> None:
+    interrupt(where, reference.paths, after_chunks=chunks)
+    assert not where.pixels.exists() and not where.index.exists()
+    assert build(where, reference.paths) == films
+    assert_whole(where, reference)
+
+
+def test_an_interrupted_store_may_be_finished_by_more_processes(
+    reference: Reference, where: StorePaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="cxr_vit")
+    interrupt(where, reference.paths, after_chunks=1)
+    # What is left for two processes must be more than they are started for.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_FEW_FILMS", 0)
+        build_store(where, SETTINGS, reference.paths, workers=2)
+    assert_whole(where, reference)
+    assert "going on with an interrupted cache: 64 of 300 films are in it" in caplog.text
+    assert "cached 299 films in" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1], ids=lambda kept: f"up to {kept}")
+def test_a_line_cut_short_is_no_chunk_done(
+    reference: Reference, where: StorePaths, kept: int
+) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    lines = where.journal.read_text().splitlines(keepends=True)
+    where.journal.write_text("".join(lines[:-1]) + lines[-1][:kept])
+    assert build(where, reference.paths) == 128
+    assert_whole(where, reference)
+
+
+def test_a_journal_without_its_first_line_is_begun_anew(
+    reference: Reference, where: StorePaths
+) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    plan = where.journal.read_text().splitlines()[0]
+    for text in ("", plan[:20], plan):
+        where.journal.write_text(text)
+        assert build(where, reference.paths) == 0
+        assert_whole(where, reference)
+
+
+@pytest.mark.parametrize(
+    "line", ["\0" * 40, "[192, [1, 2", "{}", "[5]"], ids=["zeros", "cut", "object", "short"]
+)
+def test_a_line_of_the_journal_that_is_damaged_is_no_chunk_done(
+    reference: Reference, where: StorePaths, line: str
+) -> None:
+    """A lost power supply leaves what a kill does not."""
+    interrupt(where, reference.paths, after_chunks=3)
+    lines = where.journal.read_text().splitlines(keepends=True)
+    where.journal.write_text("".join([*lines[:2], line + "\n", *lines[3:]]))
+    assert build(where, reference.paths) in (0, 64, 128)
+    assert_whole(where, reference)
+
+
+def test_pixels_that_were_lost_are_decoded_again(reference: Reference, where: StorePaths) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    with where.partial.open("r+b") as file:
+        file.seek(70 * SIDE**2)
+        file.write(bytes(SIDE**2))
+    assert build(where, reference.paths) == 128
+    assert_whole(where, reference)
+
+
+@pytest.mark.parametrize("held", [None, 0, 100 * SIDE**2, 301 * SIDE**2])
+def test_a_partial_file_that_was_lost_or_has_another_size_is_made_good(
+    reference: Reference, where: StorePaths, held: int
+) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    if held is None:
+        where.partial.unlink()
+    else:
+        os.truncate(where.partial, held)
+    build(where, reference.paths)
+    assert_whole(where, reference)
+
+
+def test_a_kill_before_the_index_is_written_loses_nothing(
+    reference: Reference, where: StorePaths
+) -> None:
+    interrupt_before_the_index(where, reference.paths)
+    assert where.pixels.exists() and not where.index.exists() and not where.partial.exists()
+    assert build(where, reference.paths) == FILMS
+    assert_whole(where, reference)
+
+
+def test_a_kill_before_the_journal_is_removed_leaves_a_whole_store(
+    reference: Reference, where: StorePaths
+) -> None:
+    journal = interrupt_before_the_index(where, reference.paths)
+    build(where, reference.paths)
+    where.journal.write_text(journal)
+    index = StoreIndex.load(where.index)
+    assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
+    os.truncate(where.pixels, 5)  # the journal may not be believed about the next store
+    build(where, reference.paths)
+    assert_whole(where, reference)
+
+
+def test_a_kill_while_an_old_store_is_replaced_loses_nothing(
+    reference: Reference, where: StorePaths
+) -> None:
+    interrupt(where, reference.paths, after_chunks=5)
+    where.pixels.write_bytes(b"of an old store whose index is gone")
+    assert build(where, reference.paths) == FILMS
+    assert_whole(where, reference)
+
+
+def test_pixels_without_an_index_and_a_journal_are_not_believed(
+    reference: Reference, where: StorePaths
+) -> None:
+    where.pixels.write_bytes(bytes(len(reference.pixels)))
+    assert build(where, reference.paths) == 0
+    assert_whole(where, reference)
+
+
+@pytest.fixture
+def changed(reference: Reference, tmp_path: Path) -> Tuple[Dict[str, str], str]:
+    """The films with another one in the place of the first, and its path."""
+    path = tmp_path / name_of(0)
+    Image.fromarray(np.full((40, 50), 77, dtype=np.uint8)).save(path)
+    return {**reference.paths, name_of(0): str(path)}, str(path)
+
+
+def test_films_that_changed_meanwhile_begin_it_anew(
+    reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
+) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    paths, _ = changed
+    assert build(where, paths) == 0
+    pixels = where.pixels.read_bytes()
+    assert pixels[: SIDE**2] == bytes([77]) * SIDE**2
+    assert pixels[SIDE**2 :] == reference.pixels[SIDE**2 :]
+
+
+def test_other_settings_begin_it_anew(reference: Reference, where: StorePaths) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.SETTINGS", StoreSettings(SIDE, 2))
+        assert build(where, reference.paths) == 0
+    assert StoreIndex.load(where.index).settings.max_megapixels == 2
+
+
+def test_an_old_store_stays_readable_until_the_new_one_is_whole(
+    reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
+) -> None:
+    build(where, reference.paths)
+    interrupt(where, changed[0], after_chunks=5)
+    index = StoreIndex.load(where.index)
+    assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
+    out = np.empty((1, SIDE, SIDE), dtype=np.uint8)
+    open_films(index, where.pixels).read(np.array([0]), out)
+    np.testing.assert_array_equal(out[0], read_gray(reference.paths[name_of(0)], SIDE))
+    assert build(where, changed[0]) == FILMS
+    assert where.pixels.read_bytes()[: SIDE**2] == bytes([77]) * SIDE**2
+
+
+# Room and rights
+
+
+def test_no_room_is_said_before_anything_is_decoded(
+    reference: Reference, where: StorePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, FILMS * SIDE**2 - 1))
+    with pytest.raises(DataError, match=r"the cache needs .* GB in .* GB are free") as caught:
+        build_store(where, SETTINGS, reference.paths, workers=1)
+    assert "data.cache_dir" in str(caught.value) and "data.cache=off" in str(caught.value)
+    assert not where.partial.exists() and not where.pixels.exists()
+
+
+def test_a_disk_that_fills_up_says_how_to_go_on(reference: Reference) -> None:
+    chunk = Chunk(0, [reference.paths[name_of(0)]])
+    with pytest.raises(DataError, match=r"No space left on device.*goes on where it stopped"):
+        cache_build._decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lock = StorePaths.of(tmp_path / "file", SIDE).lock
+    with pytest.raises(DataError, match=r"cannot be written to .*data\.cache_dir"), locked(lock):
+        raise AssertionError("held a lock that cannot be")

@@ -1,0 +1,343 @@
+"""`python -m cxr_vit prepare` as a person runs it, killed and stopped too, and its processes."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
+
+from cxr_vit.__main__ import main
+from cxr_vit.data import decoding
+from cxr_vit.data.cache import StorePaths, StoreSettings
+from cxr_vit.data.cache_build import build_store
+from cxr_vit.data.decoding import Chunk, film_progress, in_parallel
+from cxr_vit.data.images import find_images
+from cxr_vit.errors import DataError
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+)
+FILMS = 768
+SIDE = 64
+#: No divisor of a chunk's length: a chunk in another's place is seen.
+KINDS = 41
+
+
+def write_set(root: Path, *, films: int, kinds: int, side: int) -> None:
+    (root / "images").mkdir(parents=True)
+    made = np.random.default_rng(0).integers(0, 256, (kinds, side, side), dtype=np.uint8)
+    names = [f"{row:08d}_000.png" for row in range(films)]
+    for row, name in enumerate(names):
+        path = root / "images" / name
+        if row < kinds:
+            Image.fromarray(made[row]).save(path, compress_level=1)
+        else:
+            os.link(str(root / "images" / names[row % kinds]), str(path))
+    rows = [f"{name},Mass,0,{int(name[:8])},50,F,AP" for name in names]
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+
+
+def until(true: Callable[[], object], *, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+class Prepare:
+    """A `prepare` in a process group of its own."""
+
+    def __init__(self, root: Path, cache: Path, *more: str, size: int = SIDE) -> None:
+        self.where = StorePaths.of(cache, size)
+        self.log = cache.parent / f"{cache.name}.{random.getrandbits(32)}.log"
+        arguments = [
+            f"data.root={root}", f"data.cache_dir={cache}", f"data.image_size={size}",
+            "data.cache_workers=2", *more,
+        ]  # fmt: skip
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cxr_vit", "prepare", *arguments],
+                cwd=str(Path(__file__).resolve().parents[2]),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> int:
+        return self.process.wait(timeout=60)
+
+    def chunks_done(self) -> int:
+        journal = self.where.journal
+        return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
+
+    def workers(self) -> List[int]:
+        """Return the processes that it started to decode films and that are still there."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                stat = (folder / "stat").read_text().rpartition(")")[2].split()
+                started = (folder / "cmdline").read_bytes()
+            except (OSError, IndexError):
+                continue
+            if int(stat[2]) == self.process.pid and stat[0] != "Z" and b"spawn_main" in started:
+                found.append(int(folder.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prepare") / "nih"
+    write_set(root, films=FILMS, kinds=KINDS, side=512)
+    return root
+
+
+@pytest.fixture(scope="module")
+def in_one_go(root: Path) -> Dict[str, bytes]:
+    where = StorePaths.of(root.parent, SIDE)
+    build_store(where, StoreSettings(SIDE, 64), find_images(root), workers=1)
+    return {path.name: path.read_bytes() for path in (where.pixels, where.index)}
+
+
+def assert_whole(where: StorePaths, in_one_go: Dict[str, bytes]) -> None:
+    there = {path.name: path for path in where.pixels.parent.iterdir() if path != where.lock}
+    assert set(there) == set(in_one_go)
+    for name, path in there.items():
+        assert path.read_bytes() == in_one_go[name], name
+
+
+# Killed and stopped
+
+
+@pytest.mark.slow
+def test_a_store_that_was_killed_again_and_again_is_the_same_to_the_byte(
+    root: Path, in_one_go: Dict[str, bytes], tmp_path: Path
+) -> None:
+    seeded = random.Random(4)
+    for chunks in [0, *sorted(seeded.sample(range(2, 7), 2))]:
+        run = Prepare(root, tmp_path / "cache")
+        until(run.workers)
+        until(lambda: run.chunks_done() >= chunks)  # noqa: B023
+        time.sleep(seeded.uniform(0, 0.02))
+        run.process.kill()
+        killed = time.monotonic()
+        assert run.end() == -signal.SIGKILL
+        until(lambda: not run.workers(), seconds=2 - (time.monotonic() - killed))  # noqa: B023
+        assert run.where.journal.exists() and not run.where.index.exists()
+    last = Prepare(root, tmp_path / "cache")
+    assert last.end() == 0, last.text()
+    assert "going on with an interrupted cache" in last.text()
+    assert_whole(last.where, in_one_go)
+
+
+def test_control_c_while_the_processes_start_leaves_no_traceback(
+    root: Path, tmp_path: Path
+) -> None:
+    run = Prepare(root, tmp_path / "cache")
+    until(run.workers)
+    status = Path(f"/proc/{run.workers()[0]}/status").read_text()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130, run.text()
+    until(lambda: not run.workers(), seconds=2)
+    assert run.text().strip() == ""
+    # The signal may come at any moment: a process is deaf to it from its first one.
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
+    deaf_to = int(masks["SigIgn"], 16) | int(masks["SigBlk"], 16)
+    assert deaf_to & 1 << (signal.SIGINT - 1)
+
+
+@pytest.mark.slow
+def test_control_c_stops_it_without_a_traceback_and_it_goes_on_later(
+    root: Path, in_one_go: Dict[str, bytes], tmp_path: Path
+) -> None:
+    run = Prepare(root, tmp_path / "cache")
+    until(lambda: run.chunks_done() >= 2)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130, run.text()
+    until(lambda: not run.workers(), seconds=2)
+    assert run.text().strip() == ""
+    assert run.where.journal.exists() and not run.where.index.exists()
+    again = Prepare(root, tmp_path / "cache")
+    assert again.end() == 0, again.text()
+    assert "going on with an interrupted cache" in again.text()
+    assert_whole(again.where, in_one_go)
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_need_it_at_once_one_builds_and_the_other_waits(
+    tmp_path: Path,
+) -> None:
+    write_set(tmp_path / "nih", films=40, kinds=40, side=24)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    where = StorePaths.of(cache, 16)
+    with where.lock.open("w") as lock:  # as a third process, which holds both up
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = [Prepare(tmp_path / "nih", cache, size=16) for _ in range(2)]
+        until(lambda: all("another process builds the cache" in run.text() for run in runs))
+        assert not where.partial.exists()
+    assert [run.end() for run in runs] == [0, 0]
+    assert sorted(run.text().count("cached 40 films in") for run in runs) == [0, 1]
+    assert all("40 of 40 films" in run.text() for run in runs)
+
+
+# What it says
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Forty films; the first three are none."""
+    root = tmp_path / "nih"
+    write_set(root, films=40, kinds=40, side=24)
+    for path in sorted((root / "images").iterdir())[:3]:
+        path.write_bytes(b"")
+    return root
+
+
+def test_bad_films_are_an_error_and_the_store_is_whole(small: Path, tmp_path: Path) -> None:
+    run = Prepare(small, tmp_path / "cache", size=16)
+    assert run.end() == 2
+    lines = run.text().splitlines()
+    assert "DataError: 3 of 40 images cannot be used:" in lines
+    assert "DataError:   00000002_000.png: the file is empty. Fetch it again." in lines
+    assert "Traceback" not in run.text()
+    assert run.where.index.exists() and not run.where.journal.exists()
+    with (tmp_path / "cache" / "skipped.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"{row:08d}_000.png" for row in range(3)]
+    assert {row["reason"] for row in rows} == {"the file is empty. Fetch it again."}
+
+
+def prepare(root: Path, *more: str) -> int:
+    return main(
+        ["prepare", f"data.root={root}", "data.image_size=16", "data.on_bad_image=skip", *more]
+    )
+
+
+def test_verify_says_that_all_is_well_or_what_is_not(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(small) == 0
+    assert "37 of 40 films" in capsys.readouterr().out
+    assert prepare(small, "--verify") == 0
+    assert "every film of" in capsys.readouterr().out
+    pixels = small / "cxr_vit_cache" / "films_16.u8"
+    data = bytearray(pixels.read_bytes())
+    data[8 * 256] ^= 1
+    pixels.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=r"1 films of the cache .* are wrong") as caught:
+        prepare(small, "--verify")
+    assert "00000008_000.png: its pixels in the cache are damaged\n" in str(caught.value)
+
+
+def test_a_store_that_verify_found_damaged_can_be_mended_as_it_says(small: Path) -> None:
+    prepare(small)
+    pixels = small / "cxr_vit_cache" / "films_16.u8"
+    pixels.write_bytes(bytes(len(pixels.read_bytes())))
+    with pytest.raises(DataError, match=r"Remove .*films_16\.json and run"):
+        prepare(small, "--verify")
+    (small / "cxr_vit_cache" / "films_16.json").unlink()
+    assert prepare(small) == 0
+    assert prepare(small, "--verify") == 0
+
+
+@pytest.mark.slow
+def test_training_lists_what_it_skipped_in_its_folder(
+    small: Path, tmp_path: Path, repository: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [f"data.root={small}", f"run.dir={run}", "train.steps=1", "data.on_bad_image=skip"]
+    result = subprocess.run(
+        [sys.executable, "train.py", *SMALL, *arguments],
+        cwd=str(repository),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 of 40 images cannot be used and are left out" in result.stderr
+    with (run / "skipped.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"{row:08d}_000.png" for row in range(3)]
+
+
+# Many processes
+
+
+def rows_of(chunk: Chunk) -> List[int]:
+    return [chunk.first_row + place for place in range(len(chunk.paths))]
+
+
+def stumble(chunk: Chunk) -> List[int]:
+    if chunk.first_row == 100:
+        raise DataError("row 100 has no end")
+    return rows_of(chunk)
+
+
+def end_at_once(chunk: Chunk) -> List[int]:
+    os._exit(9)
+
+
+CHUNKS = [Chunk(start, [""] * 50) for start in range(0, 500, 50)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_chunk_gives_its_result_once(workers: int) -> None:
+    results = list(in_parallel(rows_of, CHUNKS, workers=workers))
+    assert sorted(row for rows in results for row in rows) == list(range(500))
+
+
+def test_no_chunks_are_no_results() -> None:
+    assert list(in_parallel(rows_of, [], workers=2)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_process_comes_through(workers: int) -> None:
+    with pytest.raises(DataError, match="row 100 has no end"):
+        list(in_parallel(stumble, CHUNKS, workers=workers))
+
+
+def test_a_process_that_dies_is_told_in_words() -> None:
+    with pytest.raises(DataError, match=r"ended before its work.*data\.cache_workers=1"):
+        list(in_parallel(end_at_once, CHUNKS, workers=2))
+
+
+# Progress
+
+
+def test_without_a_terminal_a_line_is_logged_when_one_is_due(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: clock[0])
+    caplog.set_level(logging.INFO, logger="cxr_vit")
+    with film_progress("decoding films", done=100, total=1000) as advance:
+        for seconds in (0, 10, 10, 11, 5):
+            clock[0] += seconds
+            advance(60)
+    assert caplog.messages == ["decoding films: 340 of 1000, 8 a second, 85 s left"]
+
+
+@pytest.mark.parametrize(("done", "total"), [(0, 300), (100, 300), (300, 300)])
+def test_on_a_terminal_a_bar_counts_the_films(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: int, total: int
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    with film_progress("decoding films", done=done, total=total) as advance:
+        for _ in range(done, total, 50):
+            advance(50)
+    assert "decoding films" in capsys.readouterr().err
