@@ -59,7 +59,7 @@ def test_every_module_command_exists():
     from cxr_vit import __main__ as module
 
     named = {words[0] for words in words_of("-m cxr_vit") for words in [words[1:]]}
-    assert named <= set(re.findall(r"^  (\w+) --", module._USAGE, flags=re.MULTILINE))
+    assert named <= set(re.findall(r"^  ([\w-]+) --", module._USAGE, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("text", YAML)
