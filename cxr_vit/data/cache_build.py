@@ -1,4 +1,4 @@
-"""Build and verify the packed store, on all cores. Imports no torch.
+"""Build the packed store, on all cores. Imports no torch.
 
 A store grows aside, in `.partial`, which has its full size from the start; a chunk of films is
 written in place and then, with the checksums of its pixels, noted in the journal. A process that
@@ -21,7 +21,7 @@ import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -32,17 +32,17 @@ from cxr_vit.data.cache import (
     file_sizes,
     library_versions,
 )
-from cxr_vit.data.decoding import CHUNK_FILMS, Chunk, film_progress, in_parallel
+from cxr_vit.data.decoding import CHUNK_FILMS, Chunk, film_progress, in_chunks, in_parallel
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.errors import DataError
 
-__all__ = ["build_store", "check_films", "locked", "verify_store"]
+__all__ = ["DecodedChunk", "build_store", "decode_chunk", "locked", "stored_checksums"]
 
 logger = logging.getLogger(__name__)
 
 
-class _Decoded(NamedTuple):
-    """What became of a chunk: a checksum or None, and a reason or None, a film."""
+class DecodedChunk(NamedTuple):
+    """What became of a chunk: for each film a checksum, or None and the reason."""
 
     first_row: int
     crc32: List[Optional[int]]
@@ -102,18 +102,10 @@ def build_store(
     """
     names = sorted(paths)
     sizes = file_sizes(paths, names)
-    plan = json.dumps(
-        {
-            **asdict(settings),
-            **library_versions(),
-            "chunk": CHUNK_FILMS,
-            "films": _digest(names, sizes),
-        }
-    )
-    finished = _resume(where, plan, len(names), settings)
+    finished = _resume(where, _plan(settings, names, sizes), len(names), settings)
     chunks = [
         chunk
-        for chunk in _chunks([paths[name] for name in names])
+        for chunk in in_chunks([paths[name] for name in names])
         if chunk.first_row not in finished
     ]
     done = len(names) - sum(len(chunk.paths) for chunk in chunks)
@@ -122,7 +114,7 @@ def build_store(
             "going on with an interrupted cache: %d of %d films are in it", done, len(names)
         )
     started = time.monotonic()
-    decode = partial(_decode_chunk, settings=settings, pixels=where.partial)
+    decode = partial(decode_chunk, settings=settings, pixels=where.partial)
     with where.journal.open("a", encoding="utf-8") as journal, film_progress(
         "decoding films", done=done, total=len(names)
     ) as advance:
@@ -143,21 +135,17 @@ def build_store(
     return index
 
 
-def _digest(names: Sequence[str], sizes: Sequence[int]) -> str:
-    lines = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _chunks(paths: Sequence[str]) -> List[Chunk]:
-    return [
-        Chunk(start, list(paths[start : start + CHUNK_FILMS]))
-        for start in range(0, len(paths), CHUNK_FILMS)
-    ]
+def _plan(settings: StoreSettings, names: Sequence[str], sizes: Sequence[int]) -> str:
+    """Say in a line what is to be built; a store that was begun otherwise is begun anew."""
+    films = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
+    digest = hashlib.sha256(films.encode()).hexdigest()
+    facts = {"chunk": CHUNK_FILMS, "films": digest, **library_versions()}
+    return json.dumps({**asdict(settings), **facts})
 
 
 def _resume(
     where: StorePaths, plan: str, num_films: int, settings: StoreSettings
-) -> Dict[int, _Decoded]:
+) -> Dict[int, DecodedChunk]:
     """Return the chunks that are done, by first row, with the files ready to go on."""
     total_bytes = num_films * settings.image_size**2
     lines: List[bytes] = []
@@ -180,10 +168,10 @@ def _resume(
         }
 
 
-def _parse(line: bytes) -> Optional[_Decoded]:
+def _parse(line: bytes) -> Optional[DecodedChunk]:
     """Read a line of the journal; None for one that a loss of power has damaged."""
     try:
-        return _Decoded(*json.loads(line))
+        return DecodedChunk(*json.loads(line))
     except (ValueError, TypeError):
         return None
 
@@ -203,19 +191,20 @@ def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
     where.journal.write_text(plan + "\n", encoding="utf-8")
 
 
-def _are_written(pixels: IO[bytes], decoded: _Decoded, film_bytes: int) -> bool:
-    stored = _stored_checksums(pixels, decoded.first_row, len(decoded.crc32), film_bytes)
+def _are_written(pixels: IO[bytes], decoded: DecodedChunk, film_bytes: int) -> bool:
+    stored = stored_checksums(pixels, decoded.first_row, len(decoded.crc32), film_bytes)
     return all(noted in (None, there) for noted, there in zip(decoded.crc32, stored))
 
 
-def _stored_checksums(
+def stored_checksums(
     pixels: IO[bytes], first_row: int, num_films: int, film_bytes: int
 ) -> List[int]:
+    """Return the CRC-32 of films next to each other in an open store."""
     pixels.seek(first_row * film_bytes)
     return [zlib.crc32(pixels.read(film_bytes)) for _ in range(num_films)]
 
 
-def _decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> _Decoded:
+def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> DecodedChunk:
     """Decode a chunk and, if there is a file of pixels, write it in its place."""
     size = settings.image_size
     films = np.zeros((len(chunk.paths), size, size), dtype=np.uint8)
@@ -240,7 +229,7 @@ def _decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Pat
                 f"{pixels}: {error.strerror}. Mend that and run the command again: it goes on"
                 " where it stopped."
             ) from error
-    return _Decoded(chunk.first_row, crc32, reasons)
+    return DecodedChunk(chunk.first_row, crc32, reasons)
 
 
 def _finish(
@@ -248,7 +237,7 @@ def _finish(
     settings: StoreSettings,
     names: List[str],
     sizes: List[int],
-    finished: Mapping[int, _Decoded],
+    finished: Mapping[int, DecodedChunk],
 ) -> StoreIndex:
     """Put the new store in the place of an older one; its index comes last."""
     in_order = [finished[first_row] for first_row in sorted(finished)]
@@ -268,73 +257,3 @@ def _finish(
     index.save(where.index)
     where.journal.unlink()
     return index
-
-
-def check_films(
-    paths: Mapping[str, str], settings: StoreSettings, *, workers: int
-) -> Dict[str, str]:
-    """Decode films without keeping them; return file name -> reason of those of no use.
-
-    Parameters
-    ----------
-    paths
-        File name -> path of the films.
-    settings
-        How films are read.
-    workers
-        Processes.
-    """
-    names = sorted(paths)
-    unusable: Dict[str, str] = {}
-    decode = partial(_decode_chunk, settings=settings, pixels=None)
-    chunks = _chunks([paths[name] for name in names])
-    with film_progress("checking films", done=0, total=len(names)) as advance:
-        for decoded in in_parallel(decode, chunks, workers=workers):
-            for row, reason in enumerate(decoded.reasons, start=decoded.first_row):
-                if reason is not None:
-                    unusable[names[row]] = reason
-            advance(len(decoded.reasons))
-    return dict(sorted(unusable.items()))
-
-
-def verify_store(
-    index: StoreIndex, where: StorePaths, paths: Mapping[str, str], *, workers: int
-) -> Dict[str, str]:
-    """Check every film of a store against its checksum and against its file, decoded anew.
-
-    Parameters
-    ----------
-    index, where
-        The store.
-    paths
-        File name -> path, of the files that are there; the others are only checked for damage.
-    workers
-        Processes.
-
-    Returns
-    -------
-    dict
-        File name -> what is wrong.
-    """
-    wrong: Dict[str, str] = {}
-    verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
-    chunks = _chunks([paths.get(name, "") for name in index.images])
-    with film_progress("verifying films", done=0, total=len(index.images)) as advance:
-        for first_row, stored, decoded in in_parallel(verify, chunks, workers=workers):
-            for row, (there, anew) in enumerate(zip(stored, decoded), start=first_row):
-                noted, name = index.crc32[row], index.images[row]
-                if noted is not None and there != noted:
-                    wrong[name] = "its pixels in the cache are damaged"
-                elif name in paths and anew != noted:
-                    wrong[name] = "the cache does not hold what its file holds now"
-            advance(len(stored))
-    return dict(sorted(wrong.items()))
-
-
-def _verify_chunk(
-    chunk: Chunk, *, settings: StoreSettings, pixels: Path
-) -> Tuple[int, List[int], List[Optional[int]]]:
-    """Return the first row, the checksums of the pixels stored, and those of the files."""
-    with pixels.open("rb") as file:
-        stored = _stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
-    return chunk.first_row, stored, _decode_chunk(chunk, settings=settings, pixels=None).crc32

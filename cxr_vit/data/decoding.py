@@ -29,7 +29,14 @@ from rich.text import Text
 
 from cxr_vit.errors import DataError
 
-__all__ = ["CHUNK_FILMS", "Chunk", "default_workers", "film_progress", "in_parallel"]
+__all__ = [
+    "CHUNK_FILMS",
+    "Chunk",
+    "default_workers",
+    "film_progress",
+    "in_chunks",
+    "in_parallel",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +55,14 @@ class Chunk(NamedTuple):
 
     first_row: int
     paths: List[str]
+
+
+def in_chunks(paths: Sequence[str]) -> List[Chunk]:
+    """Cut films into tasks."""
+    return [
+        Chunk(start, list(paths[start : start + CHUNK_FILMS]))
+        for start in range(0, len(paths), CHUNK_FILMS)
+    ]
 
 
 def default_workers(given: Optional[int]) -> int:

@@ -11,7 +11,8 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
-from cxr_vit.data.cache_build import build_store, check_films, locked, verify_store
+from cxr_vit.data.cache_build import build_store, locked
+from cxr_vit.data.cache_check import check_films, verify_store
 from cxr_vit.data.decoding import default_workers
 from cxr_vit.data.films import FilmFiles, Films
 from cxr_vit.data.images import find_images

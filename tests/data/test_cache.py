@@ -17,7 +17,8 @@ from PIL import Image
 
 from cxr_vit.data import decoding
 from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
-from cxr_vit.data.cache_build import build_store, check_films, verify_store
+from cxr_vit.data.cache_build import build_store
+from cxr_vit.data.cache_check import check_films, verify_store
 from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
 from cxr_vit.errors import DataError
 

@@ -317,7 +317,7 @@ def test_no_room_is_said_before_anything_is_decoded(
 def test_a_disk_that_fills_up_says_how_to_go_on(reference: Reference) -> None:
     chunk = Chunk(0, [reference.paths[name_of(0)]])
     with pytest.raises(DataError, match=r"No space left on device.*goes on where it stopped"):
-        cache_build._decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
+        cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
