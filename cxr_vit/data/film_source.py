@@ -83,7 +83,7 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
                 f"data.cache=require, and there is no finished cache {where.pixels}. Build it:"
                 f" {_PREPARE}"
             )
-    if index is None:
+    if index is None or (renew and where.journal.exists()):
         with locked(where.lock):
             index, reason = _look(where, settings, paths)  # another process may have built it
             if not renew:
@@ -93,6 +93,8 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
             if index is None:
                 workers = default_workers(data.cache_workers)
                 index = build_store(where, settings, paths, workers=workers)
+            else:  # left by a kill between the last two steps
+                where.journal.unlink(missing_ok=True)
     return _from_store(where, index, names)
 
 

@@ -15,9 +15,10 @@ from cxr_vit.errors import DataError
 
 __all__ = ["CachedFilms", "FilmFiles", "Films", "StoreMap"]
 
-#: The map is let go of after so many bytes: they stay in the system's cache, but no longer count
-#: as this process's memory, which a pass over all films would otherwise fill with the whole store.
-_RELEASE_BYTES = 2**28
+#: The map is let go of after so many bytes read: they stay in the system's cache, but no longer
+#: count as this process's memory, which a pass over all films would otherwise fill with the store.
+#: (The system maps more than is read, some two pages for one.)
+_RELEASE_BYTES = 2**26
 
 
 class Films(ABC):

@@ -229,6 +229,14 @@ def prepare(root: Path, *more: str) -> int:
     )
 
 
+def test_a_journal_left_behind_a_whole_store_is_taken_away(small: Path) -> None:
+    assert prepare(small) == 0
+    journal = small / "cxr_vit_cache" / "films_16.journal"
+    journal.write_text("left by a kill between the last two steps\n")
+    assert prepare(small) == 0
+    assert not journal.exists()
+
+
 def test_verify_says_that_all_is_well_or_what_is_not(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
