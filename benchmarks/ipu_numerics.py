@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
 import torch
 
+from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
 from cxr_vit.config import Config, check, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
@@ -98,9 +96,7 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     arguments = parser.parse_args(argv)
     result: Dict[str, Any] = {
-        "measured": time.strftime("%Y-%m-%d"),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        **describe_machine("torch", "transformers"),
         "gelu": gelu_difference(arguments.checkpoint),
         "fp16_gradients": gradients_lost(arguments.films),
     }

@@ -1,0 +1,333 @@
+"""Films per second of one process, by the way they are read; the tutorial's way is the measure.
+
+    python -m benchmarks.data_loading [--films DIR] [--out FILE]
+
+A few thousand films are made of the real ones by linking, so that the store is larger than the
+processor's caches. All files are in the system's cache: what is measured is work, not the disk. The
+ways take turns over several rounds; a ratio is the median of those within a round. Prints a table,
+writes a JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.linked_films import NIH, original_films, write_linked_set
+from benchmarks.machine import describe_machine
+from cxr_vit.cli import run
+from cxr_vit.config.augment_schema import AugmentSection
+from cxr_vit.data.augment import Augmentation
+from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films
+from cxr_vit.data.cache_build import build_store
+from cxr_vit.data.dataset import ChestXrayDataset, PaddedCollate
+from cxr_vit.data.films import FilmFiles
+from cxr_vit.data.images import MAX_MEGAPIXELS
+from cxr_vit.data.records import Records, find_csv, read_records
+
+BATCH_SIZE = 128
+#: Films that are decoded a round; the same ones in every way that decodes.
+DECODED = 2 * BATCH_SIZE
+#: Times that the store is read through a round, plain and with augmentation.
+PASSES, AUGMENTED_PASSES = 8, 1
+#: Batches of a loader that are not timed: its process starts and fills its queue.
+WARM_BATCHES = 4
+AUGMENT = AugmentSection(
+    rotation=10,
+    shift=0.05,
+    scale=0.1,
+    crop=0.7,
+    brightness=0.2,
+    contrast=0.2,
+    gamma=0.2,
+    horizontal_flip=0.5,
+)
+TUTORIAL = "tutorial"
+#: Way -> what it is, and how many times the tutorial's it should reach.
+WAYS: Dict[str, Tuple[str, float]] = {
+    TUTORIAL: ("PIL, RGB, resize, tensor, normalise, fp16", 0),
+    "direct": ("files through ChestXrayDataset", 1.5),
+    "cached": ("cache through ChestXrayDataset", 500),
+    "augmented": ("the same, every augmentation on", 50),
+    "memory_map": ("bare memory map, no data set", 0),
+    "loader_0": ("cached, torch's DataLoader, 0 workers", 0),
+    "loader_1": ("cached, torch's DataLoader, 1 worker", 0),
+    "build": ("cache build, one core", 1.4),
+}
+
+
+class Films(NamedTuple):
+    """The data set that is read: its folder, the films' paths by name, records and store."""
+
+    root: Path
+    paths: Dict[str, str]
+    records: Records
+    settings: StoreSettings
+    store: StorePaths
+
+
+def tutorial_transform(size: int) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
+    """Return the tutorial's transform, and what it is made of.
+
+    Without torchvision (0.15.2 belongs to torch 2.0.1) the same operations are done one by one;
+    the tensors are equal.
+    """
+    try:
+        import torchvision
+        from torchvision import transforms
+    except ImportError:
+        return lambda image: _transform_by_hand(image, size), (
+            "the same operations by PIL and torch, as torchvision is not installed"
+        )
+    steps = [
+        transforms.Lambda(lambda image: image.convert("RGB")),
+        transforms.Resize((size, size)),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=[0.5] * 3, std=[0.5] * 3),
+        transforms.ConvertImageDtype(torch.float16),
+    ]
+    return transforms.Compose(steps), f"torchvision {torchvision.__version__}"
+
+
+def _transform_by_hand(image: Image.Image, size: int) -> torch.Tensor:
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().float().div(255)
+    mean = torch.full((3, 1, 1), 0.5)
+    return pixels.clone().sub_(mean).div_(mean).to(torch.float16)
+
+
+def make_films(root: Path, originals: Sequence[Path], num_films: int, size: int) -> Films:
+    """Link the films and build their store."""
+    names = write_linked_set(root, originals, num_films)
+    paths = {name: str(root / "images" / name) for name in names}
+    records = read_records(find_csv(root, None), include_no_finding=False)
+    settings = StoreSettings(size, MAX_MEGAPIXELS)
+    store = StorePaths.of(root / "cache", size)
+    store.pixels.parent.mkdir()
+    build_store(store, settings, paths, workers=1)
+    return Films(root, paths, records, settings, store)
+
+
+def direct_dataset(films: Films) -> ChestXrayDataset:
+    """Return the films as they are decoded each time."""
+    source = FilmFiles(
+        films.paths,
+        list(films.paths),
+        image_size=films.settings.image_size,
+        max_megapixels=films.settings.max_megapixels,
+    )
+    return ChestXrayDataset(films.records, source)
+
+
+def cached_dataset(films: Films, *, augmented: bool) -> ChestXrayDataset:
+    """Return the films of the store."""
+    source = open_films(StoreIndex.load(films.store.index), films.store.pixels)
+    size = films.settings.image_size
+    augmentation = Augmentation(AUGMENT, num_samples=len(source), image_size=size, seed=0)
+    return ChestXrayDataset(
+        films.records,
+        source.select(list(films.paths)),
+        augmentation=augmentation if augmented else None,
+    )
+
+
+def shuffled(num_films: int, passes: int, turn: int) -> List[List[int]]:
+    """Return batches of draws: so many epochs, each in a new order, none seen in another turn."""
+    draws = [
+        epoch * num_films + np.random.default_rng(epoch).permutation(num_films)
+        for epoch in range(turn * passes, (turn + 1) * passes)
+    ]
+    stream = np.concatenate(draws)
+    return [
+        stream[start : start + BATCH_SIZE].tolist() for start in range(0, len(stream), BATCH_SIZE)
+    ]
+
+
+def timed(act: Callable[[Any], Any], batches: Sequence[Sequence[Any]]) -> float:
+    """Return the samples per second of an action on batches."""
+    start = time.perf_counter()
+    for batch in batches:
+        act(batch)
+    return sum(map(len, batches)) / (time.perf_counter() - start)
+
+
+def timed_loader(dataset: ChestXrayDataset, batches: List[List[int]], workers: int) -> float:
+    """Return the samples per second of torch's loader, as the engines make it, once it runs."""
+    loader: Iterable[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=PaddedCollate(None),
+    )
+    stream = iter(loader)
+    for _ in itertools.islice(stream, WARM_BATCHES):
+        pass
+    start = time.perf_counter()
+    count = sum(len(batch.images) for batch in stream)
+    return count / (time.perf_counter() - start)
+
+
+def timed_build(films: Films) -> float:
+    """Return the films per second of a cache built by this process alone."""
+    folder = films.root / "build"
+    folder.mkdir()
+    paths = dict(itertools.islice(films.paths.items(), DECODED))
+    where = StorePaths.of(folder, films.settings.image_size)
+    start = time.perf_counter()
+    build_store(where, films.settings, paths, workers=1)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder)
+    return len(paths) / seconds
+
+
+def make_ways(
+    films: Films, transform: Callable[[Image.Image], torch.Tensor]
+) -> Dict[str, Callable[[int], float]]:
+    """Return way -> samples per second of a turn."""
+    direct = direct_dataset(films)
+    cached, augmented = (cached_dataset(films, augmented=on) for on in (False, True))
+    count, size = len(cached), films.settings.image_size
+    pixels = np.memmap(films.store.pixels, dtype=np.uint8, mode="r").reshape(count, size, size)
+    buffer = np.empty((BATCH_SIZE, size, size), dtype=np.uint8)
+    same = [list(range(start, start + BATCH_SIZE)) for start in range(0, DECODED, BATCH_SIZE)]
+    files = [[list(films.paths.values())[row] for row in rows] for rows in same]
+
+    def by_tutorial(paths: Sequence[str]) -> torch.Tensor:
+        return torch.stack([transform(Image.open(path)) for path in paths])
+
+    def by_map(rows: List[int]) -> np.ndarray:
+        wanted = np.asarray(rows) % count
+        return np.take(pixels, wanted, axis=0, out=buffer[: len(rows)], mode="clip")
+
+    def plain(turn: int) -> List[List[int]]:
+        return shuffled(count, PASSES, turn)
+
+    return {
+        TUTORIAL: lambda turn: timed(by_tutorial, files),
+        "direct": lambda turn: timed(direct.__getitems__, same),
+        "cached": lambda turn: timed(cached.__getitems__, plain(turn)),
+        "augmented": lambda turn: timed(
+            augmented.__getitems__, shuffled(count, AUGMENTED_PASSES, turn)
+        ),
+        "memory_map": lambda turn: timed(by_map, plain(turn)),
+        "loader_0": lambda turn: timed_loader(cached, plain(turn), 0),
+        "loader_1": lambda turn: timed_loader(cached, plain(turn), 1),
+        "build": lambda turn: timed_build(films),
+    }
+
+
+def cached_equals_direct(films: Films) -> bool:
+    """Whether the store holds, bit for bit, what the files give; every film of the first turn."""
+    direct, cached = direct_dataset(films), cached_dataset(films, augmented=False)
+    rows = range(DECODED)
+    return all(np.array_equal(direct.films([row]), cached.films([row])) for row in rows)
+
+
+def summarise(rates: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
+    """Return the figures of each way."""
+    summary = {}
+    for way, (what, goal) in WAYS.items():
+        ratios = [rate / base for rate, base in zip(rates[way], rates[TUTORIAL])]
+        summary[way] = {
+            "what": what,
+            "samples_per_s": statistics.median(rates[way]),
+            "ratio": statistics.median(ratios),
+            "lowest_ratio": min(ratios),
+            "highest_ratio": max(ratios),
+            "goal": goal or None,
+            "samples_per_s_by_round": rates[way],
+        }
+    return summary
+
+
+def print_table(summary: Dict[str, Dict[str, Any]]) -> None:
+    """Print a line a way."""
+    print(f"{'':12} {'':42} {'samples/s':>10} {'ratio':>8} {'lowest..highest':>16}   goal")
+    for way, figures in summary.items():
+        span = f"{figures['lowest_ratio']:.4g}..{figures['highest_ratio']:.4g}"
+        goal = ""
+        if figures["goal"]:
+            verdict = "reached" if figures["ratio"] >= figures["goal"] else "MISSED"
+            goal = f"{figures['goal']:g}, {verdict}"
+        print(
+            f"{way:12} {figures['what']:42} {figures['samples_per_s']:10,.0f}"
+            f" {figures['ratio']:8.4g} {span:>16}   {goal}"
+        )
+
+
+def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
+    """Measure all ways in turns; return what the JSON says."""
+    originals = original_films(arguments.films)
+    films = make_films(root, originals, arguments.num_films, arguments.image_size)
+    transform, made_of = tutorial_transform(arguments.image_size)
+    equal = cached_equals_direct(films)
+    ways = make_ways(films, transform)
+    rates: Dict[str, List[float]] = {way: [] for way in WAYS}
+    for turn in range(arguments.rounds + 1):
+        for way, act in ways.items():
+            rate = act(turn)
+            if turn:  # the first one warms up
+                rates[way].append(rate)
+    store_bytes = films.store.pixels.stat().st_size
+    packages = ("torch", "numpy", "pillow", "kornia-rs", "opencv-python-headless")
+    modes = [Image.open(path).mode for path in originals]
+    return {
+        **describe_machine(*packages),
+        "tutorial_transform": made_of,
+        "image_size": arguments.image_size,
+        "original_films": {mode: modes.count(mode) for mode in sorted(set(modes))},
+        "films": arguments.num_films,
+        "store_mb": round(store_bytes / 1e6, 1),
+        "batch_size": BATCH_SIZE,
+        "rounds": arguments.rounds,
+        "augment": AUGMENT.model_dump(),
+        "cached_equals_direct": equal,
+        "ways": summarise(rates),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--films", type=Path, default=NIH / "images", metavar="DIR")
+    parser.add_argument(
+        "--num-films", type=int, default=4096, metavar="N", help="films in the store"
+    )
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--out", type=Path, default=Path("data_loading.json"), metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.num_films < DECODED or arguments.rounds < 1:
+        parser.error(f"at least {DECODED} films and one round are needed")
+    logging.getLogger("cxr_vit").setLevel(logging.WARNING)  # the builds are many
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory(prefix="data_loading-") as root:
+        result = measure(arguments, Path(root))
+    print(
+        f"{result['machine']}, one process, {result['films']} films in {result['store_mb']:.0f} MB;"
+        f" the tutorial's transform: {result['tutorial_transform']}"
+    )
+    print_table(result["ways"])
+    equal = result["cached_equals_direct"]
+    print(f"the cached pixels {'equal' if equal else 'DIFFER FROM'} the direct ones")
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,312 @@
+"""Kill `prepare` at random moments, go on, and compare the store with one built in one go.
+
+    python -m benchmarks.kill_prepare [--kills N] [--seed N] [--films DIR]
+
+SIGKILL comes at a random moment of the build, or of what is left of it; the command is run again
+until it ends, and its files are compared byte for byte. Then the moments after the last film are
+aimed at, by waiting for what the files do. After each kill no process may be left over. Exit
+status 1 if anything is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+from benchmarks.linked_films import NIH, original_films, write_linked_set
+from cxr_vit.data.cache import StorePaths
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+IMAGE_SIZE = 224
+#: In the environment of every process of a command, by which those left over are found.
+MARK = "CXR_VIT_KILL_PREPARE"
+#: A killed command's processes have to be gone after so long, seconds.
+PATIENCE_S = 2.0
+GOING_ON = re.compile(r"going on with an interrupted cache: (\d+) of")
+
+Condition = Callable[[], bool]
+
+
+class Trial:
+    """Runs of `prepare` on one data set and one cache folder.
+
+    Parameters
+    ----------
+    root
+        The data set.
+    folder
+        The cache's folder.
+    workers
+        Processes that decode.
+    """
+
+    def __init__(self, root: Path, folder: Path, workers: int) -> None:
+        self.folder = folder
+        self.paths = StorePaths.of(folder, IMAGE_SIZE)
+        self.faults: List[str] = []
+        self.slowest_end_s = 0.0
+        self._noted = 0
+        self._log = folder.with_name(f"{folder.name}.log")
+        self._command = [
+            *(sys.executable, "-m", "cxr_vit", "prepare"),
+            *(f"data.root={root}", f"data.cache_dir={folder}", f"data.cache_workers={workers}"),
+            f"data.image_size={IMAGE_SIZE}",
+        ]
+
+    def run(self, condition: Condition) -> Optional[float]:
+        """Run `prepare`; kill it once the condition holds.
+
+        Returns
+        -------
+        float or None
+            When it was killed, seconds after its start; None if it ended before.
+        """
+        mark = uuid.uuid4().hex
+        start = time.monotonic()
+        with self._log.open("w") as log:
+            process = subprocess.Popen(
+                self._command,
+                cwd=str(REPOSITORY),
+                env={**os.environ, MARK: mark},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            while process.poll() is None and not condition():
+                pass
+            process.send_signal(signal.SIGKILL)  # nothing happens to one that has ended
+            status = process.wait()
+        seconds = time.monotonic() - start
+        self._check_progress(ended=status == 0)
+        self._check_left_over(mark)
+        if status == -signal.SIGKILL:
+            return seconds
+        if status != 0:
+            self.faults.append(f"prepare exited with {status}: {self._log.read_text()}")
+        return None
+
+    def films_noted(self) -> int:
+        """Return how many films the journal says are done."""
+        if not self.paths.journal.is_file():
+            return 0
+        lines = self.paths.journal.read_text(encoding="utf-8").splitlines(keepends=True)
+        return sum(len(json.loads(line)[1]) for line in lines[1:] if line.endswith("\n"))
+
+    def present(self) -> str:
+        """Name the store's files that are there."""
+        return " ".join(sorted(path.name for path in self.folder.glob("films_*"))) or "nothing yet"
+
+    def _check_progress(self, *, ended: bool) -> None:
+        """See that a run that got so far took up every film noted before it."""
+        said = GOING_ON.search(self._log.read_text(encoding="utf-8"))
+        taken_up = int(said.group(1)) if said else 0
+        if (said or ended) and taken_up != self._noted:
+            self.faults.append(f"{self._noted} films were noted, and {taken_up} taken up")
+        self._noted = self.films_noted()
+
+    def _check_left_over(self, mark: str) -> None:
+        start = time.monotonic()
+        left = processes_marked(mark)
+        while left and time.monotonic() - start < PATIENCE_S:
+            time.sleep(0.01)
+            left = processes_marked(mark)
+        self.slowest_end_s = max(self.slowest_end_s, time.monotonic() - start)
+        if left:
+            self.faults.append(f"left over {PATIENCE_S} s after the kill: {left}")
+
+
+def processes_marked(mark: str) -> Dict[int, str]:
+    """Return the command lines of the processes whose environment has the mark, by number."""
+    found: Dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(folder.name)] = command.decode(errors="replace")
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def never() -> bool:
+    """Do not hold."""
+    time.sleep(0.01)
+    return False
+
+
+def after(seconds: float) -> Condition:
+    """Hold so long after now."""
+    end = time.monotonic() + seconds
+
+    def holds() -> bool:
+        time.sleep(0.001)
+        return time.monotonic() >= end
+
+    return holds
+
+
+def appears(path: Path) -> Condition:
+    """Hold once a file is there that was not."""
+
+    def stamp() -> Optional[Tuple[int, int]]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    before = stamp()
+    return lambda: stamp() not in (before, None)
+
+
+def vanishes(path: Path) -> Condition:
+    """Hold once a file that has been there is gone."""
+    seen = [False]
+
+    def holds() -> bool:
+        there = path.exists()
+        seen[0] = seen[0] or there
+        return seen[0] and not there
+
+    return holds
+
+
+def all_noted(trial: Trial, num_films: int) -> Condition:
+    """Hold once the journal has the last film."""
+
+    def holds() -> bool:
+        time.sleep(0.01)
+        return trial.films_noted() == num_films
+
+    return holds
+
+
+def differences(folder: Path, reference: Path) -> List[str]:
+    """Compare the files of two caches, byte for byte."""
+    names = {path.name for path in (*folder.iterdir(), *reference.iterdir())}
+    different = []
+    for name in sorted(names):
+        here, there = folder / name, reference / name
+        if not (here.exists() and there.exists()):
+            different.append(f"{name} is only in {folder if here.exists() else reference}")
+        elif here.read_bytes() != there.read_bytes():
+            different.append(f"{name} differs from the one built in one go")
+    return different
+
+
+def finish(trial: Trial, reference: Path) -> None:
+    """Let `prepare` end, compare, and start anew."""
+    if trial.run(never) is None:
+        compare(trial, reference)
+
+
+def compare(trial: Trial, reference: Path) -> None:
+    """Compare a finished cache, and remove it."""
+    found = differences(trial.folder, reference)
+    print("    ended;", "; ".join(found) if found else "identical to the one built in one go")
+    trial.faults += found
+    shutil.rmtree(trial.folder)
+
+
+def kill_at_random(
+    trial: Trial, reference: Path, *, kills: int, longest_s: float, source: random.Random
+) -> None:
+    """Kill so many times, going on each time; whenever the build ends, compare and start anew."""
+    done = 0
+    while done < kills:
+        seconds = trial.run(after(source.uniform(0, longest_s)))
+        if seconds is None:
+            compare(trial, reference)
+            continue
+        if trial.paths.index.exists():  # it was on its way out: proves little, so is not counted
+            print(f"   (a kill after {seconds:.2f} s found the store whole)")
+            continue
+        done += 1
+        print(
+            f"kill {done:2} after {seconds:5.2f} s: {trial.films_noted():5} films noted;"
+            f" {trial.present()}"
+        )
+    finish(trial, reference)
+
+
+def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_films: int) -> None:
+    """Kill after the last film: before, between and after the renames that end a build."""
+    paths = trial.paths
+    index_aside = paths.index.with_name(paths.index.name + ".partial")
+    moments: Dict[str, Callable[[], Condition]] = {
+        "the last film is noted": lambda: all_noted(trial, num_films),
+        "the pixels have their name": lambda: vanishes(paths.partial),
+        "the index is being written": lambda: appears(index_aside),
+        "the index has its name": lambda: appears(paths.index),
+    }
+    for _ in range(rounds):
+        for moment, condition in moments.items():
+            seconds = trial.run(condition())
+            if seconds is None:
+                print(f"when {moment}: it ended before the kill came")
+                compare(trial, reference)
+                continue
+            print(f"when {moment} ({seconds:.2f} s): {trial.present()}")
+        finish(trial, reference)
+
+
+def make_data(root: Path, films: Path, num_films: int) -> None:
+    """Link the real films, or where there are none write synthetic ones of 512 pixels."""
+    if films == NIH / "images" and not films.is_dir():
+        print(f"no real films in {films}: synthetic ones of 512 pixels")
+        command = [sys.executable, "-m", "cxr_vit", "sample", "--out", str(root)]
+        command += ["--images", str(num_films), "--size", "512"]
+        subprocess.run(command, cwd=str(REPOSITORY), check=True)
+    else:
+        write_linked_set(root, original_films(films), num_films)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Kill, go on, compare; return 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--films", type=Path, default=NIH / "images", metavar="DIR")
+    parser.add_argument("--num-films", type=int, default=1500, metavar="N")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="at random moments")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of kills at the end")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="data.cache_workers")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    arguments = parser.parse_args(argv)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory(prefix="kill_prepare-") as folder:
+        data, reference = Path(folder) / "data", Path(folder) / "reference"
+        make_data(data, arguments.films, arguments.num_films)
+        whole = Trial(data, reference, arguments.workers)
+        start = time.monotonic()
+        whole.run(never)
+        longest_s = time.monotonic() - start
+        print(f"{arguments.num_films} films in one go: {longest_s:.1f} s, {whole.present()}")
+        trial = Trial(data, Path(folder) / "killed", arguments.workers)
+        if not whole.faults:
+            source = random.Random(arguments.seed)
+            kill_at_random(
+                trial, reference, kills=arguments.kills, longest_s=longest_s, source=source
+            )
+            kill_at_the_end(
+                trial, reference, rounds=arguments.rounds, num_films=arguments.num_films
+            )
+    faults = [*whole.faults, *trial.faults]
+    print(f"processes were gone {trial.slowest_end_s:.2f} s after a kill at the latest")
+    print("\n".join(["FAULTS:", *faults]) if faults else "all stores are identical; no fault")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
