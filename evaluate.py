@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     out: Path = arguments.out or folder.report(split, is_default=split == data.default_split())
     out.mkdir(parents=True, exist_ok=True)  # before the scoring, which may take long
     origin = data.fingerprint()
-    data.warn_if_changed(state)
+    changed = data.warn_if_changed(state)
     model = StagedViT.from_config(config, names=data.names, prevalence=None, for_ipu=choice.is_ipu)
     with build_engine(config, model, choice) as engine:
         print(f"{engine.describe()}\n{data.describe()}", flush=True)
@@ -52,7 +52,12 @@ def main(argv: Sequence[str]) -> int:
         names=data.names,
         logits=logits,
         labels=labels,
-        origin={"checkpoint": str(arguments.checkpoint), "step": state["step"], **origin},
+        origin={
+            "checkpoint": str(arguments.checkpoint),
+            "step": state["step"],
+            **origin,
+            "changed_since_training": changed,
+        },
     )
     print_table(metrics, Console())
     print(f"report: {out}")

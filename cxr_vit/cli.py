@@ -170,6 +170,15 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         status = EXIT_USER_ERROR
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(
+            f"DataError: {error}\nDataError: Out of memory, or of /dev/shm? Lower data.num_workers"
+            " and go on with --resume.",
+            file=sys.stderr,
+        )
+        status = EXIT_USER_ERROR
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     sys.exit(status)

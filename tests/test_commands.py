@@ -257,6 +257,39 @@ def test_a_missing_film_is_an_error_until_told_to_skip(repository, sample_root, 
     assert "3 of 80 images are missing" in skipped.stderr
 
 
+def test_training_films_are_varied_and_validation_films_are_not(sample_root, tmp_path, monkeypatch):
+    import train
+    from cxr_vit.training.trainer import Trainer
+
+    seen = []
+
+    def fit(trainer):
+        seen.append(trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    words = [*SMALL, f"data.root={sample_root}", f"run.dir={tmp_path / 'run'}", "run.seed=3"]
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*words, "augment.rotation=5"])
+    (trainer,) = seen
+    assert trainer.train.augmentation.section.rotation == 5
+    assert trainer.train.augmentation.seed == 3
+    assert trainer.val.augmentation is None
+
+
+def test_a_loader_process_that_is_killed_is_told_in_two_lines(monkeypatch, capsys):
+    from cxr_vit import cli
+
+    def main(words):
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "pid 17" in said and "data.num_workers" in said and "Traceback" not in said
+
+
 def test_the_demo_config_makes_its_data_and_says_so(repository, tmp_path):
     result = command(
         repository, "train.py", "--config", "configs/vit_demo.yaml", "data.sample_images=60",

@@ -117,7 +117,8 @@ class DataSection(Section):
     cache: Literal["auto", "require", "off"] = Field(
         "auto",
         description="keep the films, decoded and resized, in one file: build it on first use,"
-        " insist on a finished one, or decode in every epoch",
+        " insist on a finished one, or decode in every epoch (and all once at each start, to see"
+        " that they can be)",
     )
     cache_dir: Optional[PathText] = Field(
         None, description="folder of the cache; null: <data.root>/cxr_vit_cache"

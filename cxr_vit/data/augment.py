@@ -85,14 +85,20 @@ class Augmentation:
         """
         cv2 = _opencv()
         numbers = self._numbers(draws)
-        if self.recolours:
-            for film, table in zip(films, self.tables(numbers, films)):
-                cv2.LUT(film, table, dst=film)
+        tables = self.tables(numbers, films) if self.recolours else None  # by the whole film's mean
         if self.moves:
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            section = self.section
+            leaves = section.rotation or section.shift or section.scale
+            # What comes into view from beyond the film's border is black; a crop has no beyond.
+            border = cv2.BORDER_CONSTANT if leaves else cv2.BORDER_REPLICATE
             for film, matrix in zip(films, self.matrices(numbers)):
-                # What comes into view from beyond the film's border is black.
-                film[...] = cv2.warpAffine(film, matrix, film.shape[::-1], flags=flags)
+                film[...] = cv2.warpAffine(
+                    film, matrix, film.shape[::-1], flags=flags, borderMode=border
+                )
+        if tables is not None:
+            for film, table in zip(films, tables):
+                cv2.LUT(film, table, dst=film)
 
     def _numbers(self, draws: np.ndarray) -> np.ndarray:
         """Return what was drawn for each film, float32 ``[n, len(_DRAWN)]`` of 0..1."""

@@ -25,8 +25,10 @@ from cxr_vit.errors import DataError
 __all__ = ["BUILD_ANEW", "StoreIndex", "StorePaths", "StoreSettings", "open_films", "refusal"]
 
 _FORMAT = 1
-#: Films of a store whose checksums are compared at each start.
-_LOOKED_AT = 32
+#: Films of a store, drawn anew at each start, whose checksums are compared.
+_LOOKED_AT = 256
+#: Films of no use that are looked at again at each start.
+_READ_AGAIN = 64
 BUILD_ANEW = (
     "Build it anew (remove it and run: python -m cxr_vit prepare --config <file>), or do without it"
     " (data.cache=off)."
@@ -185,14 +187,11 @@ def refusal(
     changed = [name for (name, size), now in zip(there, sizes) if now != size]
     if changed:
         return f"{len(changed)} films were changed since, first: {changed[0]}"
-    # A film fetched again has the size of the damaged one; these are few, and looked at.
-    mended = [
-        name
-        for name in index.unusable
-        if name in paths and not isinstance(_read(paths[name], settings), str)
-    ]
+    # A film fetched again has the size of the damaged one.
+    unusable = [name for name in index.unusable if name in paths][:_READ_AGAIN]
+    mended = [name for name in unusable if not isinstance(_read(paths[name], settings), str)]
     if mended:
-        return f"{len(mended)} films that could not be used were mended, first: {mended[0]}"
+        return f"films that could not be used were mended, first: {mended[0]}"
     return None
 
 
@@ -212,7 +211,8 @@ def open_films(index: StoreIndex, pixels: Path) -> CachedFilms:
     store = StoreMap(pixels, (len(index.images), size, size))
     rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
     films = CachedFilms(store, rows, list(rows))
-    looked_at = list(rows.values())[:: max(1, len(rows) // _LOOKED_AT)]
+    usable = np.array(list(rows.values()), dtype=np.int64)
+    looked_at = np.random.default_rng().permutation(usable)[:_LOOKED_AT].tolist()
     damaged = [row for row in looked_at if zlib.crc32(store.pixels[row]) != index.crc32[row]]
     if damaged:
         raise DataError(

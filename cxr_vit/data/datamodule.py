@@ -65,12 +65,13 @@ class ChestXrayDataModule:
             boxes=find_boxes(root, data.boxes),
             relabels=find_relabels(root, data.relabels),
         )
+        splits = make_splits(everything, root, data)
         self._source = open_film_source(data, everything.table["image"].tolist())
         _refuse_unusable(self._source, data, total=len(everything))
         self.skipped: pd.DataFrame = _unusable(self._source)
         usable = ~everything.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
         self.records: Records = everything.take(np.flatnonzero(usable))
-        self.splits: Splits = make_splits(self.records, root, data)
+        self.splits: Splits = splits.keep(usable)
 
     def dataset(
         self, split: str, *, augment: Optional[AugmentSection] = None, seed: int = 0
@@ -122,16 +123,26 @@ class ChestXrayDataModule:
             "split_kind": self.splits.kind,
         }
 
-    def warn_if_changed(self, recorded: Mapping[str, Any]) -> None:
-        """Warn where the data are not those a checkpoint's `trainer_state.json` recorded."""
-        for fact, value in self.fingerprint().items():
-            if recorded.get(fact) != value:
-                logger.warning(
-                    "the data are not those of the training: %s was %s and is %s",
-                    fact,
-                    recorded.get(fact),
-                    value,
-                )
+    def warn_if_changed(self, recorded: Mapping[str, Any]) -> List[str]:
+        """Warn where the data are not those of a checkpoint's `trainer_state.json`.
+
+        Returns
+        -------
+        list of str
+            The facts that changed.
+        """
+        facts = self.fingerprint()
+        changed = [fact for fact, value in facts.items() if recorded.get(fact) != value]
+        for fact in changed:
+            logger.warning(
+                "the data are not those of the training: %s was %s and is %s",
+                fact,
+                recorded.get(fact),
+                facts[fact],
+            )
+        if "split_sha256" in changed:
+            logger.warning("with another split, films that were trained on may be scored")
+        return changed
 
     def default_split(self) -> str:
         """Return the split to score unless told otherwise: test, else val."""
@@ -177,14 +188,19 @@ def verify_cache(data: DataSection) -> str:
         If there is no cache that fits, or films of it are not what they should be.
     """
     _, names = _films_of_csv(data)
-    wrong = verify(data, names)
+    verified = verify(data, names)
     where = store_paths(data)
-    if wrong:
+    if verified.wrong:
         raise DataError(
-            f"{len(wrong)} films of the cache {where.pixels} are wrong:\n{_first_ten(wrong)}\n"
+            f"{len(verified.wrong)} films of the cache {where.pixels} are wrong:\n"
+            f"{_first_ten(verified.wrong)}\n"
             f"Remove {where.index} and run: python -m cxr_vit prepare --config <file>"
         )
-    return f"every film of {where.pixels} has its checksum and is what its file holds"
+    text = f"{where.pixels}: every film has its checksum; {verified.compared} are what their files"
+    text += " hold"
+    if verified.without_file:
+        text += f", {verified.without_file} have no file here to compare with"
+    return text
 
 
 def _films_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
@@ -215,19 +231,23 @@ def _refuse_unusable(source: FilmSource, data: DataSection, *, total: int) -> No
     """Raise DataError unless the configuration says to go on without them; warn then."""
     images = images_folder(data)
     missing, bad = dict.fromkeys(source.missing, _MISSING), source.bad
-    if missing and (data.on_missing == "error" or len(missing) == total):
+    problems: List[str] = []
+    none_left = len(missing) + len(bad) == total
+    if missing and (data.on_missing == "error" or none_left):
         advice = "Set data.root or data.images to the folder that holds them"
-        if len(missing) < total:
+        if not none_left:
             advice += ", or data.on_missing=skip to go on without them"
-        raise DataError(
+        problems.append(
             f"{len(missing)} of {total} images are missing under {images}:\n"
             f"{_first_ten(missing)}\n{advice}."
         )
-    if bad and (data.on_bad_image == "error" or len(missing) + len(bad) == total):
-        raise DataError(
+    if bad and (data.on_bad_image == "error" or none_left):
+        problems.append(
             f"{len(bad)} of {total} images cannot be used:\n{_first_ten(bad)}\n"
             "Mend them, or set data.on_bad_image=skip to go on without them."
         )
+    if problems:
+        raise DataError("\n".join(problems))
     if missing:
         logger.warning(
             "%d of %d images are missing under %s and left out", len(missing), total, images

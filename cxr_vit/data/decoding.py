@@ -103,7 +103,10 @@ def in_parallel(
     futures: List[Future[Result]] = []
     try:
         with _interrupts_held():
-            futures = [pool.submit(function, chunk) for chunk in chunks]
+            # One by one: a signal may come through all the same, and what is submitted by then
+            # has to be known to be cancelled.
+            for chunk in chunks:
+                futures.append(pool.submit(function, chunk))  # noqa: PERF401
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:  # which every future has got by now

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
+from cxr_vit.data.cache import (
+    StoreIndex,
+    StorePaths,
+    StoreSettings,
+    library_versions,
+    open_films,
+    refusal,
+)
 from cxr_vit.data.cache_build import build_store, locked
 from cxr_vit.data.cache_check import check_films, verify_store
 from cxr_vit.data.decoding import default_workers
@@ -68,8 +75,7 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
     DataError
         If the cache is wanted and missing, out of date, damaged, or cannot be written.
     """
-    found = find_images(images_folder(data))
-    paths = {name: found[name] for name in names if name in found}
+    paths = _find(data, names)
     where = store_paths(data)
     nothing = not paths and not where.index.exists()
     if nothing or (data.cache == "off" and not renew):
@@ -90,12 +96,42 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
                 _refuse(where, reason)
             elif reason is not None:
                 logger.info("the cache %s does not fit: %s", where.pixels, reason)
+                _keep_what_has_no_file(where, paths)
             if index is None:
                 workers = default_workers(data.cache_workers)
                 index = build_store(where, settings, paths, workers=workers)
             else:  # left by a kill between the last two steps
                 where.journal.unlink(missing_ok=True)
     return _from_store(where, index, names)
+
+
+def _find(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
+    """Return file name -> path of the films of the CSV that are there, in its order."""
+    folder = images_folder(data)
+    if data.images is not None and not folder.is_dir():
+        raise DataError(f"data.images={folder} is not a folder. Name the one that holds the films.")
+    found = find_images(folder, set(names))
+    return {name: found[name] for name in names if name in found}
+
+
+def _keep_what_has_no_file(where: StorePaths, paths: Mapping[str, str]) -> None:
+    """Refuse to replace a store that holds what cannot be decoded again here."""
+    try:
+        index = StoreIndex.load(where.index)
+    except ValueError:
+        lost = [] if paths else ["all of them"]
+    else:
+        lost = [
+            name
+            for name, crc in zip(index.images, index.crc32)
+            if crc is not None and name not in paths
+        ]
+    if lost:
+        raise DataError(
+            f"the cache {where.pixels} does not fit, but building it anew would lose films whose"
+            f" files are not here ({len(lost)}, first: {lost[0]}). Bring the files, or name another"
+            f" data.cache_dir; remove {where.index} if they are no longer wanted."
+        )
 
 
 def _refuse(where: StorePaths, reason: Optional[str]) -> None:
@@ -119,6 +155,12 @@ def _look(
     except ValueError as error:
         return None, str(error)
     reason = refusal(index, where.pixels, settings, paths)
+    if reason is None and index.versions != library_versions():
+        logger.info(
+            "the cache %s was made with %s; prepare --verify compares it with what is here now",
+            where.pixels,
+            ", ".join(f"{name} {version}" for name, version in index.versions.items()),
+        )
     return (index, None) if reason is None else (None, reason)
 
 
@@ -141,7 +183,19 @@ def _from_files(data: DataSection, names: Sequence[str], paths: Mapping[str, str
     return FilmSource(films, missing, bad, "their files, decoded each time")
 
 
-def verify(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
+class Verified(NamedTuple):
+    """What a look at every film of a store found.
+
+    `wrong` file name -> what is wrong; how many films were compared with their files; and how many
+    have none here, and were only checked for damage.
+    """
+
+    wrong: Dict[str, str]
+    compared: int
+    without_file: int
+
+
+def verify(data: DataSection, names: Sequence[str]) -> Verified:
     """Check every film of the cache, by its checksum and against its file.
 
     Parameters
@@ -151,21 +205,18 @@ def verify(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
     names
         File names of the CSV.
 
-    Returns
-    -------
-    dict
-        File name -> what is wrong; empty where all is well.
-
     Raises
     ------
     DataError
         If there is no cache, or training would refuse it at once.
     """
-    found = find_images(images_folder(data))
+    paths = _find(data, names)
     where = store_paths(data)
     settings = StoreSettings(data.image_size, data.max_megapixels)
-    index, reason = _look(where, settings, {name: found[name] for name in names if name in found})
+    index, reason = _look(where, settings, paths)
     _refuse(where, reason)
     if index is None:
         raise DataError(f"there is no finished cache {where.pixels}. Build it: {_PREPARE}")
-    return verify_store(index, where, found, workers=default_workers(data.cache_workers))
+    wrong = verify_store(index, where, paths, workers=default_workers(data.cache_workers))
+    compared = sum(name in paths for name in index.images)
+    return Verified(wrong, compared, len(index.images) - compared)

@@ -13,7 +13,7 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import Dict, List, Optional, Set, Tuple, Union
+from typing import Container, Dict, List, Optional, Set, Tuple, Union
 
 import kornia_rs
 import numpy as np
@@ -49,16 +49,23 @@ class _Unusable(Exception):
     """Why an image cannot be used."""
 
 
-def find_images(root: Path) -> Dict[str, str]:
+def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str, str]:
     """Walk a folder once and return each image's file name -> path.
 
     NIH's archives unpack to `images/`, Kaggle's copy to `images_001/images/` and so on, resized
     copies to one folder: the names are unique, so any nesting serves.
 
+    Parameters
+    ----------
+    root
+        The folder.
+    wanted
+        File names to look for; None: all.
+
     Raises
     ------
     DataError
-        If a name is in two folders, as where a resized copy lies beside the originals.
+        If such a name is in two folders, as where a resized copy lies beside the originals.
     """
     found: Dict[str, str] = {}
     twice: List[Tuple[str, str]] = []
@@ -71,7 +78,7 @@ def find_images(root: Path) -> Dict[str, str]:
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
         for name in names:
-            if name.lower().endswith(_SUFFIXES):
+            if name.lower().endswith(_SUFFIXES) and (wanted is None or name in wanted):
                 path = os.path.join(folder, name)
                 if found.setdefault(name, path) != path:
                     twice.append((found[name], path))
@@ -94,6 +101,7 @@ def read_gray(
     path
         A PNG or JPEG, gray or colour, of 8 or 16 bits. An alpha channel must be opaque (some of
         NIH's films are RGBA with equal colours); 16-bit values are scaled by the depth they use.
+        A JPEG has no checksums: damage inside it may go unnoticed.
     size
         Side of the square, pixels.
     max_megapixels

@@ -57,6 +57,30 @@ class Splits(NamedTuple):
     kind: str
     source: str = ""
 
+    def keep(self, usable: np.ndarray) -> Splits:
+        """Return the split of the records that stay when others are left out.
+
+        Who is in which part does not change: films left out for their files must not move others
+        from training to testing.
+
+        Parameters
+        ----------
+        usable
+            Bool ``[records]``.
+
+        Raises
+        ------
+        DataError
+            If nothing is left to train on, or to validate on.
+        """
+        new_rows = np.cumsum(usable) - 1
+        train, val, test = (
+            new_rows[rows[usable[rows]]] for rows in (self.train, self.val, self.test)
+        )
+        kept = Splits(train, val, test, self.kind, self.source)
+        _check_sizes(kept, int(usable.sum()))
+        return kept
+
 
 def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     """Split the records as `data.split` says.
@@ -108,11 +132,7 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
             " from NIH, name such files with data.train_list and data.test_list, or set"
             " data.split=patient."
         )
-    listed = {
-        # A machine that only trains may hold no film to test.
-        key: _listed_films(records, path, may_be_absent=key == "test_list")
-        for key, path in lists.items()
-    }
+    listed = {key: _listed_films(records, path) for key, path in lists.items()}
     in_train, in_test = listed["train_list"], listed["test_list"]
     for key in ("train_list", "val_list"):
         if key in lists:
@@ -146,15 +166,15 @@ def read_list(path: Path) -> Set[str]:
     DataError
         If it cannot be read, is empty or no UTF-8 text.
     """
-    return set(_LISTED.findall(read_text(path)))
+    return set(_LISTED.findall("\n".join(read_text(path).splitlines())))
 
 
-def _listed_films(records: Records, path: Path, *, may_be_absent: bool) -> np.ndarray:
+def _listed_films(records: Records, path: Path) -> np.ndarray:
     """Say of each film whether the list names it: bool ``[len(records)]``."""
     names, films = read_list(path), records.table["image"]
     listed: np.ndarray = films.isin(names).to_numpy(dtype=bool)
     absent = names.difference(films)
-    if not listed.any() and not (names and may_be_absent):
+    if not listed.any():
         raise DataError(
             f"{path}: names none of the {len(films)} films: it has"
             f" {min(absent, default='nothing')!r}, they have {films.min()!r}. Give the list files"
@@ -162,7 +182,7 @@ def _listed_films(records: Records, path: Path, *, may_be_absent: bool) -> np.nd
         )
     if absent:
         logger.warning(
-            "%s: %d of %d names are of films that are not there, first: %s",
+            "%s: %d of %d names are of films that the CSV lacks, first: %s",
             path,
             len(absent),
             len(names),

@@ -197,6 +197,25 @@ def test_what_comes_into_view_is_black() -> None:
     assert beyond.max() > 0.5 and beyond.mean() > 0.2
 
 
+def test_what_comes_into_view_is_as_black_as_the_film() -> None:
+    half = np.zeros((FILMS, SIDE, SIDE), dtype=np.uint8)
+    half[:, :, SIDE // 2 :] = 200
+    make(shift=0.2, contrast=0.5)(half, DRAWS)
+    assert max(len(np.unique(film[: SIDE // 4, : SIDE // 8])) for film in half) == 1
+    assert half.min(axis=(1, 2)).max() > 0  # a black that less contrast has lifted
+
+
+def test_a_crop_brings_no_border_into_view() -> None:
+    white = np.full((FILMS, SIDE, SIDE), 255, dtype=np.uint8)
+    make(crop=0.5, crop_ratio=1.5, horizontal_flip=0.5)(white, DRAWS)
+    assert (white == 255).all()
+
+
+def test_the_numbers_are_not_those_of_the_sample_order() -> None:
+    order = np.random.default_rng((0, 0)).random((FILMS, 12), dtype=np.float32)
+    assert not np.array_equal(numbers_of(make()), order)
+
+
 def test_opencv_uses_no_threads_which_a_forked_loader_process_would_lack() -> None:
     varied(make(**EVERYTHING), DRAWS)
     assert cv2.getNumThreads() == 1

@@ -16,6 +16,7 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.data import datamodule
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.data.splits import SPLIT_NAMES
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -180,9 +181,10 @@ def test_unchanged_data_warn_of_nothing(root: Path, caplog: pytest.LogCaptureFix
 def test_another_split_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorded = module_of(root, split_seed=1).fingerprint()
     module = module_of(root, split_seed=2)
-    module.warn_if_changed(recorded)
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
+    assert module.warn_if_changed(recorded) == ["split_sha256"]
+    record, hint = caplog.records
+    assert record.levelno == hint.levelno == logging.WARNING
+    assert "films that were trained on may be scored" in hint.getMessage()
     assert "split_sha256" in record.getMessage()
     assert recorded["split_sha256"] in record.getMessage()
     assert module.fingerprint()["split_sha256"] in record.getMessage()
@@ -204,6 +206,31 @@ def test_films_of_the_test_list_may_be_absent(root: Path) -> None:
     assert len(module.splits.test) == 0
     assert module.default_split() == "val"
     assert module.skipped["image"].tolist() == [f"{row:08d}_000.png" for row in range(30, 40)]
+
+
+@pytest.mark.parametrize("split", ["official", "patient", "random"])
+def test_a_film_of_no_use_moves_no_other_from_training_to_testing(root: Path, split: str) -> None:
+    def parts(**changes: object) -> Dict[str, set]:
+        module = module_of(root, split=split, cache="off", **changes)
+        names = module.records.table["image"]
+        return {part: set(names.iloc[getattr(module.splits, part)]) for part in SPLIT_NAMES}
+
+    whole = parts()
+    broken = {"00000003_000.png", "00000017_000.png", "00000031_000.png"}
+    for name in broken:
+        (root / "images" / name).write_bytes(b"<html>")
+    assert parts(on_bad_image="skip") == {part: names - broken for part, names in whole.items()}
+
+
+def test_missing_and_damaged_films_are_told_at_once(root: Path) -> None:
+    (root / "images" / "00000007_000.png").unlink()
+    (root / "images" / "00000008_000.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        module_of(root)
+    assert "1 of 40 images are missing" in str(caught.value)
+    assert "1 of 40 images cannot be used:\n  00000008_000.png: the file is empty" in str(
+        caught.value
+    )
 
 
 def test_describe_gives_films_patients_and_sizes(root: Path) -> None:

@@ -260,19 +260,19 @@ def test_a_stale_cache_where_nothing_can_be_written_is_refused_with_the_reason(
 
 def test_verifying_without_a_cache_or_with_a_damaged_index_is_refused(root: Path) -> None:
     with pytest.raises(DataError, match="there is no finished cache"):
-        verify(section(root), [])
+        verify(section(root), NAMES)
     source_of(root)
-    assert verify(section(root), []) == {}
+    assert verify(section(root), NAMES) == ({}, 40, 0)
     damage_index(root)
     with pytest.raises(DataError, match="is damaged"):
-        verify(section(root), [])
+        verify(section(root), NAMES)
 
 
 def test_verifying_a_cache_whose_pixels_are_gone_is_refused_in_words(root: Path) -> None:
     source_of(root)
     store_paths(section(root)).pixels.unlink()
     with pytest.raises(DataError, match=r"films_16\.u8 has 0 bytes"):
-        verify(section(root), [])
+        verify(section(root), NAMES)
 
 
 # Films of no use
@@ -346,3 +346,65 @@ def test_prepare_lists_what_it_left_out_beside_the_cache_while_it_does(root: Pat
     write_film(root / "images" / NAMES[5], 5)
     assert prepare(section(root, **SKIP)).startswith("40 of 40 films")
     assert not skipped.exists()
+
+
+# A store that holds more than can be decoded again
+
+
+def move_away(root: Path, rows: range) -> None:
+    for row in rows:
+        (root / "images" / NAMES[row]).unlink()
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+def test_a_store_is_never_replaced_by_one_that_lacks_its_films(root: Path, kept: int) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    before = where.pixels.read_bytes()
+    move_away(root, range(FILMS - kept))
+    with pytest.raises(DataError, match=rf"would lose films .*\({FILMS - kept}, first"):
+        source_of(root, renew=True, max_megapixels=32)
+    assert where.pixels.read_bytes() == before
+    assert len(source_of(root).films) == FILMS  # it still serves those it was made for
+
+
+def test_a_damaged_index_without_a_file_to_begin_anew_with_is_left_alone(root: Path) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    before = where.pixels.read_bytes()
+    damage_index(root)
+    move_away(root, range(FILMS))
+    with pytest.raises(DataError, match="would lose films"):
+        source_of(root, renew=True)
+    assert where.pixels.read_bytes() == before
+
+
+def test_verify_tells_films_that_it_could_not_compare(root: Path) -> None:
+    source_of(root)
+    move_away(root, range(15))
+    assert verify(section(root), NAMES) == ({}, 25, 15)
+
+
+def test_a_folder_of_images_that_is_not_there_is_no_empty_one(root: Path) -> None:
+    source_of(root)
+    with pytest.raises(DataError, match=r"data\.images=.*typo is not a folder"):
+        source_of(root, images=str(root / "typo"))
+
+
+def test_other_pictures_under_the_root_may_share_a_name(root: Path) -> None:
+    for folder in ("docs", "paper"):
+        (root / folder).mkdir()
+        write_film(root / folder / "figure.png", 0)
+    names = set(NAMES)
+    assert len(source_of(root).films) == len(find_images(root, names)) == FILMS
+
+
+def test_a_store_made_with_other_libraries_is_used_and_said_so(
+    root: Path, log: pytest.LogCaptureFixture
+) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    text = where.index.read_text(encoding="utf-8")
+    where.index.write_text(text.replace('"kornia-rs": "', '"kornia-rs": "9'), encoding="utf-8")
+    assert_all_films(source_of(root), root)
+    assert "was made with pillow" in log.text and "--verify" in log.text

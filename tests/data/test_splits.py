@@ -180,7 +180,7 @@ def test_official_lists_may_name_films_that_are_not_there_and_count_them(
     splits = split(subset, tmp_path, split="official")
     assert sum(map(len, rows_in(splits))) == len(subset)
     counts = re.findall(
-        r"list\.txt: (\d+) of \d+ names are of films that are not there", caplog.text
+        r"list\.txt: (\d+) of \d+ names are of films that the CSV lacks", caplog.text
     )
     assert sum(map(int, counts)) == len(records) - len(subset)
 
@@ -274,9 +274,9 @@ def test_a_film_in_both_lists_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("train_val_list.txt", "a.png\nb.png\n"),
-        ("val_list.txt", "a.png\nb.png\n"),
-        *[(name, '"",\n') for name in (*NIH_NAMES, "val_list.txt")],
+        (name, content)
+        for name in (*NIH_NAMES, "val_list.txt")
+        for content in ("a.png\nb.png\n", '"",\n')
     ],
 )
 def test_a_list_that_names_none_of_the_films_is_refused(
@@ -292,14 +292,35 @@ def test_a_list_that_names_none_of_the_films_is_refused(
     assert "they have '00000001_000.png'" in str(caught.value)
 
 
-def test_a_machine_that_only_trains_may_lack_the_films_of_the_test_list(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("kind", ["official", "patient", "random"])
+def test_a_film_that_is_left_out_moves_no_other_to_another_part(tmp_path: Path, kind: str) -> None:
     records = cohort()
     write_official(tmp_path, records)
-    (tmp_path / "test_list.txt").write_text("a.png\nb.png\n")
-    assert len(split(records, tmp_path, split="official").test) == 0
-    assert "test_list.txt: 2 of 2 names are of films that are not there" in caplog.text
+    whole = split(records, tmp_path, split=kind, val_fraction=0.2)
+    usable = np.random.default_rng(0).random(len(records)) > 0.1
+    kept = whole.keep(usable)
+    fewer = records.take(np.flatnonzero(usable)).table["image"]
+    for part in SPLIT_NAMES:
+        rows = getattr(whole, part)
+        expected = records.table["image"].iloc[rows[usable[rows]]].tolist()
+        assert fewer.iloc[getattr(kept, part)].tolist() == expected
+    assert (kept.kind, kept.source) == (whole.kind, whole.source)
+
+
+def test_a_split_of_which_nothing_to_train_on_stays_is_refused(tmp_path: Path) -> None:
+    records = cohort()
+    whole = split(records, tmp_path, split="patient")
+    usable = np.zeros(len(records), dtype=bool)
+    usable[whole.val] = True
+    with pytest.raises(DataError, match="leaves none for train"):
+        whole.keep(usable)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_ends_will_do(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(end.join(["a.png", "images_001/b.png 0 1 0", "c.png", ""]).encode())
+    assert read_list(path) == {"a.png", "b.png", "c.png"}
 
 
 def test_official_says_by_which_files_and_seed(tmp_path: Path) -> None:
