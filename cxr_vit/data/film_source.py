@@ -96,7 +96,7 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
                 _refuse(where, reason)
             elif reason is not None:
                 logger.info("the cache %s does not fit: %s", where.pixels, reason)
-                _keep_what_has_no_file(where, paths)
+                _keep_what_has_no_file(where, images_folder(data))
             if index is None:
                 workers = default_workers(data.cache_workers)
                 index = build_store(where, settings, paths, workers=workers)
@@ -114,17 +114,18 @@ def _find(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
     return {name: found[name] for name in names if name in found}
 
 
-def _keep_what_has_no_file(where: StorePaths, paths: Mapping[str, str]) -> None:
+def _keep_what_has_no_file(where: StorePaths, images: Path) -> None:
     """Refuse to replace a store that holds what cannot be decoded again here."""
     try:
         index = StoreIndex.load(where.index)
     except ValueError:
-        lost = [] if paths else ["all of them"]
+        lost = [] if find_images(images) else ["all of them"]
     else:
+        there = find_images(images, set(index.images))  # also those of another CSV
         lost = [
             name
             for name, crc in zip(index.images, index.crc32)
-            if crc is not None and name not in paths
+            if crc is not None and name not in there
         ]
     if lost:
         raise DataError(

@@ -408,3 +408,11 @@ def test_a_store_made_with_other_libraries_is_used_and_said_so(
     where.index.write_text(text.replace('"kornia-rs": "', '"kornia-rs": "9'), encoding="utf-8")
     assert_all_films(source_of(root), root)
     assert "was made with pillow" in log.text and "--verify" in log.text
+
+
+def test_a_store_of_another_csvs_films_may_be_replaced(root: Path) -> None:
+    source_of(root)
+    data = section(root, max_megapixels=32)
+    assert len(open_film_source(data, NAMES[:10], renew=True).films) == 10
+    with pytest.raises(DataError, match="30 of 40 films are not in it"):
+        open_film_source(data, NAMES)
