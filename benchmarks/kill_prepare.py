@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="data.cache_workers")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     arguments = parser.parse_args(argv)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True)
     with tempfile.TemporaryDirectory(prefix="kill_prepare-") as folder:
         data, reference = Path(folder) / "data", Path(folder) / "reference"
         make_data(data, arguments.films, arguments.num_films)

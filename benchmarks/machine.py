@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict
+
+from cxr_vit.training.run_folder import git_commit
 
 __all__ = ["describe_machine"]
 
@@ -24,7 +25,7 @@ def describe_machine(*packages: str) -> Dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
-        "git_commit": _commit(),
+        "git_commit": git_commit(),
     }
 
 
@@ -35,18 +36,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> Optional[str]:
-    """Return the code's commit, marked where the working tree differs; None outside git."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=str(Path(__file__).resolve().parent),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.decode().strip()

@@ -50,7 +50,21 @@ class AugmentSection(Section):
     )
 
     @property
+    def moves(self) -> bool:
+        """Whether films are rotated, shifted, scaled, cropped or flipped."""
+        return self.shows_beyond or self.crop < 1 or self.horizontal_flip > 0
+
+    @property
+    def shows_beyond(self) -> bool:
+        """Whether what lies beyond a film's border may come into view."""
+        return self.rotation > 0 or self.shift > 0 or self.scale > 0
+
+    @property
+    def recolours(self) -> bool:
+        """Whether gray levels change."""
+        return self.brightness > 0 or self.contrast > 0 or self.gamma > 0
+
+    @property
     def is_on(self) -> bool:
         """Whether anything is varied."""
-        off = AugmentSection().model_copy(update={"crop_ratio": self.crop_ratio})
-        return self != off
+        return self.moves or self.recolours

@@ -60,19 +60,6 @@ class Augmentation:
         self.seed = seed
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
-    @property
-    def moves(self) -> bool:
-        """Whether films are rotated, shifted, scaled, cropped or flipped."""
-        section = self.section
-        by_range = section.rotation or section.shift or section.scale or section.horizontal_flip
-        return bool(by_range) or section.crop < 1
-
-    @property
-    def recolours(self) -> bool:
-        """Whether gray levels change."""
-        section = self.section
-        return bool(section.brightness or section.contrast or section.gamma)
-
     def __call__(self, films: np.ndarray, draws: np.ndarray) -> None:
         """Vary a batch.
 
@@ -85,13 +72,13 @@ class Augmentation:
         """
         cv2 = _opencv()
         numbers = self._numbers(draws)
-        tables = self.tables(numbers, films) if self.recolours else None  # by the whole film's mean
-        if self.moves:
+        section = self.section
+        # Made first: contrast is about the mean of the film as it is.
+        tables = self.tables(numbers, films) if section.recolours else None
+        if section.moves:
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            section = self.section
-            leaves = section.rotation or section.shift or section.scale
-            # What comes into view from beyond the film's border is black; a crop has no beyond.
-            border = cv2.BORDER_CONSTANT if leaves else cv2.BORDER_REPLICATE
+            # What comes into view is black; the edge of a crop is not mixed with it.
+            border = cv2.BORDER_CONSTANT if section.shows_beyond else cv2.BORDER_REPLICATE
             for film, matrix in zip(films, self.matrices(numbers)):
                 film[...] = cv2.warpAffine(
                     film, matrix, film.shape[::-1], flags=flags, borderMode=border

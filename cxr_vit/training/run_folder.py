@@ -21,7 +21,14 @@ from cxr_vit.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunFolder", "is_main_process", "open_run", "run_of_checkpoint", "with_weights_of"]
+__all__ = [
+    "RunFolder",
+    "git_commit",
+    "is_main_process",
+    "open_run",
+    "run_of_checkpoint",
+    "with_weights_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +173,7 @@ class RunFolder:
             "platform": platform.platform(),
             "device": device,
             "versions": _versions(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             **data,
         }
         path = self.path / "environment.json"
@@ -199,7 +206,7 @@ def _versions() -> Dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
-def _git_commit() -> Optional[str]:
+def git_commit() -> Optional[str]:
     """Return the code's commit, marked where the working tree differs; None outside git."""
     here = Path(__file__).resolve().parent
     try:

@@ -58,7 +58,7 @@ def test_all_of_it_is_off_by_default() -> None:
 def test_each_one_alone_varies_films(switch: str) -> None:
     augmentation = make(**{switch: EVERYTHING[switch]})
     assert augmentation.section.is_on
-    assert augmentation.moves != augmentation.recolours
+    assert augmentation.section.moves != augmentation.section.recolours
     changed = (varied(augmentation, DRAWS) != films()).any(axis=(1, 2))
     assert changed.mean() > 0.4
 
