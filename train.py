@@ -12,7 +12,9 @@ from typing import Sequence
 
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, check, load_config
-from cxr_vit.training.run_folder import RunFolder, open_run, with_weights_of
+from cxr_vit.launch import Launch
+from cxr_vit.training.open_run import open_run, with_weights_of
+from cxr_vit.training.run_folder import RunFolder
 from cxr_vit.training.schedule import Durations, LearningRate
 
 
@@ -24,16 +26,17 @@ def main(argv: Sequence[str]) -> int:
 
         print(compile_offline(check(load_config(arguments.files, arguments.overrides))))
         return 0
-    folder, config = open_run(arguments.files, arguments.overrides, arguments.resume)
-    print(folder.path, flush=True)
-    with folder:
-        return train(config, folder, resume=arguments.resume is not None)
+    opened = open_run(arguments.files, arguments.overrides, arguments.resume)
+    print(opened.folder.path, flush=True)
+    with opened.folder as folder:
+        return train(opened.config, folder, resume=opened.resumes)
 
 
 def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.engines.choice import build_engine, choose_engine
+    from cxr_vit.engines.processes import call_once
     from cxr_vit.evaluation.figures import film_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
@@ -43,7 +46,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     from cxr_vit.training.watchers import watchers
 
     choice = choose_engine(config)
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config.data, once=call_once)
     training = data.dataset("train", augment=config.augment, seed=config.run.seed)
     names = data.names
     batch = BatchPlan.from_section(config.batch)
@@ -71,7 +74,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
                 roc=partial(roc_figure, names=names, title="validation ROC"),
             ),
             score=partial(flat_scores, names=names),
-            store=CheckpointStore(folder.checkpoints),
+            store=CheckpointStore(folder.checkpoints, writes=folder.writes),
             model_files=model.hub_files(),
             origin={"labels": names, **data.fingerprint()},
         )
@@ -85,10 +88,10 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         print(data.describe(), engine.describe(), sep="\n")
         print(*model.plan.describe(engine.place), *batch.describe(), sep="\n")
         print(durations.describe(trainer.step), flush=True)
-        with StopOnSignal(trainer.request_stop) as stop:
+        with StopOnSignal(trainer.interrupt, quiet=Launch.from_environment().world_size > 1):
             trainer.fit()
     print(trainer.describe_end(), flush=True)
-    return EXIT_STOPPED if stop.received and not trainer.is_complete else 0
+    return EXIT_STOPPED if trainer.interrupted and not trainer.is_complete else 0
 
 
 if __name__ == "__main__":

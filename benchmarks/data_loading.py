@@ -34,7 +34,7 @@ from cxr_vit.config.augment_schema import AugmentSection
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films
 from cxr_vit.data.cache_build import build_store
-from cxr_vit.data.dataset import ChestXrayDataset, PaddedCollate
+from cxr_vit.data.dataset import ChestXrayDataset, collate
 from cxr_vit.data.films import FilmFiles
 from cxr_vit.data.images import MAX_MEGAPIXELS
 from cxr_vit.data.records import Records, find_csv, read_records
@@ -171,7 +171,7 @@ def timed_loader(dataset: ChestXrayDataset, batches: List[List[int]], workers: i
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=PaddedCollate(None),
+        collate_fn=collate,
     )
     stream = iter(loader)
     for _ in itertools.islice(stream, WARM_BATCHES):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from cxr_vit.config.explain import help_text
 from cxr_vit.errors import CxrVitError
-from cxr_vit.training.run_folder import is_main_process
+from cxr_vit.launch import Launch
 
 __all__ = [
     "EvaluateArguments",
@@ -26,6 +27,7 @@ __all__ = [
     "train_arguments",
 ]
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved; EX_TEMPFAIL of sysexits.h, "try again".
@@ -147,38 +149,62 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a command; print a user's mistake without a traceback and exit with status 2."""
+    """Run a command; print a user's mistake without a traceback and exit with status 2.
+
+    Of several processes only the first prints, but an error is told by the one that it befell.
+    """
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
-    if not is_main_process():  # the first of several processes speaks for all
+    launch = Launch.from_environment()
+    if launch.is_connected:  # it prints its whole schedule where a process is lost
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if not launch.is_main:
         sys.stdout = None
         logging.getLogger("cxr_vit").setLevel(logging.ERROR)
     # transformers 4.46 imports a part of torchvision 0.15 that calls itself beta; unused here.
     warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     try:
         status = main(sys.argv[1:])
-    except CxrVitError as error:
-        for line in str(error).split("\n"):
-            print(f"{type(error).__name__}: {line}", file=sys.stderr)
-        status = EXIT_USER_ERROR
     except BrokenPipeError:
         # The reader of our output went away (`| head`); leave no second error at shutdown.
         sys.stdout = None
         status = EXIT_USER_ERROR
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        status = EXIT_USER_ERROR
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        print(
-            f"DataError: {error}\nDataError: Out of memory, or of /dev/shm? Lower data.num_workers"
-            " and go on with --resume.",
-            file=sys.stderr,
-        )
-        status = EXIT_USER_ERROR
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
+    except Exception as error:
+        status = _tell(error) if launch.is_connected else _print_error(error)
     sys.exit(status)
+
+
+def _tell(error: Exception) -> int:
+    """Print an error, if no other process has told one before; return the exit status."""
+    from cxr_vit.engines.processes import speaks_for_all, spoken_for_all
+
+    if not speaks_for_all():
+        return EXIT_USER_ERROR
+    try:
+        return _print_error(error)
+    except Exception:
+        traceback.print_exc()  # now: torchrun ends this process when the next one ends
+        return EXIT_FAILURE
+    finally:
+        sys.stderr.flush()
+        spoken_for_all()
+
+
+def _print_error(error: Exception) -> int:
+    """Print a message for a user's mistake; raise anything else again, for its traceback."""
+    lines = str(error).split("\n")
+    name = type(error).__name__
+    if isinstance(error, RuntimeError) and lines[0].startswith("DataLoader worker"):
+        name = "DataError"
+        lines.append(
+            "Out of memory, or of /dev/shm? Lower data.num_workers and go on with --resume."
+        )
+    elif not isinstance(error, (CxrVitError, OSError)):  # a full disk, a folder not to be written
+        raise error
+    for line in lines:
+        print(f"{name}: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -18,6 +18,7 @@ __all__ = [
     "EngineUnavailable",
     "ModelError",
     "NonFiniteLoss",
+    "ProcessLost",
     "did_you_mean",
 ]
 
@@ -52,6 +53,10 @@ class CheckpointError(CxrVitError):
 
 class NonFiniteLoss(CxrVitError):
     """The loss became NaN or infinite; the message names the step and the films."""
+
+
+class ProcessLost(CxrVitError):
+    """Another process of the run ended or does not answer; the message names it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:

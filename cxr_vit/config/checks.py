@@ -62,11 +62,21 @@ def _kept_layers_are_on_their_stage(config: Config) -> Optional[str]:
 
 
 def _optimizer_is_the_engines(config: Config) -> Optional[str]:
-    if config.optim.name != "lamb" or config.engine.name != "torch":
+    if config.optim.name != "lamb" or config.engine.name not in ("torch", "pipeline"):
         return None
     return (
-        "optim.name=lamb is PopTorch's own; engine.name=torch has adamw and sgd. Set optim.name, or"
-        " engine.name=poptorch."
+        f"optim.name=lamb is PopTorch's own; engine.name={config.engine.name} has adamw and sgd."
+        " Set optim.name, or engine.name=poptorch."
+    )
+
+
+def _no_process_is_empty(config: Config) -> Optional[str]:
+    layers = config.pipeline.layers_per_stage
+    if config.engine.name != "pipeline" or 0 not in layers[1:-1]:
+        return None
+    return (
+        f"pipeline.layers_per_stage={layers} leaves stage {layers.index(0, 1)} without work. Only"
+        " the first stage (embedding) and the last (head) may have 0 layers."
     )
 
 
@@ -139,6 +149,7 @@ RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
     _eval_layers_are_placed,
     _kept_layers_are_on_their_stage,
     _optimizer_is_the_engines,
+    _no_process_is_empty,
     _patches_fill_the_image,
     _micro_batches_fill_the_batch,
     _fractions_leave_training,

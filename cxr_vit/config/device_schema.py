@@ -1,7 +1,7 @@
 """The sections that lay a run on devices: the pipeline's cut and the engine.
 
-A field marked (IPU) is read by the poptorch engine alone. Types are read at run time, also by
-Python 3.8. Imports no torch.
+A field marked (IPU) is read by the poptorch engine alone, one marked (pipeline engine) by that one.
+Types are read at run time, also by Python 3.8. Imports no torch.
 """
 
 from typing import Any, Dict, List, Optional, Union
@@ -44,6 +44,12 @@ class PipelineSection(Section):
     eval_execution: Literal["pipelined", "sharded"] = Field(
         "pipelined", description="the same in evaluation (IPU)"
     )
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = Field(
+        "1f1b",
+        description="the order of the stages' work in training: all forward passes before all"
+        " backward passes, one forward and one backward in turn (which holds fewer activations),"
+        " or that with several stages in each process (pipeline engine)",
+    )
     recompute: Annotated[Union[RecomputeWord, List[RecomputeChoice]], RecomputeText] = Field(
         "every_layer",
         description="pipelined: layers whose output is kept for the backward pass, the rest is"
@@ -59,14 +65,23 @@ class PipelineSection(Section):
 class EngineSection(Section):
     """What computes, and in which arithmetic."""
 
-    name: Literal["auto", "poptorch", "torch"] = Field(
-        "auto", description="the back end; auto: IPUs where they answer, else a GPU, else the CPU"
+    name: Literal["auto", "poptorch", "torch", "pipeline"] = Field(
+        "auto",
+        description="the back end: IPUs; one torch device (a process under torchrun); a stage a"
+        " process under torchrun; auto: IPUs where they answer, else a GPU, else the CPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="the torch engine's device")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="the device of the torch and pipeline engines"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="arithmetic of the forward pass; auto: bf16 where the processor has it,"
         " else fp32 (fp16 on older GPUs and on IPUs)",
+    )
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        description="under torchrun: a process that waits longer for another ends the run, seconds",
     )
     weights: Literal["fp32", "fp16"] = Field(
         "fp32", description="dtype the weights are held and updated in (IPU)"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +20,9 @@ from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.film_source import (
     FilmSource,
+    Once,
     images_folder,
+    just_call,
     open_film_source,
     store_paths,
     verify,
@@ -45,6 +50,8 @@ class ChestXrayDataModule:
     may_write_sample
         Whether a root that does not exist may be filled with synthetic films
         (`data.sample_images`); not when scoring, where it would hide a wrong path.
+    once
+        Lets one process of several do what all would do alike.
 
     Raises
     ------
@@ -52,7 +59,9 @@ class ChestXrayDataModule:
         If the files are missing or not what they should be.
     """
 
-    def __init__(self, data: DataSection, *, may_write_sample: bool = True) -> None:
+    def __init__(
+        self, data: DataSection, *, may_write_sample: bool = True, once: Once = just_call
+    ) -> None:
         self.data = data
         if may_write_sample:
             _write_sample_if_absent(data)
@@ -66,7 +75,7 @@ class ChestXrayDataModule:
             relabels=find_relabels(root, data.relabels),
         )
         splits = make_splits(everything, root, data)
-        self._source = open_film_source(data, everything.table["image"].tolist())
+        self._source = open_film_source(data, everything.table["image"].tolist(), once=once)
         _refuse_unusable(self._source, data, total=len(everything))
         self.skipped: pd.DataFrame = _unusable(self._source)
         usable = ~everything.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
@@ -212,13 +221,32 @@ def _write_sample_if_absent(data: DataSection) -> None:
     root = Path(data.root)
     if data.sample_images is None or root.exists():
         return
+    with _locked(root.resolve().parent):
+        if not root.exists():  # else another process has written it
+            _write_sample(root, data.sample_images)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder while others of our processes wait for it, where the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(str(folder), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_sample(root: Path, count: int) -> None:
     logger.warning(
         "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
         " them real; data.sample_images)",
         root,
-        data.sample_images,
+        count,
     )
-    write_sample(root, num_images=data.sample_images)
+    write_sample(root, num_images=count)
 
 
 def _unusable(source: FilmSource) -> pd.DataFrame:

@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.films import Films
+from cxr_vit.data.films import Films, NoFilms
 from cxr_vit.data.records import Records
+from cxr_vit.data.sampler import PADDING
 
-__all__ = ["PADDING", "Batch", "ChestXrayDataset", "PaddedCollate", "Sample"]
-
-#: The index of a sample that only fills up a batch.
-PADDING = -1
+__all__ = ["Batch", "ChestXrayDataset", "Sample", "collate"]
 
 
 class Sample(NamedTuple):
@@ -62,7 +60,9 @@ class ChestXrayDataset(Dataset[Sample]):
     """The films of one split.
 
     It is asked for draws: the row of draw d is ``d % len(self)``, its epoch ``d // len(self)``.
-    A row is the draw of epoch 0.
+    A row is the draw of epoch 0. Draws of `PADDING` at the end of a batch are black films of that
+    index: a device compiled for one shape needs full batches, and a score must neither drop nor
+    repeat a film.
 
     Parameters
     ----------
@@ -119,6 +119,13 @@ class ChestXrayDataset(Dataset[Sample]):
         self._films.read(np.asarray(rows, dtype=np.int64), films)
         return films
 
+    def without_films(self) -> ChestXrayDataset:
+        """Return the same rows and labels with films of no pixels, ``[n, 1, 0, 0]``.
+
+        For a process that computes without them: nothing is read.
+        """
+        return ChestXrayDataset(self.records, NoFilms(len(self)))
+
     def __getitem__(self, draw: int) -> Sample:
         images, labels, indices = self.__getitems__([draw])
         return Sample(images[0], labels[0], int(indices[0]))
@@ -126,29 +133,19 @@ class ChestXrayDataset(Dataset[Sample]):
     def __getitems__(self, draws: Sequence[int]) -> Batch:
         """Read a batch; torch's loader asks for it this way."""
         numbers = np.asarray(draws, dtype=np.int64)
+        count = int((numbers != PADDING).sum())
+        assert (numbers[count:] == PADDING).all(), "padding ends a batch"
+        numbers = numbers[:count]
         rows = numbers % len(self)
         images = self.films(rows)
         if self.augmentation is not None:
             self.augmentation(images, numbers)
         indices = torch.from_numpy(rows)
-        return Batch(torch.from_numpy(images).unsqueeze(1), self._labels[indices], indices)
+        batch = Batch(torch.from_numpy(images).unsqueeze(1), self._labels[indices], indices)
+        return batch.padded(len(draws))
 
 
-class PaddedCollate:
-    """Fills a batch up with black films of index -1.
-
-    A device compiled for one shape needs full batches; a score must neither drop nor repeat a film.
-    (A class and not a closure: loader processes may be spawned, which pickles it.)
-
-    Parameters
-    ----------
-    batch_size
-        The size to fill up to; None leaves batches as they come.
-    """
-
-    def __init__(self, batch_size: Optional[int]) -> None:
-        self.batch_size = batch_size
-
-    def __call__(self, batch: Any) -> Batch:  # torch's types expect a list of samples
-        """Fill the batch up."""
-        return batch if self.batch_size is None else batch.padded(self.batch_size)
+def collate(batch: Any) -> Batch:  # torch's types expect a list of samples
+    """Leave a batch as the data set gives it; no lambda, as loader processes may be spawned."""
+    whole: Batch = batch
+    return whole

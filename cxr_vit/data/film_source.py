@@ -6,8 +6,9 @@ Imports no torch.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.cache import (
@@ -25,11 +26,23 @@ from cxr_vit.data.films import FilmFiles, Films
 from cxr_vit.data.images import find_images
 from cxr_vit.errors import DataError
 
-__all__ = ["FilmSource", "images_folder", "open_film_source", "store_paths", "verify"]
+__all__ = [
+    "FilmSource",
+    "Once",
+    "images_folder",
+    "just_call",
+    "open_film_source",
+    "store_paths",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
 _PREPARE = "python -m cxr_vit prepare --config <file>"
+
+
+#: Lets one process of several do a thing, and gives all what came of it (JSON-able).
+Once = Callable[[str, Callable[[], Any]], Any]
 
 
 class FilmSource(NamedTuple):
@@ -56,7 +69,14 @@ def store_paths(data: DataSection) -> StorePaths:
     return StorePaths.of(folder, data.image_size)
 
 
-def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = False) -> FilmSource:
+def just_call(name: str, make: Callable[[], Any]) -> Any:
+    """Do a thing here: what `Once` comes to where there is one process."""
+    return make()
+
+
+def open_film_source(
+    data: DataSection, names: Sequence[str], *, renew: bool = False, once: Once = just_call
+) -> FilmSource:
     """Find the films of a CSV, in the cache or as files.
 
     Parameters
@@ -69,6 +89,8 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
         File names.
     renew
         Build the cache anew where it does not fit (and whatever `cache` says).
+    once
+        Does what takes long and need not be done in every process.
 
     Raises
     ------
@@ -79,7 +101,7 @@ def open_film_source(data: DataSection, names: Sequence[str], *, renew: bool = F
     where = store_paths(data)
     nothing = not paths and not where.index.exists()
     if nothing or (data.cache == "off" and not renew):
-        return _from_files(data, names, paths)
+        return _from_files(data, names, paths, once)
     settings = StoreSettings(data.image_size, data.max_megapixels)
     index, reason = _look(where, settings, paths)
     if not renew:
@@ -175,9 +197,12 @@ def _from_store(where: StorePaths, index: StoreIndex, names: Sequence[str]) -> F
     )
 
 
-def _from_files(data: DataSection, names: Sequence[str], paths: Mapping[str, str]) -> FilmSource:
+def _from_files(
+    data: DataSection, names: Sequence[str], paths: Mapping[str, str], once: Once
+) -> FilmSource:
     settings = StoreSettings(data.image_size, data.max_megapixels)
-    bad = check_films(paths, settings, workers=default_workers(data.cache_workers))
+    workers = default_workers(data.cache_workers)
+    bad: Dict[str, str] = once("bad films", partial(check_films, paths, settings, workers=workers))
     usable = [name for name in names if name in paths and name not in bad]
     films = FilmFiles(paths, usable, image_size=data.image_size, max_megapixels=data.max_megapixels)
     missing = [name for name in names if name not in paths]

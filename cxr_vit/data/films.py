@@ -13,7 +13,7 @@ import numpy as np
 from cxr_vit.data.images import read_gray
 from cxr_vit.errors import DataError
 
-__all__ = ["CachedFilms", "FilmFiles", "Films", "StoreMap"]
+__all__ = ["CachedFilms", "FilmFiles", "Films", "NoFilms", "StoreMap"]
 
 #: The map is let go of after so many bytes read: they stay in the system's cache, but no longer
 #: count as this process's memory, which a pass over all films would otherwise fill with the store.
@@ -105,6 +105,31 @@ class FilmFiles(Films):
     def __getstate__(self) -> Dict[str, Any]:
         # A loader process of its own needs the paths of its films, not of all.
         return {**self.__dict__, "_by_name": {}}
+
+
+class NoFilms(Films):
+    """Films without pixels: only their number is known.
+
+    Parameters
+    ----------
+    count
+        How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(image_size=0)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def select(self, names: Sequence[str]) -> NoFilms:
+        """Return as many films."""
+        return NoFilms(len(names))
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Leave the buffer, which holds no pixel."""
+        assert out.size == 0, out.shape
 
 
 class StoreMap:

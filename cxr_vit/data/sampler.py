@@ -11,11 +11,14 @@ from it, and the augmentation the epoch as well.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Iterator, List
+from typing import Iterator, List, Optional, Union
 
 import numpy as np
 
-__all__ = ["EvaluationSampler", "TrainingSampler"]
+__all__ = ["PADDING", "EvaluationSampler", "ReplicaSampler", "TrainingSampler"]
+
+#: The draw, and the index, of a sample that only fills up a batch.
+PADDING = -1
 
 
 class TrainingSampler:
@@ -101,3 +104,50 @@ class EvaluationSampler:
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
+
+
+class ReplicaSampler:
+    """The part of a sampler's host batches that some of the replicas read, each batch full.
+
+    A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``
+    (poptorch.md, section 2). Of several processes each reads the rows of its own replicas, and all
+    together those that one process would read.
+
+    Parameters
+    ----------
+    sampler
+        Yields host batches of all replicas.
+    host_batch_size
+        Rows a batch is filled up to with `PADDING`; None leaves it as long as it is.
+    micro_batch_size
+        Samples in one forward pass of one replica.
+    replicas
+        All replicas.
+    own
+        The replicas that are read here.
+    """
+
+    def __init__(
+        self,
+        sampler: Union[TrainingSampler, EvaluationSampler],
+        *,
+        host_batch_size: Optional[int],
+        micro_batch_size: int,
+        replicas: int,
+        own: range,
+    ) -> None:
+        self.sampler = sampler
+        self.host_batch_size = host_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.replicas = replicas
+        self.own = own
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for draws in self.sampler:
+            full = np.full(self.host_batch_size or len(draws), PADDING)
+            full[: len(draws)] = draws
+            by_replica = full.reshape(-1, self.replicas, self.micro_batch_size)
+            yield by_replica[:, list(self.own)].ravel().tolist()
+
+    def __len__(self) -> int:
+        return len(self.sampler)

@@ -124,6 +124,10 @@ class Engine(ABC):
         self._check(batch, self.batch.eval_micro_batch_size)
         return self._predict(batch)
 
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them must ask at the same time."""
+        return flag
+
     def predict_dataset(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
         """Score every film of a split exactly once.
 
@@ -149,7 +153,10 @@ class Engine(ABC):
 
     @abstractmethod
     def state_dict(self) -> EngineState:
-        """Return copies of all that is needed to go on, on the CPU."""
+        """Return copies of all that is needed to go on, on the CPU.
+
+        All processes must ask at the same time; the one that `is_main` gets the whole.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: EngineState) -> None:

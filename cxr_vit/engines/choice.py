@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
-from cxr_vit.config.batching import BatchPlan
+import torch
+
 from cxr_vit.config.ipu_rules import check_ipu
+from cxr_vit.config.process_rules import check_processes
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
 from cxr_vit.engines.poptorch_engine import PopTorchEngine
 from cxr_vit.engines.poptorch_options import poptorch_problem
 from cxr_vit.engines.precision import choose
+from cxr_vit.engines.processes import Processes
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import EngineUnavailable
+from cxr_vit.launch import Launch
 from cxr_vit.model.stages import StagedViT
 
 __all__ = ["EngineChoice", "build_engine", "choose_engine"]
+
+
+#: The first torch that has all that the pipeline engine uses.
+_PIPELINING = (2, 6)
 
 
 class EngineChoice(NamedTuple):
@@ -48,9 +56,21 @@ def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
     EngineUnavailable
         If the IPUs asked for cannot be had.
     ConfigError
-        If IPUs are there, but PopTorch would refuse the configuration.
+        If IPUs are there, but PopTorch would refuse the configuration; if torchrun started another
+        number of processes than the configuration needs.
     """
+    choice = _choose(config, offline)
+    if not choice.is_ipu:
+        launch = Launch.from_environment()
+        check_processes(config, choice.name, launch.world_size if launch.is_connected else 1)
+    return choice
+
+
+def _choose(config: Config, offline: bool) -> EngineChoice:
     engine = config.engine
+    if engine.name == "pipeline" and not offline:
+        _check_pipelining()
+        return EngineChoice("pipeline", "engine.name=pipeline")
     if engine.name == "torch" and not offline:
         return EngineChoice("torch", "engine.name=torch")
     if engine.name == "auto" and engine.device != "auto" and not offline:
@@ -94,12 +114,21 @@ def build_engine(
     choice = choice or choose_engine(config)
     if choice.is_ipu:
         return PopTorchEngine(model, config, reason=choice.reason, offline=offline)
-    placement = choose(config.engine)
-    return TorchEngine(
-        model,
-        BatchPlan.from_section(config.batch),
-        config.optim,
-        placement._replace(reason=f"{choice.reason}; {placement.reason}"),
-        seed=config.run.seed,
-        num_workers=config.data.num_workers,
-    )
+    placement = choose(config.engine, Launch.from_environment().local_rank)
+    placement = placement._replace(reason=f"{choice.reason}; {placement.reason}")
+    processes = Processes(placement.device, config.engine.timeout_s)
+    if choice.name == "pipeline":
+        from cxr_vit.engines.pipeline_engine import PipelineEngine
+
+        return PipelineEngine(model, config, placement, processes)
+    return TorchEngine(model, config, placement, processes)
+
+
+def _check_pipelining() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _PIPELINING:
+        needed = ".".join(map(str, _PIPELINING))
+        raise EngineUnavailable(
+            f"engine.name=pipeline needs torch {needed} or later; this is {torch.__version__}."
+            " Use engine.name=torch, which is data parallel under torchrun."
+        )

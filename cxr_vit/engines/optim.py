@@ -57,6 +57,6 @@ def build_optimizer(
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     raise ConfigError(
-        f"optim.name={optim.name} is PopTorch's own; the torch engine has adamw and sgd. Set"
+        f"optim.name={optim.name} is PopTorch's own; torch has adamw and sgd. Set"
         " optim.name, or engine.name=poptorch on a machine with IPUs."
     )

@@ -18,8 +18,8 @@ from torch import Tensor
 from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.ipu_rules import eval_layers, reserved_ipus
 from cxr_vit.config.schema import Config
-from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
-from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
+from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.engines.base import Engine, EngineState, StepOutput
 from cxr_vit.engines.executable_cache import ExecutableCache, graph_shape
 from cxr_vit.engines.host import (
@@ -31,7 +31,7 @@ from cxr_vit.engines.host import (
 from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.optimizer_state import check_kind, from_poptorch, to_poptorch
 from cxr_vit.engines.poptorch_graphs import IpuGraphs
-from cxr_vit.engines.poptorch_loader import PaddedDataset, RowSampler
+from cxr_vit.engines.poptorch_loader import LoaderProcessDataset, RowSampler
 from cxr_vit.engines.poptorch_options import (
     inference_options,
     moment_dtypes,
@@ -144,7 +144,7 @@ class PopTorchEngine(Engine):
         batch, local = self.batch, self.local_batch
         host_batch = local.host_batch_size if training else local.eval_host_batch_size
         micro_batch = batch.micro_batch_size if training else batch.eval_micro_batch_size
-        rows = RowSampler(
+        draws = ReplicaSampler(
             sampler,
             host_batch_size=batch.host_batch_size if training else batch.eval_host_batch_size,
             micro_batch_size=micro_batch,
@@ -167,12 +167,12 @@ class PopTorchEngine(Engine):
         make_loader = partial(
             poptorch.DataLoader,
             self.graphs.training_options if training else self.graphs.inference_options,
-            PaddedDataset(dataset),
+            LoaderProcessDataset(dataset),
             batch_size=micro_batch,
-            sampler=rows,
+            sampler=RowSampler(draws, batch_size=host_batch),
             num_workers=workers,
             persistent_workers=False,  # the samples come by once
-            collate_fn=PaddedCollate(None),  # the rows fill their batches
+            collate_fn=collate,
             worker_init_fn=leave_the_process_group,
             auto_distributed_partitioning=False,
             mode=_loader_mode(mode),
@@ -259,6 +259,11 @@ class PopTorchEngine(Engine):
         executor = self.graphs.inference(batch.images)
         logits: Tensor = self.graphs.guarded("scoring", executor, batch.images)
         return logits.float()
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        (flags,) = self.instances.gather(torch.tensor([float(flag)]))
+        return bool(flags.any())
 
     def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
         return self.instances.gather(*parts)

@@ -1,22 +1,21 @@
-"""The sample order as PopTorch's loader wants it: single draws, whole host batches, no rest."""
+"""Data set and sample order as PopTorch's loader wants them: whole host batches, draw by draw."""
 
 from __future__ import annotations
 
 import multiprocessing
-from typing import Any, Dict, Iterator, Sequence, Union
+from typing import Any, Dict, Iterator, Sequence
 
-import numpy as np
 from torch.utils.data import Dataset
 
-from cxr_vit.data.dataset import PADDING, Batch, ChestXrayDataset, Sample
-from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample
+from cxr_vit.data.sampler import ReplicaSampler
 from cxr_vit.engines.host import leave_the_process_group
 
-__all__ = ["PaddedDataset", "RowSampler"]
+__all__ = ["LoaderProcessDataset", "RowSampler"]
 
 
-class PaddedDataset(Dataset[Sample]):
-    """A split with a black film of row -1, which fills up the last host batch of an evaluation.
+class LoaderProcessDataset(Dataset[Sample]):
+    """A split that may be read by an asynchronous loader's own process.
 
     Parameters
     ----------
@@ -38,53 +37,27 @@ class PaddedDataset(Dataset[Sample]):
 
     def __getitems__(self, draws: Sequence[int]) -> Batch:
         """Read a batch; torch's loader asks for it this way."""
-        real = [draw for draw in draws if draw != PADDING]
-        assert list(draws[: len(real)]) == real, "padding ends a batch"
-        return self.dataset.__getitems__(real).padded(len(draws))
+        return self.dataset.__getitems__(draws)
 
 
 class RowSampler:
-    """The draws of a sampler's host batches one by one, each host batch full.
-
-    A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``
-    (poptorch.md, section 2). Of several processes each reads the rows of its own replicas, and all
-    together those that one process would read.
+    """The draws of full host batches one by one.
 
     Parameters
     ----------
-    sampler
-        Yields host batches of all replicas.
-    host_batch_size
-        Rows of a full one; a shorter one is filled up with -1.
-    micro_batch_size
-        Samples in one forward pass of one replica.
-    replicas
-        All replicas.
-    own
-        The replicas of this process.
+    batches
+        Yields host batches of `host_batch_size` rows a replica of this process.
+    batch_size
+        Rows of one of them.
     """
 
-    def __init__(
-        self,
-        sampler: Union[TrainingSampler, EvaluationSampler],
-        *,
-        host_batch_size: int,
-        micro_batch_size: int,
-        replicas: int,
-        own: range,
-    ) -> None:
-        self.sampler = sampler
-        self.host_batch_size = host_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.replicas = replicas
-        self.own = own
+    def __init__(self, batches: ReplicaSampler, *, batch_size: int) -> None:
+        self.batches = batches
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[int]:
-        for draws in self.sampler:
-            full = np.full(self.host_batch_size, PADDING)
-            full[: len(draws)] = draws
-            by_replica = full.reshape(-1, self.replicas, self.micro_batch_size)
-            yield from by_replica[:, list(self.own)].ravel().tolist()
+        for draws in self.batches:
+            yield from draws
 
     def __len__(self) -> int:
-        return len(self.sampler) * self.host_batch_size // self.replicas * len(self.own)
+        return len(self.batches) * self.batch_size

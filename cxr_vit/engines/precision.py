@@ -34,8 +34,15 @@ class Placement(NamedTuple):
         return DTYPES[self.precision]
 
 
-def choose(engine: EngineSection) -> Placement:
-    """Choose the device and the arithmetic of the torch engine.
+def choose(engine: EngineSection, local_rank: int = 0) -> Placement:
+    """Choose the device and the arithmetic of this process.
+
+    Parameters
+    ----------
+    engine
+        The `engine` section.
+    local_rank
+        Which of its host's processes this is: each has a GPU of its own.
 
     Raises
     ------
@@ -49,6 +56,12 @@ def choose(engine: EngineSection) -> Placement:
             " install a CUDA build of torch and check `nvidia-smi`."
         )
     device: str = engine.device
+    if device != "cpu" and has_cuda and local_rank >= torch.cuda.device_count():
+        raise EngineUnavailable(
+            f"process {local_rank + 1} of this host has no CUDA device: there are"
+            f" {torch.cuda.device_count()}. Start fewer processes (torchrun --nproc-per-node), or"
+            " set engine.device=cpu."
+        )
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
         why = "a CUDA device answers" if has_cuda else "no CUDA device answers"
@@ -62,7 +75,8 @@ def choose(engine: EngineSection) -> Placement:
             f"engine.precision=fp16 on a CPU needs torch 2.3 or later; this is {torch.__version__}."
             " Set engine.precision=bf16 or fp32."
         )
-    return Placement(torch.device(device), precision, why)
+    place = f"cuda:{local_rank}" if device == "cuda" else device
+    return Placement(torch.device(place), precision, why)
 
 
 def _cuda_default() -> str:

@@ -7,7 +7,7 @@ gives rank i stage i, the torch engine calls them in order, and all share one ch
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.casting import cast_weights_to_input
 from cxr_vit.model.plan import StagePlan
-from cxr_vit.model.vit import VitParts, build_vit, hub_files, hub_name, layer_output
+from cxr_vit.model.vit import VitParts, build_vit, hidden_shape, hub_files, hub_name, layer_output
 
 __all__ = ["Normalise", "Stage", "StagedViT"]
 
@@ -150,6 +150,7 @@ class StagedViT(nn.Module):
             Stage(model, plan, index, mean=mean, std=std) for index in range(plan.num_stages)
         )
         self.stages = nn.ModuleList(self._stages)
+        self._held = list(range(plan.num_stages))
 
     @classmethod
     def from_config(
@@ -185,6 +186,25 @@ class StagedViT(nn.Module):
         """The encoder layers of all stages, in order."""
         return [layer for stage in self._stages for layer in stage.layers]
 
+    @property
+    def hidden_shape(self) -> Tuple[int, int]:
+        """Tokens and width of the hidden states between two stages."""
+        return hidden_shape(self.config)
+
+    def keep(self, stages: Collection[int]) -> StagedViT:
+        """Let go of the weights of all other stages; their names and shapes stay known."""
+        self._held = [index for index in self._held if index in stages]
+        for index, stage in enumerate(self.stages):
+            if index not in self._held:
+                stage.to("meta")
+        return self
+
+    def place(self, device: torch.device) -> StagedViT:
+        """Move the stages held here to a device."""
+        for index in self._held:
+            self.stages[index].to(device)
+        return self
+
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return the same parts, shared, cut otherwise."""
         other = StagedViT(self._whole[0], plan, mean=self.mean, std=self.std)
@@ -200,12 +220,13 @@ class StagedViT(nn.Module):
         return self
 
     def hub_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]:
-        """Yield every parameter with the name it has in the hub's checkpoints."""
+        """Yield every parameter held here with the name it has in the hub's checkpoints."""
         for name, parameter in self.named_parameters():
-            yield _uncut(name), parameter
+            if not parameter.is_meta:
+                yield _uncut(name), parameter
 
     def weights(self) -> Dict[str, Tensor]:
-        """Return copies of the weights on the CPU in fp32, by hub name."""
+        """Return copies of the weights held here on the CPU in fp32, by hub name."""
         return {
             # PopTorch's parameters have a class of their own, which copies would keep.
             name: parameter.detach().as_subclass(Tensor).cpu().float().clone()
@@ -217,14 +238,14 @@ class StagedViT(nn.Module):
         return hub_files(self.config, mean=self.mean, std=self.std)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in by hub name.
+        """Copy weights in by hub name; those of stages let go of are only compared by shape.
 
         Raises
         ------
         CheckpointError
             If a weight is missing, unexpected or of another shape.
         """
-        own = dict(self.hub_parameters())
+        own = {_uncut(name): parameter for name, parameter in self.named_parameters()}
         problems = [f"missing {name}" for name in own if name not in weights]
         problems += [f"unexpected {name}" for name in weights if name not in own]
         problems += [

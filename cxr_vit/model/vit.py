@@ -24,7 +24,14 @@ from cxr_vit.config.checks import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
-__all__ = ["VitParts", "build_vit", "hub_files", "hub_name", "layer_output"]
+__all__ = [
+    "VitParts",
+    "build_vit",
+    "hidden_shape",
+    "hub_files",
+    "hub_name",
+    "layer_output",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +86,12 @@ def layer_output(output: Any) -> Tensor:
     """Return the hidden states of an encoder layer's output, a tuple in 4.x and a tensor in 5.x."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def hidden_shape(config: ViTConfig) -> Tuple[int, int]:
+    """Return tokens and width of the hidden states between two layers."""
+    patches: int = (config.image_size // config.patch_size) ** 2
+    return patches + 1, config.hidden_size
 
 
 def build_vit(

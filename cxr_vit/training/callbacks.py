@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from cxr_vit.data.dataset import Batch
 from cxr_vit.engines.base import StepOutput
 from cxr_vit.errors import NonFiniteLoss
 
@@ -48,7 +47,6 @@ class StepEnd:
     lr: float
     wait_s: float
     seconds: float
-    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ class NonFiniteGuard(Callback):
     def _message(
         self, trainer: Trainer, event: StepEnd, update: int, what: str, value: float
     ) -> str:
-        size = trainer.engine.local_batch.global_batch_size
-        rows = event.batch.indices[update * size : (update + 1) * size].tolist()
+        rows = trainer.rows(event.first_step + update)
         films = ", ".join(self.image_names[row] for row in rows[:16])
         more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
         last = trainer.store.linked("last")

@@ -42,10 +42,14 @@ class CheckpointStore:
     ----------
     folder
         ``<run>/checkpoints``; made when first needed.
+    writes
+        Whether this process writes there; of several only one does, the others go through the
+        motions.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
 
     def save(
         self,
@@ -74,6 +78,8 @@ class CheckpointStore:
             ``checkpoints/step_<8 digits>``.
         """
         final = self.folder / f"step_{step:08d}"
+        if not self.writes:
+            return final
         aside = self.folder / f".{final.name}.writing"
         _remove(aside)
         aside.mkdir(parents=True)
@@ -104,6 +110,8 @@ class CheckpointStore:
 
     def link(self, name: str, target: Path) -> None:
         """Point ``checkpoints/<name>`` at a checkpoint, in one move."""
+        if not self.writes:
+            return
         temporary = self.folder / f".{name}.writing"
         _remove(temporary)
         temporary.symlink_to(target.name)
@@ -119,6 +127,8 @@ class CheckpointStore:
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints and those `best` and `last` point at."""
+        if not self.writes:
+            return
         kept = {path for path in (self.linked("best"), self.linked("last")) if path}
         for path in self.steps()[:-keep]:
             if path.resolve() not in kept:

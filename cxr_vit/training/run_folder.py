@@ -1,34 +1,26 @@
-"""A run's folder: where it is, what it was run with, and how to find it again."""
+"""A run's folder: where it is and what it was run with."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import logging
-import os
 import platform
-import re
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
+from typing import IO, TYPE_CHECKING, Dict, Optional
 
-from cxr_vit.config import Config, check, dump_config, load_config
+from cxr_vit.config import Config, dump_config
 from cxr_vit.config.schema import RunSection
-from cxr_vit.errors import CheckpointError, ConfigError
+from cxr_vit.errors import ConfigError
+from cxr_vit.launch import Launch
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "RunFolder",
-    "git_commit",
-    "is_main_process",
-    "open_run",
-    "run_of_checkpoint",
-    "with_weights_of",
-]
+__all__ = ["RunFolder", "git_commit"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +54,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: Optional[bool] = None) -> None:
         self.path = path
-        self.writes = is_main_process() if writes is None else writes
+        self.writes = Launch.from_environment().is_main if writes is None else writes
         self._lock: IO[str]
 
     @classmethod
@@ -74,8 +66,6 @@ class RunFolder:
         ConfigError
             If `run.dir` holds something already: a run is never written over.
         """
-        if not is_main_process():
-            return cls(Path(run.dir or run.root))
         if run.dir is not None:
             path = Path(run.dir)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -185,11 +175,6 @@ class RunFolder:
             skipped.to_csv(self.path / "skipped.csv", index=False)
 
 
-def is_main_process() -> bool:
-    """Whether this process is the only one, or the first of those `poprun` (mpirun) started."""
-    return os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
-
-
 def _make(path: Path, setting: str) -> None:
     try:
         path.mkdir(parents=True)
@@ -220,93 +205,3 @@ def git_commit() -> Optional[str]:
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.decode().strip()
-
-
-def open_run(
-    files: Sequence[Path], overrides: Sequence[str], resume: Optional[str]
-) -> Tuple[RunFolder, Config]:
-    """Make a new run's folder, or find the one to go on with; return it with its configuration.
-
-    Parameters
-    ----------
-    files, overrides
-        As for `load_config`. A resumed run is trained with its own config.yaml and the overrides;
-        the files then only tell which run is meant.
-    resume
-        None for a new run; a run's folder; or ``""`` for `run.dir`, else the newest run of
-        `run.name`.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration is wrong, or `run.dir` is in use.
-    CheckpointError
-        If there is nothing to resume.
-    """
-    if resume is None:
-        config = check(load_config(files, overrides))
-        return RunFolder.create(config.run), config
-    if resume and files:
-        raise ConfigError(
-            f"--resume {resume} goes on with that run's own config.yaml: leave --config out"
-            " (overrides may stay), or leave the folder out to resume the newest run of --config."
-        )
-    path = Path(resume) if resume else _newest_run(load_config(files, overrides).run)
-    if not (path / "checkpoints" / "last").exists():
-        raise CheckpointError(
-            f"nothing to resume: {path} has no checkpoints/last. Name a run's folder"
-            " (--resume runs/<name>), or start a new run without --resume."
-        )
-    folder = RunFolder(path)
-    return folder, check(load_config([folder.config], overrides))
-
-
-def _newest_run(run: RunSection) -> Path:
-    """Return `run.dir`, else the run of that name that began last and has a checkpoint."""
-    if run.dir is not None:
-        return Path(run.dir)
-    stamped = re.compile(re.escape(run.name) + r"-\d{8}-\d{6}(-\d+)?")
-    runs: List[Path] = [
-        path.parent.parent
-        for path in Path(run.root).glob(f"{run.name}-*/checkpoints/last")
-        if stamped.fullmatch(path.parent.parent.name)
-    ]
-    if not runs:
-        raise CheckpointError(
-            f"nothing to resume: no {run.root}/{run.name}-* has a checkpoint. Name a run's folder"
-            " (--resume runs/<name>), or start a new run without --resume."
-        )
-    return max(runs, key=lambda path: path.name)
-
-
-def run_of_checkpoint(checkpoint: Path) -> Path:
-    """Return the run folder a checkpoint lies in.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no checkpoint, or there is no config.yaml two folders above it.
-    """
-    if not (checkpoint / "trainer_state.json").is_file():
-        what = "it has no trainer_state.json" if checkpoint.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"{checkpoint} is no checkpoint: {what}. Give a folder such as"
-            " runs/<name>/checkpoints/best."
-        )
-    # By the path's text: `best` is a link, and the folder above its target would do as well, but a
-    # person reads the path that was given.
-    folder = Path(os.path.normpath(checkpoint / ".." / ".."))
-    if not (folder / "config.yaml").is_file():
-        folder = checkpoint.resolve().parent.parent  # a link from elsewhere
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{checkpoint} does not lie in a run's folder: no {folder / 'config.yaml'}. Give a"
-            " folder such as runs/<name>/checkpoints/best."
-        )
-    return folder
-
-
-def with_weights_of(config: Config, checkpoint: Path) -> Config:
-    """Return the configuration with a checkpoint as the model: what it came from may be gone."""
-    model = config.model.model_copy(update={"name": str(checkpoint)})
-    return config.model_copy(update={"model": model})

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once.
+
+Of several processes each may get one, or only some; which of them stop, and when, they agree on.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,19 @@ __all__ = ["StopOnSignal"]
 
 
 class StopOnSignal:
-    """A context in which the first SIGINT or SIGTERM calls `request_stop`.
+    """A context in which the first SIGINT or SIGTERM calls `interrupt`.
 
     Parameters
     ----------
-    request_stop
+    interrupt
         Takes the reason in words.
-
-    Attributes
-    ----------
-    received
-        The signal's name, None while there was none.
+    quiet
+        Say nothing: torchrun also signals the processes that are left where one of them died.
     """
 
-    def __init__(self, request_stop: Callable[[str], None]) -> None:
-        self.request_stop = request_stop
-        self.received: Optional[str] = None
+    def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
+        self.interrupt = interrupt
+        self.quiet = quiet
         self._before: Dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -39,10 +39,12 @@ class StopOnSignal:
         self._restore()
 
     def _handle(self, number: int, frame: Optional[FrameType]) -> None:
-        self.received = signal.Signals(number).name
-        self.request_stop(f"{self.received} received")
+        name = signal.Signals(number).name
+        self.interrupt(f"{name} received")
         self._restore()
-        text = f"\n{self.received}: saving after this step; once more ends the run at once\n"
+        if self.quiet:
+            return
+        text = f"\n{name}: saving after this step; once more ends the run at once\n"
         os.write(sys.stderr.fileno(), text.encode())  # a handler may not use a buffered stream
 
     def _restore(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -70,7 +70,9 @@ class Trainer:
     step: int = 0
     evaluated_step: int = 0
     stop_reason: Optional[str] = None
+    interrupted: bool = False
     compile_s: float = 0.0
+    _interruption: Optional[str] = None
 
     def fit(self) -> None:
         """Train from the current step to the last one, or until a stop is requested.
@@ -83,16 +85,19 @@ class Trainer:
             self._notify("on_fit_start")
             if self.evaluation_is_due:  # the run was stopped between a step and its validation
                 self.evaluate()
-            for batch, wait_s in _timed(self._batches()):
+            batches = self.engine.loader(self.train, self._sampler(), training=True)
+            for batch, wait_s in _timed(batches):
                 start = time.perf_counter()
                 lr = self.learning_rate.at(self.step)
                 output = self.engine.train_step(batch, lr=lr)
                 seconds = time.perf_counter() - start
                 first, self.step = self.step, self.step + len(output.losses)
-                event = StepEnd(first, self.step, output, lr, wait_s, seconds, batch)
+                event = StepEnd(first, self.step, output, lr, wait_s, seconds)
                 self._notify("on_step_end", event)
+                self._heed_interruption()
                 if self.evaluation_is_due:
                     self.evaluate()
+                    self._heed_interruption()
                 if self.stop_reason:
                     break
             self._notify("on_fit_end")
@@ -134,8 +139,21 @@ class Trainer:
         return reached and self.evaluated_step < self.step and not self.stop_reason
 
     def request_stop(self, reason: str) -> None:
-        """End the run after the current host batch."""
+        """End the run after the current host batch; every process must ask for it."""
         self.stop_reason = self.stop_reason or reason
+
+    def interrupt(self, reason: str) -> None:
+        """End the run after the current host batch, to be resumed; any process may ask for it.
+
+        It may do so at any moment, from a signal's handler.
+        """
+        self._interruption = reason
+
+    def _heed_interruption(self) -> None:
+        """Stop if any process was asked to: all must know before any of them stops."""
+        if not self.stop_reason and self.engine.agree(self._interruption is not None):
+            self.stop_reason = self._interruption or "another process was told to stop"
+            self.interrupted = True
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and tell the callbacks."""
@@ -213,8 +231,13 @@ class Trainer:
         global_batch_size = self.engine.batch.global_batch_size
         return {**self.origin, "seed": self.seed, "global_batch_size": global_batch_size}
 
-    def _batches(self) -> Iterable[Batch]:
-        sampler = TrainingSampler(
+    def rows(self, step: int) -> List[int]:
+        """Return the rows of the training split that an update uses, in all processes together."""
+        rows: List[int] = (self._sampler().draws(step) % len(self.train)).tolist()
+        return rows
+
+    def _sampler(self) -> TrainingSampler:
+        return TrainingSampler(
             len(self.train),
             global_batch_size=self.engine.batch.global_batch_size,
             device_iterations=self.engine.batch.device_iterations,
@@ -222,7 +245,6 @@ class Trainer:
             start_step=self.step,
             total_steps=self.durations.total_steps,
         )
-        return self.engine.loader(self.train, sampler, training=True)
 
     def _example(self) -> Batch:
         return Batch.zeros(

@@ -26,7 +26,7 @@ def watchers(
     films: Callable[[], Figure],
     roc: Callable[[Tensor, Tensor], Figure],
 ) -> List[Callback]:
-    """Make the callbacks; a process that does not write the run gets those that can end it alone.
+    """Make the callbacks; a process that does not write the run has those that all take part in.
 
     Parameters
     ----------
@@ -46,8 +46,10 @@ def watchers(
     guards: List[Callback] = [EarlyStopping(config.train.early_stopping_patience)]
     if not config.engine.synthetic_data:  # whose losses are whatever was in the buffers
         guards.insert(0, NonFiniteGuard(training.image_names))
+    # Last, so that it saves what the others know.
+    saving = Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last)
     if not folder.writes:
-        return guards
+        return [*guards, saving]
     tensorboard = TensorBoardLogger(
         folder.tensorboard,
         config_text=dump_config(config),
@@ -59,6 +61,5 @@ def watchers(
         *guards,
         ProgressDisplay(every=every),
         MetricsLogging([JsonlLogger(folder.metrics), tensorboard], every=every),
-        # Last, so that it saves what the others know.
-        Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last),
+        saving,
     ]
