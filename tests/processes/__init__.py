@@ -1,0 +1,1 @@
+"""Runs of several real processes, as torchrun starts them."""

@@ -1,0 +1,65 @@
+"""Start train.py or evaluate.py in several processes, as a user does: with torchrun, on gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HAS_PIPELINING = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+needs_pipelining = pytest.mark.skipif(
+    not HAS_PIPELINING, reason="torch.distributed.pipelining comes with torch 2.6"
+)
+
+
+def command(
+    processes: Optional[int], program: str, *arguments: Any, more: Sequence[str] = ()
+) -> list:
+    """Write the command line; None is one process without torchrun, `more` is for torchrun."""
+    if processes is None:
+        return [sys.executable, str(ROOT / program), *map(str, arguments)]
+    return [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        *["--nproc-per-node", str(processes), *more],
+        *[str(ROOT / program), *map(str, arguments)],
+    ]
+
+
+def start(
+    processes: Optional[int], program: str, *arguments: Any, more: Sequence[str] = ()
+) -> subprocess.Popen:
+    """Start it, in a process group of its own."""
+    return subprocess.Popen(
+        command(processes, program, *arguments, more=more),
+        cwd=str(ROOT),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+    """Wait for the end; kill the whole group if it does not come."""
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, errors = process.communicate()
+        raise AssertionError(f"did not end in {timeout} s:\n{output}\n{errors}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run(processes: Optional[int], program: str, *arguments: Any, more: Sequence[str] = ()):
+    """Run it to its end, which must be a success."""
+    done = finish(start(processes, program, *arguments, more=more))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
