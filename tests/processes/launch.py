@@ -47,13 +47,13 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
-    """Wait for the end; kill the whole group if it does not come."""
+def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Wait for the end. If it does not come, tell torchrun, which ends its processes."""
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, errors = process.communicate()
+        process.terminate()  # its processes have sessions of their own
+        output, errors = process.communicate(timeout=60)
         raise AssertionError(f"did not end in {timeout} s:\n{output}\n{errors}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
