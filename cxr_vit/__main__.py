@@ -10,6 +10,7 @@ from typing import Sequence
 from cxr_vit.cli import EXIT_USER_ERROR, config_parser, read_config, run
 from cxr_vit.config import BatchPlan, check, dump_config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
+from cxr_vit.config.process_rules import describe_processes
 from cxr_vit.errors import did_you_mean
 from cxr_vit.model.plan import StagePlan
 
@@ -73,6 +74,7 @@ def _check(argv: Sequence[str]) -> int:
     print(dump_config(config))
     print("\n".join(BatchPlan.from_section(config.batch).describe()))
     print("\n".join(StagePlan.from_list(config.pipeline.layers_per_stage).describe()))
+    print(describe_processes(config))
     refused = ipu_problems(config)
     if refused:
         print("on IPUs      refused by PopTorch:", *refused, sep="\n  ")

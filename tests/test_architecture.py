@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 #: Each imports only from itself and those to its left.
 ORDER = ["config", "data", "model", "engines", "training", "evaluation"]
 ROOTS = ["train", "evaluate"]
+#: These import nothing of the package.
+ANYWHERE = ("cxr_vit.errors", "cxr_vit.launch")
 MAX_FILE, MAX_FUNCTION, MAX_ROOT = 350, 60, 100
 
 POPTORCH = {
@@ -27,7 +29,9 @@ POPTORCH = {
     "cxr_vit.engines.poptorch_graphs",
     "cxr_vit.engines.poptorch_options",
 }
-DISTRIBUTED = {"cxr_vit.engines.pipeline_engine"}
+#: These need a newer torch than the IPU's.
+PIPELINING = {"cxr_vit.engines.pipeline_engine", "cxr_vit.engines.pipeline_stage"}
+DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.processes"}
 HUGGING_FACE = {"cxr_vit.model.vit"}
 
 #: Attributes of Hugging Face's ViT, in 4.x or 5.x, that nothing of ours is called.
@@ -133,7 +137,7 @@ def imports_against_the_order(sources: Sequence[Source]) -> List[str]:
             if item.module.split(".")[0] not in ("cxr_vit", "", *ROOTS):
                 continue
             inside = item.module.startswith(tuple(f"{name}." for name in allowed))
-            if not inside and item.module not in (*allowed, "cxr_vit.errors"):
+            if not inside and item.module not in (*allowed, *ANYWHERE):
                 found.append(f"{source.name}:{item.line}: {item.module}")
     return found
 
@@ -278,8 +282,38 @@ def test_poptorch_at_the_top_of_a_file_is_noticed():
     assert poptorch_when_loaded(snippet("def f():\n    import poptorch")) == []
 
 
-def test_torch_distributed_is_used_by_the_pipeline_engine_alone():
+def test_torch_distributed_is_used_by_the_engines_of_several_processes_alone():
     assert imports_of("torch.distributed", SOURCES, anywhere=DISTRIBUTED) == []
+
+
+def pipelining_when_loaded(sources: Sequence[Source]) -> List[str]:
+    return [
+        f"{source.name}:{item.line}"
+        for source in sources
+        if source.name not in PIPELINING
+        for item in imports(source, MODULES)
+        if item.module in PIPELINING and not (item.in_function or item.for_types)
+    ]
+
+
+def test_the_pipeline_engine_is_imported_inside_functions():
+    assert pipelining_when_loaded(SOURCES) == []
+
+
+def test_the_pipeline_engine_at_the_top_of_a_file_is_noticed():
+    text = "from cxr_vit.engines.pipeline_engine import PipelineEngine"
+    assert pipelining_when_loaded(snippet(text)) != []
+    assert pipelining_when_loaded(snippet(f"def f():\n    {text}")) == []
+
+
+def test_what_may_be_imported_anywhere_imports_nothing_of_the_package():
+    found = [
+        item.module
+        for source in SOURCES
+        if source.name in ANYWHERE
+        for item in imports(source, MODULES)
+    ]
+    assert found and not [module for module in found if module.startswith("cxr_vit")]
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,7 @@ def test_evaluate_takes_split_out_and_overrides():
 
 
 def test_check_says_that_poptorch_would_refuse_nothing(pod4_check):
+    assert "torchrun --nproc-per-node 4 train.py ... engine.name=pipeline" in pod4_check.out
     assert "on IPUs      nothing here that PopTorch would refuse" in pod4_check.out
 
 

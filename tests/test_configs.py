@@ -6,6 +6,7 @@ import pytest
 
 from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.config.architectures import SIZES
+from cxr_vit.config.process_rules import check_processes
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
@@ -29,7 +30,20 @@ def test_config_passes_the_checks(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_first_line_is_the_command_that_runs_it(path):
     first_line = path.read_text(encoding="utf-8").split("\n")[0]
-    assert first_line == f"# python train.py --config configs/{path.name}"
+    launcher = "python"
+    config = load_config([path])
+    if config.engine.name == "pipeline":
+        processes = len(config.pipeline.layers_per_stage) * config.batch.replicas
+        launcher = f"torchrun --nproc-per-node {processes}"
+    assert first_line == f"# {launcher} train.py --config configs/{path.name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_a_pipeline_of_processes_passes_its_checks(path):
+    config = load_config([path])
+    if config.engine.name != "pipeline":
+        pytest.skip("another engine's")
+    check_processes(config, "pipeline", len(config.pipeline.layers_per_stage))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)

@@ -8,7 +8,7 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError
 
-__all__ = ["check_processes", "schedule_problem"]
+__all__ = ["check_processes", "describe_processes"]
 
 
 def check_processes(config: Config, engine: str, world_size: int) -> None:
@@ -29,13 +29,28 @@ def check_processes(config: Config, engine: str, world_size: int) -> None:
         If they are too many, too few, or the schedule has too few micro-batches for them.
     """
     if engine == "pipeline":
-        problem = _world_problem(config, world_size) or schedule_problem(
+        problem = _world_problem(config, world_size) or _schedule_problem(
             config, world_size // config.batch.replicas
         )
     else:
         problem = _replicas_problem(config, world_size)
     if problem:
         raise ConfigError(problem)
+
+
+def describe_processes(config: Config) -> str:
+    """Say in a line how the pipeline engine is started with a configuration, or why it cannot."""
+    stages, replicas = len(config.pipeline.layers_per_stage), config.batch.replicas
+    if stages * replicas == 1:
+        return "on processes one stage and one replica: nothing to share out"
+    problem = _schedule_problem(config, stages)
+    if problem:
+        return f"on processes engine.name=pipeline is refused: {problem}"
+    return (
+        f"on processes torchrun --nproc-per-node {stages * replicas} train.py ..."
+        f" engine.name=pipeline ({stages} stages x {replicas} replicas,"
+        f" {config.pipeline.schedule})"
+    )
 
 
 def _replicas_problem(config: Config, world_size: int) -> Optional[str]:
@@ -72,7 +87,7 @@ def _world_problem(config: Config, world_size: int) -> Optional[str]:
     )
 
 
-def schedule_problem(config: Config, processes: int) -> Optional[str]:
+def _schedule_problem(config: Config, processes: int) -> Optional[str]:
     """Say why torch's schedule cannot run on so many processes a replica, or return None."""
     schedule, stages = config.pipeline.schedule, len(config.pipeline.layers_per_stage)
     count = BatchPlan.from_section(config.batch).gradient_accumulation

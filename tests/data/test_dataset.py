@@ -1,10 +1,10 @@
-"""ChestXrayDataset and PaddedCollate, alone and under torch's loader."""
+"""ChestXrayDataset, alone and under torch's loader."""
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cxr_vit.data.dataset import Batch, ChestXrayDataset, PaddedCollate
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
 from cxr_vit.data.films import FilmFiles
 from cxr_vit.data.records import Records
-from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.errors import DataError
 
 SIDE = 16
@@ -41,9 +41,7 @@ def dataset(tmp_path: Path) -> ChestXrayDataset:
 
 
 def load(dataset: ChestXrayDataset, sampler: object, num_workers: int) -> List[Batch]:
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=PaddedCollate(3), num_workers=num_workers
-    )
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
     return list(loader)
 
 
@@ -110,7 +108,7 @@ def test_a_dataset_survives_pickling(dataset: ChestXrayDataset) -> None:
 
 
 def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(3)(dataset.__getitems__([5, 1, 2]))
+    batch = dataset.__getitems__([5, 1, 2])
     assert batch.images.shape == (3, 1, SIDE, SIDE) and batch.images.dtype == torch.uint8
     assert batch.labels.shape == (3, 14) and batch.labels.dtype == torch.float32
     assert batch.indices.tolist() == [5, 1, 2] and batch.indices.dtype == torch.int64
@@ -118,28 +116,39 @@ def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
     assert torch.equal(batch.labels[2], dataset[2].labels)
 
 
-def test_collate_fills_up_with_black_films_of_index_minus_one(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(5)(dataset.__getitems__([4, 6]))
+def test_draws_of_padding_are_black_films_of_index_minus_one(dataset: ChestXrayDataset) -> None:
+    batch = dataset.__getitems__([4, 6, PADDING, PADDING, PADDING])
     assert batch.indices.tolist() == [4, 6, -1, -1, -1]
     assert batch.images.shape == (5, 1, SIDE, SIDE) and batch.labels.shape == (5, 14)
     assert not batch.images[2:].any() and not batch.labels[2:].any()
     assert torch.equal(batch.images[1], dataset[6].image)
-
-
-def test_padding_keeps_the_types(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(4)(dataset.__getitems__([0]))
     assert [part.dtype for part in batch] == [torch.uint8, torch.float32, torch.int64]
 
 
-def test_collate_without_a_size_leaves_batches_as_they_come(dataset: ChestXrayDataset) -> None:
-    batch = PaddedCollate(None)(dataset.__getitems__([0, 1]))
-    assert batch.indices.tolist() == [0, 1]
-    assert len(batch.images) == len(batch.labels) == 2
+def test_a_batch_may_be_all_padding(dataset: ChestXrayDataset) -> None:
+    batch = dataset.__getitems__([PADDING, PADDING])
+    assert batch.indices.tolist() == [-1, -1]
+    assert batch.images.shape == (2, 1, SIDE, SIDE) and not batch.images.any()
 
 
-@pytest.mark.parametrize("batch_size", [None, 4])
-def test_collate_survives_pickling(batch_size: Optional[int]) -> None:
-    assert pickle.loads(pickle.dumps(PaddedCollate(batch_size))).batch_size == batch_size
+def test_padding_before_a_film_is_refused(dataset: ChestXrayDataset) -> None:
+    with pytest.raises(AssertionError, match="padding ends a batch"):
+        dataset.__getitems__([4, PADDING, 6])
+
+
+def test_without_films_labels_and_rows_are_the_same_and_nothing_is_read(
+    dataset: ChestXrayDataset, tmp_path: Path
+) -> None:
+    draws = [5, 1, FILMS + 2, PADDING]
+    expected = dataset.__getitems__(draws)
+    blind = dataset.without_films()
+    for film in tmp_path.glob("*.png"):
+        film.unlink()
+    batch = blind.__getitems__(draws)
+    assert batch.images.shape == (4, 1, 0, 0) and batch.images.dtype == torch.uint8
+    assert torch.equal(batch.labels, expected.labels)
+    assert torch.equal(batch.indices, expected.indices)
+    assert len(blind) == len(dataset) and blind.image_names == dataset.image_names
 
 
 def test_a_batch_of_zeros_is_all_padding() -> None:
@@ -152,7 +161,14 @@ def test_a_batch_of_zeros_is_all_padding() -> None:
 def test_the_loader_serves_every_film_once_and_pads_the_last_batch(
     dataset: ChestXrayDataset,
 ) -> None:
-    batches = load(dataset, EvaluationSampler(FILMS, batch_size=3), num_workers=0)
+    sampler = ReplicaSampler(
+        EvaluationSampler(FILMS, batch_size=3),
+        host_batch_size=3,
+        micro_batch_size=3,
+        replicas=1,
+        own=range(1),
+    )
+    batches = load(dataset, sampler, num_workers=0)
     indices = torch.cat([batch.indices for batch in batches]).tolist()
     assert indices == [0, 1, 2, 3, 4, 5, 6, -1, -1]
     assert {len(batch.images) for batch in batches} == {3}

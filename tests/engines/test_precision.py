@@ -14,6 +14,8 @@ def without_cuda(monkeypatch):
 @pytest.fixture
 def with_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,18 @@ def test_gpu_takes_bf16_from_ampere_on_and_fp16_before(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     placement = precision.choose(EngineSection())
     assert (placement.device.type, placement.precision) == ("cuda", expected)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_of_a_host_has_a_gpu_of_its_own(with_cuda, process):
+    assert precision.choose(EngineSection(), process).device == torch.device("cuda", process)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(with_cuda, device):
+    with pytest.raises(EngineUnavailable, match=r"process 3 of this host .* there are 2"):
+        precision.choose(EngineSection(device=device), 2)
+    assert precision.choose(EngineSection(device="cpu"), 2).device == torch.device("cpu")
 
 
 def test_cpu_can_be_chosen_where_there_is_a_gpu(with_cuda):

@@ -21,7 +21,6 @@ class Recorder(Callback):
     def __init__(self):
         self.hooks = []
         self.lrs = []
-        self.rows = []
 
     def on_fit_start(self, trainer):
         self.hooks.append(("fit_start", trainer.step))
@@ -29,7 +28,6 @@ class Recorder(Callback):
     def on_step_end(self, trainer, event):
         self.hooks.append(("step", event.step))
         self.lrs.append(event.lr)
-        self.rows.append(event.batch.indices.tolist())
 
     def on_eval_end(self, trainer, event):
         self.hooks.append(("eval", event.step))
@@ -154,20 +152,21 @@ def test_early_stopping_ends_the_run_after_saving(make_trainer):
     )
     trainer.fit()
     assert trainer.step == 6
-    assert "early stopping" in trainer.stop_reason
+    assert "early stopping" in trainer.stop_reason and not trainer.interrupted
     assert trainer.store.linked("last").name == "step_00000006"
     assert recorder.hooks[-1] == ("fit_end", 6)
 
 
-def test_a_requested_stop_saves_the_step_it_came_to(make_trainer):
+def test_an_interruption_saves_the_step_it_came_to(make_trainer):
     class Stop(Callback):
         def on_step_end(self, trainer, event):
             if event.step == 2:
-                trainer.request_stop("SIGTERM received")
+                trainer.interrupt("SIGTERM received")
 
     recorder = Recorder()
     trainer = make_trainer(callbacks=[recorder, Stop()])
     trainer.fit()
+    assert trainer.interrupted
     assert recorder.of("eval") == []
     assert recorder.of("checkpoint") == [2]
     assert "stopped at step 2: SIGTERM received" in trainer.describe_end()
@@ -187,14 +186,30 @@ def test_a_non_finite_loss_ends_the_run_and_is_not_saved(make_trainer):
 
 
 def test_every_sample_of_an_epoch_is_seen_once(make_trainer):
-    recorder = Recorder()
-    trainer = make_trainer("train.steps=20", "train.eval_every_steps=20", callbacks=[recorder])
+    trainer = make_trainer("train.steps=20", "train.eval_every_steps=20")
+    train_step, seen, told = trainer.engine.train_step, [], []
+
+    def watched(batch, *, lr):
+        seen.extend(batch.indices.tolist())
+        told.extend(trainer.rows(trainer.step))
+        return train_step(batch, lr=lr)
+
+    trainer.engine.train_step = watched
     trainer.fit()
-    seen = [row for rows in recorder.rows for row in rows]
+    assert told == seen
     count = len(trainer.train)
     assert sorted(seen[:count]) == list(range(count))
     assert sorted(seen[count : 2 * count]) == list(range(count))
     assert seen[:count] != seen[count : 2 * count]
+
+
+def test_a_stop_that_another_process_was_told_ends_the_run_here_too(make_trainer):
+    trainer = make_trainer()
+    trainer.engine.agree = lambda flag: trainer.step == 4
+    trainer.fit()
+    assert (trainer.step, trainer.interrupted) == (4, True)
+    assert "stopped at step 4: another process was told to stop" in trainer.describe_end()
+    assert trainer.store.linked("last").name == "step_00000004"
 
 
 class StopAt(Callback):
@@ -205,7 +220,7 @@ class StopAt(Callback):
 
     def on_step_end(self, trainer, event):
         if event.step == self.step:
-            trainer.request_stop("test")
+            trainer.interrupt("test")
 
 
 @pytest.mark.parametrize("stop", [3, 6])
