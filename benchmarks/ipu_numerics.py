@@ -26,7 +26,7 @@ from cxr_vit.engines.choice import build_engine
 from cxr_vit.evaluation.metrics import flat_scores
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.run_folder import run_of_checkpoint, with_weights_of
+from cxr_vit.training.open_run import run_of_checkpoint, with_weights_of
 
 #: Half of fp16's smallest number: what is nearer to zero becomes zero.
 LOST_BELOW = 2.0**-25

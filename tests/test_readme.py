@@ -13,10 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|console)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
-    re.sub(r"^(\$ |poprun .*?(?=python ))", "", line)
+    re.sub(
+        r"^torchrun .*?(?=train|evaluate)",
+        "python ",
+        re.sub(r"^(\$ |poprun .*?(?=python ))", "", line),
+    )
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith(("$ ", "make ", "python ", "poprun "))
+    if line.startswith(("$ ", "make ", "python ", "poprun ", "torchrun "))
 ]
 YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 

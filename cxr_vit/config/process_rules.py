@@ -78,12 +78,15 @@ def _world_problem(config: Config, world_size: int) -> Optional[str]:
         )
     if world_size in legal:
         return None
+    if world_size == 1:
+        instead = "compute in one process: engine.name=torch"
+    else:
+        instead = "change pipeline.layers_per_stage or batch.replicas"
     also = f" (or {', '.join(map(str, legal[1:]))}, several stages each)" if legal[1:] else ""
     return (
         f"engine.name=pipeline needs {legal[0]} processes = {stages} stages x {replicas}"
         f" replicas{also}, and there {'is' if world_size == 1 else 'are'} {world_size}. Start it"
-        f" with torchrun --nproc-per-node {legal[0]} train.py ..., or change"
-        " pipeline.layers_per_stage or batch.replicas."
+        f" with torchrun --nproc-per-node {legal[0]}, or {instead}."
     )
 
 

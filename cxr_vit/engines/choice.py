@@ -60,9 +60,14 @@ def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
         number of processes than the configuration needs.
     """
     choice = _choose(config, offline)
+    launch = Launch.from_environment()
     if not choice.is_ipu:
-        launch = Launch.from_environment()
         check_processes(config, choice.name, launch.world_size if launch.is_connected else 1)
+    elif launch.is_connected:
+        raise EngineUnavailable(
+            "IPUs answer here, and their processes are started by poprun, not by torchrun"
+            " (engine.name=torch or pipeline leaves the IPUs alone)."
+        )
     return choice
 
 

@@ -80,7 +80,7 @@ class PipelineEngine(TorchBase):
         self.schedule_name = config.pipeline.schedule
         self._losses: List[Tensor] = []
         self._modules: Dict[int, AutocastStage] = {
-            index: AutocastStage(model.stages[index], self._autocast) for index in self.own_stages
+            index: AutocastStage(model.stage(index), self._autocast) for index in self.own_stages
         }
         self._training_stages = self._make_stages(self.batch.micro_batch_size, training=True)
         self._scoring_stages = self._make_stages(self.batch.eval_micro_batch_size, training=False)
@@ -91,12 +91,13 @@ class PipelineEngine(TorchBase):
         """Say in a line what computes, in which arithmetic, and why."""
         device = self.placement.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        per_replica = self.processes.size // self.replicas
+        several = len(self.own_stages)
+        shared = f", {several} a process" if several > 1 else ""
         return (
-            f"pipeline engine on {name} in {self.processes.size} processes ({self.replicas}"
-            f" replicas x {per_replica} processes of {len(self.own_stages)} stages) by"
-            f" {self.schedule_name} in {self.placement.precision} ({self.placement.reason}; choose"
-            " with pipeline.schedule=gpipe|1f1b|interleaved_1f1b, engine.device=cpu|cuda,"
+            f"pipeline engine on {name} in {self.processes.size} processes ({self.replicas} x"
+            f" {self.num_stages} stages{shared}, {self.schedule_name}) in"
+            f" {self.placement.precision} ({self.placement.reason}; choose with"
+            " pipeline.schedule=gpipe|1f1b|interleaved_1f1b, engine.device=cpu|cuda,"
             " engine.precision=fp32|bf16|fp16)"
         )
 

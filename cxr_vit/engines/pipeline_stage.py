@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from cxr_vit.model.stages import Stage
+
 __all__ = ["AutocastStage", "LeanStage"]
 
 
 class AutocastStage(nn.Module):
     """A stage whose forward pass runs in mixed precision, as the uncut model's does.
+
+    Hidden states leave it in fp32, which is what the next one was told to receive: torch would not
+    notice another dtype.
 
     Parameters
     ----------
@@ -22,7 +27,7 @@ class AutocastStage(nn.Module):
         Makes the context of a forward pass.
     """
 
-    def __init__(self, stage: nn.Module, autocast: Callable[[], Any]) -> None:
+    def __init__(self, stage: Stage, autocast: Callable[[], Any]) -> None:
         super().__init__()
         self.stage = stage
         self.autocast = autocast
@@ -31,7 +36,7 @@ class AutocastStage(nn.Module):
         """Run the stage on pixels or hidden states."""
         with self.autocast():
             output: Tensor = self.stage(value)
-        return output
+        return output if self.stage.has_head else output.float()
 
 
 class LeanStage(PipelineStage):

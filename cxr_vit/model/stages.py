@@ -186,6 +186,10 @@ class StagedViT(nn.Module):
         """The encoder layers of all stages, in order."""
         return [layer for stage in self._stages for layer in stage.layers]
 
+    def stage(self, index: int) -> Stage:
+        """Return one of the stages."""
+        return self._stages[index]
+
     @property
     def hidden_shape(self) -> Tuple[int, int]:
         """Tokens and width of the hidden states between two stages."""

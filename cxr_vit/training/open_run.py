@@ -96,9 +96,9 @@ def _open_together(
             opened = _go_on(Path(store.get(_RUN_KEY).decode()), files, overrides)
         else:
             opened = _open(files, overrides, resume, makes=True)
-        store.set(_RUN_KEY, str(opened.folder.path.resolve()))
+        path = str(opened.folder.path.resolve())  # the others may stand elsewhere
+        store.set(_RUN_KEY, path)
         settings = {key: str(value) for key, value in opened.config.flat().items()}
-        path = str(opened.folder.path)
         return {"path": path, "resumes": opened.resumes, "settings": settings}
 
     first = call_once("run", open_first)

@@ -30,7 +30,8 @@ def test_another_number_is_refused_and_both_are_said(world):
     text = problem(world=world)
     assert "needs 4 processes = 4 stages x 1 replicas" in text
     assert f"there {'is' if world == 1 else 'are'} {world}." in text
-    assert "torchrun --nproc-per-node 4 train.py" in text
+    assert "torchrun --nproc-per-node 4, or" in text
+    assert ("engine.name=torch" in text) == (world == 1)
 
 
 def test_replicas_count_among_the_processes():
