@@ -180,7 +180,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 def _tell(error: Exception) -> int:
     """Print an error, if no other process has told one before; return the exit status."""
-    from cxr_vit.engines.processes import speaks_for_all, spoken_for_all
+    from cxr_vit.engines.shared_store import speaks_for_all, spoken_for_all
 
     if not speaks_for_all():
         return EXIT_USER_ERROR

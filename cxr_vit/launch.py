@@ -22,8 +22,6 @@ class Launch:
         Which process this is of how many, over all hosts.
     local_rank
         Which it is on its host.
-    restarts
-        How many times torchrun has started the processes anew (`--max-restarts`).
     by_torchrun
         Whether torch can connect the processes; poprun's are connected by popdist.
     """
@@ -31,7 +29,6 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    restarts: int = 0
     by_torchrun: bool = False
 
     @classmethod
@@ -42,7 +39,6 @@ class Launch:
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
                 local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-                restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
                 by_torchrun=True,
             )
         return cls(

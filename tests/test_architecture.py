@@ -31,7 +31,7 @@ POPTORCH = {
 }
 #: These need a newer torch than the IPU's.
 PIPELINING = {"cxr_vit.engines.pipeline_engine", "cxr_vit.engines.pipeline_stage"}
-DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.processes"}
+DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.processes", "cxr_vit.engines.shared_store"}
 HUGGING_FACE = {"cxr_vit.model.vit"}
 
 #: Attributes of Hugging Face's ViT, in 4.x or 5.x, that nothing of ours is called.

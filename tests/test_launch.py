@@ -8,7 +8,6 @@ VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
-    "TORCHELASTIC_RESTART_COUNT",
     "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_SIZE",
 )
@@ -32,9 +31,9 @@ def test_a_process_started_by_hand_is_the_only_one():
 
 
 def test_torchruns_processes_are_connected(monkeypatch):
-    set_all(monkeypatch, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, TORCHELASTIC_RESTART_COUNT=2)
+    set_all(monkeypatch, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1)
     launch = Launch.from_environment()
-    assert launch == Launch(rank=5, world_size=8, local_rank=1, restarts=2, by_torchrun=True)
+    assert launch == Launch(rank=5, world_size=8, local_rank=1, by_torchrun=True)
     assert launch.is_connected and not launch.is_main
 
 

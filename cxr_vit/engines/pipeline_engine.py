@@ -118,7 +118,6 @@ class PipelineEngine(TorchBase):
                 parallel = DistributedDataParallel(
                     module,
                     process_group=self.mesh.get_group("replica"),
-                    broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )
             stages.append(
@@ -245,5 +244,6 @@ def _roles(num_stages: int, per_replica: int, replicas: int) -> List[str]:
 
 
 def _awaited(stages: List[Any]) -> str:
-    """Say what was asked for first and has not come, in the order it was asked for."""
-    return next((words for stage in stages for words in stage.awaited.values()), "")
+    """Say what was asked for first and has not come; if all came, what was last offered."""
+    awaited = [words for stage in stages for words in stage.awaited.values()]
+    return next(iter(awaited), stages[-1].offered)

@@ -47,12 +47,14 @@ class LeanStage(PipelineStage):
     number. Here a buffer is there from the moment its receive is posted until it was used. In
     between a tensor without memory (`meta`) holds its place.
 
-    `awaited` lists the receives that were posted and not used yet, oldest first, in words.
+    `awaited` lists the receives that were posted and not used yet, oldest first, in words, and
+    `offered` says what was last sent.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.awaited: Dict[Tuple[str, int], str] = {}
+        self.offered = ""
 
     def _prepare_forward_infra(self, *arguments: Any, **named: Any) -> Any:
         result = super()._prepare_forward_infra(*arguments, **named)
@@ -97,6 +99,21 @@ class LeanStage(PipelineStage):
         if self.has_backward:
             _empty(self.grad_recv_info[bwd_chunk_id])
         return result
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """Return the sends of a micro-batch's output."""
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        if operations:
+            self.offered = f"stage {self.stage_index + 1} to take micro-batch {fwd_chunk_id}"
+        return operations
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """Return the sends of a micro-batch's gradient."""
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        if operations:
+            words = f"stage {self.stage_index - 1} to take the gradient of"
+            self.offered = f"{words} micro-batch {bwd_chunk_id}"
+        return operations
 
     def _fill(self, infos: Iterable[Any]) -> None:
         for info in infos:

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: their group, their exchange, and how they fail together.
+"""The processes that torchrun starts: their group, what they exchange, and who of them is lost.
 
 torch.distributed does the work; here stand the names that the engines need of it. Runs on torch
 2.0.1 too, where the torch engine is data parallel.
@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 import time
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
+from cxr_vit.engines.shared_store import if_answered, somebody_spoke, start_store
 from cxr_vit.errors import ProcessLost
 from cxr_vit.launch import Launch
 
-__all__ = ["Processes", "call_once", "launch_store", "speaks_for_all", "spoken_for_all"]
+__all__ = ["Processes"]
 
 #: What gloo, NCCL and the store say where a process is silent, and where it is gone.
 _TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout")
 _BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
 #: How long the others are asked for a sign of life before one is called lost, seconds.
 _ROLL_CALL_S = 3.0
-#: How long a silent process waits for the one that speaks, seconds.
-_HEARING_S = 10.0
-#: The first process may have all films to decode while the others wait.
-_SHARED_WORK = timedelta(days=7)
 _count = itertools.count()
 
 
@@ -59,18 +53,19 @@ class Processes:
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         launch = Launch.from_environment()
         self.is_connected = launch.is_connected
+        self.uses_nccl = device.type == "cuda"
         self.rank, self.size = (launch.rank, launch.world_size) if self.is_connected else (0, 1)
         self.timeout = timedelta(seconds=timeout_s)
         self.roles: List[str] = [f"process {rank}" for rank in range(self.size)]
         if not self.is_connected:
             return
-        if device.type == "cuda":
+        if self.uses_nccl:
             torch.cuda.set_device(device)
         with self.waiting("the other processes to begin"):
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if self.uses_nccl else "gloo",
                 # A name of its own: of an earlier group in this process the addresses are stale.
-                store=PrefixStore(f"engine{next(_count)}", _attempt_store()),
+                store=PrefixStore(f"engine{next(_count)}", start_store()),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self.timeout,
@@ -134,14 +129,19 @@ class Processes:
 
     def _who_is_missing(self, what: str, in_time: bool) -> str:
         """Ask all processes for a sign of life; those that give none are the cause."""
-        store = _attempt_store()
         silent = set(range(self.size)) - {self.rank}
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the first host
+        if not self.uses_nccl:  # which might wait here for what never comes
+            self.close()  # so that those who wait for this process notice, too
+
+        def call_the_roll() -> None:
+            store = start_store()
             store.set(f"alive/{self.rank}", "")
             deadline = time.monotonic() + _ROLL_CALL_S
-            while silent and time.monotonic() < deadline and not _somebody_spoke(store):
-                silent = {rank for rank in silent if not store.check([f"alive/{rank}"])}
+            while silent and time.monotonic() < deadline and not somebody_spoke():
+                silent.difference_update(r for r in list(silent) if store.check([f"alive/{r}"]))
                 time.sleep(0.05)
+
+        if_answered(call_the_roll, None, 2 * _ROLL_CALL_S)
         lost = ", ".join(self.roles[rank] for rank in sorted(silent)) or "none of them"
         if in_time:
             return (
@@ -159,73 +159,3 @@ class Processes:
         """Leave the group."""
         if self.is_connected and dist.is_initialized():
             dist.destroy_process_group()
-
-
-# What is said and done once for all processes. The store is a table that all of them reach; with
-# torchrun it is the agent's, and outlives the processes.
-
-
-@lru_cache(maxsize=None)
-def _attempt_store() -> Any:
-    """Return the table of the processes started together."""
-    store, _, _ = next(iter(rendezvous("env://")))
-    return PrefixStore("cxr_vit", store)
-
-
-def launch_store() -> Any:
-    """Return the table that torchrun keeps when it starts its processes anew."""
-    store = _attempt_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return PrefixStore("cxr_vit/launch", store)
-
-
-def call_once(name: str, make: Callable[[], Any]) -> Any:
-    """Let the first process do something; return to all what came of it.
-
-    Parameters
-    ----------
-    name
-        Of the thing, once a start.
-    make
-        Returns something JSON can hold.
-    """
-    launch = Launch.from_environment()
-    if not launch.is_connected:
-        return make()
-    store = _attempt_store()
-    if launch.is_main:
-        value = make()
-        store.set(f"made/{name}", json.dumps(value))
-        return value
-    store.wait([f"made/{name}"], _SHARED_WORK)
-    return json.loads(store.get(f"made/{name}"))
-
-
-def speaks_for_all() -> bool:
-    """Whether this process is the first that has an error to tell; the others wait until it did.
-
-    Of several processes that fail, all but one fail because that one did.
-    """
-    if not Launch.from_environment().is_connected:
-        return True
-    try:
-        store = _attempt_store()
-        if store.add("speakers", 1) == 1:
-            return True
-        store.wait(["spoken"], timedelta(seconds=_HEARING_S))
-    except RuntimeError:  # no table any more: rather twice than never
-        return True
-    return False
-
-
-def spoken_for_all() -> None:
-    """Let the others end, now that the error is told."""
-    if Launch.from_environment().is_connected:
-        with contextlib.suppress(RuntimeError):
-            _attempt_store().set("spoken", "")
-
-
-def _somebody_spoke(store: Any) -> bool:
-    found: bool = store.check(["speakers"])
-    return found

@@ -47,9 +47,7 @@ class TorchEngine(TorchBase):
         self._scaler = _grad_scaler(placement)
         self._synchronised: Any = self.model
         if processes.is_connected:
-            self._synchronised = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._synchronised = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def describe(self) -> str:
         """Say in a line what computes, in which arithmetic, and why."""

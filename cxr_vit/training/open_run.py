@@ -85,15 +85,16 @@ def _open_together(
     """Let the first process open the run and the others follow it."""
     if files:
         check(load_config(files, overrides))  # a mistake is told before torch is imported
-    from cxr_vit.engines.processes import call_once, launch_store
+    from cxr_vit.engines.shared_store import call_once, launch_store
 
     opened: Optional[OpenedRun] = None
 
     def open_first() -> Dict[str, Any]:
         nonlocal opened
         store = launch_store()
-        if launch.restarts and store.check([_RUN_KEY]):
-            opened = _go_on(Path(store.get(_RUN_KEY).decode()), files, overrides)
+        begun = Path(store.get(_RUN_KEY).decode()) if store.check([_RUN_KEY]) else None
+        if begun is not None and begun.exists():  # not one that failed before it wrote anything
+            opened = _go_on(begun, files, overrides)
         else:
             opened = _open(files, overrides, resume, makes=True)
         path = str(opened.folder.path.resolve())  # the others may stand elsewhere
