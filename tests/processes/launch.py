@@ -13,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HAS_PIPELINING = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+HAS_PIPELINING = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 needs_pipelining = pytest.mark.skipif(
-    not HAS_PIPELINING, reason="torch.distributed.pipelining comes with torch 2.6"
+    not HAS_PIPELINING, reason="the pipeline engine needs torch 2.10"
 )
 
 
