@@ -22,7 +22,7 @@ from cxr_vit.model.stages import StagedViT
 __all__ = ["EngineChoice", "build_engine", "choose_engine"]
 
 
-#: The oldest torch that it was tried on with success: 2.6 does not wait for all that 1F1B sends over
+#: The oldest torch that works here: 2.6 does not wait for all that 1F1B sends over
 #: gloo, and 2.8 cannot score several stages a process.
 _PIPELINING = (2, 10)
 
