@@ -1,0 +1,180 @@
+"""What the processes of a run say and do once for all, over a table that every one of them reaches.
+
+The table is torch's store. With torchrun it is the agent's, and outlives the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import uuid
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Callable, Iterator, TypeVar
+
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from cxr_vit.launch import Launch
+
+__all__ = [
+    "call_once",
+    "if_answered",
+    "launch_store",
+    "main_first",
+    "somebody_spoke",
+    "speaks_for_all",
+    "spoken_for_all",
+    "start_store",
+]
+
+#: How long all processes of a start may take to begin, seconds.
+_BEGIN_S = 300.0
+#: How long one process waits to hear from the others before it speaks for itself, seconds.
+_HEARING_S = 10.0
+#: The first process may have all films to decode while the others wait.
+_SHARED_WORK = timedelta(days=7)
+_T = TypeVar("_T")
+
+
+@lru_cache(maxsize=None)
+def start_store() -> Any:
+    """Return the table of the processes started together."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    table = PrefixStore("cxr_vit/starts", store)
+    return PrefixStore(_name_the_start(table), table)
+
+
+def _name_the_start(store: Any) -> str:
+    """Agree on a name with the processes started together, and with no earlier ones.
+
+    torchrun keeps its table when it starts the processes anew, and each host counts the starts for
+    itself (TORCHELASTIC_RESTART_COUNT): what was left there cannot be told from what is new. So
+    each process asks the first one with a word of its own, and that one answers until all know.
+    """
+    launch = Launch.from_environment()
+    if not launch.is_main:
+        word = uuid.uuid4().hex
+        store.set(f"asked by {launch.rank}", word)
+        store.wait([f"answer to {word}"], timedelta(seconds=_BEGIN_S))
+        name: str = store.get(f"answer to {word}").decode()
+        store.set(f"{name} is known to {launch.rank}", "")
+        return name
+    name = uuid.uuid4().hex
+    missing = set(range(1, launch.world_size))
+    deadline = time.monotonic() + _BEGIN_S
+    while missing and time.monotonic() < deadline:
+        for rank in missing:
+            if store.check([f"asked by {rank}"]):
+                store.set(f"answer to {store.get(f'asked by {rank}').decode()}", name)
+        missing = {r for r in missing if not store.check([f"{name} is known to {r}"])}
+        time.sleep(0.05)
+    return name
+
+
+def launch_store() -> Any:
+    """Return the table that torchrun keeps when it starts its processes anew."""
+    store = start_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return PrefixStore("cxr_vit/launch", store)
+
+
+def call_once(name: str, make: Callable[[], Any]) -> Any:
+    """Let the first process do something; return to all what came of it.
+
+    Parameters
+    ----------
+    name
+        Of the thing, once a start.
+    make
+        Returns something JSON can hold.
+    """
+    launch = Launch.from_environment()
+    if not launch.is_connected:
+        return make()
+    store = start_store()
+    if launch.is_main:
+        value = make()
+        store.set(f"made/{name}", json.dumps(value))
+        return value
+    store.wait([f"made/{name}"], _SHARED_WORK)
+    return json.loads(store.get(f"made/{name}"))
+
+
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Let the first process be done with something before the others begin it.
+
+    What it leaves in files they then find, and it alone says what takes long.
+
+    Parameters
+    ----------
+    name
+        Of the thing, once a start.
+    """
+    launch = Launch.from_environment()
+    if launch.is_connected and not launch.is_main:
+        start_store().wait([f"done/{name}"], _SHARED_WORK)
+    yield
+    if launch.is_connected and launch.is_main:
+        start_store().set(f"done/{name}", "")
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the first that has an error to tell; the others wait until it did.
+
+    Of several processes that fail, all but one fail because that one did.
+    """
+    if not Launch.from_environment().is_connected:
+        return True
+
+    def is_first() -> bool:
+        return bool(start_store().add("speakers", 1) == 1)
+
+    def hear() -> bool:
+        start_store().wait(["spoken"], timedelta(seconds=_HEARING_S))
+        return False
+
+    # Without a table rather twice than never.
+    if if_answered(is_first, True, _HEARING_S):
+        return True
+    return if_answered(hear, True, _HEARING_S)
+
+
+def spoken_for_all() -> None:
+    """Let the others end, now that the error is told."""
+    if Launch.from_environment().is_connected:
+        if_answered(lambda: start_store().set("spoken", ""), None, _HEARING_S)
+
+
+def if_answered(ask: Callable[[], _T], otherwise: _T, seconds: float) -> _T:
+    """Ask the table, which may be gone with the first host: torch would wait for it for ever.
+
+    Parameters
+    ----------
+    ask
+        Asks it; a RuntimeError counts as no answer.
+    otherwise
+        What is returned without an answer.
+    seconds
+        How long to wait for one.
+    """
+    answers = [otherwise]
+
+    def listen() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[-1]
+
+
+def somebody_spoke() -> bool:
+    """Whether a process has an error to tell."""
+    found: bool = start_store().check(["speakers"])
+    return found
