@@ -36,7 +36,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.shared_store import call_once, main_first
+    from cxr_vit.engines.shared_store import call_once, main_first, same_everywhere
     from cxr_vit.evaluation.figures import film_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
@@ -48,6 +48,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     choice = choose_engine(config)
     with main_first("data"):
         data = ChestXrayDataModule(config.data, once=call_once)
+    data.refuse_differences(same_everywhere("data", data.fingerprint()))
     training = data.dataset("train", augment=config.augment, seed=config.run.seed)
     names = data.names
     batch = BatchPlan.from_section(config.batch)

@@ -167,6 +167,10 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     try:
         status = main(sys.argv[1:])
+        if launch.is_connected:
+            from cxr_vit.engines.shared_store import leave_last
+
+            leave_last()
     except BrokenPipeError:
         # The reader of our output went away (`| head`); leave no second error at shutdown.
         sys.stdout = None

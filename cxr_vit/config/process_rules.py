@@ -106,7 +106,7 @@ def _schedule_problem(config: Config, processes: int) -> Optional[str]:
     if schedule == "interleaved_1f1b" and not _goes_round(count, processes):
         return (
             f"{given} does not go round {processes} processes: pipeline.schedule=interleaved_1f1b"
-            f" takes a multiple of {max(1, count // processes)}"
+            f" divides the micro-batches evenly into {max(1, count // processes)}"
             f" rounds. Nearest legal values: {_nearest(count, processes)}."
         )
     return None

@@ -99,8 +99,9 @@ def open_film_source(
     """
     paths = _find(data, names)
     where = store_paths(data)
-    nothing = not paths and not where.index.exists()
-    if nothing or (data.cache == "off" and not renew):
+    if not paths and not where.index.exists():  # it will be refused
+        return _from_files(data, names, paths, just_call)
+    if data.cache == "off" and not renew:
         return _from_files(data, names, paths, once)
     settings = StoreSettings(data.image_size, data.max_megapixels)
     index, reason = _look(where, settings, paths)

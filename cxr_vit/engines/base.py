@@ -72,6 +72,8 @@ class Engine(ABC):
         Whether this process is the one that writes and prints.
     place
         What a stage runs on, in a word.
+    failed
+        Whether the engine is closed because of an error.
     """
 
     def __init__(self, batch: BatchPlan) -> None:
@@ -79,11 +81,13 @@ class Engine(ABC):
         self.local_batch = batch
         self.is_main = True
         self.place = "stage"
+        self.failed = False
 
     def __enter__(self: EngineType) -> EngineType:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.failed = exception[0] is not None
         self.close()
 
     @abstractmethod

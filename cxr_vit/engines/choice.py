@@ -12,10 +12,11 @@ from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
 from cxr_vit.engines.poptorch_engine import PopTorchEngine
 from cxr_vit.engines.poptorch_options import poptorch_problem
-from cxr_vit.engines.precision import choose
+from cxr_vit.engines.precision import Placement, choose
 from cxr_vit.engines.processes import Processes
+from cxr_vit.engines.shared_store import same_everywhere
 from cxr_vit.engines.torch_engine import TorchEngine
-from cxr_vit.errors import EngineUnavailable
+from cxr_vit.errors import ConfigError, EngineUnavailable
 from cxr_vit.launch import Launch
 from cxr_vit.model.stages import StagedViT
 
@@ -121,6 +122,7 @@ def build_engine(
     if choice.is_ipu:
         return PopTorchEngine(model, config, reason=choice.reason, offline=offline)
     placement = choose(config.engine, Launch.from_environment().local_rank)
+    _check_alike(choice, placement)
     placement = placement._replace(reason=f"{choice.reason}; {placement.reason}")
     processes = Processes(placement.device, config.engine.timeout_s)
     if choice.name == "pipeline":
@@ -128,6 +130,23 @@ def build_engine(
 
         return PipelineEngine(model, config, placement, processes)
     return TorchEngine(model, config, placement, processes)
+
+
+def _check_alike(choice: EngineChoice, placement: Placement) -> None:
+    """Raise unless all processes compute on the same kind of device in the same arithmetic."""
+    differing = same_everywhere(
+        "placement",
+        {
+            "engine.name": choice.name,
+            "engine.device": placement.device.type,
+            "engine.precision": placement.precision,
+        },
+    )
+    if differing:
+        raise ConfigError(
+            f"this host computes otherwise than the first process's: {'; '.join(differing)}. Set"
+            " them instead of auto."
+        )
 
 
 def _check_pipelining() -> None:

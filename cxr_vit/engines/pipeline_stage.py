@@ -96,6 +96,8 @@ class LeanStage(PipelineStage):
         """Run a micro-batch backward, after which its gradient is done with."""
         self.awaited.pop(("backward", bwd_chunk_id), None)
         result = super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
+        if named.get("loss") is not None:
+            named["loss"].detach_()  # the schedule keeps it, and its graph the stage's input
         if self.has_backward:
             _empty(self.grad_recv_info[bwd_chunk_id])
         return result

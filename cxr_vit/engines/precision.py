@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Dict, NamedTuple
@@ -56,6 +57,8 @@ def choose(engine: EngineSection, local_rank: int = 0) -> Placement:
             " install a CUDA build of torch and check `nvidia-smi`."
         )
     device: str = engine.device
+    if has_cuda and torch.cuda.device_count() == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        local_rank = 0  # a scheduler that shows each process its own
     if device != "cpu" and has_cuda and local_rank >= torch.cuda.device_count():
         raise EngineUnavailable(
             f"process {local_rank + 1} of this host has no CUDA device: there are"

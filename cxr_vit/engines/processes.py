@@ -18,7 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from cxr_vit.engines.shared_store import if_answered, somebody_spoke, start_store
+from cxr_vit.engines.shared_store import (
+    holds,
+    if_answered,
+    somebody_spoke,
+    start_store,
+    wait_for,
+)
 from cxr_vit.errors import ProcessLost
 from cxr_vit.launch import Launch
 
@@ -61,6 +67,9 @@ class Processes:
             return
         if self.uses_nccl:
             torch.cuda.set_device(device)
+        start_store().set(f"begins/{self.rank}", "")
+        for rank in range(self.size):
+            wait_for(f"begins/{rank}")
         with self.waiting("the other processes to begin"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.uses_nccl else "gloo",
@@ -82,16 +91,16 @@ class Processes:
         group, _ = dist.new_subgroups_by_enumeration(every, timeout=self.timeout)
         return group
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def add_up(self, values: Tensor, what: str = "the losses of all processes") -> Tensor:
         """Return the sum over all processes."""
         if self.is_connected:
-            with self.waiting("all processes to add up their losses"):
+            with self.waiting(what):
                 dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return bool(self.add_up(torch.tensor([float(flag)])) > 0)
+        return bool(self.add_up(torch.tensor([float(flag)]), "the end of everyone's step") > 0)
 
     def concatenate(self, parts: Tuple[Tensor, ...], group: Any = None) -> Tuple[Tensor, ...]:
         """Put the rows of the processes of a group one after another, on the CPU."""
@@ -130,15 +139,14 @@ class Processes:
     def _who_is_missing(self, what: str, in_time: bool) -> str:
         """Ask all processes for a sign of life; those that give none are the cause."""
         silent = set(range(self.size)) - {self.rank}
-        if not self.uses_nccl:  # which might wait here for what never comes
-            self.close()  # so that those who wait for this process notice, too
+        self.close(failed=True)  # so that those who wait for this process notice, too
 
         def call_the_roll() -> None:
             store = start_store()
             store.set(f"alive/{self.rank}", "")
             deadline = time.monotonic() + _ROLL_CALL_S
             while silent and time.monotonic() < deadline and not somebody_spoke():
-                silent.difference_update(r for r in list(silent) if store.check([f"alive/{r}"]))
+                silent.difference_update(r for r in list(silent) if holds(store, f"alive/{r}"))
                 time.sleep(0.05)
 
         if_answered(call_the_roll, None, 2 * _ROLL_CALL_S)
@@ -155,7 +163,7 @@ class Processes:
             " engine.timeout_s if that was at work, and go on with --resume."
         )
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self.is_connected and dist.is_initialized():
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the group; after a failure NCCL's is left to the process's end, lest it waits."""
+        if self.is_connected and dist.is_initialized() and not (failed and self.uses_nccl):
             dist.destroy_process_group()

@@ -12,36 +12,51 @@ import time
 import uuid
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Callable, Iterator, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from cxr_vit.errors import ProcessLost
 from cxr_vit.launch import Launch
 
 __all__ = [
     "call_once",
+    "holds",
     "if_answered",
     "launch_store",
+    "leave_last",
     "main_first",
+    "same_everywhere",
     "somebody_spoke",
     "speaks_for_all",
     "spoken_for_all",
     "start_store",
+    "wait_for",
 ]
 
 #: How long all processes of a start may take to begin, seconds.
 _BEGIN_S = 300.0
 #: How long one process waits to hear from the others before it speaks for itself, seconds.
 _HEARING_S = 10.0
-#: The first process may have all films to decode while the others wait.
-_SHARED_WORK = timedelta(days=7)
 _T = TypeVar("_T")
+_opening = threading.Lock()
+
+
+def start_store() -> Any:
+    """Return the table of the processes started together.
+
+    Raises
+    ------
+    ProcessLost
+        If some of them do not begin.
+    """
+    with _opening:  # two threads would name the start twice
+        return _open_start_store()
 
 
 @lru_cache(maxsize=None)
-def start_store() -> Any:
-    """Return the table of the processes started together."""
+def _open_start_store() -> Any:
     store, _, _ = next(iter(rendezvous("env://")))
     table = PrefixStore("cxr_vit/starts", store)
     return PrefixStore(_name_the_start(table), table)
@@ -67,11 +82,41 @@ def _name_the_start(store: Any) -> str:
     deadline = time.monotonic() + _BEGIN_S
     while missing and time.monotonic() < deadline:
         for rank in missing:
-            if store.check([f"asked by {rank}"]):
+            if holds(store, f"asked by {rank}"):
                 store.set(f"answer to {store.get(f'asked by {rank}').decode()}", name)
-        missing = {r for r in missing if not store.check([f"{name} is known to {r}"])}
+        missing = {r for r in missing if not holds(store, f"{name} is known to {r}")}
         time.sleep(0.05)
+    if missing:
+        raise ProcessLost(
+            f"processes {sorted(missing)} of {launch.world_size} have not begun in {_BEGIN_S:g} s."
+        )
     return name
+
+
+def holds(store: Any, key: str) -> bool:
+    """Whether a table has an entry."""
+    if hasattr(store, "check"):
+        return bool(store.check([key]))
+    try:  # torch 2.0
+        store.wait([key], timedelta(milliseconds=10))
+    except RuntimeError:
+        return False
+    return True
+
+
+def wait_for(key: str) -> None:
+    """Wait for an entry of the start's table, however long it takes.
+
+    Raises
+    ------
+    ProcessLost
+        If a process has failed meanwhile.
+    """
+    store = start_store()
+    while not holds(store, key):
+        if somebody_spoke():
+            raise ProcessLost("another process failed; its host's output says why.")
+        time.sleep(0.05)
 
 
 def launch_store() -> Any:
@@ -100,7 +145,7 @@ def call_once(name: str, make: Callable[[], Any]) -> Any:
         value = make()
         store.set(f"made/{name}", json.dumps(value))
         return value
-    store.wait([f"made/{name}"], _SHARED_WORK)
+    wait_for(f"made/{name}")
     return json.loads(store.get(f"made/{name}"))
 
 
@@ -117,10 +162,50 @@ def main_first(name: str) -> Iterator[None]:
     """
     launch = Launch.from_environment()
     if launch.is_connected and not launch.is_main:
-        start_store().wait([f"done/{name}"], _SHARED_WORK)
+        wait_for(f"done/{name}")
     yield
     if launch.is_connected and launch.is_main:
         start_store().set(f"done/{name}", "")
+
+
+def same_everywhere(name: str, facts: Dict[str, Any]) -> List[str]:
+    """Compare what this process found with what the first one found.
+
+    Parameters
+    ----------
+    name
+        Of the thing, once a start.
+    facts
+        JSON-able.
+
+    Returns
+    -------
+    list of str
+        What differs, each as ``"<fact>=<here> here, <there> there"``.
+    """
+    first: Dict[str, Any] = call_once(name, lambda: facts)
+    return [
+        f"{fact}={value} here, {first.get(fact)} there"
+        for fact, value in facts.items()
+        if first.get(fact) != value
+    ]
+
+
+def leave_last() -> None:
+    """Let all processes come to their end, the first one last: it writes, and may keep the table.
+
+    torchrun ends the others as soon as one leaves with another status than 0.
+    """
+    launch = Launch.from_environment()
+    if not launch.is_connected:
+        return
+    if launch.is_main:
+        start_store().set("written", "")
+        for rank in range(1, launch.world_size):
+            wait_for(f"leaves/{rank}")
+    else:
+        wait_for("written")
+        start_store().set(f"leaves/{launch.rank}", "")
 
 
 def speaks_for_all() -> bool:
@@ -176,5 +261,4 @@ def if_answered(ask: Callable[[], _T], otherwise: _T, seconds: float) -> _T:
 
 def somebody_spoke() -> bool:
     """Whether a process has an error to tell."""
-    found: bool = start_store().check(["speakers"])
-    return found
+    return holds(start_store(), "speakers")

@@ -150,7 +150,8 @@ class TorchBase(Engine):
 
         It is 0 for an update that the loss scaler skips, as fp16 now and then overflows.
         """
-        self._scaler.unscale_(self.optimizer)
+        with self.processes.waiting("the gradients of all processes"):
+            self._scaler.unscale_(self.optimizer)
         norm = self._clip()
         if self._scaler.is_enabled():
             norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
@@ -228,4 +229,4 @@ class TorchBase(Engine):
 
     def close(self) -> None:
         """Leave the other processes."""
-        self.processes.close()
+        self.processes.close(failed=self.failed)

@@ -15,8 +15,12 @@ from cxr_vit.training.run_folder import RunFolder
 
 __all__ = ["OpenedRun", "open_run", "run_of_checkpoint", "with_weights_of"]
 
-#: Sections that may differ from host to host: where things are.
-_OF_THE_HOST = ("run.", "data.root", "data.csv", "data.images", "data.cache", "data.num_workers")
+#: Settings that may differ from host to host: where things are.
+_OF_THE_HOST = {
+    *("run.name", "run.root", "run.dir", "data.root", "data.csv", "data.images", "data.boxes"),
+    *("data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir"),
+    *("data.cache_workers", "data.num_workers", "model.name"),
+}
 #: Where torchrun's own table says which run its processes began.
 _RUN_KEY = "run"
 
@@ -84,15 +88,15 @@ def _open_together(
 ) -> OpenedRun:
     """Let the first process open the run and the others follow it."""
     if files:
-        check(load_config(files, overrides))  # a mistake is told before torch is imported
-    from cxr_vit.engines.shared_store import call_once, launch_store
+        check(load_config(files, overrides))  # a mistake needs no other process
+    from cxr_vit.engines.shared_store import call_once, holds, launch_store
 
     opened: Optional[OpenedRun] = None
 
     def open_first() -> Dict[str, Any]:
         nonlocal opened
         store = launch_store()
-        begun = Path(store.get(_RUN_KEY).decode()) if store.check([_RUN_KEY]) else None
+        begun = Path(store.get(_RUN_KEY).decode()) if holds(store, _RUN_KEY) else None
         if begun is not None and begun.exists():  # not one that failed before it wrote anything
             opened = _go_on(begun, files, overrides)
         else:
@@ -127,7 +131,7 @@ def _refuse_differences(config: Config, first: Dict[str, str]) -> None:
     differing = [
         f"{key}={value} here, {first.get(key)} there"
         for key, value in config.flat().items()
-        if str(value) != first.get(key) and not key.startswith(_OF_THE_HOST)
+        if str(value) != first.get(key) and key not in _OF_THE_HOST
     ]
     if differing:
         raise ConfigError(

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Held while a process writes the run.
 _LOCK = ".lock"
+#: torch's loader processes look for their parent every five seconds.
+_LOADERS_NOTICE_S = 8.0
 _PACKAGES = (
     "torch",
     "transformers",
@@ -92,7 +94,7 @@ class RunFolder:
             return self
         self._lock = (self.path / _LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_lock()
         except BlockingIOError as error:
             self._lock.close()
             raise ConfigError(
@@ -102,6 +104,17 @@ class RunFolder:
         except OSError:
             logger.warning("%s: this file system has no locks; run nothing else there", self.path)
         return self
+
+    def _take_lock(self) -> None:
+        """Take the lock; loader processes of a killed process hold it until they notice."""
+        deadline = time.monotonic() + _LOADERS_NOTICE_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
 
     def __exit__(self, *exception: object) -> None:
         if not self.writes:

@@ -22,7 +22,8 @@ class StopOnSignal:
     interrupt
         Takes the reason in words.
     quiet
-        Say nothing: torchrun also signals the processes that are left where one of them died.
+        One of several processes: say nothing, and let no further signal end it while it saves.
+        torchrun signals all that are left as soon as one has ended, and kills them in the end.
     """
 
     def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
@@ -41,9 +42,9 @@ class StopOnSignal:
     def _handle(self, number: int, frame: Optional[FrameType]) -> None:
         name = signal.Signals(number).name
         self.interrupt(f"{name} received")
-        self._restore()
         if self.quiet:
             return
+        self._restore()
         text = f"\n{name}: saving after this step; once more ends the run at once\n"
         os.write(sys.stderr.fileno(), text.encode())  # a handler may not use a buffered stream
 
