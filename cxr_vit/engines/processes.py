@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from cxr_vit.engines.shared_store import (
     holds,
     if_answered,
+    put,
     somebody_spoke,
     start_store,
     wait_for,
@@ -67,7 +68,7 @@ class Processes:
             return
         if self.uses_nccl:
             torch.cuda.set_device(device)
-        start_store().set(f"begins/{self.rank}", "")
+        put(start_store(), f"begins/{self.rank}")
         for rank in range(self.size):
             wait_for(f"begins/{rank}")
         with self.waiting("the other processes to begin"):
@@ -143,7 +144,7 @@ class Processes:
 
         def call_the_roll() -> None:
             store = start_store()
-            store.set(f"alive/{self.rank}", "")
+            put(store, f"alive/{self.rank}")
             deadline = time.monotonic() + _ROLL_CALL_S
             while silent and time.monotonic() < deadline and not somebody_spoke():
                 silent.difference_update(r for r in list(silent) if holds(store, f"alive/{r}"))

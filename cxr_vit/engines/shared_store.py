@@ -27,6 +27,7 @@ __all__ = [
     "launch_store",
     "leave_last",
     "main_first",
+    "put",
     "same_everywhere",
     "somebody_spoke",
     "speaks_for_all",
@@ -72,10 +73,10 @@ def _name_the_start(store: Any) -> str:
     launch = Launch.from_environment()
     if not launch.is_main:
         word = uuid.uuid4().hex
-        store.set(f"asked by {launch.rank}", word)
+        put(store, f"asked by {launch.rank}", word)
         store.wait([f"answer to {word}"], timedelta(seconds=_BEGIN_S))
         name: str = store.get(f"answer to {word}").decode()
-        store.set(f"{name} is known to {launch.rank}", "")
+        put(store, f"{name} is known to {launch.rank}")
         return name
     name = uuid.uuid4().hex
     missing = set(range(1, launch.world_size))
@@ -93,15 +94,15 @@ def _name_the_start(store: Any) -> str:
     return name
 
 
+def put(store: Any, key: str, value: str = "") -> None:
+    """Enter something in a table, so that it can be asked for without waiting."""
+    store.set(key, value)
+    store.add(f"{key} is there", 1)
+
+
 def holds(store: Any, key: str) -> bool:
-    """Whether a table has an entry."""
-    if hasattr(store, "check"):
-        return bool(store.check([key]))
-    try:  # torch 2.0
-        store.wait([key], timedelta(milliseconds=10))
-    except RuntimeError:
-        return False
-    return True
+    """Whether a table has an entry that was `put`; torch 2.0 has no `check`."""
+    return bool(store.add(f"{key} is there", 0) > 0)
 
 
 def wait_for(key: str) -> None:
@@ -143,7 +144,7 @@ def call_once(name: str, make: Callable[[], Any]) -> Any:
     store = start_store()
     if launch.is_main:
         value = make()
-        store.set(f"made/{name}", json.dumps(value))
+        put(store, f"made/{name}", json.dumps(value))
         return value
     wait_for(f"made/{name}")
     return json.loads(store.get(f"made/{name}"))
@@ -165,7 +166,7 @@ def main_first(name: str) -> Iterator[None]:
         wait_for(f"done/{name}")
     yield
     if launch.is_connected and launch.is_main:
-        start_store().set(f"done/{name}", "")
+        put(start_store(), f"done/{name}")
 
 
 def same_everywhere(name: str, facts: Dict[str, Any]) -> List[str]:
@@ -200,12 +201,12 @@ def leave_last() -> None:
     if not launch.is_connected:
         return
     if launch.is_main:
-        start_store().set("written", "")
+        put(start_store(), "written")
         for rank in range(1, launch.world_size):
             wait_for(f"leaves/{rank}")
     else:
         wait_for("written")
-        start_store().set(f"leaves/{launch.rank}", "")
+        put(start_store(), f"leaves/{launch.rank}")
 
 
 def speaks_for_all() -> bool:
@@ -261,4 +262,4 @@ def if_answered(ask: Callable[[], _T], otherwise: _T, seconds: float) -> _T:
 
 def somebody_spoke() -> bool:
     """Whether a process has an error to tell."""
-    return holds(start_store(), "speakers")
+    return bool(start_store().add("speakers", 0) > 0)

@@ -89,7 +89,7 @@ def _open_together(
     """Let the first process open the run and the others follow it."""
     if files:
         check(load_config(files, overrides))  # a mistake needs no other process
-    from cxr_vit.engines.shared_store import call_once, holds, launch_store
+    from cxr_vit.engines.shared_store import call_once, holds, launch_store, put
 
     opened: Optional[OpenedRun] = None
 
@@ -102,7 +102,7 @@ def _open_together(
         else:
             opened = _open(files, overrides, resume, makes=True)
         path = str(opened.folder.path.resolve())  # the others may stand elsewhere
-        store.set(_RUN_KEY, path)
+        put(store, _RUN_KEY, path)
         settings = {key: str(value) for key, value in opened.config.flat().items()}
         return {"path": path, "resumes": opened.resumes, "settings": settings}
 
