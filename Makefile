@@ -1,5 +1,6 @@
 # make demo        install, train and evaluate the demo (no GPU, no data, no hub needed)
 # make test        the test suite in a fresh environment of this Python (3.9 or later)
+# make test-all    the same and the cases it leaves out (marked exhaustive): ten minutes more
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
 # make lint        formatter, linter, types, spelling
 
@@ -12,7 +13,7 @@ RUN         := runs/vit_demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 PIP         := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-sdk34 lint clean
+.PHONY: demo test test-all test-sdk34 lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m ""
 
 test-sdk34: $(VENV_SDK34)/.installed-dev
 	$(VENV_SDK34)/bin/python -m pytest

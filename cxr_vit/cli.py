@@ -159,7 +159,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
     launch = Launch.from_environment()
     if launch.is_connected:  # it prints its whole schedule where a process is lost
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+        logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
     if not launch.is_main:
         sys.stdout = None
         logging.getLogger("cxr_vit").setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import threading
 import time
 from datetime import timedelta
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from cxr_vit.engines.shared_store import (
+    another_connection,
     holds,
     if_answered,
     put,
@@ -36,6 +38,9 @@ _TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout")
 _BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
 #: How long the others are asked for a sign of life before one is called lost, seconds.
 _ROLL_CALL_S = 3.0
+#: How often a process looks whether it is asked for one, seconds.
+_LOOKS_EVERY_S = 0.5
+_ROLL_CALL = "roll call"
 _count = itertools.count()
 
 
@@ -63,23 +68,35 @@ class Processes:
         self.uses_nccl = device.type == "cuda"
         self.rank, self.size = (launch.rank, launch.world_size) if self.is_connected else (0, 1)
         self.timeout = timedelta(seconds=timeout_s)
+        self._leaves = threading.Event()
+        self._answering = threading.Thread(target=self._answer, daemon=True)
         self.roles: List[str] = [f"process {rank}" for rank in range(self.size)]
         if not self.is_connected:
             return
         if self.uses_nccl:
             torch.cuda.set_device(device)
-        put(start_store(), f"begins/{self.rank}")
+        self._answering.start()
+        name = f"engine{next(_count)}"  # of an earlier group in this process addresses are stale
+        put(start_store(), f"{name}/begins/{self.rank}")
         for rank in range(self.size):
-            wait_for(f"begins/{rank}")
+            wait_for(f"{name}/begins/{rank}")
         with self.waiting("the other processes to begin"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.uses_nccl else "gloo",
-                # A name of its own: of an earlier group in this process the addresses are stale.
-                store=PrefixStore(f"engine{next(_count)}", start_store()),
+                store=PrefixStore(name, start_store()),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self.timeout,
             )
+
+    def _answer(self) -> None:
+        """Answer a roll call, in a thread: this process may itself be waiting for another."""
+        with contextlib.suppress(RuntimeError, ProcessLost):  # the table is gone
+            store = another_connection()
+            while not self._leaves.wait(_LOOKS_EVERY_S):
+                if holds(store, _ROLL_CALL):
+                    put(store, f"alive/{self.rank}")
+                    return
 
     def own(self, count: int) -> range:
         """Return which of `count` things, dealt out evenly, are this process's."""
@@ -140,11 +157,10 @@ class Processes:
     def _who_is_missing(self, what: str, in_time: bool) -> str:
         """Ask all processes for a sign of life; those that give none are the cause."""
         silent = set(range(self.size)) - {self.rank}
-        self.close(failed=True)  # so that those who wait for this process notice, too
 
         def call_the_roll() -> None:
             store = start_store()
-            put(store, f"alive/{self.rank}")
+            put(store, _ROLL_CALL)
             deadline = time.monotonic() + _ROLL_CALL_S
             while silent and time.monotonic() < deadline and not somebody_spoke():
                 silent.difference_update(r for r in list(silent) if holds(store, f"alive/{r}"))
@@ -166,5 +182,8 @@ class Processes:
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the group; after a failure NCCL's is left to the process's end, lest it waits."""
+        if self._answering.is_alive():
+            self._leaves.set()
+            self._answering.join()
         if self.is_connected and dist.is_initialized() and not (failed and self.uses_nccl):
             dist.destroy_process_group()

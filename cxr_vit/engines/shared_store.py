@@ -12,7 +12,7 @@ import time
 import uuid
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Callable, Dict, Iterator, List, TypeVar
+from typing import Any, Callable, Counter, Dict, Iterator, List, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -21,6 +21,7 @@ from cxr_vit.errors import ProcessLost
 from cxr_vit.launch import Launch
 
 __all__ = [
+    "another_connection",
     "call_once",
     "holds",
     "if_answered",
@@ -42,6 +43,7 @@ _BEGIN_S = 300.0
 _HEARING_S = 10.0
 _T = TypeVar("_T")
 _opening = threading.Lock()
+_uses: Counter[str] = Counter()
 
 
 def start_store() -> Any:
@@ -56,11 +58,25 @@ def start_store() -> Any:
         return _open_start_store()
 
 
+def another_connection() -> Any:
+    """Return the start's table over a connection of its own, for a thread."""
+    start_store()
+    return PrefixStore(_start_name(), _connect())
+
+
 @lru_cache(maxsize=None)
 def _open_start_store() -> Any:
+    return PrefixStore(_start_name(), _connect())
+
+
+@lru_cache(maxsize=None)
+def _start_name() -> str:
+    return _name_the_start(_connect())
+
+
+def _connect() -> Any:
     store, _, _ = next(iter(rendezvous("env://")))
-    table = PrefixStore("cxr_vit/starts", store)
-    return PrefixStore(_name_the_start(table), table)
+    return PrefixStore("cxr_vit/starts", store)
 
 
 def _name_the_start(store: Any) -> str:
@@ -134,20 +150,26 @@ def call_once(name: str, make: Callable[[], Any]) -> Any:
     Parameters
     ----------
     name
-        Of the thing, once a start.
+        Of the thing; all processes do things of a name in the same order.
     make
         Returns something JSON can hold.
     """
     launch = Launch.from_environment()
     if not launch.is_connected:
         return make()
-    store = start_store()
+    store, name = start_store(), _nth(name)
     if launch.is_main:
         value = make()
         put(store, f"made/{name}", json.dumps(value))
         return value
     wait_for(f"made/{name}")
     return json.loads(store.get(f"made/{name}"))
+
+
+def _nth(name: str) -> str:
+    """Return another name at each use of one: what an earlier use left stays in the table."""
+    _uses[name] += 1
+    return f"{name} {_uses[name]}"
 
 
 @contextlib.contextmanager
@@ -159,9 +181,9 @@ def main_first(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        Of the thing, once a start.
+        Of the thing; all processes do things of a name in the same order.
     """
-    launch = Launch.from_environment()
+    launch, name = Launch.from_environment(), _nth(name)
     if launch.is_connected and not launch.is_main:
         wait_for(f"done/{name}")
     yield
@@ -175,7 +197,7 @@ def same_everywhere(name: str, facts: Dict[str, Any]) -> List[str]:
     Parameters
     ----------
     name
-        Of the thing, once a start.
+        As in `call_once`.
     facts
         JSON-able.
 

@@ -118,8 +118,8 @@ class TensorBoardLogger(ScalarLogger):
         """Open the event file; write the config and, in a new run, the films."""
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = {"purge_step": first_step + 1} if first_step else {}
-        self._writer = SummaryWriter(str(self.folder), **purge)
+        # Also of a run that was begun anew in its folder.
+        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
         if not first_step:
             self._writer.add_text("config", f"```yaml\n{self.config_text}```")
             self._writer.add_figure("train/films", self.films())

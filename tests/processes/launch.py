@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ needs_pipelining = pytest.mark.skipif(
 )
 
 
+def free_port() -> int:
+    """Return a port nobody listens on; torch 2.0's --standalone always takes the same."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
 def command(
     processes: Optional[int], program: str, *arguments: Any, more: Sequence[str] = ()
 ) -> list:
@@ -26,7 +34,8 @@ def command(
     if processes is None:
         return [sys.executable, str(ROOT / program), *map(str, arguments)]
     return [
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        *[sys.executable, "-m", "torch.distributed.run"],
+        *["--master-addr", "127.0.0.1", "--master-port", str(free_port())],
         *["--nproc-per-node", str(processes), *more],
         *[str(ROOT / program), *map(str, arguments)],
     ]
