@@ -11,6 +11,8 @@ VENV_SDK34  ?= .venv-sdk34
 ifndef RUN
 RUN         := runs/vit_demo-$(shell date +%Y%m%d-%H%M%S)
 endif
+# A file of tests stays in one process: it shares what takes long to make.
+PARALLEL    ?= -n auto --dist loadfile
 PIP         := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all test-sdk34 lint clean
@@ -23,13 +25,13 @@ demo: $(VENV)/.installed
 	@echo "The curves:       $(VENV)/bin/tensorboard --logdir runs"
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-all: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m ""
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m ""
 
 test-sdk34: $(VENV_SDK34)/.installed-dev
-	$(VENV_SDK34)/bin/python -m pytest
+	$(VENV_SDK34)/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

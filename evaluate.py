@@ -25,18 +25,15 @@ def main(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.shared_store import call_once, main_first, same_everywhere
+    from cxr_vit.engines.data_alike import open_alike
     from cxr_vit.evaluation.report import print_table, write_report
     from cxr_vit.model.stages import StagedViT
     from cxr_vit.training.checkpoint import verify_checkpoint
 
     choice = choose_engine(config)
     state = verify_checkpoint(arguments.checkpoint, needs_optimizer=False)
-    with main_first("data"):
-        data = ChestXrayDataModule(config.data, may_write_sample=False, once=call_once)
-    data.refuse_differences(same_everywhere("data", data.fingerprint()))
+    data = open_alike(config.data, may_write_sample=False)
     split = arguments.split or data.default_split()
     dataset = data.dataset(split)
     out: Path = arguments.out or folder.report(split, is_default=split == data.default_split())

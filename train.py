@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
-    from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.shared_store import call_once, main_first, same_everywhere
+    from cxr_vit.engines.data_alike import open_alike
     from cxr_vit.evaluation.figures import film_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
@@ -46,9 +45,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     from cxr_vit.training.watchers import watchers
 
     choice = choose_engine(config)
-    with main_first("data"):
-        data = ChestXrayDataModule(config.data, once=call_once)
-    data.refuse_differences(same_everywhere("data", data.fingerprint()))
+    data = open_alike(config.data)
     training = data.dataset("train", augment=config.augment, seed=config.run.seed)
     names = data.names
     batch = BatchPlan.from_section(config.batch)
@@ -90,7 +87,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
         print(data.describe(), engine.describe(), sep="\n")
         print(*model.plan.describe(engine.place), *batch.describe(), sep="\n")
         print(durations.describe(trainer.step), flush=True)
-        with StopOnSignal(trainer.interrupt, quiet=Launch.from_environment().world_size > 1):
+        with StopOnSignal(trainer.interrupt, quiet=Launch.from_environment().has_others):
             trainer.fit()
     print(trainer.describe_end(), flush=True)
     return EXIT_STOPPED if trainer.interrupted and not trainer.is_complete else 0

@@ -52,6 +52,11 @@ class Launch:
         return self.rank == 0
 
     @property
+    def has_others(self) -> bool:
+        """Whether there are other processes, whoever connects them."""
+        return self.world_size > 1
+
+    @property
     def is_connected(self) -> bool:
         """Whether there are other processes that torch can reach."""
         return self.by_torchrun and self.world_size > 1

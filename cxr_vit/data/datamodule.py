@@ -132,15 +132,6 @@ class ChestXrayDataModule:
             "split_kind": self.splits.kind,
         }
 
-    @staticmethod
-    def refuse_differences(differing: List[str]) -> None:
-        """Raise DataError where another process has other data: its rows are other films."""
-        if differing:
-            raise DataError(
-                f"the data of this host are not those of the first process: {'; '.join(differing)}."
-                " Give all hosts the same CSV, lists and films."
-            )
-
     def warn_if_changed(self, recorded: Mapping[str, Any]) -> List[str]:
         """Warn where the data are not those of a checkpoint's `trainer_state.json`.
 

@@ -184,6 +184,6 @@ class Processes:
         """Leave the group; after a failure NCCL's is left to the process's end, lest it waits."""
         if self._answering.is_alive():
             self._leaves.set()
-            self._answering.join()
+            self._answering.join(_LOOKS_EVERY_S)  # it may be asking a table out of reach
         if self.is_connected and dist.is_initialized() and not (failed and self.uses_nccl):
             dist.destroy_process_group()

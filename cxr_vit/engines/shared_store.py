@@ -41,6 +41,8 @@ __all__ = [
 _BEGIN_S = 300.0
 #: How long one process waits to hear from the others before it speaks for itself, seconds.
 _HEARING_S = 10.0
+#: How long the table may take to answer, seconds.
+_ANSWER_S = 3.0
 _T = TypeVar("_T")
 _opening = threading.Lock()
 _uses: Counter[str] = Counter()
@@ -66,12 +68,18 @@ def another_connection() -> Any:
 
 @lru_cache(maxsize=None)
 def _open_start_store() -> Any:
-    return PrefixStore(_start_name(), _connect())
+    return PrefixStore(_start_name(), _table())
 
 
 @lru_cache(maxsize=None)
 def _start_name() -> str:
-    return _name_the_start(_connect())
+    return _name_the_start(_table())
+
+
+@lru_cache(maxsize=None)
+def _table() -> Any:
+    """Return the first connection: with torch 2.0 the table itself, which goes with it."""
+    return _connect()
 
 
 def _connect() -> Any:
@@ -255,7 +263,7 @@ def speaks_for_all() -> bool:
 def spoken_for_all() -> None:
     """Let the others end, now that the error is told."""
     if Launch.from_environment().is_connected:
-        if_answered(lambda: start_store().set("spoken", ""), None, _HEARING_S)
+        if_answered(lambda: start_store().set("spoken", ""), None, _ANSWER_S)
 
 
 def if_answered(ask: Callable[[], _T], otherwise: _T, seconds: float) -> _T:
