@@ -110,9 +110,11 @@ def test_prior_bias_starts_at_the_loss_of_the_prior():
 def test_zero_bias_starts_near_log_2():
     model = build("vit-micro", layers=(4,), patch_size=8, head_bias="zero")
     assert torch.count_nonzero(model.classifier.bias) == 0
+    # Of two films drawn by chance the loss may be as far off as 0.8.
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = model(torch.randn(2, 3, 32, 32)).logits
-    loss = multi_label_loss(logits, torch.full((2, 14), 0.05))
+        logits = model(images).logits
+    loss = multi_label_loss(logits, torch.full((64, 14), 0.05))
     assert float(loss) == pytest.approx(0.693, abs=0.05)
 
 
