@@ -40,6 +40,8 @@ _BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remot
 _ROLL_CALL_S = 3.0
 #: How often a process looks whether it is asked for one, seconds.
 _LOOKS_EVERY_S = 0.5
+#: How long the threads of a group may take to let go of what was exchanged last, seconds.
+_LETS_GO_S = 0.3
 _ROLL_CALL = "roll call"
 _count = itertools.count()
 
@@ -186,4 +188,7 @@ class Processes:
             self._leaves.set()
             self._answering.join(_LOOKS_EVERY_S)  # it may be asking a table out of reach
         if self.is_connected and dist.is_initialized() and not (failed and self.uses_nccl):
+            # A thread of gloo frees the last tensor, for which it needs the interpreter; torch 2.0
+            # holds the interpreter while it waits for that thread to end, and would for ever.
+            time.sleep(_LETS_GO_S)
             dist.destroy_process_group()
