@@ -143,7 +143,7 @@ class ModelSection(Section):
     name: PathText = Field(
         "google/vit-base-patch16-224-in21k",
         description="hub name, local folder, or for random weights vit-micro, vit-tiny, vit-small,"
-        " vit-base",
+        " vit-base, vit-large, vit-huge",
     )
     patch_size: int = Field(
         16, ge=2, le=128, description="side of a patch, pixels (random weights only)"
@@ -274,6 +274,21 @@ class TrainSection(Section):
     )
 
 
+class PlannerSection(Section):
+    """What a run is predicted to take, before it starts (python -m cxr_vit plan)."""
+
+    hardware: Literal["auto", "mk2", "bow", "gpu"] = Field(
+        "auto",
+        description="the device that is planned for: an IPU of the second generation, a Bow, or a"
+        " GPU; auto: gpu for engine.name=torch and pipeline, else mk2",
+    )
+    strict: bool = Field(
+        False,
+        description="stop where the IPUs' memory is predicted not to hold the model, instead of"
+        " warning",
+    )
+
+
 class Config(Section):
     """A whole configuration."""
 
@@ -287,6 +302,12 @@ class Config(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    planner: PlannerSection = Field(default_factory=PlannerSection)
+
+    def changed(self, **sections: Dict[str, Any]) -> "Config":
+        """Return a copy with keys of sections set anew; nothing is checked."""
+        new = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.model_copy(update=new)
 
     def flat(self) -> Dict[str, Any]:
         """Return `section.key` -> value, lists as text: what TensorBoard's hparams page takes."""
@@ -308,4 +329,5 @@ SECTIONS: Dict[str, Type[Section]] = {
     "schedule": ScheduleSection,
     "train": TrainSection,
     "engine": EngineSection,
+    "planner": PlannerSection,
 }

@@ -184,7 +184,7 @@ def _from_size(
         hidden_size=size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
-        intermediate_size=4 * size.hidden_size,
+        intermediate_size=size.mlp_size,
         image_size=image_size,
         patch_size=model.patch_size,
         initializer_range=size.initializer_range,
