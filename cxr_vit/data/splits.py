@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Set, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.list_files import LIST_NAMES, find_lists, read_list
 from cxr_vit.data.records import Records
-from cxr_vit.data.tables import read_text
 from cxr_vit.errors import DataError
 
 __all__ = [
@@ -26,22 +25,12 @@ __all__ = [
     "describe_splits",
     "make_splits",
     "num_sharing_patients",
-    "read_list",
     "split_hash",
 ]
 
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES: Tuple[str, ...] = ("train", "val", "test")
-#: Key of the configuration -> spellings in use: NIH's, that of the copy at 224 pixels, and those of
-#: the validation list that most papers use.
-_LIST_NAMES: Dict[str, Tuple[str, ...]] = {
-    "train_list": ("train_val_list.txt", "train_val_list_NIH.txt", "train_list.txt"),
-    "val_list": ("val_list.txt", "val_list_NIH.txt", "community_val_list.txt"),
-    "test_list": ("test_list.txt", "test_list_NIH.txt"),
-}
-#: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
-_LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
 
 
 class Splits(NamedTuple):
@@ -91,10 +80,10 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
         If list files are missing, name none of the films or share one, a split that trains or
         validates is empty, or a patient is in two splits (but for `random`, which only warns).
     """
-    given = [f"data.{key}" for key in _LIST_NAMES if getattr(data, key) is not None]
+    given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
     kind = data.split
     if kind == "auto":
-        found = _find_lists(root, data)
+        found = find_lists(root, data)
         kind = "official" if given or {"train_list", "test_list"} <= set(found) else "patient"
     if kind == "official":
         splits = _official(records, root, data)
@@ -107,25 +96,9 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     return splits
 
 
-def _find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
-    """Return the list files that are there, by key: those given, else those in the root."""
-    found: Dict[str, Path] = {}
-    for key, names in _LIST_NAMES.items():
-        given = getattr(data, key)
-        candidates = [root / name for name in names] if given is None else [Path(given)]
-        there = [path for path in candidates if path.is_file()]
-        if there:
-            found[key] = there[0]
-        elif given is not None:
-            raise DataError(
-                f"data.{key}={given}: no such file. Correct data.{key} or leave it out."
-            )
-    return found
-
-
 def _official(records: Records, root: Path, data: DataSection) -> Splits:
     """Split by list files; without one for validation, it is drawn out of the training list."""
-    lists = _find_lists(root, data)
+    lists = find_lists(root, data)
     if not {"train_list", "test_list"} <= set(lists):
         raise DataError(
             f"the official split needs train_val_list.txt and test_list.txt in {root}. Fetch them"
@@ -150,23 +123,6 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
         val, train = _draw_patients(records, candidates, data.val_fraction, data.split_seed)
         source += f"drawn by patient with seed {data.split_seed}"
     return Splits(train, val, np.flatnonzero(in_test), "official", source)
-
-
-def read_list(path: Path) -> Set[str]:
-    """Read a list of file names, one a line.
-
-    Parameters
-    ----------
-    path
-        UTF-8, any line ends. A folder before the name and further fields after it, as in
-        ``images_001/00000001_000.png 0 1 0``, are passed over.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read, is empty or no UTF-8 text.
-    """
-    return set(_LISTED.findall("\n".join(read_text(path).splitlines())))
 
 
 def _listed_films(records: Records, path: Path) -> np.ndarray:

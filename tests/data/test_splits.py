@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.list_files import read_list
 from cxr_vit.data.records import Records
 from cxr_vit.data.splits import (
     SPLIT_NAMES,
@@ -20,7 +21,6 @@ from cxr_vit.data.splits import (
     describe_splits,
     make_splits,
     num_sharing_patients,
-    read_list,
     split_hash,
 )
 from cxr_vit.errors import DataError
