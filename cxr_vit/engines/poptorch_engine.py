@@ -231,16 +231,7 @@ class PopTorchEngine(Engine):
         pipeline, plan = self.config.pipeline, self.model.plan
         if pipeline.execution == "sharded":
             return []
-        choices = pipeline.recompute
-        if isinstance(choices, str):
-            choices = [choices] * plan.num_stages
-        kept: List[int] = []
-        for stage, choice in enumerate(choices):
-            if choice == "every_layer":
-                kept += plan.layers(stage)
-            elif choice != "stage_inputs":
-                kept += [int(layer) for layer in choice]
-        return kept
+        return [layer for kept in plan.kept_layers(pipeline.recompute) for layer in kept]
 
     def _train_step(self, batch: Batch, lr: float) -> StepOutput:
         executor = self._training(batch)

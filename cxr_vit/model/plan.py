@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
+from typing import List, Sequence, Tuple, Union
 
 __all__ = ["StagePlan"]
 
@@ -45,6 +45,25 @@ class StagePlan:
     def has_head(self, stage: int) -> bool:
         """Whether `stage` gives the logits."""
         return stage == self.num_stages - 1
+
+    def kept_layers(
+        self, recompute: Union[str, Sequence[Union[str, Sequence[int]]]]
+    ) -> List[List[int]]:
+        """Return which layers of each stage have their output kept for the backward pass.
+
+        Parameters
+        ----------
+        recompute
+            `pipeline.recompute`: ``"every_layer"``, ``"stage_inputs"``, or an item a stage, one of
+            these words or a list of layers, counted over the whole model.
+        """
+        choices = [recompute] * self.num_stages if isinstance(recompute, str) else recompute
+        return [
+            (list(self.layers(stage)) if choice == "every_layer" else [])
+            if isinstance(choice, str)
+            else [int(layer) for layer in choice]
+            for stage, choice in enumerate(choices)
+        ]
 
     def allocation(self) -> List[Tuple[str, int]]:
         """List the parts of the model in order, each with its stage."""
