@@ -167,7 +167,8 @@ def check(config: Config) -> Config:
     """
     problems = [problem for problem in (rule(config) for rule in RULES) if problem]
     if config.engine.name == "poptorch" and not problems:  # its rules count on the others
-        problems = ipu_problems(config)
+        # How many replicas a process has only its start tells: poprun may share them out.
+        problems = ipu_problems(config, replicas=1)
     if problems:
         raise ConfigError("\n".join(problems))
     return config

@@ -12,10 +12,12 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError
 
-__all__ = ["MOST_IPUS", "check_ipu", "eval_layers", "ipu_problems", "reserved_ipus"]
+__all__ = ["check_ipu", "eval_layers", "ipu_problems", "process_problem", "reserved_ipus"]
 
 #: PopTorch's limit for one process.
 MOST_IPUS = 64
+#: Tiles that may be set aside for input and output (TensorLocations.numIOTiles).
+LEAST_IO_TILES, MOST_IO_TILES = 32, 192
 
 
 def eval_layers(config: Config) -> List[int]:
@@ -64,6 +66,19 @@ def _no_ipu_is_empty(config: Config) -> Optional[str]:
                 " (embedding) and the last (head) may have 0 layers."
             )
     return None
+
+
+def _io_tiles_are_legal(config: Config) -> Optional[str]:
+    given = config.engine.popart_options.get("numIOTiles")
+    if not given or (given % 2 == 0 and LEAST_IO_TILES <= given <= MOST_IO_TILES):
+        return None
+    nearest = min(max(given // 2 * 2, LEAST_IO_TILES), MOST_IO_TILES)
+    legal = [str(n) for n in (nearest, nearest + 2) if n <= MOST_IO_TILES and given > nearest]
+    return (
+        f"engine.popart_options.numIOTiles={given}: PopTorch takes even numbers from"
+        f" {LEAST_IO_TILES} to {MOST_IO_TILES}. Nearest legal values:"
+        f" {' or '.join(legal or [str(nearest)])}."
+    )
 
 
 def _sharding_has_replicas(config: Config) -> Optional[str]:
@@ -151,6 +166,7 @@ RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
     _accumulation_fills_the_pipeline,
     _iterations_fill_the_eval_pipeline,
     _no_ipu_is_empty,
+    _io_tiles_are_legal,
     _sharding_has_replicas,
     _device_is_the_ipu,
     _arithmetic_is_the_ipus,
@@ -162,12 +178,39 @@ RULES: Tuple[Callable[[Config], Optional[str]], ...] = (
 )
 
 
-def ipu_problems(config: Config) -> List[str]:
-    """Return what PopTorch would refuse, a message each."""
-    return [problem for problem in (rule(config) for rule in RULES) if problem]
+def process_problem(config: Config, replicas: int) -> Optional[str]:
+    """Say that a process cannot drive so many replicas, or return None."""
+    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
+    if stages * replicas <= MOST_IPUS:
+        return None
+    remedy = f"Cut the model into {MOST_IPUS} stages or fewer."
+    if stages <= MOST_IPUS:
+        remedy = (
+            f"Start {-(-stages * replicas // MOST_IPUS)} or more with poprun (docs/ipu.md), or set"
+            f" batch.replicas={MOST_IPUS // stages} or fewer."
+        )
+    return (
+        f"{stages} stages x {replicas} replicas are {stages * replicas} IPUs, and one process has"
+        f" at most {MOST_IPUS}. {remedy}"
+    )
 
 
-def check_ipu(config: Config, hint: str = "") -> None:
+def ipu_problems(config: Config, *, replicas: Optional[int] = None) -> List[str]:
+    """Return what PopTorch would refuse, a message each.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    replicas
+        Of one process; None for `batch.replicas`, which is all there are without poprun.
+    """
+    own = config.batch.replicas if replicas is None else replicas
+    found = [rule(config) for rule in RULES] + [process_problem(config, own)]
+    return [problem for problem in found if problem]
+
+
+def check_ipu(config: Config, hint: str = "", *, replicas: Optional[int] = None) -> None:
     """Raise if PopTorch would refuse the configuration.
 
     Parameters
@@ -176,13 +219,15 @@ def check_ipu(config: Config, hint: str = "") -> None:
         The configuration.
     hint
         Added to the last message.
+    replicas
+        As in `ipu_problems`.
 
     Raises
     ------
     ConfigError
         Listing every broken rule.
     """
-    problems = ipu_problems(config)
+    problems = ipu_problems(config, replicas=replicas)
     if problems:
         raise ConfigError("\n".join(problems) + hint)
 

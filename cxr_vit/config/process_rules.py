@@ -8,7 +8,7 @@ from cxr_vit.config.batching import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError
 
-__all__ = ["check_processes", "describe_processes"]
+__all__ = ["check_processes", "describe_processes", "schedule_problem"]
 
 
 def check_processes(config: Config, engine: str, world_size: int) -> None:
@@ -29,7 +29,7 @@ def check_processes(config: Config, engine: str, world_size: int) -> None:
         If they are too many, too few, or the schedule has too few micro-batches for them.
     """
     if engine == "pipeline":
-        problem = _world_problem(config, world_size) or _schedule_problem(
+        problem = _world_problem(config, world_size) or schedule_problem(
             config, world_size // config.batch.replicas
         )
     else:
@@ -43,7 +43,7 @@ def describe_processes(config: Config) -> str:
     stages, replicas = len(config.pipeline.layers_per_stage), config.batch.replicas
     if stages * replicas == 1:
         return "on processes one stage and one replica: nothing to share out"
-    problem = _schedule_problem(config, stages)
+    problem = schedule_problem(config, stages)
     if problem:
         return f"on processes engine.name=pipeline is refused: {problem}"
     return (
@@ -90,7 +90,7 @@ def _world_problem(config: Config, world_size: int) -> Optional[str]:
     )
 
 
-def _schedule_problem(config: Config, processes: int) -> Optional[str]:
+def schedule_problem(config: Config, processes: int) -> Optional[str]:
     """Say why torch's schedule cannot run on so many processes a replica, or return None."""
     schedule, stages = config.pipeline.schedule, len(config.pipeline.layers_per_stage)
     count = BatchPlan.from_section(config.batch).gradient_accumulation

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cxr_vit.config.batching import BatchPlan
-from cxr_vit.config.ipu_rules import MOST_IPUS, eval_layers, reserved_ipus
+from cxr_vit.config.ipu_rules import eval_layers, process_problem, reserved_ipus
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.optim import parameter_groups
@@ -71,13 +71,10 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[Probl
         )
     stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
     replicas = Instances.from_environment().local_replicas or config.batch.replicas
-    if stages * replicas > MOST_IPUS:
-        return Problem(
-            f"{stages} stages x {replicas} replicas are {stages * replicas} IPUs, and one process"
-            f" has at most {MOST_IPUS}",
-            "Start several with poprun (docs/ipu.md), or set"
-            f" batch.replicas={MOST_IPUS // stages} or fewer",
-        )
+    too_many = process_problem(config, replicas)
+    if too_many:
+        found, _, remedy = too_many.partition(". ")
+        return Problem(found, remedy.rstrip("."))
     if offline:
         return None
     if os.environ.get("POPTORCH_IPU_MODEL", "0") not in ("", "0"):

@@ -6,7 +6,7 @@ from typing import List
 
 import pytest
 
-from cxr_vit.config import load_config
+from cxr_vit.config import check, load_config
 from cxr_vit.config.ipu_rules import RULES, check_ipu, ipu_problems, reserved_ipus
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
@@ -140,3 +140,36 @@ def test_every_message_begins_with_a_key():
 @pytest.mark.parametrize(("ipus", "reserved"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (12, 16)])
 def test_ipus_are_reserved_in_powers_of_two(ipus, reserved):
     assert reserved_ipus(ipus, 1) == reserved
+
+
+@pytest.mark.parametrize(
+    ("given", "legal"), [(30, "32."), (33, "32 or 34."), (191, "190 or 192."), (500, "192.")]
+)
+def test_io_tiles_are_even_and_in_range(given, legal):
+    message = only_problem(f"engine.popart_options={{numIOTiles: {given}}}")
+    assert f"numIOTiles={given}" in message
+    assert message.endswith(f"Nearest legal values: {legal}")
+
+
+@pytest.mark.parametrize("given", [0, 32, 64, 192])
+def test_legal_io_tiles_pass(given):
+    assert problems(f"engine.popart_options={{numIOTiles: {given}}}") == []
+
+
+def test_a_process_has_so_many_ipus():
+    many = ["batch.replicas=17"]
+    message = only_problem(*many)
+    assert "4 stages x 17 replicas are 68 IPUs, and one process has at most 64." in message
+    assert "Start 2 or more with poprun" in message
+    assert message.endswith("or set batch.replicas=16 or fewer.")
+    config = load_config([], [*SOUND, *many])
+    assert ipu_problems(config, replicas=9) == [], "as poprun shares them out"
+    check(load_config([], [*SOUND, *many, "engine.name=poptorch"]))
+
+
+def test_a_replica_fits_a_process():
+    message = only_problem(
+        f"pipeline.layers_per_stage={[1] * 65}",
+        *("batch.gradient_accumulation=200", "batch.eval_device_iterations=65"),
+    )
+    assert message.endswith("Cut the model into 64 stages or fewer.")
