@@ -1,0 +1,209 @@
+"""Who does what when in one weight update: the pipeline's schedule with its times.
+
+IPUs go in lockstep: a pipeline cycle ends for all of them when the slowest is done
+(graphcore/popart, docs/notes/transforms/pipelining.md). Processes wait for their neighbours alone.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+__all__ = [
+    "Slot",
+    "StageTime",
+    "Timeline",
+    "in_flight",
+    "num_cycles",
+    "phases",
+    "simulate",
+]
+
+
+class StageTime(NamedTuple):
+    """Seconds that one micro-batch takes on a stage, and one weight update."""
+
+    forward_s: float
+    recompute_s: float
+    backward_s: float
+    update_s: float = 0.0
+
+    @property
+    def micro_batch_s(self) -> float:
+        """Seconds of a micro-batch, forward and backward."""
+        return self.forward_s + self.recompute_s + self.backward_s
+
+
+class Slot(NamedTuple):
+    """A piece of work: `kind` is forward, recompute, backward or update (`micro_batch` -1)."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+    start_s: float
+    end_s: float
+
+
+class Timeline(NamedTuple):
+    """One weight update.
+
+    Attributes
+    ----------
+    schedule
+        As in `simulate`.
+    num_stages, micro_batches
+        How many take part.
+    slots
+        The work, in no particular order.
+    cycle_s
+        Length of a pipeline cycle; 0 but for lockstep.
+    """
+
+    schedule: str
+    num_stages: int
+    micro_batches: int
+    slots: List[Slot]
+    cycle_s: float
+
+    @property
+    def work_s(self) -> float:
+        """When the last micro-batch is done, and the weights can be updated."""
+        cycles = num_cycles(self.num_stages, self.micro_batches)
+        if self.schedule == "lockstep":
+            return cycles * self.cycle_s
+        return max(slot.end_s for slot in self.slots if slot.kind != "update")
+
+    @property
+    def end_s(self) -> float:
+        """When the update is done."""
+        return max(slot.end_s for slot in self.slots)
+
+
+def num_cycles(num_stages: int, micro_batches: int) -> int:
+    """Return the pipeline cycles of an update: accumulation + 2 N - 2 (PopART's pipelining.md)."""
+    return micro_batches + 2 * num_stages - 2
+
+
+def phases(num_stages: int, micro_batches: int) -> Tuple[int, int, int]:
+    """Return how many pipeline cycles fill, run steadily and drain; 0 steady where too few."""
+    ends = 2 * num_stages - 2
+    return ends, max(0, micro_batches - ends), ends
+
+
+def in_flight(schedule: str, stage: int, num_stages: int, micro_batches: int) -> int:
+    """Return how many micro-batches a stage holds at most.
+
+    In lockstep 2 (N - i) - 1 (graphcore/popart, pipeline.cpp, getStashSize); in 1F1B N - i
+    (Narayanan et al. 2019, PipeDream); in GPipe all of them.
+    """
+    deepest = {
+        "lockstep": 2 * (num_stages - stage) - 1,
+        "1f1b": num_stages - stage,
+        "gpipe": micro_batches,
+        "in_order": 1,
+    }[schedule]
+    return min(micro_batches, deepest)
+
+
+def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> Timeline:
+    """Lay one weight update out in time.
+
+    Parameters
+    ----------
+    schedule
+        ``"lockstep"``: IPUs in a pipeline; ``"1f1b"`` or ``"gpipe"``: processes in one, by torch's
+        schedules; ``"in_order"``: one stage after the other.
+    times
+        Of each stage.
+    micro_batches
+        Micro-batches of the update.
+    """
+    cycle_s = 0.0
+    if schedule == "lockstep":
+        cycle_s = max(time.micro_batch_s for time in times)
+        slots = _lockstep(times, micro_batches, cycle_s)
+    elif schedule == "in_order":
+        slots = _in_order(times, micro_batches)
+    else:
+        slots = _processes(schedule, times, micro_batches)
+    timeline = Timeline(schedule, len(times), micro_batches, slots, cycle_s)
+    begin_s = timeline.work_s
+    slots += [
+        Slot(stage, "update", -1, begin_s, begin_s + time.update_s)
+        for stage, time in enumerate(times)
+    ]
+    return timeline
+
+
+def _backward(stage: int, time: StageTime, micro_batch: int, start_s: float) -> List[Slot]:
+    """Lay out the backward pass, what is computed again first."""
+    middle_s = start_s + time.recompute_s
+    again = [Slot(stage, "recompute", micro_batch, start_s, middle_s)] if time.recompute_s else []
+    return [*again, Slot(stage, "backward", micro_batch, middle_s, middle_s + time.backward_s)]
+
+
+def _lockstep(times: Sequence[StageTime], micro_batches: int, cycle_s: float) -> List[Slot]:
+    slots = []
+    last = len(times) - 1
+    for cycle in range(num_cycles(len(times), micro_batches)):
+        for stage, time in enumerate(times):
+            now_s = cycle * cycle_s
+            forward, backward = cycle - stage, cycle - (2 * last - stage)
+            if 0 <= forward < micro_batches:
+                slots.append(Slot(stage, "forward", forward, now_s, now_s + time.forward_s))
+                now_s += time.forward_s
+            if 0 <= backward < micro_batches:
+                slots += _backward(stage, time, backward, now_s)
+    return slots
+
+
+def _in_order(times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
+    slots: List[Slot] = []
+    now_s = 0.0
+    for micro_batch in range(micro_batches):
+        for stage, time in enumerate(times):
+            slots.append(Slot(stage, "forward", micro_batch, now_s, now_s + time.forward_s))
+            now_s += time.forward_s
+        for stage in reversed(range(len(times))):
+            slots += _backward(stage, times[stage], micro_batch, now_s)
+            now_s = slots[-1].end_s
+    return slots
+
+
+def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> List[Tuple[str, int]]:
+    """List a process's work as torch's schedule does it."""
+    warm = in_flight(schedule, stage, num_stages, micro_batches)
+    order = [("forward", micro_batch) for micro_batch in range(warm)]
+    for micro_batch in range(micro_batches):
+        order.append(("backward", micro_batch))
+        if warm + micro_batch < micro_batches:
+            order.append(("forward", warm + micro_batch))
+    return order
+
+
+def _processes(schedule: str, times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
+    """Begin each piece of work when its stage is free and its neighbour has delivered."""
+    last = len(times) - 1
+    orders = [_order(schedule, stage, last + 1, micro_batches) for stage in range(last + 1)]
+    done_s: Dict[Tuple[int, str, int], float] = {}
+    free_s = [0.0] * len(times)
+    position = [0] * len(times)
+    slots: List[Slot] = []
+    while any(position[stage] < len(orders[stage]) for stage in range(last + 1)):
+        for stage, time in enumerate(times):
+            while position[stage] < len(orders[stage]):
+                kind, micro_batch = orders[stage][position[stage]]
+                neighbour = stage - 1 if kind == "forward" else stage + 1
+                ready_s = 0.0
+                if 0 <= neighbour <= last:
+                    if (neighbour, kind, micro_batch) not in done_s:
+                        break
+                    ready_s = done_s[neighbour, kind, micro_batch]
+                start_s = max(free_s[stage], ready_s)
+                if kind == "forward":
+                    slots.append(Slot(stage, kind, micro_batch, start_s, start_s + time.forward_s))
+                else:
+                    slots += _backward(stage, time, micro_batch, start_s)
+                free_s[stage] = done_s[stage, kind, micro_batch] = slots[-1].end_s
+                position[stage] += 1
+    return slots

@@ -1,0 +1,205 @@
+"""Parameters, operations and activations: counted from the shape, held against the real model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import ViTConfig, ViTForImageClassification
+
+from cxr_vit.config import load_config
+from cxr_vit.config.architectures import SIZES
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.errors import ConfigError
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.planner.costs import ModelShape, stage_cost
+
+from .shapes import base_shape, pod4, quarters
+
+
+def counted(config):
+    """The planner's parameters of each stage."""
+    layers, shape = config.pipeline.layers_per_stage, ModelShape.from_config(config)
+    last = len(layers) - 1
+    return [
+        stage_cost(shape, num_layers=count, is_first=stage == 0, is_last=stage == last).tensors
+        for stage, count in enumerate(layers)
+    ]
+
+
+def real(config):
+    """Elements of each parameter of each stage of Hugging Face's model, cut as it is trained."""
+    names = [*FINDINGS, "No Finding"] if config.data.include_no_finding else list(FINDINGS)
+    prevalence = np.full(len(names), 0.1)
+    model = StagedViT.from_config(config, names=names, prevalence=prevalence)
+    return [[weight.numel() for weight in stage.parameters()] for stage in model.stages]
+
+
+def test_vit_base_has_the_published_parameters():
+    # peers 3.4: per layer 7,087,872; embeddings 742,656; layer norm and head (14) 12,302
+    shape = base_shape()
+    assert sum(shape.layer_tensors()) == 7_087_872
+    assert sum(shape.embedding_tensors()) == 742_656
+    assert sum(shape.head_tensors()) == 12_302
+    assert sum(sum(stage) for stage in counted(pod4())) == 85_809_422
+    # docs/ipu.md, section 3
+    assert [sum(stage) for stage in counted(pod4())] == [
+        *(22_006_272, 21_263_616, 21_263_616, 21_275_918)
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.name=vit-base"],
+        ["model.name=vit-micro", "model.patch_size=8", "pipeline.layers_per_stage=[1,1,1,1]"],
+        ["model.name=vit-tiny", "pipeline.layers_per_stage=[0,5,7]"],
+        ["model.name=vit-small", "pipeline.layers_per_stage=[12]", "data.include_no_finding=true"],
+    ],
+)
+def test_every_stage_has_the_real_models_parameters(overrides):
+    config = pod4(*overrides)
+    assert [sorted(stage) for stage in counted(config)] == [sorted(stage) for stage in real(config)]
+
+
+def test_the_forward_pass_has_the_published_operations():
+    # timm, benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv: 17.58 GMACs with 1,000 classes
+    forward = sum(stage.forward_flops for stage in quarters(keeps_all=True))
+    assert forward / 2 == pytest.approx(17.58e9, rel=0.002)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vit-micro", [4]), ("vit-tiny", [12])])
+def test_the_operations_are_those_that_torch_counts(name, layers):
+    flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="torch 2.1 has it")
+    config = pod4(
+        f"model.name={name}", f"pipeline.layers_per_stage={layers}", "model.patch_size=16"
+    )
+    prevalence = np.full(len(FINDINGS), 0.1)
+    # Of fused attention torch counts nothing on a CPU.
+    model = StagedViT.from_config(config, names=FINDINGS, prevalence=prevalence, for_ipu=True)
+    images = torch.zeros(1, 1, 224, 224, dtype=torch.uint8)
+    with flop_counter.FlopCounterMode(display=False) as forward:
+        logits = model(images)
+    with flop_counter.FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    shape = ModelShape.from_config(config)
+    cost = stage_cost(shape, num_layers=sum(layers), is_first=True, is_last=True, recomputes=False)
+    assert forward.get_total_flops() == pytest.approx(cost.forward_flops, rel=1e-3)
+    assert backward.get_total_flops() == pytest.approx(cost.backward_flops, rel=1e-3)
+
+
+def saved_bytes(depth, *, films, attention, autocast=False):
+    """Bytes that torch keeps for the backward pass of a ViT-Ti/16, parameters left out."""
+    config = ViTConfig(
+        num_hidden_layers=depth,
+        hidden_size=192,
+        num_attention_heads=3,
+        intermediate_size=768,
+        attn_implementation=attention,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = ViTForImageClassification(config).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(pixel_values=torch.zeros(films, 3, 224, 224))
+    return sum(size for size, _ in kept.values())
+
+
+TINY = ModelShape(192, 12, 3, 768, 16, 3, 224, 14, 224 * 224)
+
+
+def saved_of_a_layer(*, films, attention, autocast=False):
+    deep, shallow = (
+        saved_bytes(depth, films=films, attention=attention, autocast=autocast) for depth in (3, 1)
+    )
+    return (deep - shallow) / 2
+
+
+needs_transformers_5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="transformers 4 also keeps copies that it reshapes",
+)
+
+
+@needs_transformers_5
+def test_a_layer_keeps_the_activations_that_torch_saves():
+    saved = saved_of_a_layer(films=2, attention="eager")
+    assert saved == pytest.approx(2 * 4 * TINY.layer_activations(), rel=0.01)
+
+
+@needs_transformers_5
+def test_autocast_keeps_two_and_a_half_bytes_of_an_activation_and_the_weights_it_cast():
+    many, few = (saved_of_a_layer(films=films, attention="sdpa", autocast=True) for films in (8, 2))
+    a_film = (many - few) / 6
+    fused = TINY.layer_activations() - TINY.num_heads * TINY.tokens**2
+    assert a_film == pytest.approx(2.5 * fused, rel=0.02)
+    cast = few - 2 * a_film
+    assert cast == pytest.approx(2 * sum(TINY.layer_tensors()), rel=0.01)
+
+
+def test_the_published_formula_of_live_activations():
+    # peers 3.4: 32 s h + 2 a s^2 fp16 bytes, 5.8 MB a film
+    shape = base_shape()
+    bytes_a_layer = 2 * shape.layer_activations()
+    assert bytes_a_layer == 32 * 197 * 768 + 2 * 12 * 197**2
+    assert bytes_a_layer / 1e6 == pytest.approx(5.8, abs=0.05)
+
+
+def test_a_stage_in_the_middle_computes_all_again_and_the_last_one_from_its_last_kept_output():
+    whole = {"num_layers": 3, "is_first": False}
+    layer = base_shape().layer_flops()
+    middle = stage_cost(base_shape(), **whole, is_last=False)
+    assert middle.recompute_flops == middle.forward_flops == 3 * layer
+    for kept, again in [((), 0), ((0,), 1), ((0, 1, 2), 3)]:
+        last = stage_cost(base_shape(), **whole, is_last=True, kept=kept)
+        assert last.recompute_flops == again * layer
+
+
+def test_what_is_live_spans_the_layers_between_two_kept_outputs():
+    shape = base_shape()
+    live = [
+        stage_cost(shape, num_layers=5, is_first=False, is_last=False, kept=kept).live
+        for kept in [(), (1,), (1, 3), (0, 1, 2, 3, 4)]
+    ]
+    spans = [(value - shape.layer_gradients()) / shape.layer_activations() for value in live]
+    assert spans == [5, 3, 2, 1]
+
+
+def test_films_need_no_gradient():
+    shape = base_shape()
+    alone = stage_cost(shape, num_layers=0, is_first=True, is_last=False, recomputes=False)
+    assert alone.backward_flops == alone.forward_flops == shape.embedding_flops()
+
+
+def test_the_shape_of_a_folder_is_in_its_config(tmp_path):
+    settings = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=50,
+        patch_size=8, image_size=32,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_diff_dict()))
+    config = load_config([], [f"model.name={tmp_path}", "data.image_size=32"])
+    shape = ModelShape.from_config(config)
+    assert shape[:6] == (24, 2, 3, 50, 8, 3)
+    assert shape.tokens == 17
+
+
+def test_a_hub_name_tells_its_size_and_patches():
+    shape = ModelShape.from_config(load_config([], ["model.name=google/vit-large-patch32-384"]))
+    assert shape.hidden_size == SIZES["vit-large"].hidden_size
+    assert shape.patch_size == 32
+
+
+def test_a_name_that_tells_nothing_is_a_mistake_of_the_users():
+    with pytest.raises(ConfigError, match="owner/model does not tell its size"):
+        ModelShape.from_config(load_config([], ["model.name=owner/model"]))

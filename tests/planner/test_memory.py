@@ -1,0 +1,229 @@
+"""The memory of an IPU, against the published bytes and the largest micro-batch that fit."""
+
+import pytest
+
+from cxr_vit.config import load_config
+from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.hardware import HARDWARE, IMBALANCE, PUBLISHED
+from cxr_vit.planner.memory import Formats, stage_memory
+from cxr_vit.planner.timeline import in_flight
+
+from .shapes import base_shape, pod4, quarters
+
+MK2 = HARDWARE["mk2"]
+#: The formats of the table: fp16 weights and accumulators, AdamW's moments in fp16 and fp32.
+TABLE = Formats(
+    activation=2,
+    weight=2,
+    partial=2,
+    accumulator=2,
+    moments=6,
+    on_chip=True,
+    shards=1,
+    accumulates=True,
+    proportion=(0.3,) * 4,
+)
+
+
+def memory(stage, micro_batch, *, keeps_all=True, formats=TABLE):
+    return stage_memory(
+        quarters(keeps_all=keeps_all)[stage],
+        base_shape(),
+        formats,
+        MK2,
+        stage=stage,
+        depth=in_flight("lockstep", stage, 4, 128),
+        micro_batch_size=micro_batch,
+    )
+
+
+def test_an_ipu_has_897_mebibytes():
+    # peers 3.3: 1,472 tiles of 638,976 bytes
+    assert MK2.memory_bytes == 940_572_672
+    assert MK2.memory_bytes / 2**20 == pytest.approx(897, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "stage", "held", "moments", "depth", "kept", "inputs"),
+    [
+        # peers 3.4, the table of bytes: weights + accumulators, AdamW, stash depth, stash where
+        # each layer is kept, stash of the stages' inputs alone; MB
+        (1, 0, 88.0, 132.0, 7, 6.3, 2.1),
+        (1, 1, 85.1, 127.6, 5, 4.5, 1.5),
+        (1, 2, 85.1, 127.6, 3, 2.7, 0.9),
+        (1, 3, 85.1, 127.7, 1, 1.2, 0.3),
+        (8, 0, 88.0, 132.0, 7, 50.7, 16.9),
+        (17, 0, 88.0, 132.0, 7, 107.8, 35.8),
+        (17, 1, 85.1, 127.6, 5, 77.2, 25.7),
+        (17, 3, 85.1, 127.7, 1, 20.6, 5.1),
+    ],
+)
+def test_the_published_table_of_bytes(micro_batch, stage, held, moments, depth, kept, inputs):
+    assert in_flight("lockstep", stage, 4, 128) == depth
+    every = memory(stage, micro_batch)
+    assert (every.weights + every.accumulators) / 1e6 == pytest.approx(held, abs=0.06)
+    assert every.optimizer / 1e6 == pytest.approx(moments, abs=0.06)
+    assert every.stash / 1e6 == pytest.approx(kept, abs=0.06)
+    few = memory(stage, micro_batch, keeps_all=False)
+    assert few.stash / 1e6 == pytest.approx(inputs, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "one_layer", "three_layers"), [(1, 5.8, 17.3), (8, 46, 139), (17, 98, 294)]
+)
+def test_the_published_activations_live_in_backward(micro_batch, one_layer, three_layers):
+    # peers 3.4, the last column of the table; here the gradients of the layer come on top
+    shape = base_shape()
+    gradients = 2 * micro_batch * shape.layer_gradients()
+    for keeps_all, expected in ((True, one_layer), (False, three_layers)):
+        live = memory(1, micro_batch, keeps_all=keeps_all).live - gradients
+        assert live / 1e6 == pytest.approx(expected, abs=0.5)
+
+
+def test_moments_off_the_chip_leave_the_tensor_that_is_updated():
+    off = memory(1, 1, formats=TABLE._replace(on_chip=False))
+    assert off.optimizer == 6 * 768 * 3072
+
+
+def test_only_large_tensors_are_shared_out_among_replicas():
+    # PopART: 8,192 elements or more
+    whole, shared = memory(1, 1), memory(1, 1, formats=TABLE._replace(shards=4))
+    small = 3 * (4 * 768 + 3072 + 768 + 4 * 768)
+    large = 21_263_616 - small
+    assert shared.optimizer == pytest.approx(6 * (small + large / 4))
+    assert shared.optimizer < whole.optimizer / 3.9
+
+
+def test_a_products_working_data_grow_up_to_the_proportion():
+    small, large = memory(1, 1), memory(1, 1000)
+    assert small.transient < 0.3 * MK2.memory_bytes
+    assert large.transient == pytest.approx(0.3 * MK2.memory_bytes)
+    tight = memory(1, 1000, formats=TABLE._replace(proportion=(0.3, 0.1, 0.3, 0.3)))
+    assert tight.transient == pytest.approx(0.1 * MK2.memory_bytes)
+
+
+def test_fp32_weights_are_cast_for_fp16_products():
+    cast = memory(1, 1, formats=TABLE._replace(weight=4)).transient - memory(1, 1).transient
+    assert cast == 2 * sum(base_shape().layer_tensors())
+
+
+def test_the_total_is_the_sum_with_the_unevenness_of_tiles():
+    found = memory(0, 8)
+    counted = sum(found[:-2])
+    assert found.total == pytest.approx(IMBALANCE.value * counted)
+    assert found.headroom == pytest.approx(MK2.memory_bytes - found.total)
+
+
+FINE_TUNING = PUBLISHED[0]
+
+
+def fine_tuning(micro_batch, *more, image_bytes=FINE_TUNING.image_bytes):
+    """Plan Graphcore's own fine-tuning: SGD, fp16 momentum, sharded over four replicas."""
+    overrides = [*FINE_TUNING.settings, f"batch.micro_batch_size={micro_batch}", *more]
+    return make_plan(load_config([], overrides), image_bytes=image_bytes)
+
+
+def test_the_largest_published_micro_batch_fits_and_the_next_does_not():
+    # graphcore/examples, configs.yml: b16_imagenet1k and b16_cifar10 train with 17
+    assert "17 x" in FINE_TUNING.what
+    assert fine_tuning(17).fits
+    assert not fine_tuning(18).fits
+
+
+def test_twice_the_largest_does_not_fit_by_any_means():
+    plan = fine_tuning(34)
+    assert not plan.fits
+    assert plan.fullest.memory.verdict == "does not fit"
+
+
+@pytest.mark.parametrize(("micro_batch", "fits"), [(14, True), (15, False)])
+def test_the_largest_micro_batch_of_pre_training_to_which_nothing_is_fitted(micro_batch, fits):
+    # graphcore/examples, README.md: "micro_batch_size can be set to 14"; configs.yml,
+    # b16_in1k_pretrain: Adam with fp32 moments, and the output of one layer's attention a stage
+    # (recompute_mid_layers) is kept besides the layers'.
+    adam = ("optim.name=adamw", "optim.first_moment=fp32", "optim.second_moment=fp32")
+    plan = fine_tuning(micro_batch, *adam)
+    first = plan.stages[0]
+    attention_too = first.cost._replace(kept=first.cost.kept + plan.shape.hidden_elements)
+    found = stage_memory(
+        attention_too,
+        plan.shape,
+        plan.formats,
+        MK2,
+        stage=0,
+        depth=first.depth,
+        micro_batch_size=micro_batch,
+    )
+    assert found.fits is fits
+
+
+@pytest.mark.parametrize("micro_batch", [15, 17])
+def test_the_micro_batches_published_for_adamw_fit(micro_batch):
+    # optimum-graphcore's README: 17 for CIFAR10, 15 for cats against dogs; moments off the chip
+    off_chip = ("optim.name=adamw", "engine.optimizer_state_on_chip=false")
+    assert fine_tuning(micro_batch, *off_chip).fits
+
+
+def test_gray_bytes_leave_more_room_than_fp16_colours():
+    plan = fine_tuning(17, image_bytes=None)
+    assert plan.fits
+    assert plan.fullest.memory.total < fine_tuning(17).fullest.memory.total
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [
+        (0.5, "fits"),
+        (0.90, "fits"),
+        (0.92, "fits, closely"),
+        (1.0, "fits, closely"),
+        (1.01, "may not fit"),
+        (1.10, "may not fit"),
+        (1.12, "does not fit"),
+    ],
+)
+def test_the_verdict_knows_its_uncertainty(share, verdict):
+    found = memory(0, 1)
+    limit = found.total / share
+    assert found._replace(limit=limit).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("engine.weights=fp16", "weight", 2),
+        ("engine.precision=fp32", "activation", 4),
+        ("optim.accumulator=fp16", "accumulator", 2),
+        ("optim.first_moment=fp32", "moments", 8),
+        ("optim.second_moment=fp16", "moments", 4),
+        ("optim.name=sgd", "moments", 2),
+        ("engine.partials=fp32", "partial", 4),
+        ("batch.gradient_accumulation=1", "accumulates", False),
+        ("pipeline.available_memory_proportion=0.2", "proportion", (0.2,) * 4),
+        ("pipeline.available_memory_proportion=null", "proportion", None),
+        ("engine.optimizer_state_on_chip=false", "on_chip", False),
+    ],
+)
+def test_formats_follow_the_configuration(override, field, value):
+    assert getattr(Formats.from_config(pod4(override), MK2), field) == value
+
+
+def test_sgd_without_momentum_has_no_moments():
+    config = pod4("optim.name=sgd", "optim.momentum=0")
+    assert Formats.from_config(config, MK2).moments == 0
+
+
+def test_a_gpu_holds_all_activations_of_the_micro_batches_in_flight():
+    config = load_config([pod4_gpu()])
+    plan = make_plan(config)
+    stash = [stage.memory.stash for stage in plan.stages]
+    assert [stage.depth for stage in plan.stages] == [4, 3, 2, 1]
+    assert stash == sorted(stash, reverse=True)
+    gpipe = make_plan(load_config([pod4_gpu()], ["pipeline.schedule=gpipe"]))
+    assert gpipe.stages[3].memory.stash == pytest.approx(8 * stash[3])
+
+
+def pod4_gpu():
+    from .shapes import ROOT
+
+    return ROOT / "configs" / "vit_gpu4.yaml"
