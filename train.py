@@ -13,6 +13,7 @@ from typing import Sequence
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.launch import Launch
+from cxr_vit.planner.preflight import preflight
 from cxr_vit.training.open_run import open_run, with_weights_of
 from cxr_vit.training.run_folder import RunFolder
 from cxr_vit.training.schedule import Durations, LearningRate
@@ -36,7 +37,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.engines.choice import build_engine, choose_engine
     from cxr_vit.engines.data_alike import open_alike
-    from cxr_vit.evaluation.figures import film_grid, roc_figure
+    from cxr_vit.evaluation.figures import roc_figure, start_figures
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
     from cxr_vit.training.checkpoint import CheckpointStore
@@ -45,6 +46,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     from cxr_vit.training.watchers import watchers
 
     choice = choose_engine(config)
+    preflight(config, choice.name, choice.local_replicas)
     data = open_alike(config.data)
     training = data.dataset("train", augment=config.augment, seed=config.run.seed)
     names = data.names
@@ -69,7 +71,7 @@ def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
                 folder,
                 training,
                 checkpoint_every=durations.checkpoint_every,
-                films=partial(film_grid, training, names),
+                figures=partial(start_figures, config, choice.name, training, names),
                 roc=partial(roc_figure, names=names, title="validation ROC"),
             ),
             score=partial(flat_scores, names=names),

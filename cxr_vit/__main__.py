@@ -1,4 +1,4 @@
-"""python -m cxr_vit sample | check | prepare | data-report."""
+"""python -m cxr_vit sample | check | plan | prepare | data-report."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from cxr_vit.cli import EXIT_USER_ERROR, config_parser, read_config, run
 from cxr_vit.config import BatchPlan, check, dump_config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.process_rules import describe_processes
-from cxr_vit.errors import did_you_mean
+from cxr_vit.errors import ConfigError, did_you_mean
 from cxr_vit.model.plan import StagePlan
+from cxr_vit.planner.preflight import describe_memory, preflight
 
 _USAGE = """usage: python -m cxr_vit COMMAND ...
 
 commands:
   sample --out DIR           write a synthetic data set in NIH's layout
   check --config FILE        validate a configuration; print it, the batch arithmetic and the stages
+  plan --config FILE         predict memory and speed of a pipeline, or search for a better one
   prepare --config FILE      decode and resize all films once, into the cache that training reads
   data-report --config FILE  what the data are: findings, patients, splits, films left out
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     commands = {
         "sample": _sample,
         "check": _check,
+        "plan": _plan,
         "prepare": _prepare,
         "data-report": _data_report,
     }
@@ -80,6 +83,26 @@ def _check(argv: Sequence[str]) -> int:
         print("on IPUs      refused by PopTorch:", *refused, sep="\n  ")
     else:
         print("on IPUs      nothing here that PopTorch would refuse")
+    print(f"on IPUs      {describe_memory(config)}")
+    if config.planner.strict:
+        preflight(config, config.engine.name)
+    return 0
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from cxr_vit.planner.command import add_arguments, plan
+
+    parser = config_parser(
+        "python -m cxr_vit plan",
+        "Predict memory, time and speed of a pipeline before renting the machine. It needs no SDK,"
+        " no IPU and no data.",
+    )
+    add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    lines, problem = plan(arguments, *read_config(arguments))
+    print("\n".join(lines))
+    if problem:
+        raise ConfigError(problem)
     return 0
 
 

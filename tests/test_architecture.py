@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Each imports only from itself and those to its left.
-ORDER = ["config", "data", "model", "engines", "training", "evaluation"]
+ORDER = ["config", "data", "model", "planner", "engines", "training", "evaluation"]
 ROOTS = ["train", "evaluate"]
 #: These import nothing of the package.
 ANYWHERE = ("cxr_vit.errors", "cxr_vit.launch")
@@ -535,6 +535,7 @@ LIGHT = [
     "cxr_vit.cli",
     "cxr_vit.__main__",
     "cxr_vit.model.plan",
+    *("cxr_vit.planner.command", "cxr_vit.planner.search", "cxr_vit.planner.figures"),
     "cxr_vit.training.schedule",
     "cxr_vit.training.run_folder",
     "train",

@@ -90,7 +90,8 @@ def test_tensorboard_shows_the_logs_numbers(trained):
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert [step for step, _ in shown] == [step for step, _ in logged] == [2, 4, 6]
     assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
-    assert {"train/films", "val/roc"} <= set(board.Tags()["images"])
+    pictures = {"train/films", "val/roc", "plan/timeline", "plan/memory"}
+    assert pictures <= set(board.Tags()["images"])
 
 
 def test_the_report_scores_every_film_of_the_split(trained, sample_root):

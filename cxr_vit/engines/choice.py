@@ -10,6 +10,7 @@ from cxr_vit.config.ipu_rules import check_ipu
 from cxr_vit.config.process_rules import check_processes
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
+from cxr_vit.engines.instances import Instances
 from cxr_vit.engines.poptorch_engine import PopTorchEngine
 from cxr_vit.engines.poptorch_options import poptorch_problem
 from cxr_vit.engines.precision import Placement, choose
@@ -29,10 +30,14 @@ _PIPELINING = (2, 10)
 
 
 class EngineChoice(NamedTuple):
-    """Which engine, and why in words; the model is built for it."""
+    """Which engine, and why in words; the model is built for it.
+
+    `local_replicas` are those of this process under poprun.
+    """
 
     name: str
     reason: str
+    local_replicas: Optional[int] = None
 
     @property
     def is_ipu(self) -> bool:
@@ -85,9 +90,11 @@ def _choose(config: Config, offline: bool) -> EngineChoice:
     problem = poptorch_problem(config, offline=offline)
     if problem is None:
         hint = " (IPUs answer here; engine.name=torch leaves them alone.)"
-        check_ipu(config, hint if engine.name == "auto" and not offline else "")
+        hint = hint if engine.name == "auto" and not offline else ""
+        replicas = Instances.from_environment().local_replicas
+        check_ipu(config, hint, replicas=replicas)
         why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
-        return EngineChoice("poptorch", "--compile-only" if offline else why)
+        return EngineChoice("poptorch", "--compile-only" if offline else why, replicas)
     if engine.name == "poptorch" or offline:
         raise EngineUnavailable(str(problem))
     return EngineChoice("torch", f"no IPU: {problem.found}")

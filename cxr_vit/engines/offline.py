@@ -12,6 +12,7 @@ from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.poptorch_engine import PopTorchEngine
 from cxr_vit.errors import ConfigError, DeviceError
 from cxr_vit.model.stages import StagedViT
+from cxr_vit.planner.preflight import preflight
 
 __all__ = ["compile_offline"]
 
@@ -37,6 +38,7 @@ def compile_offline(config: Config) -> str:
         )
     if config.engine.log_cycles:
         raise ConfigError("engine.log_cycles=true takes an IPU: leave it out with --compile-only.")
+    preflight(config, "poptorch")
     names = label_names(include_no_finding=config.data.include_no_finding)
     choice = choose_engine(config, offline=True)
     prevalence = np.full(len(names), 0.5)

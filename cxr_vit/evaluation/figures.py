@@ -1,9 +1,9 @@
-"""Figures: ROC curves and a grid of films. Drawn off screen; the caller closes nothing."""
+"""Figures: ROC curves, a grid of films, the plan of a run. Drawn off screen."""
 
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Dict, Sequence
 
 import numpy as np
 import torch
@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_roc
 
+from cxr_vit.config import Config
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.evaluation.metrics import evaluate, probabilities
+from cxr_vit.planner.figures import memory_figure, timeline_figure
+from cxr_vit.planner.preflight import plan_of_run
 
-__all__ = ["film_grid", "roc_figure"]
+__all__ = ["film_grid", "roc_figure", "start_figures"]
 
 _COLUMNS = 5
 
@@ -83,3 +86,28 @@ def film_grid(
         findings = [name for name, label in zip(names, labels) if label]
         axis.set_title("\n".join(findings) or "No Finding", fontsize=8)
     return figure
+
+
+def start_figures(
+    config: Config, engine: str, training: ChestXrayDataset, names: Sequence[str]
+) -> Dict[str, Figure]:
+    """Draw what is known when a run starts: films, and the plan of its pipeline.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    engine
+        The engine that was chosen.
+    training
+        The training films.
+    names
+        The label names.
+    """
+    figures = {"train/films": film_grid(training, names)}
+    planned = plan_of_run(config, engine)
+    if planned is not None:
+        plan, note = planned
+        figures["plan/timeline"] = timeline_figure(plan, note)
+        figures["plan/memory"] = memory_figure(plan)
+    return figures

@@ -82,7 +82,7 @@ def _finite(value: Optional[float]) -> Optional[float]:
 
 
 class TensorBoardLogger(ScalarLogger):
-    """Scalars, the config, training films, ROC curves and hparams for TensorBoard.
+    """Scalars, the config, figures of the start, ROC curves and hparams for TensorBoard.
 
     Parameters
     ----------
@@ -92,8 +92,8 @@ class TensorBoardLogger(ScalarLogger):
         The resolved configuration as YAML.
     hparams
         Flat settings for the hparams page.
-    films
-        Draws a grid of training films with their findings.
+    figures
+        Draws the pictures of the start, by tag.
     roc
         Draws ROC curves from logits and labels, float32 ``[N, C]``.
     """
@@ -104,25 +104,26 @@ class TensorBoardLogger(ScalarLogger):
         *,
         config_text: str,
         hparams: Mapping[str, Any],
-        films: Callable[[], Figure],
+        figures: Callable[[], Mapping[str, Figure]],
         roc: Callable[[Tensor, Tensor], Figure],
     ) -> None:
         self.folder = folder
         self.config_text = config_text
         self.hparams = dict(hparams)
-        self.films = films
+        self.figures = figures
         self.roc = roc
         self._writer: Any = None
 
     def start(self, first_step: int) -> None:
-        """Open the event file; write the config and, in a new run, the films."""
+        """Open the event file; in a new run write the config and the figures."""
         from torch.utils.tensorboard import SummaryWriter
 
         # Also of a run that was begun anew in its folder.
         self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
         if not first_step:
             self._writer.add_text("config", f"```yaml\n{self.config_text}```")
-            self._writer.add_figure("train/films", self.films())
+            for tag, figure in self.figures().items():
+                self._writer.add_figure(tag, figure)
 
     def scalars(self, step: int, values: Scalars) -> None:
         """Add the defined values; flushed, so that the curves are live."""

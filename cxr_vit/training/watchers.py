@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List
+from typing import Callable, List, Mapping
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -23,7 +23,7 @@ def watchers(
     training: ChestXrayDataset,
     *,
     checkpoint_every: int,
-    films: Callable[[], Figure],
+    figures: Callable[[], Mapping[str, Figure]],
     roc: Callable[[Tensor, Tensor], Figure],
 ) -> List[Callback]:
     """Make the callbacks; a process that does not write the run has those that all take part in.
@@ -38,9 +38,9 @@ def watchers(
         The training split.
     checkpoint_every
         Steps between saves.
-    films, roc
-        Make the figures of TensorBoard: of the training films, and of a validation's logits and
-        labels.
+    figures, roc
+        Make the figures of TensorBoard: those of the start by tag, and that of a validation's
+        logits and labels.
     """
     every = config.train.log_every_steps
     guards: List[Callback] = [EarlyStopping(config.train.early_stopping_patience)]
@@ -54,7 +54,7 @@ def watchers(
         folder.tensorboard,
         config_text=dump_config(config),
         hparams=config.flat(),
-        films=films,
+        figures=figures,
         roc=roc,
     )
     return [

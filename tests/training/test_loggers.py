@@ -29,7 +29,7 @@ def tensorboard(tmp_path):
         tmp_path,
         config_text="optim: {lr: 0.1}\n",
         hparams={"optim.lr": 0.1, "model.name": "vit-micro"},
-        films=figure,
+        figures=lambda: {"train/films": figure(), "plan/timeline": figure()},
         roc=figure,
     )
 
@@ -84,7 +84,7 @@ def test_tensorboard_has_films_roc_config_and_hparams(tensorboard):
     tensorboard.evaluated(evaluated())
     tensorboard.close({"val/auroc_macro": 0.5, "val/auroc/Hernia": 0.25})
     board = read_back(tensorboard.folder)
-    assert board.Tags()["images"] == ["train/films", "val/roc"]
+    assert board.Tags()["images"] == ["train/films", "plan/timeline", "val/roc"]
     (text,) = board.Tensors("config/text_summary")
     assert b"lr: 0.1" in text.tensor_proto.string_val[0]
     plugins = board.SummaryMetadata("_hparams_/session_start_info").plugin_data

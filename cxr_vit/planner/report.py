@@ -1,0 +1,264 @@
+"""What the planner prints of a plan. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Callable, List, Optional
+
+from cxr_vit.config import BatchPlan, Config
+from cxr_vit.config.ipu_rules import ipu_problems
+from cxr_vit.config.process_rules import schedule_problem
+from cxr_vit.planner.estimate import Plan, StagePrediction, processes_needed
+from cxr_vit.planner.hardware import (
+    CACHED_PER_S,
+    DECODED_PER_S,
+    HARDWARE,
+    MEMORY_UNCERTAINTY,
+    TUTORIAL,
+)
+from cxr_vit.planner.memory import CATEGORIES
+from cxr_vit.planner.speed import published_model, published_workload
+from cxr_vit.planner.text import columns, count, percent, prose
+from cxr_vit.planner.timeline import num_cycles, phases
+
+__all__ = ["UNKNOWN_START", "plan_lines"]
+
+_MEBIBYTE = 2**20
+#: Side of the films that `CACHED_PER_S` was measured with.
+_PIXELS_MEASURED = 224
+#: Where `SpeedModel.start_cycles` is 0.
+UNKNOWN_START = (
+    "What a start takes is not known for this device: 0 is too little, and small micro-batches"
+    " look too fast. --calibrate with two runs of unlike micro-batches tells it"
+)
+
+
+def plan_lines(config: Config, plan: Plan) -> List[str]:
+    """Say what a configuration is predicted to take."""
+    return [
+        *_heading(config, plan),
+        *_refused(config, plan),
+        "",
+        *_memory(plan),
+        "",
+        *_times(plan),
+        "",
+        *_speed(config, plan),
+        *_host(config, plan),
+        *_basis(config, plan),
+        *_tutorial(plan),
+    ]
+
+
+def _heading(config: Config, plan: Plan) -> List[str]:
+    stages, replicas = len(plan.stages), plan.work.replicas
+    reserved = "" if plan.devices == stages * replicas else f", {plan.devices} reserved"
+    return [
+        f"{stages * replicas} x {plan.hardware.name}{reserved}: {count(replicas, 'replica')} of"
+        f" {count(stages, 'stage')}",
+        f"{config.model.name} at {plan.shape.image_size} pixels,"
+        f" {sum(stage.cost.parameters for stage in plan.stages):,} parameters",
+        *_allocation(plan),
+        BatchPlan.from_section(config.batch).describe()[0],
+    ]
+
+
+def _refused(config: Config, plan: Plan) -> List[str]:
+    """List what PopTorch, or torch's schedule, would refuse."""
+    problems: List[Optional[str]] = []
+    if plan.hardware.is_ipu:
+        problems += ipu_problems(config)
+    elif plan.work.schedule != "in_order":
+        problems.append(schedule_problem(config, len(plan.stages)))
+    return [line for problem in problems if problem for line in prose("refused", problem)]
+
+
+def _allocation(plan: Plan) -> List[str]:
+    """Write the device allocation, a line a device."""
+    lines = []
+    start = 0
+    for stage in plan.stages:
+        end = start + stage.cost.num_layers
+        layers = f"layers {start} to {end - 1}" if end > start + 1 else f"layer {start}"
+        parts = ["embedding"] * stage.cost.is_first + [layers] * (end > start)
+        parts += ["head"] * stage.cost.is_last
+        lines.append(f"  {plan.place} {stage.stage}  {', '.join(parts)}")
+        start = end
+    return lines
+
+
+def _memory(plan: Plan) -> List[str]:
+    limit = plan.hardware.memory_bytes
+    head = f"memory, MB (a {plan.place} has {limit / 1e6:,.0f})"
+    if plan.hardware.is_ipu:
+        head = f"memory, MB (an IPU has {limit / 1e6:.1f}, or {limit / _MEBIBYTE:,.0f} MiB)"
+
+    def row(name: str, text: Callable[[StagePrediction], str]) -> List[str]:
+        return [name, *map(text, plan.stages)]
+
+    def megabytes(category: str) -> Callable[[StagePrediction], str]:
+        return lambda stage: f"{getattr(stage.memory, category) / 1e6:.1f}"
+
+    rows = [
+        row(head, lambda stage: f"{plan.place} {stage.stage}"),
+        row("parameters, millions", lambda stage: f"{stage.cost.parameters / 1e6:.2f}"),
+    ]
+    for category, name in CATEGORIES.items():
+        if any(getattr(stage.memory, category) for stage in plan.stages):
+            label = _optimizer_label(plan) if category == "optimizer" else name
+            rows.append(row(label, megabytes(category)))
+    rows += [
+        row("total", megabytes("total")),
+        row("share", lambda stage: percent(stage.memory.share)),
+        row("headroom", megabytes("headroom")),
+        row(f"verdict (+- {100 * MEMORY_UNCERTAINTY:.0f} %)", lambda stage: stage.memory.verdict),
+        row("micro-batches held at a time", lambda stage: str(stage.depth)),
+    ]
+    return columns(rows)
+
+
+def _optimizer_label(plan: Plan) -> str:
+    """Say where the optimizer's state lies."""
+    formats, name = plan.formats, CATEGORIES["optimizer"]
+    if not plan.hardware.is_ipu:
+        return name
+    place = "on chip" if formats.on_chip else "off chip"
+    shared = f", 1/{formats.shards} a replica" if formats.shards > 1 else ""
+    return f"{name}, {place}{shared}"
+
+
+def _times(plan: Plan) -> List[str]:
+    start_ms = 1e3 * plan.model.start_s(plan.hardware)
+    rows = [["time, ms", *(f"{plan.place} {stage.stage}" for stage in plan.stages)]]
+    for name, kind in (
+        ("forward", "forward_s"),
+        ("recompute", "recompute_s"),
+        ("backward", "backward_s"),
+        ("a micro-batch", "micro_batch_s"),
+        ("an update of the weights", "update_s"),
+    ):
+        values = [1e3 * getattr(stage.time, kind) for stage in plan.stages]
+        if any(values):
+            rows.append([name, *(f"{value:.3f}" for value in values)])
+    lines = columns(rows)
+    slowest, *others = plan.by_speed()
+    if others and plan.work.schedule != "in_order":
+        next_one = others[0]
+        more = slowest.time.micro_batch_s / next_one.time.micro_batch_s - 1
+        lines.append(
+            f"{plan.place} {slowest.stage} is the slowest, {percent(more)} over"
+            f" {plan.place} {next_one.stage}; {start_ms:.2f} ms of each micro-batch are its start"
+        )
+    return lines
+
+
+def _speed(config: Config, plan: Plan) -> List[str]:
+    low, high = plan.speed_range
+    spread = f" ({low:,.0f} to {high:,.0f})" if high > 1.001 * low else ""
+    return [
+        *prose("update", f"{1e3 * plan.seconds:,.1f} ms: {_rounds(config, plan)}"),
+        *prose(
+            "speed",
+            f"{plan.samples_per_s:,.0f} samples/s{spread}, predicted; an epoch of {plan.films:,}"
+            f" films ({plan.films_source}) takes {plan.epoch_minutes:,.1f} min",
+        ),
+    ]
+
+
+def _rounds(config: Config, plan: Plan) -> str:
+    """Say how the micro-batches of an update go through the stages."""
+    work, stages, bubble = plan.work, len(plan.stages), percent(plan.bubble)
+    micro_batches = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
+    if work.schedule == "in_order":
+        idle = f", one stage at a time: each idles {percent(1 - 1 / stages)}" if stages > 1 else ""
+        return f"{micro_batches}{idle}"
+    if work.schedule != "lockstep":
+        planned = ""
+        if config.pipeline.schedule == "interleaved_1f1b":
+            planned = " (interleaved_1f1b is planned as that, with a stage a device)"
+        return f"{work.schedule}{planned} with {micro_batches}; bubble {bubble}"
+    cycles = num_cycles(stages, work.micro_batches)
+    fill, steady, drain = phases(stages, work.micro_batches)
+    of_them = f" ({fill} fill, {steady} steady, {drain} drain)" if steady and fill else ""
+    return (
+        f"{cycles} pipeline cycles = {work.micro_batches} + 2 x {stages} - 2{of_them}; used"
+        f" {work.micro_batches}/{cycles}, bubble {bubble}"
+    )
+
+
+def _host(config: Config, plan: Plan) -> List[str]:
+    needed, workers = plan.samples_per_s, config.data.num_workers
+    text = (
+        f"must read {needed:,.0f} films/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
+        f" ({percent(plan.host_bytes_per_s / plan.host_bandwidth)} of what its links carry). "
+    )
+    if config.data.cache == "off":
+        each, what = DECODED_PER_S, "data.cache=off decodes some"
+        remedy = "Bound by the host, not by the devices: use the cache"
+    else:
+        pixels = (_PIXELS_MEASURED / plan.shape.image_size) ** 2
+        each, what = (
+            CACHED_PER_S._replace(value=CACHED_PER_S.value * pixels),
+            "The cache serves some",
+        )
+        remedy = "Bound by the host, not by the devices: raise data.num_workers"
+    processes = processes_needed(needed, each)
+    text += (
+        f"{what} {each.value:,.0f} films/s a process: {processes} for this speed, and"
+        f" data.num_workers is {workers}"
+    )
+    if processes > max(1, workers):
+        text += f". {remedy}"
+    return prose("host", text)
+
+
+def _basis(config: Config, plan: Plan) -> List[str]:
+    model, hardware = plan.model, plan.hardware
+    rate = model.flops_per_s(hardware, plan.work.precision)
+    text = (
+        f"a start of {1e3 * model.start_s(hardware):.2f} ms a micro-batch and"
+        f" {rate / 1e12:,.4g} TFLOPS ({percent(model.efficiency)} of the peak), {model.basis}"
+    )
+    if model is published_model(hardware):
+        text += "; nothing here was measured on your machine"
+    if model.start_cycles == 0:
+        text += f". {UNKNOWN_START}"
+    lines = prose("basis", text)
+    if not hardware.is_ipu and config.engine.name != "pipeline":
+        lines += prose(
+            "device",
+            f"one, as for engine.name={config.engine.name}; engine.name=pipeline plans a GPU for"
+            " each stage",
+        )
+    if config.planner.hardware == "auto" and not hardware.is_ipu:
+        lines += prose(
+            "device",
+            f"a GPU for engine.name={config.engine.name}; --hardware mk2 plans for IPUs",
+        )
+    return lines
+
+
+def _tutorial(plan: Plan) -> List[str]:
+    """Hold Graphcore's tutorial against the plan, where that is of the same batch and split."""
+    theirs = published_workload(TUTORIAL)
+    same_size = [cost.parameters for cost in plan.work.costs] == [
+        cost.parameters for cost in theirs.costs
+    ]
+    same_batch = (plan.work.micro_batch_size, plan.work.micro_batches, plan.work.replicas) == (
+        theirs.micro_batch_size,
+        theirs.micro_batches,
+        theirs.replicas,
+    )
+    same = same_size and same_batch and plan.work.schedule == theirs.schedule
+    if plan.hardware is not HARDWARE[TUTORIAL.hardware] or not same:
+        return []
+    if plan.work.precision != theirs.precision or plan.samples_per_s < TUTORIAL.samples_per_s:
+        return []
+    below = 1 - TUTORIAL.samples_per_s / plan.samples_per_s
+    own = theirs.samples / theirs.seconds(plan.model)
+    return prose(
+        "note",
+        f"Graphcore's tutorial printed {TUTORIAL.samples_per_s:.1f} samples/s for this batch and"
+        f" split: {percent(below)} below the {plan.samples_per_s:,.0f} predicted here,"
+        f" {percent(1 - TUTORIAL.samples_per_s / own)} below the {own:,.0f} predicted for its own"
+        f" settings. It was {TUTORIAL.note}.",
+    )

@@ -1,0 +1,166 @@
+"""What is said before a run, and what stops it."""
+
+import logging
+import re
+
+import pytest
+
+from cxr_vit.config import check, load_config
+from cxr_vit.errors import ConfigError
+from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.figures import timeline_figure
+from cxr_vit.planner.preflight import describe_memory, plan_of_run, preflight
+
+from .shapes import ROOT, pod4
+
+TOO_LARGE = "batch.micro_batch_size=34"
+
+
+def test_a_plan_that_fits_says_nothing(caplog):
+    preflight(pod4(), "poptorch")
+    assert caplog.messages == []
+    assert describe_memory(pod4()) == (
+        "predicted memory of IPU 0, the fullest: 603 of 941 MB, 64 %: fits."
+    )
+
+
+def test_one_that_does_not_is_a_warning(caplog):
+    preflight(pod4(TOO_LARGE), "poptorch")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == describe_memory(pod4(TOO_LARGE))
+    assert "does not fit" in record.getMessage()
+
+
+def test_strict_stops():
+    with pytest.raises(ConfigError, match=r"does not fit.*planner.strict=true stops here"):
+        preflight(pod4(TOO_LARGE, "planner.strict=true"), "poptorch")
+    preflight(pod4("planner.strict=true"), "poptorch")
+
+
+def advised(config):
+    """The changes that the message promises to be enough, and those that only help."""
+    message = describe_memory(config)
+    enough, _, less = message.partition("Each of these helps")
+    setting = r"[a-z_]+\.[a-z_]+=\w+"
+    return [
+        [change.split() for change in re.findall(rf"{setting}(?: {setting})*", part)]
+        for part in (enough, less)
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [TOO_LARGE],
+        ["batch.micro_batch_size=16", "pipeline.recompute=stage_inputs"],
+        ["batch.micro_batch_size=16", "pipeline.recompute=every_layer"],
+        ["model.name=vit-huge", "model.patch_size=14", "pipeline.layers_per_stage=[8,8,8,8]"],
+    ],
+    ids=["large", "keeps little", "keeps all", "huge"],
+)
+def test_what_is_advised_does_help(overrides):
+    if "model.name=vit-huge" in overrides:
+        overrides = [*overrides, "pipeline.recompute=every_layer"]
+    config = pod4(*overrides)
+    before = make_plan(config)
+    assert not before.fits
+    enough, less = advised(config)
+    assert enough or less
+    for change in enough:
+        changed = make_plan(check(pod4(*overrides, *change)))
+        assert changed.fits, change
+        assert changed.work.samples == before.work.samples
+    for change in less:
+        plan = make_plan(check(pod4(*overrides, *change)))
+        assert not plan.fits
+        assert plan.fullest.memory.share < before.fullest.memory.share, change
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["batch.micro_batch_size=32", "batch.gradient_accumulation=32"],
+            ["batch.micro_batch_size=8", "batch.gradient_accumulation=128"],
+        ),
+        (
+            ["batch.micro_batch_size=16", "batch.global_batch_size=1024"],
+            ["batch.micro_batch_size=8"],
+        ),
+    ],
+)
+def test_a_micro_batch_that_fits_keeps_the_global_batch(overrides, expected):
+    every_layer = "pipeline.recompute=every_layer"
+    assert expected in advised(pod4(*overrides, every_layer))[0]
+    check(pod4(*overrides, *expected))
+
+
+def test_moments_are_shared_by_the_replicas_of_one_process(caplog):
+    shared = load_config(
+        [ROOT / "configs" / "vit_pod16.yaml"],
+        ["batch.micro_batch_size=8", "optim.first_moment=fp32"],
+    )
+    preflight(shared, "poptorch", local_replicas=4)
+    assert caplog.messages == []
+    preflight(shared, "poptorch", local_replicas=1)
+    assert "fullest" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("engine", ["torch", "pipeline"])
+def test_other_engines_are_not_held_to_an_ipus_memory(engine, caplog):
+    preflight(pod4(TOO_LARGE, "planner.strict=true"), engine)
+    assert caplog.messages == []
+
+
+def test_an_unknown_model_is_said_not_to_be_predicted(caplog):
+    unknown = "model.name=owner/model"
+    assert describe_memory(pod4(unknown)).startswith("memory is not predicted: model.name=")
+    preflight(pod4(unknown), "poptorch")
+    assert caplog.messages == []
+    preflight(pod4(unknown, "planner.strict=true"), "poptorch")
+    assert "memory is not predicted" in caplog.messages[0]
+
+
+def test_it_is_planned_for_the_ipus_memory_whatever_is_planned_else(caplog):
+    for hardware in ("bow", "gpu"):
+        preflight(pod4(TOO_LARGE, f"planner.hardware={hardware}"), "poptorch")
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "hardware", "place", "schedule"),
+    [
+        ("poptorch", "auto", "IPU", "lockstep"),
+        ("poptorch", "gpu", "IPU", "lockstep"),
+        ("torch", "auto", "IPU", "lockstep"),
+        ("torch", "gpu", "GPU", "in_order"),
+        ("pipeline", "auto", "GPU", "1f1b"),
+        ("pipeline", "bow", "IPU", "lockstep"),
+    ],
+)
+def test_a_runs_pictures_are_of_its_pipeline(engine, hardware, place, schedule):
+    planned = plan_of_run(pod4(f"planner.hardware={hardware}"), engine)
+    assert planned is not None
+    plan, note = planned
+    assert (plan.place, plan.work.schedule, note) == (place, schedule, "")
+
+
+def test_a_picture_says_that_poptorch_would_refuse_the_run():
+    demo = load_config([ROOT / "configs" / "vit_demo.yaml"])
+    plan, note = plan_of_run(demo, "torch")
+    assert note == "; PopTorch would refuse it"
+    assert timeline_figure(plan, note).get_suptitle().endswith(note)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pipeline.layers_per_stage=[4,0,4,4]", "pipeline.recompute=every_layer"],
+        ["pipeline.available_memory_proportion=[0.3,0.3]"],
+        ["model.name=owner/model"],
+    ],
+)
+@pytest.mark.parametrize("hardware", ["auto", "mk2"])
+def test_a_run_that_ipus_would_refuse_is_not_ended_by_its_picture(overrides, hardware):
+    plan_of_run(pod4(*overrides, f"planner.hardware={hardware}"), "torch")
