@@ -8,7 +8,8 @@ stages wait. What a micro-batch takes in the steady state is the slope of a stra
 the measured times over M, fitted to the relative errors: only differences between updates tell it,
 whatever else an update costs. The stages are measured asleep, each for the same time whatever the
 machine, with a tiny model's real tensors, connections and updates; and at work, where the bubble
-shows in full only if each of them has a core or a GPU for itself.
+shows in full only if each of them has a core or a GPU for itself. Asleep once more, one stage twice
+as long as the others: there the bubble to compare with is the planner's (cxr_vit.planner.timeline).
 
 Memory: the peak of each stage in the same updates, above what it held before them. 1F1B's must not
 grow with M. The exit status is 1 if it does. Prints tables, writes a JSON.
@@ -31,6 +32,7 @@ import torch
 
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
+from cxr_vit.planner.timeline import StageTime, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = 4
@@ -127,8 +129,12 @@ def steady_state_s(update_s: Dict[int, float]) -> float:
     return float(np.polyfit(counts, seconds, 1, w=1 / seconds)[0])
 
 
-def timings(measured: Sequence[Measured], schedule: str) -> List[Timing]:
-    """Return the median times of a schedule beside the ideal."""
+def timings(
+    measured: Sequence[Measured], schedule: str, sleeps_ms: Sequence[float]
+) -> List[Timing]:
+    """Return the median times of a schedule beside the ideal: what the planner says."""
+    own = [sleeps_ms[stage % len(sleeps_ms)] for stage in range(STAGES)]
+    times = [StageTime(milliseconds, 0, 2 * milliseconds) for milliseconds in own]
     seconds: Dict[int, List[float]] = {}
     for case in measured:
         if case["schedule"] == schedule:
@@ -138,7 +144,7 @@ def timings(measured: Sequence[Measured], schedule: str) -> List[Timing]:
     rows = []
     for count, median in update_s.items():
         bubble = 1 - count * steady_s / median
-        ideal_bubble = (STAGES - 1) / (count + STAGES - 1)
+        ideal_bubble = 1 - count * 3 * max(own) / simulate(schedule, times, count).work_s
         rows.append(
             Timing(
                 schedule=schedule,
@@ -148,7 +154,7 @@ def timings(measured: Sequence[Measured], schedule: str) -> List[Timing]:
                 highest_s=max(seconds[count]),
                 micro_batch_ms=1000 * median / count,
                 ratio=median / (count * steady_s),
-                ideal_ratio=(count + STAGES - 1) / count,
+                ideal_ratio=1 / (1 - ideal_bubble),
                 bubble=bubble,
                 ideal_bubble=ideal_bubble,
                 gap_points=100 * (bubble - ideal_bubble),
@@ -166,12 +172,17 @@ def memories(measured: Sequence[Measured], name: str) -> List[Memory]:
     return rows
 
 
-def measure_time(arguments: argparse.Namespace, title: str, *words: Any) -> Dict[str, Any]:
-    """Time both schedules in turns; print a table; return what the JSON says."""
+def measure_time(
+    arguments: argparse.Namespace, title: str, *words: Any, sleeps_ms: Sequence[float] = (1,)
+) -> Dict[str, Any]:
+    """Time both schedules in turns; print a table; return what the JSON says.
+
+    `sleeps_ms` are the stages' own times, or what they are to one another.
+    """
     measured = launch(
         arguments, words, "--rounds", arguments.rounds, "--warm-steps", 1, "--steps", 1
     )
-    rows = [row for schedule in SCHEDULES for row in timings(measured, schedule)]
+    rows = [row for schedule in SCHEDULES for row in timings(measured, schedule, sleeps_ms)]
     print(f"\n{title}")
     print(f"{'':7} {'M':>3} {'s/update':>9} {'lowest..highest':>16} {'ms/micro-batch':>15}", end="")
     print(f" {'over steady':>11} {'ideal':>6} {'bubble':>7} {'ideal':>6} {'gap, points':>11}")
@@ -258,6 +269,14 @@ def measure(arguments: argparse.Namespace, devices: Sequence[str]) -> Dict[str, 
         f"ASLEEP: each stage sleeps {sleep:g} ms forward and {2 * sleep:g} ms backward, over gloo:"
         f" {3 * sleep:g} ms a micro-batch at the least",
         *(*ASLEEP, "engine.device=cpu", "--stage-ms", sleep),
+    )
+    uneven = [sleep, 2 * sleep, sleep, sleep]
+    result["uneven"] = measure_time(
+        arguments,
+        f"UNEVEN: the stages sleep {uneven} ms forward and twice that backward; 'ideal' is the"
+        " planner's",
+        *(*ASLEEP, "engine.device=cpu", "--stage-ms", *uneven),
+        sleeps_ms=uneven,
     )
     for device in devices:
         words = (*AT_WORK[device], f"engine.device={device}")

@@ -93,8 +93,9 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
     with build_engine(config, model) as engine:
         assert isinstance(engine, pipeline_engine.PipelineEngine)
         for index in engine.own_stages:
-            if arguments.stage_ms:
-                sleep_in(engine.model.stage(index), arguments.stage_ms / 1000)
+            sleep_ms = arguments.stage_ms[index % len(arguments.stage_ms)]
+            if sleep_ms:
+                sleep_in(engine.model.stage(index), sleep_ms / 1000)
         batch = make_batch(config, reads_films=engine.reads_films)
         memory = Memory(engine.placement.device)
         engine.compile(batch)
@@ -123,7 +124,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--warm-steps", type=int, default=0, metavar="N", help="not timed")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="timed, each round")
-    parser.add_argument("--stage-ms", type=float, default=0, metavar="MS", help="slept forward")
+    parser.add_argument(
+        "--stage-ms",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        metavar="MS",
+        help="slept forward, by every stage, or a number each",
+    )
     parser.add_argument("--plain-stage", action="store_true", help="without LeanStage")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
