@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell cxr_vit tests configs benchmarks docs/ipu.md train.py evaluate.py README.md CHANGELOG.md
+	$(VENV)/bin/codespell cxr_vit tests configs benchmarks docs/ipu.md docs/planner.md train.py evaluate.py README.md CHANGELOG.md
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)

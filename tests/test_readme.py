@@ -26,6 +26,7 @@ YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 
 
 def words_of(script):
+    """The words after `python <first word of the script>` of each command that begins with it."""
     return [
         shlex.split(command, comments=True)[2:]
         for command in COMMANDS
@@ -64,6 +65,20 @@ def test_every_module_command_exists():
 
     named = {words[0] for words in words_of("-m cxr_vit") for words in [words[1:]]}
     assert named <= set(re.findall(r"^  ([\w-]+) --", module._USAGE, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for words in words_of("-m cxr_vit plan") if "--calibrate" not in words],
+    ids=" ".join,
+)
+def test_every_plan_can_be_made(words, monkeypatch, tmp_path, capsys):
+    from cxr_vit.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert main(["plan", *words[2:]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
 
 
 @pytest.mark.parametrize("text", YAML)
