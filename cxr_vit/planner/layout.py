@@ -96,7 +96,7 @@ class Layout(NamedTuple):
         ConfigError
             If the file exists or cannot be written.
         """
-        text = "".join(f"# {line}\n" for line in comment)
+        text = "".join(f"# {line}".rstrip() + "\n" for line in comment)
         text += yaml.safe_dump(
             self.overlay(on_ipus=on_ipus), sort_keys=False, default_flow_style=None
         )
