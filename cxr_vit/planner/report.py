@@ -18,7 +18,7 @@ from cxr_vit.planner.hardware import (
 from cxr_vit.planner.memory import CATEGORIES
 from cxr_vit.planner.speed import published_model, published_workload
 from cxr_vit.planner.text import columns, count, percent, prose
-from cxr_vit.planner.timeline import num_cycles, phases
+from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
 __all__ = ["UNKNOWN_START", "plan_lines"]
 
@@ -180,7 +180,8 @@ def _rounds(config: Config, plan: Plan) -> str:
     fill, steady, drain = phases(stages, work.micro_batches)
     of_them = f" ({fill} fill, {steady} steady, {drain} drain)" if steady and fill else ""
     return (
-        f"{cycles} pipeline cycles = {work.micro_batches} + 2 x {stages} - 2{of_them}; used"
+        f"{cycles} pipeline cycles = {work.micro_batches} micro-batches +"
+        f" {num_pipeline_stages(stages)} pipeline stages - 1{of_them}; used"
         f" {work.micro_batches}/{cycles}, bubble {bubble}"
     )
 

@@ -15,6 +15,7 @@ __all__ = [
     "Timeline",
     "in_flight",
     "num_cycles",
+    "num_pipeline_stages",
     "phases",
     "simulate",
 ]
@@ -79,14 +80,19 @@ class Timeline(NamedTuple):
         return max(slot.end_s for slot in self.slots)
 
 
-def num_cycles(num_stages: int, micro_batches: int) -> int:
-    """Return the pipeline cycles of an update: accumulation + 2 N - 2 (PopART's pipelining.md)."""
-    return micro_batches + 2 * num_stages - 2
+def num_pipeline_stages(num_ipus: int) -> int:
+    """Return PopART's pipeline stages in training: forward and backward of the last IPU are one."""
+    return 2 * num_ipus - 1
 
 
-def phases(num_stages: int, micro_batches: int) -> Tuple[int, int, int]:
+def num_cycles(num_ipus: int, micro_batches: int) -> int:
+    """Return the pipeline cycles of an update: accumulation + stages - 1 (pipelining.md)."""
+    return micro_batches + num_pipeline_stages(num_ipus) - 1
+
+
+def phases(num_ipus: int, micro_batches: int) -> Tuple[int, int, int]:
     """Return how many pipeline cycles fill, run steadily and drain; 0 steady where too few."""
-    ends = 2 * num_stages - 2
+    ends = num_pipeline_stages(num_ipus) - 1
     return ends, max(0, micro_batches - ends), ends
 
 

@@ -6,7 +6,13 @@ from collections import defaultdict
 
 import pytest
 
-from cxr_vit.planner.timeline import StageTime, in_flight, num_cycles, simulate
+from cxr_vit.planner.timeline import (
+    StageTime,
+    in_flight,
+    num_cycles,
+    num_pipeline_stages,
+    simulate,
+)
 
 EVEN = [StageTime(1.0, 1.0, 2.0)] * 4
 UNEVEN = [
@@ -155,6 +161,11 @@ def test_a_stage_holds_as_many_micro_batches_as_the_simulation_shows(schedule):
             held += change
             most = max(most, held)
         assert most == in_flight(schedule, stage, 4, 16)
+
+
+def test_four_ipus_make_seven_pipeline_stages():
+    # peers 3.4: P = 2 N - 1 (PopTorch, Compiler.cpp:675)
+    assert [num_pipeline_stages(ipus) for ipus in (1, 2, 4, 8)] == [1, 3, 7, 15]
 
 
 def test_stash_depths_are_the_published_ones():
