@@ -82,9 +82,13 @@ def plan(
     Raises
     ------
     ConfigError
-        If the configuration is wrong, a run has no log to calibrate by, or nothing found fits.
+        If the configuration is wrong, or a run has no log to calibrate by.
     """
     _check_arguments(arguments)
+    # `--calibrate runs/a optim.lr=1` reads as a person means it.
+    folders = [path for path in arguments.calibrate if "=" not in str(path) or path.exists()]
+    overrides = [*overrides, *(str(path) for path in arguments.calibrate if path not in folders)]
+    arguments.calibrate = folders
     config, calibration = _configure(arguments, files, overrides)
     if arguments.sources:
         from cxr_vit.planner.sources import source_lines
@@ -93,7 +97,8 @@ def plan(
     model = calibration.after if calibration else None
     lines = [*calibration_lines(calibration), ""] if calibration else []
     if arguments.search:
-        found, problem = _search(arguments, config, model, [*files, *overrides])
+        sources = files or [folder / "config.yaml" for folder in folders[:1]]
+        found, problem = _search(arguments, config, model, sources, overrides)
         return [*lines, *found], problem
     made = make_plan(config, model=model, films=arguments.films)
     lines += plan_lines(config, made)
@@ -119,10 +124,7 @@ def _configure(
     arguments: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]
 ) -> Tuple[Config, Optional[Calibration]]:
     """Read the configuration, and the runs to calibrate by."""
-    # `--calibrate runs/a optim.lr=1` reads as a person means it.
-    folders = [path for path in arguments.calibrate if "=" not in str(path) or path.exists()]
-    words = [str(path) for path in arguments.calibrate if path not in folders]
-    overrides = [*overrides, *words]
+    folders = arguments.calibrate
     hardware = [f"planner.hardware={arguments.hardware}"] if arguments.hardware else []
     calibration = calibrate(folders, hardware) if folders else None
     if folders and not files:
@@ -143,7 +145,8 @@ def _search(
     arguments: argparse.Namespace,
     config: Config,
     model: Optional[SpeedModel],
-    given: Sequence[object],
+    files: Sequence[Path],
+    overrides: Sequence[str],
 ) -> Tuple[List[str], Optional[str]]:
     from cxr_vit.planner.search import search
     from cxr_vit.planner.search_report import search_lines
@@ -160,11 +163,12 @@ def _search(
         return lines, f"{wanted} was not written: nothing was found." if wanted else None
     layout, best = found.best[0]
     if arguments.write:
+        overlay = layout.overlay(on_ipus=best.hardware.is_ipu)
         layout.write(
             arguments.write,
             on_ipus=best.hardware.is_ipu,
             comment=[
-                _train_command(arguments, layout.overlay(on_ipus=best.hardware.is_ipu), given),
+                _train_command([*files, arguments.write], overrides, overlay),
                 "",
                 f"Found by python -m cxr_vit plan --search: predicted {best.samples_per_s:,.0f}"
                 f" samples/s on {best.devices} x {best.hardware.name}, the fullest"
@@ -176,22 +180,15 @@ def _search(
 
 
 def _train_command(
-    arguments: argparse.Namespace,
+    files: Sequence[Path],
+    overrides: Sequence[str],
     overlay: Mapping[str, Mapping[str, object]],
-    given: Sequence[object],
 ) -> str:
     """Return the command that trains what was found; overrides of what was searched would win."""
-    base = given or [folder / "config.yaml" for folder in arguments.calibrate[:1]]
-    files = [str(word) for word in base if "=" not in str(word)]
     searched = {f"{section}.{key}" for section, keys in overlay.items() for key in keys}
     searched.add("batch.global_batch_size")
-    overrides = [
-        str(word)
-        for word in base
-        if "=" in str(word) and str(word).partition("=")[0] not in searched
-    ]
-    words = ["python train.py --config", *files, str(arguments.write), *overrides]
-    return " ".join(words)
+    others = [word for word in overrides if word.partition("=")[0] not in searched]
+    return " ".join(["python train.py --config", *map(str, files), *others])
 
 
 def _draw(found: Plan, folder: Path) -> List[str]:

@@ -223,19 +223,17 @@ def _basis(config: Config, plan: Plan) -> List[str]:
         text += "; nothing here was measured on your machine"
     if model.start_cycles == 0:
         text += f". {UNKNOWN_START}"
-    lines = prose("basis", text)
-    if not hardware.is_ipu and config.engine.name != "pipeline":
-        lines += prose(
-            "device",
-            f"one, as for engine.name={config.engine.name}; engine.name=pipeline plans a GPU for"
-            " each stage",
-        )
-    if config.planner.hardware == "auto" and not hardware.is_ipu:
-        lines += prose(
-            "device",
-            f"a GPU for engine.name={config.engine.name}; --hardware mk2 plans for IPUs",
-        )
-    return lines
+    return [*prose("basis", text), *_other_devices(config, plan)]
+
+
+def _other_devices(config: Config, plan: Plan) -> List[str]:
+    """Say what else could be planned where a GPU is."""
+    if plan.hardware.is_ipu:
+        return []
+    ways = ["--hardware mk2 plans for IPUs"]
+    if config.engine.name != "pipeline":
+        ways.insert(0, "engine.name=pipeline plans a GPU for each stage")
+    return prose("device", f"GPUs as engine.name={config.engine.name} takes; {', '.join(ways)}")
 
 
 def _tutorial(plan: Plan) -> List[str]:

@@ -283,6 +283,10 @@ def test_overrides_win_over_what_the_run_was(plan, tmp_path, small_overrides):
     staged = ["engine.name=pipeline", "batch.gradient_accumulation=4"]
     lines = plan("--calibrate", folder, *staged, config=None)
     assert any("1f1b with 4 micro-batches" in line for line in lines)
+    out = tmp_path / "best.yaml"
+    plan("--calibrate", folder, staged[0], "--search", "--write", out, config=None)
+    command = f"# python train.py --config {folder / 'config.yaml'} {out} engine.name=pipeline"
+    assert out.read_text().splitlines()[0] == command
 
 
 def test_a_run_tells_nothing_of_another_kind_of_device(plan, tmp_path, small_overrides):
