@@ -46,6 +46,8 @@ class Plan(NamedTuple):
     ----------
     hardware
         The device.
+    shape
+        The model's.
     work
         What a replica has to do.
     stages
@@ -56,7 +58,7 @@ class Plan(NamedTuple):
         Of a weight update.
     lowest_s, highest_s
         The range that the constants leave it in.
-    films
+    films, films_source
         Training films an epoch, and where their number is from.
     devices
         How many are taken, replicas included; IPUs are reserved in powers of two.
@@ -164,7 +166,7 @@ def make_plan(
     model
         Constants of the speed; None for those fitted to published runs.
     films
-        Training films an epoch; None to take NIH's.
+        Training films an epoch; None to count those of the lists, else to take NIH's.
     image_bytes
         What a film takes as it crosses to the device; None for one gray byte a pixel.
 

@@ -59,8 +59,10 @@ def timeline_figure(plan: Plan, note: str = "") -> Figure:
     axes[0].set_ylim(rows - 0.5, -0.95 if _phases(timeline) else -0.5)
     figure.supxlabel("milliseconds", fontsize=9)
     shown = {slot.kind for slot in timeline.slots}
+    least_s = _LEAST_UPDATE * lengths[-1]
+    widened = min(stage.time.update_s for stage in plan.stages) < least_s
     handles = [
-        Patch(color=color, label="update (widened)" if kind == "update" else kind)
+        Patch(color=color, label="update (widened)" if kind == "update" and widened else kind)
         for kind, color in _WORK.items()
         if kind in shown
     ]
@@ -79,9 +81,9 @@ def _title(plan: Plan) -> str:
         )
     how = work.schedule
     if work.schedule == "lockstep":
-        ends = 2 * count - 2
+        fill, _, drain = phases(count, work.micro_batches)
         cycles = num_cycles(count, work.micro_batches)
-        how = f"{cycles} pipeline cycles, {ends} to fill and {ends} to drain"
+        how = f"{cycles} pipeline cycles, {fill} to fill and {drain} to drain"
     return (
         f"one weight update on {count} x {plan.hardware.name}, predicted:"
         f" {1e3 * plan.seconds:,.1f} ms\n{batches}, {how}; bubble {100 * plan.bubble:.1f} %"

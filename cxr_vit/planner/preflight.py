@@ -43,16 +43,17 @@ def preflight(config: Config, engine: str, local_replicas: Optional[int] = None)
         return
     if plan.fits:
         return
+    words = _describe(config, plan, local_replicas)
     if config.planner.strict:
-        raise ConfigError(f"{_describe(config, plan)} (planner.strict=true stops here.)")
-    logger.warning("%s", _describe(config, plan))
+        raise ConfigError(f"{words} (planner.strict=true stops here.)")
+    logger.warning("%s", words)
 
 
 def describe_memory(config: Config) -> str:
     """Say in a line how full the fullest IPU is predicted to be, and what would help."""
     config = _on_ipus(config)
     try:
-        return _describe(config, make_plan(config, engine="poptorch"))
+        return _describe(config, make_plan(config, engine="poptorch"), None)
     except ConfigError as error:
         return f"memory is not predicted: {error}"
 
@@ -93,7 +94,7 @@ def _on_ipus(config: Config) -> Config:
     return config.changed(planner={"hardware": ipu})
 
 
-def _describe(config: Config, plan: Plan) -> str:
+def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
     fullest = plan.fullest
     memory, place = fullest.memory, f"{plan.place} {fullest.stage}"
     text = (
@@ -102,17 +103,19 @@ def _describe(config: Config, plan: Plan) -> str:
     )
     if memory.fits:
         return text
-    enough, less = _remedies(config, plan)
+    enough, less = _remedies(config, plan, local_replicas)
     if enough:
         return f"{text} Predicted to fit: {', or '.join(enough)}."
     helps = f" Each of these helps: {', '.join(less)}." if less else ""
     return f"{text}{helps} python -m cxr_vit plan --search tries other cuts."
 
 
-def _remedies(config: Config, plan: Plan) -> Tuple[List[str], List[str]]:
+def _remedies(
+    config: Config, plan: Plan, local_replicas: Optional[int]
+) -> Tuple[List[str], List[str]]:
     """Return single changes that make it fit, and those that only lower it."""
     changes: List[Tuple[str, Config]] = []
-    smaller = _largest_that_fits(config)
+    smaller = _largest_that_fits(config, local_replicas)
     if smaller is not None:
         changes.append(smaller)
     changes += [
@@ -129,7 +132,7 @@ def _remedies(config: Config, plan: Plan) -> Tuple[List[str], List[str]]:
         changes.append(("engine.optimizer_state_on_chip=false", changed))
     enough, less = [], []
     for text, changed in changes:
-        other = make_plan(changed, engine="poptorch")
+        other = make_plan(changed, engine="poptorch", local_replicas=local_replicas)
         if other.fits:
             enough.append(text)
         elif other.fullest.memory.share < plan.fullest.memory.share - 0.005:
@@ -137,7 +140,9 @@ def _remedies(config: Config, plan: Plan) -> Tuple[List[str], List[str]]:
     return enough, less
 
 
-def _largest_that_fits(config: Config) -> Optional[Tuple[str, Config]]:
+def _largest_that_fits(
+    config: Config, local_replicas: Optional[int]
+) -> Optional[Tuple[str, Config]]:
     """Return the next smaller micro-batch of the same global batch that fits, told and set."""
     batch = BatchPlan.from_section(config.batch)
     films = batch.micro_batch_size * batch.gradient_accumulation
@@ -146,7 +151,7 @@ def _largest_that_fits(config: Config) -> Optional[Tuple[str, Config]]:
             continue
         keys = {"micro_batch_size": size, "gradient_accumulation": films // size}
         changed = config.changed(batch={**keys, "global_batch_size": None})
-        if make_plan(changed, engine="poptorch").fits:
+        if make_plan(changed, engine="poptorch", local_replicas=local_replicas).fits:
             if config.batch.global_batch_size is not None:
                 del keys["gradient_accumulation"]
             return " ".join(f"batch.{key}={value}" for key, value in keys.items()), changed

@@ -53,8 +53,9 @@ class StageChoices:
         key = (work.micro_batch_size, placement, tuple(depths), count > 1)
         if key not in self._known:
             on_chip, sharded = placement
-            formats = Formats.from_config(self.config, work.hardware)._replace(
-                on_chip=on_chip, shards=work.replicas if sharded else 1, accumulates=count > 1
+            config = self.config.changed(batch={"gradient_accumulation": count})
+            formats = Formats.from_config(config, work.hardware)._replace(
+                on_chip=on_chip, shards=work.replicas if sharded else 1
             )
             self._known[key] = [
                 [

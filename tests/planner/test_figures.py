@@ -115,3 +115,9 @@ def test_the_bars_reach_what_the_plan_says():
         assert max(ends) == pytest.approx(stage.memory.total / 1e6)
     limits = [line.get_xdata()[0] for line in axis.lines]
     assert limits == [pytest.approx(plan.hardware.memory_bytes / 1e6)]
+
+
+def test_an_update_that_takes_long_is_not_widened():
+    slow = make_plan(pod4("batch.gradient_accumulation=7", "engine.optimizer_state_on_chip=false"))
+    words = {text for text, _ in texts(timeline_figure(slow))[0]}
+    assert "update" in words and "update (widened)" not in words

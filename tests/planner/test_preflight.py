@@ -104,7 +104,11 @@ def test_moments_are_shared_by_the_replicas_of_one_process(caplog):
     preflight(shared, "poptorch", local_replicas=4)
     assert caplog.messages == []
     preflight(shared, "poptorch", local_replicas=1)
-    assert "fullest" in caplog.messages[0]
+    (message,) = caplog.messages
+    assert "fullest" in message
+    smaller = re.search(r"batch\.micro_batch_size=(\d+)", message)
+    alone = shared.changed(batch={"micro_batch_size": int(smaller.group(1))})
+    assert make_plan(alone, local_replicas=1).fits, "also what is advised counts one replica"
 
 
 @pytest.mark.parametrize("engine", ["torch", "pipeline"])

@@ -122,6 +122,13 @@ def test_the_best_of_processes_are_those_of_all(schedule):
     assert found.refused == {}
 
 
+def test_a_gpu_holds_its_gradients_without_accumulation_too():
+    gpipe = ["pipeline.schedule=gpipe", "batch.gradient_accumulation=1"]
+    config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], gpipe)
+    # At 1077 films the gradients are what is too much.
+    hold_against_all(config, sizes=(16, 1077), counts=(1,))
+
+
 def test_what_a_schedule_refuses_is_refused_with_its_reason():
     interleaved = ["pipeline.schedule=interleaved_1f1b"]
     config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], interleaved)
