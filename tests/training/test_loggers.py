@@ -1,5 +1,6 @@
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -100,6 +101,9 @@ def test_a_resumed_board_purges_later_steps(tensorboard, tmp_path):
     for step in (2, 4, 6):
         tensorboard.scalars(step, {"train/loss": float(step)})
     tensorboard.close({})
+    # TensorBoard reads files in the order of their names: the second they were made in, then a
+    # counter as text, where 10 comes before 9. A resumed run is another process, seconds later.
+    time.sleep(1)
     tensorboard.start(4)
     tensorboard.scalars(6, {"train/loss": 60.0})
     tensorboard.close({})
