@@ -12,8 +12,7 @@ from typing import Sequence
 
 from cxr_vit.cli import evaluate_arguments, run
 from cxr_vit.config import check, load_config
-from cxr_vit.training.open_run import run_of_checkpoint, with_weights_of
-from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.training.run_folder import RunFolder, run_of_checkpoint, with_weights_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,9 +25,9 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.data_alike import open_alike
     from cxr_vit.evaluation.report import print_table, write_report
     from cxr_vit.model.stages import StagedViT
+    from cxr_vit.training.build import open_alike
     from cxr_vit.training.checkpoint import verify_checkpoint
 
     choice = choose_engine(config)

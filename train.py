@@ -12,10 +12,9 @@ from typing import Sequence
 
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, check, load_config
-from cxr_vit.launch import Launch
-from cxr_vit.planner.preflight import preflight
-from cxr_vit.training.open_run import open_run, with_weights_of
-from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.engines.processes import Launch
+from cxr_vit.planner.estimate import preflight
+from cxr_vit.training.run_folder import RunFolder, open_run, with_weights_of
 from cxr_vit.training.schedule import Durations, LearningRate
 
 
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Train as the command line says; return the exit status."""
     arguments = train_arguments(argv)
     if arguments.compile_only:
-        from cxr_vit.engines.offline import compile_offline
+        from cxr_vit.engines.ipu.offline import compile_offline
 
         print(compile_offline(check(load_config(arguments.files, arguments.overrides))))
         return 0
@@ -36,14 +35,12 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.data_alike import open_alike
     from cxr_vit.evaluation.figures import roc_figure, start_figures
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
+    from cxr_vit.training.build import open_alike, watchers
     from cxr_vit.training.checkpoint import CheckpointStore
-    from cxr_vit.training.signals import StopOnSignal
-    from cxr_vit.training.trainer import Trainer
-    from cxr_vit.training.watchers import watchers
+    from cxr_vit.training.trainer import StopOnSignal, Trainer
 
     choice = choose_engine(config)
     preflight(config, choice.name, choice.local_replicas)

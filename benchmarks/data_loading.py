@@ -1,8 +1,8 @@
-"""Films per second of one process, by the way they are read; the tutorial's way is the measure.
+"""Images per second of one process, by the way they are read; the tutorial's way is the measure.
 
-    python -m benchmarks.data_loading [--films DIR] [--out FILE]
+    python -m benchmarks.data_loading [--images DIR] [--out FILE]
 
-A few thousand films are made of the real ones by linking, so that the store is larger than the
+A few thousand images are made of the real ones by linking, so that the store is larger than the
 processor's caches. All files are in the system's cache: what is measured is work, not the disk. The
 ways take turns over several rounds; a ratio is the median of those within a round. Prints a table,
 writes a JSON.
@@ -27,20 +27,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.linked_films import NIH, original_films, write_linked_set
+from benchmarks.linked_images import NIH, original_images, write_linked_set
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
-from cxr_vit.config.augment_schema import AugmentSection
+from cxr_vit.config.schema import AugmentSection
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films
-from cxr_vit.data.cache_build import build_store
 from cxr_vit.data.dataset import ChestXrayDataset, collate
-from cxr_vit.data.films import FilmFiles
 from cxr_vit.data.images import MAX_MEGAPIXELS
-from cxr_vit.data.records import Records, find_csv, read_records
+from cxr_vit.data.nih import Records, find_csv, read_records
+from cxr_vit.data.store import FileReader, StoreIndex, StorePaths, StoreSettings, open_images
+from cxr_vit.data.store_build import build_store
 
 BATCH_SIZE = 128
-#: Films that are decoded a round; the same ones in every way that decodes.
+#: Images that are decoded a round; the same ones in every way that decodes.
 DECODED = 2 * BATCH_SIZE
 #: Times that the store is read through a round, plain and with augmentation.
 PASSES, AUGMENTED_PASSES = 8, 1
@@ -70,8 +69,8 @@ WAYS: Dict[str, Tuple[str, float]] = {
 }
 
 
-class Films(NamedTuple):
-    """The data set that is read: its folder, the films' paths by name, records and store."""
+class Images(NamedTuple):
+    """The data set that is read: its folder, the images' paths by name, records and store."""
 
     root: Path
     paths: Dict[str, str]
@@ -110,45 +109,45 @@ def _transform_by_hand(image: Image.Image, size: int) -> torch.Tensor:
     return pixels.clone().sub_(mean).div_(mean).to(torch.float16)
 
 
-def make_films(root: Path, originals: Sequence[Path], num_films: int, size: int) -> Films:
-    """Link the films and build their store."""
-    names = write_linked_set(root, originals, num_films)
+def make_images(root: Path, originals: Sequence[Path], num_images: int, size: int) -> Images:
+    """Link the images and build their store."""
+    names = write_linked_set(root, originals, num_images)
     paths = {name: str(root / "images" / name) for name in names}
     records = read_records(find_csv(root, None), include_no_finding=False)
     settings = StoreSettings(size, MAX_MEGAPIXELS)
     store = StorePaths.of(root / "cache", size)
     store.pixels.parent.mkdir()
     build_store(store, settings, paths, workers=1)
-    return Films(root, paths, records, settings, store)
+    return Images(root, paths, records, settings, store)
 
 
-def direct_dataset(films: Films) -> ChestXrayDataset:
-    """Return the films as they are decoded each time."""
-    source = FilmFiles(
-        films.paths,
-        list(films.paths),
-        image_size=films.settings.image_size,
-        max_megapixels=films.settings.max_megapixels,
+def direct_dataset(images: Images) -> ChestXrayDataset:
+    """Return the images as they are decoded each time."""
+    source = FileReader(
+        images.paths,
+        list(images.paths),
+        image_size=images.settings.image_size,
+        max_megapixels=images.settings.max_megapixels,
     )
-    return ChestXrayDataset(films.records, source)
+    return ChestXrayDataset(images.records, source)
 
 
-def cached_dataset(films: Films, *, augmented: bool) -> ChestXrayDataset:
-    """Return the films of the store."""
-    source = open_films(StoreIndex.load(films.store.index), films.store.pixels)
-    size = films.settings.image_size
+def cached_dataset(images: Images, *, augmented: bool) -> ChestXrayDataset:
+    """Return the images of the store."""
+    source = open_images(StoreIndex.load(images.store.index), images.store.pixels)
+    size = images.settings.image_size
     augmentation = Augmentation(AUGMENT, num_samples=len(source), image_size=size, seed=0)
     return ChestXrayDataset(
-        films.records,
-        source.select(list(films.paths)),
+        images.records,
+        source.select(list(images.paths)),
         augmentation=augmentation if augmented else None,
     )
 
 
-def shuffled(num_films: int, passes: int, turn: int) -> List[List[int]]:
+def shuffled(num_images: int, passes: int, turn: int) -> List[List[int]]:
     """Return batches of draws: so many epochs, each in a new order, none seen in another turn."""
     draws = [
-        epoch * num_films + np.random.default_rng(epoch).permutation(num_films)
+        epoch * num_images + np.random.default_rng(epoch).permutation(num_images)
         for epoch in range(turn * passes, (turn + 1) * passes)
     ]
     stream = np.concatenate(draws)
@@ -181,30 +180,30 @@ def timed_loader(dataset: ChestXrayDataset, batches: List[List[int]], workers: i
     return count / (time.perf_counter() - start)
 
 
-def timed_build(films: Films) -> float:
-    """Return the films per second of a cache built by this process alone."""
-    folder = films.root / "build"
+def timed_build(images: Images) -> float:
+    """Return the images per second of a cache built by this process alone."""
+    folder = images.root / "build"
     folder.mkdir()
-    paths = dict(itertools.islice(films.paths.items(), DECODED))
-    where = StorePaths.of(folder, films.settings.image_size)
+    paths = dict(itertools.islice(images.paths.items(), DECODED))
+    where = StorePaths.of(folder, images.settings.image_size)
     start = time.perf_counter()
-    build_store(where, films.settings, paths, workers=1)
+    build_store(where, images.settings, paths, workers=1)
     seconds = time.perf_counter() - start
     shutil.rmtree(folder)
     return len(paths) / seconds
 
 
 def make_ways(
-    films: Films, transform: Callable[[Image.Image], torch.Tensor]
+    images: Images, transform: Callable[[Image.Image], torch.Tensor]
 ) -> Dict[str, Callable[[int], float]]:
     """Return way -> samples per second of a turn."""
-    direct = direct_dataset(films)
-    cached, augmented = (cached_dataset(films, augmented=on) for on in (False, True))
-    count, size = len(cached), films.settings.image_size
-    pixels = np.memmap(films.store.pixels, dtype=np.uint8, mode="r").reshape(count, size, size)
+    direct = direct_dataset(images)
+    cached, augmented = (cached_dataset(images, augmented=on) for on in (False, True))
+    count, size = len(cached), images.settings.image_size
+    pixels = np.memmap(images.store.pixels, dtype=np.uint8, mode="r").reshape(count, size, size)
     buffer = np.empty((BATCH_SIZE, size, size), dtype=np.uint8)
     same = [list(range(start, start + BATCH_SIZE)) for start in range(0, DECODED, BATCH_SIZE)]
-    files = [[list(films.paths.values())[row] for row in rows] for rows in same]
+    files = [[list(images.paths.values())[row] for row in rows] for rows in same]
 
     def by_tutorial(paths: Sequence[str]) -> torch.Tensor:
         return torch.stack([transform(Image.open(path)) for path in paths])
@@ -226,15 +225,15 @@ def make_ways(
         "memory_map": lambda turn: timed(by_map, plain(turn)),
         "loader_0": lambda turn: timed_loader(cached, plain(turn), 0),
         "loader_1": lambda turn: timed_loader(cached, plain(turn), 1),
-        "build": lambda turn: timed_build(films),
+        "build": lambda turn: timed_build(images),
     }
 
 
-def cached_equals_direct(films: Films) -> bool:
-    """Whether the store holds, bit for bit, what the files give; every film of the first turn."""
-    direct, cached = direct_dataset(films), cached_dataset(films, augmented=False)
+def cached_equals_direct(images: Images) -> bool:
+    """Whether the store holds, bit for bit, what the files give; every image of the first turn."""
+    direct, cached = direct_dataset(images), cached_dataset(images, augmented=False)
     rows = range(DECODED)
-    return all(np.array_equal(direct.films([row]), cached.films([row])) for row in rows)
+    return all(np.array_equal(direct.images([row]), cached.images([row])) for row in rows)
 
 
 def summarise(rates: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
@@ -271,26 +270,26 @@ def print_table(summary: Dict[str, Dict[str, Any]]) -> None:
 
 def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
     """Measure all ways in turns; return what the JSON says."""
-    originals = original_films(arguments.films)
-    films = make_films(root, originals, arguments.num_films, arguments.image_size)
+    originals = original_images(arguments.images)
+    images = make_images(root, originals, arguments.num_images, arguments.image_size)
     transform, made_of = tutorial_transform(arguments.image_size)
-    equal = cached_equals_direct(films)
-    ways = make_ways(films, transform)
+    equal = cached_equals_direct(images)
+    ways = make_ways(images, transform)
     rates: Dict[str, List[float]] = {way: [] for way in WAYS}
     for turn in range(arguments.rounds + 1):
         for way, act in ways.items():
             rate = act(turn)
             if turn:  # the first one warms up
                 rates[way].append(rate)
-    store_bytes = films.store.pixels.stat().st_size
+    store_bytes = images.store.pixels.stat().st_size
     packages = ("torch", "numpy", "pillow", "kornia-rs", "opencv-python-headless")
     modes = [Image.open(path).mode for path in originals]
     return {
         **describe_machine(*packages),
         "tutorial_transform": made_of,
         "image_size": arguments.image_size,
-        "original_films": {mode: modes.count(mode) for mode in sorted(set(modes))},
-        "films": arguments.num_films,
+        "original_images": {mode: modes.count(mode) for mode in sorted(set(modes))},
+        "images": arguments.num_images,
         "store_mb": round(store_bytes / 1e6, 1),
         "batch_size": BATCH_SIZE,
         "rounds": arguments.rounds,
@@ -303,23 +302,23 @@ def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--films", type=Path, default=NIH / "images", metavar="DIR")
+    parser.add_argument("--images", type=Path, default=NIH / "images", metavar="DIR")
     parser.add_argument(
-        "--num-films", type=int, default=4096, metavar="N", help="films in the store"
+        "--num-images", type=int, default=4096, metavar="N", help="images in the store"
     )
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("data_loading.json"), metavar="FILE")
     arguments = parser.parse_args(argv)
-    if arguments.num_films < DECODED or arguments.rounds < 1:
-        parser.error(f"at least {DECODED} films and one round are needed")
+    if arguments.num_images < DECODED or arguments.rounds < 1:
+        parser.error(f"at least {DECODED} images and one round are needed")
     logging.getLogger("cxr_vit").setLevel(logging.WARNING)  # the builds are many
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(prefix="data_loading-") as root:
         result = measure(arguments, Path(root))
     print(
-        f"{result['machine']}, one process, {result['films']} films in {result['store_mb']:.0f} MB;"
+        f"{result['machine']}, one process, {result['images']} images in {result['store_mb']:.0f} MB;"
         f" the tutorial's transform: {result['tutorial_transform']}"
     )
     print_table(result["ways"])

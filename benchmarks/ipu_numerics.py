@@ -2,7 +2,7 @@
 
     python -m benchmarks.ipu_numerics --checkpoint runs/<name>/checkpoints/best [--out FILE]
 
-GELU: the checkpoint's test films scored with the exact and the tanh form. Gradients: the hidden
+GELU: the checkpoint's test images scored with the exact and the tanh form. Gradients: the hidden
 states' gradients of ViT-B/16 at the start of a fine-tuning, computed in fp32; the part that fp16
 would round to zero at each loss scaling. Prints a table, writes a JSON.
 """
@@ -26,7 +26,7 @@ from cxr_vit.engines.choice import build_engine
 from cxr_vit.evaluation.metrics import flat_scores
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.open_run import run_of_checkpoint, with_weights_of
+from cxr_vit.training.run_folder import run_of_checkpoint, with_weights_of
 
 #: Half of fp16's smallest number: what is nearer to zero becomes zero.
 LOST_BELOW = 2.0**-25
@@ -49,7 +49,7 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
         scores[form] = flat_scores(logits[form], labels, data.names)["auroc_macro"]
     exact, tanh = logits.values()
     return {
-        "films": float(len(exact)),
+        "images": float(len(exact)),
         "largest_logit": float(exact.abs().max()),
         "largest_logit_difference": float((exact - tanh).abs().max()),
         "largest_probability_difference": float((exact.sigmoid() - tanh.sigmoid()).abs().max()),
@@ -58,7 +58,7 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
     }
 
 
-def gradients_lost(num_films: int) -> Dict[str, Dict[str, float]]:
+def gradients_lost(num_images: int) -> Dict[str, Dict[str, float]]:
     """Return, by loss scaling, the part of the hidden states' gradients that fp16 rounds to 0."""
     config = check(load_config([], ["model.name=vit-base"]))
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.05))
@@ -73,10 +73,10 @@ def gradients_lost(num_films: int) -> Dict[str, Dict[str, float]]:
         layer.register_forward_hook(keep)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, config.data.image_size, config.data.image_size)
-    for film in range(num_films):  # micro-batches of one, as in vit_pod4.yaml
+    for image in range(num_images):  # micro-batches of one, as in vit_pod4.yaml
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.zeros(1, 14)
-        labels[0, film % 14] = 1
+        labels[0, image % 14] = 1
         multi_label_loss(model(images), labels).backward()
     gradients = torch.cat([state.grad[state.grad != 0].abs() for state in hidden])
     return {
@@ -92,13 +92,13 @@ def main(argv: List[str]) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--films", type=int, default=4, metavar="N")
+    parser.add_argument("--images", type=int, default=4, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     arguments = parser.parse_args(argv)
     result: Dict[str, Any] = {
         **describe_machine("torch", "transformers"),
         "gelu": gelu_difference(arguments.checkpoint),
-        "fp16_gradients": gradients_lost(arguments.films),
+        "fp16_gradients": gradients_lost(arguments.images),
     }
     for name, value in result["gelu"].items():
         print(f"{name:32} {value:.6g}")

@@ -1,9 +1,9 @@
 """Kill `prepare` at random moments, go on, and compare the store with one built in one go.
 
-    python -m benchmarks.kill_prepare [--kills N] [--seed N] [--films DIR]
+    python -m benchmarks.kill_prepare [--kills N] [--seed N] [--images DIR]
 
 SIGKILL comes at a random moment of the build, or of what is left of it; the command is run again
-until it ends, and its files are compared byte for byte. Then the moments after the last film are
+until it ends, and its files are compared byte for byte. Then the moments after the last image are
 aimed at, by waiting for what the files do. After each kill no process may be left over. Exit
 status 1 if anything is not as it should be.
 """
@@ -25,8 +25,8 @@ import uuid
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from benchmarks.linked_films import NIH, original_films, write_linked_set
-from cxr_vit.data.cache import StorePaths
+from benchmarks.linked_images import NIH, original_images, write_linked_set
+from cxr_vit.data.store import StorePaths
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE_SIZE = 224
@@ -96,8 +96,8 @@ class Trial:
             self.faults.append(f"prepare exited with {status}: {self._log.read_text()}")
         return None
 
-    def films_noted(self) -> int:
-        """Return how many films the journal says are done."""
+    def images_noted(self) -> int:
+        """Return how many images the journal says are done."""
         if not self.paths.journal.is_file():
             return 0
         lines = self.paths.journal.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -108,12 +108,12 @@ class Trial:
         return " ".join(sorted(path.name for path in self.folder.glob("films_*"))) or "nothing yet"
 
     def _check_progress(self, *, ended: bool) -> None:
-        """See that a run that got so far took up every film noted before it."""
+        """See that a run that got so far took up every image noted before it."""
         said = GOING_ON.search(self._log.read_text(encoding="utf-8"))
         taken_up = int(said.group(1)) if said else 0
         if (said or ended) and taken_up != self._noted:
-            self.faults.append(f"{self._noted} films were noted, and {taken_up} taken up")
-        self._noted = self.films_noted()
+            self.faults.append(f"{self._noted} images were noted, and {taken_up} taken up")
+        self._noted = self.images_noted()
 
     def _check_left_over(self, mark: str) -> None:
         start = time.monotonic()
@@ -184,12 +184,12 @@ def vanishes(path: Path) -> Condition:
     return holds
 
 
-def all_noted(trial: Trial, num_films: int) -> Condition:
-    """Hold once the journal has the last film."""
+def all_noted(trial: Trial, num_images: int) -> Condition:
+    """Hold once the journal has the last image."""
 
     def holds() -> bool:
         time.sleep(0.01)
-        return trial.films_noted() == num_films
+        return trial.images_noted() == num_images
 
     return holds
 
@@ -236,18 +236,18 @@ def kill_at_random(
             continue
         done += 1
         print(
-            f"kill {done:2} after {seconds:5.2f} s: {trial.films_noted():5} films noted;"
+            f"kill {done:2} after {seconds:5.2f} s: {trial.images_noted():5} images noted;"
             f" {trial.present()}"
         )
     finish(trial, reference)
 
 
-def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_films: int) -> None:
-    """Kill after the last film: before, between and after the renames that end a build."""
+def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_images: int) -> None:
+    """Kill after the last image: before, between and after the renames that end a build."""
     paths = trial.paths
     index_aside = paths.index.with_name(paths.index.name + ".partial")
     moments: Dict[str, Callable[[], Condition]] = {
-        "the last film is noted": lambda: all_noted(trial, num_films),
+        "the last image is noted": lambda: all_noted(trial, num_images),
         "the pixels have their name": lambda: vanishes(paths.partial),
         "the index is being written": lambda: appears(index_aside),
         "the index has its name": lambda: appears(paths.index),
@@ -263,22 +263,22 @@ def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_films: in
         finish(trial, reference)
 
 
-def make_data(root: Path, films: Path, num_films: int) -> None:
-    """Link the real films, or where there are none write synthetic ones of 512 pixels."""
-    if films == NIH / "images" and not films.is_dir():
-        print(f"no real films in {films}: synthetic ones of 512 pixels")
+def make_data(root: Path, images: Path, num_images: int) -> None:
+    """Link the real images, or where there are none write synthetic ones of 512 pixels."""
+    if images == NIH / "images" and not images.is_dir():
+        print(f"no real images in {images}: synthetic ones of 512 pixels")
         command = [sys.executable, "-m", "cxr_vit", "sample", "--out", str(root)]
-        command += ["--images", str(num_films), "--size", "512"]
+        command += ["--images", str(num_images), "--size", "512"]
         subprocess.run(command, cwd=str(REPOSITORY), check=True)
     else:
-        write_linked_set(root, original_films(films), num_films)
+        write_linked_set(root, original_images(images), num_images)
 
 
 def main(argv: Sequence[str]) -> int:
     """Kill, go on, compare; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--films", type=Path, default=NIH / "images", metavar="DIR")
-    parser.add_argument("--num-films", type=int, default=1500, metavar="N")
+    parser.add_argument("--images", type=Path, default=NIH / "images", metavar="DIR")
+    parser.add_argument("--num-images", type=int, default=1500, metavar="N")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="at random moments")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of kills at the end")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="data.cache_workers")
@@ -287,12 +287,12 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.reconfigure(line_buffering=True)
     with tempfile.TemporaryDirectory(prefix="kill_prepare-") as folder:
         data, reference = Path(folder) / "data", Path(folder) / "reference"
-        make_data(data, arguments.films, arguments.num_films)
+        make_data(data, arguments.images, arguments.num_images)
         whole = Trial(data, reference, arguments.workers)
         start = time.monotonic()
         whole.run(never)
         longest_s = time.monotonic() - start
-        print(f"{arguments.num_films} films in one go: {longest_s:.1f} s, {whole.present()}")
+        print(f"{arguments.num_images} images in one go: {longest_s:.1f} s, {whole.present()}")
         trial = Trial(data, Path(folder) / "killed", arguments.workers)
         if not whole.faults:
             source = random.Random(arguments.seed)
@@ -300,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
                 trial, reference, kills=arguments.kills, longest_s=longest_s, source=source
             )
             kill_at_the_end(
-                trial, reference, rounds=arguments.rounds, num_films=arguments.num_films
+                trial, reference, rounds=arguments.rounds, num_images=arguments.num_images
             )
     faults = [*whole.faults, *trial.faults]
     print(f"processes were gone {trial.slowest_end_s:.2f} s after a kill at the latest")

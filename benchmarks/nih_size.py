@@ -2,7 +2,7 @@
 
     python -m benchmarks.nih_size [--root DIR] [--fresh] [--out FILE]
 
-The 112,120 rows and list files are the real ones; the 21 real films are linked under all names.
+The 112,120 rows and list files are the real ones; the 21 real images are linked under all names.
 Everything runs through the real commands, one after another. What a former call has measured is
 not measured again, and `prepare` goes on where it was stopped, unless --fresh is given. Exit
 status 1 if a count, the memory or the time to start is not as it should be.
@@ -23,20 +23,20 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from benchmarks.linked_films import NIH, link_films, original_films
+from benchmarks.linked_images import NIH, link_images, original_images
 from benchmarks.machine import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CSV = "Data_Entry_2017_v2020.csv"
 LISTS = ("train_val_list.txt", "test_list.txt", "community_val_list.txt")
-#: Films in each of NIH's twelve archives.
+#: Images in each of NIH's twelve archives.
 ARCHIVES = (4999, *[10000] * 10, 7121)
 SIZES = {"train": 75312, "val": 11212, "test": 25596}
 MOST_MEMORY_MB, LONGEST_START_S = 2000.0, 5.0
 #: How often the processes are looked at, seconds; the system keeps the peak in between.
 LOOK_EVERY_S = 0.1
 STARTS = 3
-#: Run by a fresh Python: what a command does before it can read the first film.
+#: Run by a fresh Python: what a command does before it can read the first image.
 START_UP = """
 import json, sys, time
 begin = time.perf_counter()
@@ -128,7 +128,7 @@ def peak_memory_mb(pid: int) -> float:
 
 
 def make_set(root: Path, originals: Sequence[Path]) -> None:
-    """Unpack the CSV and the lists, and link the films under all names into twelve folders."""
+    """Unpack the CSV and the lists, and link the images under all names into twelve folders."""
     root.mkdir(parents=True, exist_ok=True)
     for name in (CSV, *LISTS):
         with gzip.open(NIH / f"{name}.gz", "rb") as packed, (root / name).open("wb") as plain:
@@ -141,7 +141,7 @@ def make_set(root: Path, originals: Sequence[Path]) -> None:
         folder = root / f"images_{number:03d}" / "images"
         folder.mkdir(parents=True, exist_ok=True)
         paths += [folder / name for name in names[len(paths) : len(paths) + size]]
-    link_films(originals, paths)
+    link_images(originals, paths)
 
 
 def data_overrides(root: Path) -> List[str]:
@@ -157,13 +157,13 @@ def prepare(runs: Runs, root: Path) -> Dict[str, Any]:
     """Build the cache, or what is missing of it."""
     output, figures = runs.run("prepare", "-m", "cxr_vit", "prepare", *data_overrides(root))
     taken_up = re.search(r"going on with an interrupted cache: (\d+) of", output)
-    cached = re.search(r"cached (\d+) films .* (\d+) s\)", output)
+    cached = re.search(r"cached (\d+) images .* (\d+) s\)", output)
     decoded = int(cached.group(1)) - int(taken_up.group(1) if taken_up else 0) if cached else 0
     store = next((root / "cxr_vit_cache").glob("films_*.u8"))
     return {
         **figures,
-        "films_decoded": decoded,
-        "films_per_s": decoded / figures["seconds"],
+        "images_decoded": decoded,
+        "images_per_s": decoded / figures["seconds"],
         "store_gb": store.stat().st_size / 1e9,
     }
 
@@ -211,7 +211,7 @@ def run_folder(root: Path, workers: int) -> Path:
 
 
 def evaluate(runs: Runs, root: Path, *, workers: int) -> Dict[str, Any]:
-    """Score the test films of the first training."""
+    """Score the test images of the first training."""
     folder = run_folder(root, 0)
     out = folder / "report"
     shutil.rmtree(out, ignore_errors=True)
@@ -223,7 +223,7 @@ def evaluate(runs: Runs, root: Path, *, workers: int) -> Dict[str, Any]:
     )
     with (out / "predictions.csv").open(encoding="utf-8") as file:
         rows = sum(1 for _ in file) - 1
-    return {**figures, "rows": rows, "films_per_s": rows / figures["seconds"]}
+    return {**figures, "rows": rows, "images_per_s": rows / figures["seconds"]}
 
 
 def failures(steps: Dict[str, Dict[str, Any]]) -> List[str]:
@@ -238,7 +238,7 @@ def failures(steps: Dict[str, Dict[str, Any]]) -> List[str]:
         if figures.get("sizes", SIZES) != SIZES:
             found.append(f"{name}: the split is {figures['sizes']} and should be {SIZES}")
         if figures.get("rows", SIZES["test"]) != SIZES["test"]:
-            found.append(f"{name}: {figures['rows']} rows of {SIZES['test']} test films")
+            found.append(f"{name}: {figures['rows']} rows of {SIZES['test']} test images")
         if figures.get("data_s", 0.0) >= LONGEST_START_S:
             found.append(f"{name}: {figures['data_s']:.1f} s, {LONGEST_START_S:.0f} are allowed")
         if figures.get("step", 50) != 50:
@@ -249,7 +249,7 @@ def failures(steps: Dict[str, Dict[str, Any]]) -> List[str]:
 def print_table(steps: Dict[str, Dict[str, Any]]) -> None:
     """Print a line a step."""
     shown = {
-        "films_per_s": "{:,.0f} films/s",
+        "images_per_s": "{:,.0f} images/s",
         "store_gb": "store {:.2f} GB",
         "imports_s": "imports {:.2f} s",
         "data_s": "CSV, index, split, cache {:.2f} s",
@@ -286,7 +286,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     root: Path = arguments.root.resolve()
     out: Path = arguments.out or root / "nih_size.json"
-    make_set(root, original_films(NIH / "images"))
+    make_set(root, original_images(NIH / "images"))
     if arguments.fresh:
         shutil.rmtree(root / "cxr_vit_cache", ignore_errors=True)
     runs, workers = Runs(root / "logs"), arguments.workers

@@ -27,7 +27,7 @@ from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines import pipeline_engine
 from cxr_vit.engines.choice import build_engine
-from cxr_vit.launch import Launch
+from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 
 LEARNING_RATE = 1e-4
@@ -71,10 +71,10 @@ def sleep_in(stage: nn.Module, seconds: float) -> None:
     stage.register_forward_hook(forward)
 
 
-def make_batch(config: Config, *, reads_films: bool) -> Batch:
-    """Make the films of an update: noise, with findings by chance."""
+def make_batch(config: Config, *, reads_images: bool) -> Batch:
+    """Make the images of an update: noise, with findings by chance."""
     size = config.batch.micro_batch_size * config.batch.gradient_accumulation
-    side = config.data.image_size if reads_films else 0
+    side = config.data.image_size if reads_images else 0
     generator = torch.Generator().manual_seed(config.run.seed)
     return Batch(
         torch.randint(0, 256, (size, 1, side, side), dtype=torch.uint8, generator=generator),
@@ -87,7 +87,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
     """Make updates with a new engine; return their seconds, and each stage's memory.
 
     The memory is that of everything from the first micro-batch on: connections, buffers,
-    activations, gradients, the optimizer's state. Weights and films were there before.
+    activations, gradients, the optimizer's state. Weights and images were there before.
     """
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(len(FINDINGS), 0.5))
     with build_engine(config, model) as engine:
@@ -96,7 +96,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
             sleep_ms = arguments.stage_ms[index % len(arguments.stage_ms)]
             if sleep_ms:
                 sleep_in(engine.model.stage(index), sleep_ms / 1000)
-        batch = make_batch(config, reads_films=engine.reads_films)
+        batch = make_batch(config, reads_images=engine.reads_images)
         memory = Memory(engine.placement.device)
         engine.compile(batch)
         seconds = []

@@ -28,7 +28,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
 from safetensors.numpy import load_file
 
 from benchmarks.machine import describe_machine
-from cxr_vit.data.sample import write_sample
+from cxr_vit.synthetic.dataset import write_sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CARD, PORT = "eth0", 29500
@@ -322,7 +322,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Run, compare, write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, metavar="DIR", help="default: 400 synthetic films")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="default: 400 synthetic images")
     parser.add_argument("--kill", type=int, nargs="+", default=[3], choices=range(4))
     parser.add_argument("--cut", action="store_true", help="cut the wire as well")
     parser.add_argument("--out", type=Path, default=Path("two_hosts.json"), metavar="FILE")

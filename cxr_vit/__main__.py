@@ -10,10 +10,10 @@ from typing import Sequence
 from cxr_vit.cli import EXIT_USER_ERROR, config_parser, read_config, run
 from cxr_vit.config import BatchPlan, check, dump_config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.process_rules import describe_processes
+from cxr_vit.config.plans import StagePlan
+from cxr_vit.config.rules import describe_processes
 from cxr_vit.errors import ConfigError, did_you_mean
-from cxr_vit.model.plan import StagePlan
-from cxr_vit.planner.preflight import describe_memory, preflight
+from cxr_vit.planner.estimate import describe_memory, preflight
 
 _USAGE = """usage: python -m cxr_vit COMMAND ...
 
@@ -21,8 +21,8 @@ commands:
   sample --out DIR           write a synthetic data set in NIH's layout
   check --config FILE        validate a configuration; print it, the batch arithmetic and the stages
   plan --config FILE         predict memory and speed of a pipeline, or search for a better one
-  prepare --config FILE      decode and resize all films once, into the cache that training reads
-  data-report --config FILE  what the data are: findings, patients, splits, films left out
+  prepare --config FILE      decode and resize all images once, into the cache that training reads
+  data-report --config FILE  what the data are: findings, patients, splits, images left out
 
 python -m cxr_vit COMMAND --help says more."""
 
@@ -50,22 +50,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sample(argv: Sequence[str]) -> int:
-    from cxr_vit.data.sample import write_sample
+    from cxr_vit.synthetic.dataset import write_sample
 
     parser = argparse.ArgumentParser(
         "python -m cxr_vit sample",
-        description="Write a synthetic data set in NIH ChestX-ray14's layout: no real film.",
+        description="Write a synthetic data set in NIH ChestX-ray14's layout: no real image.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="number of films")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of a film")
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="number of images")
+    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of an image")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same data set")
     arguments = parser.parse_args(argv)
     count = write_sample(
         arguments.out, num_images=arguments.images, image_size=arguments.size, seed=arguments.seed
     )
-    print(f"{count} synthetic films in {arguments.out}; use them with data.root={arguments.out}")
+    print(f"{count} synthetic images in {arguments.out}; use them with data.root={arguments.out}")
     return 0
 
 
@@ -111,12 +111,12 @@ def _prepare(argv: Sequence[str]) -> int:
 
     parser = config_parser(
         "python -m cxr_vit prepare",
-        "Decode and resize all films of the CSV once, into the cache that training reads.",
+        "Decode and resize all images of the CSV once, into the cache that training reads.",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="check every film of the cache, by its checksum and against its file",
+        help="check every image of the cache, by its checksum and against its file",
     )
     arguments = parser.parse_intermixed_args(argv)
     data = check(load_config(*read_config(arguments))).data
@@ -126,12 +126,12 @@ def _prepare(argv: Sequence[str]) -> int:
 
 def _data_report(argv: Sequence[str]) -> int:
     from cxr_vit.data.datamodule import ChestXrayDataModule
-    from cxr_vit.evaluation.data_report import write_data_report
+    from cxr_vit.dataset_report.report import write_data_report
 
     parser = config_parser(
         "python -m cxr_vit data-report",
-        "Say what the data are, as text and as one HTML page with figures and sample films. Every"
-        " film is decoded first, into the cache if there is to be one.",
+        "Say what the data are, as text and as one HTML page with figures and sample images. Every"
+        " image is decoded first, into the cache if there is to be one.",
     )
     parser.add_argument(
         "--out",
@@ -142,7 +142,7 @@ def _data_report(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     data = check(load_config(*read_config(arguments))).data
-    # Which films are missing or of no use is what the report is for.
+    # Which images are missing or of no use is what the report is for.
     lenient = data.model_copy(update={"on_missing": "skip", "on_bad_image": "skip"})
     print(write_data_report(ChestXrayDataModule(lenient), arguments.out))
     print(f"page: {arguments.out}")

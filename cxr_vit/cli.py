@@ -13,9 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Callable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
-from cxr_vit.config.explain import help_text
+from cxr_vit.config.help import help_text
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CxrVitError
-from cxr_vit.launch import Launch
 
 __all__ = [
     "EvaluateArguments",
@@ -133,7 +133,7 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     parser.add_argument(
         "--split",
         choices=["train", "val", "test"],
-        help="default: test, or val where the split has no test films",
+        help="default: test, or val where the split has no test images",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: <run>/report")
     parser.add_argument(
@@ -168,7 +168,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     try:
         status = main(sys.argv[1:])
         if launch.is_connected:
-            from cxr_vit.engines.shared_store import leave_last
+            from cxr_vit.engines.process_group import leave_last
 
             leave_last()
     except BrokenPipeError:
@@ -184,7 +184,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 def _tell(error: Exception) -> int:
     """Print an error, if no other process has told one before; return the exit status."""
-    from cxr_vit.engines.shared_store import speaks_for_all, spoken_for_all
+    from cxr_vit.engines.process_group import speaks_for_all, spoken_for_all
 
     if not speaks_for_all():
         return EXIT_USER_ERROR

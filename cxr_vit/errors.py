@@ -52,7 +52,7 @@ class CheckpointError(CxrVitError):
 
 
 class NonFiniteLoss(CxrVitError):
-    """The loss became NaN or infinite; the message names the step and the films."""
+    """The loss became NaN or infinite; the message names the step and the images."""
 
 
 class ProcessLost(CxrVitError):

@@ -41,8 +41,8 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic data set in NIH's layout: 80 films of 32 pixels."""
-    from cxr_vit.data.sample import write_sample
+    """A synthetic data set in NIH's layout: 80 images of 32 pixels."""
+    from cxr_vit.synthetic.dataset import write_sample
 
     root = tmp_path_factory.mktemp("data") / "sample"
     write_sample(root, num_images=80, image_size=32, seed=0)

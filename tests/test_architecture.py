@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["config", "data", "model", "planner", "engines", "training", "evaluation"]
 ROOTS = ["train", "evaluate"]
 #: These import nothing of the package.
-ANYWHERE = ("cxr_vit.errors", "cxr_vit.launch")
+ANYWHERE = ("cxr_vit.errors", "cxr_vit.engines.processes")
 MAX_FILE, MAX_FUNCTION, MAX_ROOT = 350, 60, 100
 
 POPTORCH = {
-    "cxr_vit.engines.poptorch_engine",
-    "cxr_vit.engines.poptorch_graphs",
-    "cxr_vit.engines.poptorch_options",
+    "cxr_vit.engines.ipu.engine",
+    "cxr_vit.engines.ipu.graphs",
+    "cxr_vit.engines.ipu.options",
 }
 #: These need a newer torch than the IPU's.
-PIPELINING = {"cxr_vit.engines.pipeline_engine", "cxr_vit.engines.pipeline_stage"}
-DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.processes", "cxr_vit.engines.shared_store"}
+PIPELINING = {"cxr_vit.engines.pipeline_engine"}
+DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.process_group"}
 HUGGING_FACE = {"cxr_vit.model.vit"}
 
 #: Attributes of Hugging Face's ViT, in 4.x or 5.x, that nothing of ours is called.
@@ -154,7 +154,7 @@ def test_packages_import_only_from_their_left():
 @pytest.mark.parametrize(
     "text",
     [
-        "from cxr_vit.model.plan import StagePlan",
+        "from cxr_vit.config.plans import StagePlan",
         "import cxr_vit.training.trainer",
         "from cxr_vit import model",
         "from cxr_vit.cli import run",
@@ -534,7 +534,7 @@ LIGHT = [
     "cxr_vit.config",
     "cxr_vit.cli",
     "cxr_vit.__main__",
-    "cxr_vit.model.plan",
+    "cxr_vit.config.plans",
     *("cxr_vit.planner.command", "cxr_vit.planner.search", "cxr_vit.planner.figures"),
     "cxr_vit.training.schedule",
     "cxr_vit.training.run_folder",

@@ -152,10 +152,10 @@ def test_missing_config_exits_without_traceback(tmp_path):
 def test_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
     def fail(config: Config, folder: RunFolder, *, resume: bool) -> int:
         assert folder.path.is_dir()
-        raise DataError("no films")
+        raise DataError("no images")
 
     monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(DataError, match="no films"):
+    with pytest.raises(DataError, match="no images"):
         train.main([f"run.dir={tmp_path / 'run'}"])
     assert list(tmp_path.iterdir()) == []
 

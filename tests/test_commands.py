@@ -90,11 +90,11 @@ def test_tensorboard_shows_the_logs_numbers(trained):
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert [step for step, _ in shown] == [step for step, _ in logged] == [2, 4, 6]
     assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
-    pictures = {"train/films", "val/roc", "plan/timeline", "plan/memory"}
+    pictures = {"train/images", "val/roc", "plan/timeline", "plan/memory"}
     assert pictures <= set(board.Tags()["images"])
 
 
-def test_the_report_scores_every_film_of_the_split(trained, sample_root):
+def test_the_report_scores_every_image_of_the_split(trained, sample_root):
     run, _, evaluate = trained
     names = (sample_root / "test_list.txt").read_text().split()
     with (run / "report" / "predictions.csv").open(newline="") as file:
@@ -109,10 +109,10 @@ def test_the_report_scores_every_film_of_the_split(trained, sample_root):
 def test_the_checkpoint_loads_in_plain_transformers_with_the_same_scores(trained, sample_root):
     run = trained[0]
     model = ViTForImageClassification.from_pretrained(run / "checkpoints" / "best").eval()
-    films = find_images(sample_root)
+    paths = find_images(sample_root)
     with (run / "report" / "predictions.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
-    read = [torch.from_numpy(read_gray(films[row["image"]], 32)) for row in written]
+    read = [torch.from_numpy(read_gray(paths[row["image"]], 32)) for row in written]
     images = torch.stack(read).unsqueeze(1).float()
     with torch.no_grad():
         logits = model(((images / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1)).logits
@@ -242,7 +242,7 @@ def test_bad_data_leaves_no_run_folder_behind(repository, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_film_is_an_error_until_told_to_skip(repository, sample_root, tmp_path):
+def test_a_missing_image_is_an_error_until_told_to_skip(repository, sample_root, tmp_path):
 
     root = tmp_path / "data"
     shutil.copytree(str(sample_root), str(root), ignore=shutil.ignore_patterns("cxr_vit_cache"))
@@ -258,7 +258,9 @@ def test_a_missing_film_is_an_error_until_told_to_skip(repository, sample_root, 
     assert "3 of 80 images are missing" in skipped.stderr
 
 
-def test_training_films_are_varied_and_validation_films_are_not(sample_root, tmp_path, monkeypatch):
+def test_training_images_are_varied_and_validation_images_are_not(
+    sample_root, tmp_path, monkeypatch
+):
     import train
     from cxr_vit.training.trainer import Trainer
 

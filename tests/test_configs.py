@@ -6,7 +6,7 @@ import pytest
 
 from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.config.architectures import SIZES
-from cxr_vit.config.process_rules import check_processes
+from cxr_vit.config.rules import check_processes
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
@@ -89,7 +89,7 @@ def test_pod4_is_the_tutorials_recipe(pod4, key, value):
     assert pod4.model_dump()[section][name] == value
 
 
-def test_pod4_updates_on_128_films(pod4):
+def test_pod4_updates_on_128_images(pod4):
     assert BatchPlan.from_section(pod4.batch).global_batch_size == 128
 
 

@@ -1,8 +1,8 @@
 """Configuration: YAML files and overrides, validated. Imports no torch."""
 
-from cxr_vit.config.batching import BatchPlan
-from cxr_vit.config.checks import check
 from cxr_vit.config.loader import dump_config, load_config
+from cxr_vit.config.plans import BatchPlan
+from cxr_vit.config.rules import check
 from cxr_vit.config.schema import Config
 
 __all__ = ["BatchPlan", "Config", "check", "dump_config", "load_config"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Callable, List, Optional, Tuple
 
-from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError
 

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 import yaml
 from pydantic import ValidationError
 
-from cxr_vit.config.explain import explain
+from cxr_vit.config.help import explain
 from cxr_vit.config.schema import SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
 

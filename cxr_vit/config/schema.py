@@ -1,19 +1,272 @@
-"""The sections of a configuration: every field's type, range and meaning.
+"""Section: the base of a configuration's sections, and the types their fields share.
 
-`--help`, the checks and the error messages are all made from this one description. Types are read
-at run time, also by Python 3.8: `Optional[int]`, not `int | None`. Imports no torch.
+Imports no torch.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Tuple, Type, Union
+import os
+import re
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
 
-from pydantic import Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Annotated, Literal
 
-from cxr_vit.config.augment_schema import AugmentSection
-from cxr_vit.config.device_schema import EngineSection, PipelineSection
-from cxr_vit.config.section import PathText, Section
+from cxr_vit.config.popart_options import typed_options
 
-__all__ = ["SECTIONS", "Config", "Section"]
+__all__ = [
+    "SECTIONS",
+    "AugmentSection",
+    "Config",
+    "EngineSection",
+    "PathText",
+    "PipelineSection",
+    "Section",
+    "Words",
+]
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class Words:
+    """Says what a field takes where its type does not: `Annotated[type, Words("...")]`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _expand(text: str) -> str:
+    """Replace `${VARIABLE:-default}` and a leading `~`; an unset variable needs a default."""
+
+    def value(match: "re.Match[str]") -> str:
+        name, default = match.groups()
+        # As in a shell, `:-` also covers a variable that is set but empty.
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(
+                f"environment variable {name} is not set; set it or write ${{{name}:-default}}"
+            )
+        return found
+
+    return os.path.expanduser(_VARIABLE.sub(value, text))
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, immutable, finite numbers only."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
+    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
+
+    #: Keys that mean something only beside another: a later layer that gives the other resets them.
+    belongs_to: ClassVar[Dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each_pair(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for first, second in cls.exclusive:
+            given = [key for key in (first, second) if data.get(key) is not None]
+            if len(given) == 2:
+                raise ValueError(f"give '{first}' or '{second}', not both")
+            if given == [second]:
+                data[first] = None
+            elif first in data and not given:
+                del data[first]  # `epochs: null` beside no `steps` means the default
+        return data
+
+
+class AugmentSection(Section):
+    """How training images are varied: each range is drawn from evenly, and 0 is off."""
+
+    rotation: float = Field(0.0, ge=0, le=45, description="up to so many degrees either way")
+    shift: float = Field(
+        0.0, ge=0, le=0.5, description="up to this part of the side, either way, along each axis"
+    )
+    scale: float = Field(
+        0.0, ge=0, le=0.5, description="larger or smaller by up to this part, e.g. 0.1"
+    )
+    crop: float = Field(
+        1.0,
+        ge=0.5,
+        le=1,
+        description="random resized crop: the least part of the image's area that stays (1: off);"
+        " less than half would cut the lungs",
+    )
+    crop_ratio: float = Field(
+        1.1, ge=1, le=1.5, description="a crop is at most so many times wider than high, or higher"
+    )
+    brightness: float = Field(
+        0.0, ge=0, le=0.5, description="gray levels times 1 plus or minus up to this"
+    )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="distance from the image's mean times 1 plus or minus up to this",
+    )
+    gamma: float = Field(
+        0.0, ge=0, le=0.5, description="gray levels to the power of 1 plus or minus up to this"
+    )
+    horizontal_flip: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a mirrored image; it puts the heart on the other side",
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Whether images are rotated, shifted, scaled, cropped or flipped."""
+        return self.shows_beyond or self.crop < 1 or self.horizontal_flip > 0
+
+    @property
+    def shows_beyond(self) -> bool:
+        """Whether what lies beyond an image's border may come into view."""
+        return self.rotation > 0 or self.shift > 0 or self.scale > 0
+
+    @property
+    def recolours(self) -> bool:
+        """Whether gray levels change."""
+        return self.brightness > 0 or self.contrast > 0 or self.gamma > 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is varied."""
+        return self.moves or self.recolours
+
+
+LayerCounts = List[Annotated[int, Field(ge=0)]]
+
+Proportion = Annotated[float, Field(gt=0, le=1)]
+
+#: What is kept of a stage's forward pass for its backward pass.
+RecomputeWord = Literal["every_layer", "stage_inputs"]
+
+RecomputeChoice = Union[RecomputeWord, List[Annotated[int, Field(ge=0)]]]
+
+RecomputeText = Words(
+    "every_layer, stage_inputs, or a list with an item a stage: one of these words, or a list of"
+    " layers, integers >= 0"
+)
+
+
+class PipelineSection(Section):
+    """How the layers are cut into stages."""
+
+    layers_per_stage: LayerCounts = Field(
+        [3, 3, 3, 3],
+        min_length=1,
+        description="encoder layers of each stage; embedding on the first, head on the last",
+    )
+    eval_layers_per_stage: Optional[LayerCounts] = Field(
+        None, min_length=1, description="the cut in evaluation; null: as in training (IPU)"
+    )
+    execution: Literal["pipelined", "sharded"] = Field(
+        "pipelined",
+        description="training: stages at work on different micro-batches, or one after another"
+        " (IPU)",
+    )
+    eval_execution: Literal["pipelined", "sharded"] = Field(
+        "pipelined", description="the same in evaluation (IPU)"
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = Field(
+        "1f1b",
+        description="the order of the stages' work in training: all forward passes before all"
+        " backward passes, one forward and one backward in turn (which holds fewer activations),"
+        " or that with several stages in each process (pipeline engine)",
+    )
+    recompute: Annotated[Union[RecomputeWord, List[RecomputeChoice]], RecomputeText] = Field(
+        "every_layer",
+        description="pipelined: layers whose output is kept for the backward pass, the rest is"
+        " computed again from there; a stage's inputs are always kept (IPU)",
+    )
+    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = Field(
+        None,
+        description="part of an IPU's memory that one matrix product may take for its working"
+        " data, or one number a stage; null: PopLibs' own (IPU)",
+    )
+
+
+class EngineSection(Section):
+    """What computes, and in which arithmetic."""
+
+    name: Literal["auto", "poptorch", "torch", "pipeline"] = Field(
+        "auto",
+        description="the back end: IPUs; one torch device (a process under torchrun); a stage a"
+        " process under torchrun; auto: IPUs where they answer, else a GPU, else the CPU",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="the device of the torch and pipeline engines"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="arithmetic of the forward pass; auto: bf16 where the processor has it,"
+        " else fp32 (fp16 on older GPUs and on IPUs)",
+    )
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        description="under torchrun: a process that waits longer for another ends the run, seconds",
+    )
+    weights: Literal["fp32", "fp16"] = Field(
+        "fp32", description="dtype the weights are held and updated in (IPU)"
+    )
+    partials: Literal["fp32", "fp16"] = Field(
+        "fp16", description="dtype of partial sums; fp32 arithmetic always has fp32 ones (IPU)"
+    )
+    stochastic_rounding: bool = Field(
+        True, description="round fp16 up or down by chance in training, never in evaluation (IPU)"
+    )
+    floating_point_exceptions: bool = Field(
+        False, description="stop at the first NaN or overflow on the device (IPU)"
+    )
+    optimizer_state_on_chip: bool = Field(
+        True, description="hold the moments in the IPU's own memory, not in Streaming Memory (IPU)"
+    )
+    replicated_tensor_sharding: bool = Field(
+        False, description="each replica holds its share of the moments only (IPU)"
+    )
+    loader_mode: Literal["sync", "async", "async_rebatched"] = Field(
+        "sync",
+        description="where host batches of training are put together: in the main process, ahead"
+        " of time in another one, or there from smaller pieces (IPU)",
+    )
+    prefetch_depth: int = Field(
+        1, ge=1, description="host batches streamed to the device ahead of need (IPU)"
+    )
+    executable_cache: Optional[PathText] = Field(
+        "${POPTORCH_CACHE_DIR:-exe_cache}",
+        validate_default=True,
+        description="folder of compiled graphs, a subfolder a configuration; null: none (IPU)",
+    )
+    ipu_version: Literal["mk2", "c600"] = Field(
+        "mk2", description="the IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
+    )
+    profile_dir: Optional[PathText] = Field(
+        None, description="write PopVision's reports there (IPU)"
+    )
+    log_cycles: bool = Field(
+        False, description="count the device's clock cycles: perf/ipu_cycles (IPU)"
+    )
+    synthetic_data: bool = Field(
+        False,
+        description="the device makes up its own input, to time it without the host: losses and"
+        " scores then mean nothing (IPU)",
+    )
+    popart_options: Annotated[
+        Dict[str, Any],
+        AfterValidator(typed_options),
+        Words("PopART session options, name: value"),
+    ] = Field(default={}, description="set last, over what the keys above set (IPU)")
+
 
 #: Sides of the square the model sees, pixels.
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
@@ -31,7 +284,7 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """Where the films and labels are, how they are split and at what size they are read."""
+    """Where the images and labels are, how they are split and at what size they are read."""
 
     belongs_to: ClassVar[Dict[str, str]] = dict.fromkeys(
         (
@@ -72,12 +325,12 @@ class DataSection(Section):
     )
     train_list: Optional[PathText] = Field(
         None,
-        description="the official split's training list (with or without the validation films),"
+        description="the official split's training list (with or without the validation images),"
         " where it is not in the root under one of its names",
     )
     val_list: Optional[PathText] = Field(
         None,
-        description="names of the validation films; null: val_list.txt (or val_list_NIH.txt,"
+        description="names of the validation images; null: val_list.txt (or val_list_NIH.txt,"
         " community_val_list.txt) of the root, else drawn out of the training list by patient",
     )
     test_list: Optional[PathText] = Field(None, description="the official split's test list")
@@ -86,10 +339,10 @@ class DataSection(Section):
         0.05,
         gt=0,
         lt=1,
-        description="part of the films for validation (official: of its training list)",
+        description="part of the images for validation (official: of its training list)",
     )
     test_fraction: float = Field(
-        0.2, ge=0, lt=1, description="part of the films for testing (patient and random splits)"
+        0.2, ge=0, lt=1, description="part of the images for testing (patient and random splits)"
     )
     image_size: int = Field(
         224,
@@ -105,18 +358,18 @@ class DataSection(Section):
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error",
-        description="what to do about films that are damaged or not what they should be: list them"
+        description="what to do about images that are damaged or not what they should be: list them"
         " and stop, or leave them out and write skipped.csv",
     )
     max_megapixels: int = Field(
         64,
         ge=1,
         le=178,
-        description="films of more pixels are refused unread (a file of a few kB can hold them)",
+        description="images of more pixels are refused unread (a file of a few kB can hold them)",
     )
     cache: Literal["auto", "require", "off"] = Field(
         "auto",
-        description="keep the films, decoded and resized, in one file: build it on first use,"
+        description="keep the images, decoded and resized, in one file: build it on first use,"
         " insist on a finished one, or decode in every epoch (and all once at each start, to see"
         " that they can be)",
     )
@@ -124,7 +377,7 @@ class DataSection(Section):
         None, description="folder of the cache; null: <data.root>/cxr_vit_cache"
     )
     cache_workers: Optional[int] = Field(
-        None, ge=1, le=256, description="processes that decode films for it; null: one a core"
+        None, ge=1, le=256, description="processes that decode images for it; null: one a core"
     )
     num_workers: int = Field(
         0, ge=0, le=128, description="loader processes; 0 reads in the main one"
@@ -132,7 +385,7 @@ class DataSection(Section):
     sample_images: Optional[int] = Field(
         None,
         ge=20,
-        description="if the root does not exist, write a synthetic data set of so many films there;"
+        description="if the root does not exist, write a synthetic data set of so many images there;"
         " holds for the root it was given with",
     )
 

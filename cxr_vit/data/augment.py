@@ -1,8 +1,8 @@
-"""Augmentation of whole batches of 8-bit films.
+"""Augmentation of whole batches of 8-bit images.
 
-All that moves pixels is one affine map a film, and all that changes gray levels one table of 256
+All that moves pixels is one affine map an image, and all that changes gray levels one table of 256
 entries, so the cost does not grow with what is switched on. Both are pure functions of (seed,
-epoch, row): any number of loader processes, and a resumed run, give the same films. Imports no
+epoch, row): any number of loader processes, and a resumed run, give the same images. Imports no
 torch; OpenCV only where something is switched on.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cxr_vit.config.augment_schema import AugmentSection
+from cxr_vit.config.schema import AugmentSection
 
 __all__ = ["Augmentation"]
 
-#: What is drawn for a film, each evenly from [0, 1).
+#: What is drawn for an image, each evenly from [0, 1).
 _DRAWN = (
     "rotation",
     "shift_x",
@@ -37,7 +37,7 @@ _STREAM = 0xA0
 
 
 class Augmentation:
-    """Varies films in place.
+    """Varies images in place.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Augmentation:
     num_samples
         Size of the training split.
     image_size
-        Side of a film, pixels.
+        Side of an image, pixels.
     seed
         The run's seed.
     """
@@ -60,35 +60,35 @@ class Augmentation:
         self.seed = seed
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
-    def __call__(self, films: np.ndarray, draws: np.ndarray) -> None:
+    def __call__(self, images: np.ndarray, draws: np.ndarray) -> None:
         """Vary a batch.
 
         Parameters
         ----------
-        films
+        images
             uint8 ``[n, H, W]``, changed in place.
         draws
-            int64 ``[n]``, which film in which epoch each is (see `sampler`).
+            int64 ``[n]``, which image in which epoch each is (see `sampler`).
         """
         cv2 = _opencv()
         numbers = self._numbers(draws)
         section = self.section
-        # Made first: contrast is about the mean of the film as it is.
-        tables = self.tables(numbers, films) if section.recolours else None
+        # Made first: contrast is about the mean of the image as it is.
+        tables = self.tables(numbers, images) if section.recolours else None
         if section.moves:
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             # What comes into view is black; the edge of a crop is not mixed with it.
             border = cv2.BORDER_CONSTANT if section.shows_beyond else cv2.BORDER_REPLICATE
-            for film, matrix in zip(films, self.matrices(numbers)):
-                film[...] = cv2.warpAffine(
-                    film, matrix, film.shape[::-1], flags=flags, borderMode=border
+            for image, matrix in zip(images, self.matrices(numbers)):
+                image[...] = cv2.warpAffine(
+                    image, matrix, image.shape[::-1], flags=flags, borderMode=border
                 )
         if tables is not None:
-            for film, table in zip(films, tables):
-                cv2.LUT(film, table, dst=film)
+            for image, table in zip(images, tables):
+                cv2.LUT(image, table, dst=image)
 
     def _numbers(self, draws: np.ndarray) -> np.ndarray:
-        """Return what was drawn for each film, float32 ``[n, len(_DRAWN)]`` of 0..1."""
+        """Return what was drawn for each image, float32 ``[n, len(_DRAWN)]`` of 0..1."""
         epochs, rows = np.divmod(draws, self.num_samples)
         numbers = np.empty((len(draws), len(_DRAWN)), dtype=np.float32)
         for epoch in np.unique(epochs):
@@ -105,7 +105,7 @@ class Augmentation:
         return self._epochs[epoch]
 
     def matrices(self, numbers: np.ndarray) -> np.ndarray:
-        """Return where each pixel of the varied film comes from.
+        """Return where each pixel of the varied image comes from.
 
         Parameters
         ----------
@@ -115,7 +115,7 @@ class Augmentation:
         Returns
         -------
         numpy.ndarray
-            float64 ``[n, 2, 3]``: pixel of the varied film -> pixel of the film, (x, y).
+            float64 ``[n, 2, 3]``: pixel of the varied image -> pixel of the image, (x, y).
         """
         section = self.section
         drawn = dict(zip(_DRAWN, numbers.T.astype(np.float64)))
@@ -124,7 +124,7 @@ class Augmentation:
         shift = section.shift * _either_way(np.stack([drawn["shift_x"], drawn["shift_y"]]))
         width, height, left, top = self._crops(drawn)
         flip = np.where(drawn["flip"] < section.horizontal_flip, -1.0, 1.0)
-        # Backwards, about the film's middle, in parts of its side: flip, crop, then undo the
+        # Backwards, about the image's middle, in parts of its side: flip, crop, then undo the
         # shift, the zoom and the rotation.
         cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
         x, y = left - shift[0], top - shift[1]
@@ -135,10 +135,10 @@ class Augmentation:
         return np.concatenate([linear, (offset + middle - linear @ middle)[..., None]], -1)
 
     def _crops(self, drawn: Any) -> Any:
-        """Return width, height and the middle (x, y) of the crops, parts of the film's side."""
+        """Return width, height and the middle (x, y) of the crops, parts of the image's side."""
         area = 1 - (1 - self.section.crop) * drawn["crop_area"]
         ratio = self.section.crop_ratio ** (_either_way(drawn["crop_ratio"]) / 2)
-        # No wider than the film: the least area is kept then by as much more height.
+        # No wider than the image: the least area is kept then by as much more height.
         ratio = np.clip(ratio, np.sqrt(area), 1 / np.sqrt(area))
         width, height = np.sqrt(area) * ratio, np.sqrt(area) / ratio
         left, top = (
@@ -147,15 +147,15 @@ class Augmentation:
         )
         return width, height, left, top
 
-    def tables(self, numbers: np.ndarray, films: np.ndarray) -> np.ndarray:
-        """Return the new gray level of each gray level, a film a row.
+    def tables(self, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Return the new gray level of each gray level, an image a row.
 
         Parameters
         ----------
         numbers
             float32 ``[n, 12]`` of 0..1.
-        films
-            uint8 ``[n, H, W]``: contrast changes about a film's mean.
+        images
+            uint8 ``[n, H, W]``: contrast changes about an image's mean.
 
         Returns
         -------
@@ -167,7 +167,7 @@ class Augmentation:
         brightness = 1 + section.brightness * _either_way(columns["brightness"])
         contrast = 1 + section.contrast * _either_way(columns["contrast"])
         gamma = 1 + section.gamma * _either_way(columns["gamma"])
-        mean = brightness * films.mean(axis=(1, 2), dtype=np.float32)[:, None] / 255
+        mean = brightness * images.mean(axis=(1, 2), dtype=np.float32)[:, None] / 255
         levels = brightness * np.linspace(0, 1, 256, dtype=np.float32)
         levels = np.clip(mean + contrast * (levels - mean), 0, 1) ** gamma
         return np.round(255 * levels).astype(np.uint8)

@@ -13,25 +13,23 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 import numpy as np
 import pandas as pd
 
-from cxr_vit.config.augment_schema import AugmentSection
-from cxr_vit.config.schema import DataSection
-from cxr_vit.data.annotations import find_boxes, find_relabels
+from cxr_vit.config.schema import AugmentSection, DataSection
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.data.film_source import (
-    FilmSource,
+from cxr_vit.data.image_source import (
+    ImageSource,
     Once,
     images_folder,
     just_call,
-    open_film_source,
+    open_image_source,
     store_paths,
     verify,
 )
 from cxr_vit.data.labels import label_names
-from cxr_vit.data.records import Records, find_csv, read_records
-from cxr_vit.data.sample import write_sample
+from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_records
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError
+from cxr_vit.synthetic.dataset import write_sample
 
 __all__ = ["ChestXrayDataModule", "prepare", "verify_cache"]
 
@@ -48,7 +46,7 @@ class ChestXrayDataModule:
     data
         The `data` section of the configuration.
     may_write_sample
-        Whether a root that does not exist may be filled with synthetic films
+        Whether a root that does not exist may be filled with synthetic images
         (`data.sample_images`); not when scoring, where it would hide a wrong path.
     once
         Lets one process of several do what all would do alike.
@@ -75,7 +73,7 @@ class ChestXrayDataModule:
             relabels=find_relabels(root, data.relabels),
         )
         splits = make_splits(everything, root, data)
-        self._source = open_film_source(data, everything.table["image"].tolist(), once=once)
+        self._source = open_image_source(data, everything.table["image"].tolist(), once=once)
         _refuse_unusable(self._source, data, total=len(everything))
         self.skipped: pd.DataFrame = _unusable(self._source)
         usable = ~everything.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
@@ -85,25 +83,25 @@ class ChestXrayDataModule:
     def dataset(
         self, split: str, *, augment: Optional[AugmentSection] = None, seed: int = 0
     ) -> ChestXrayDataset:
-        """Return the films of a split.
+        """Return the images of a split.
 
         Parameters
         ----------
         split
             ``"train"``, ``"val"`` or ``"test"``.
         augment, seed
-            How films are varied, and the run's seed; None: not at all.
+            How images are varied, and the run's seed; None: not at all.
 
         Raises
         ------
         DataError
-            If that split has no films.
+            If that split has no images.
         """
         rows = getattr(self.splits, split)
         if len(rows) == 0:
             others = [name for name in SPLIT_NAMES if len(getattr(self.splits, name))]
             raise DataError(
-                f"the {self.splits.kind} split has no {split} films. It has: {', '.join(others)}."
+                f"the {self.splits.kind} split has no {split} images. It has: {', '.join(others)}."
             )
         records = self.records.take(rows)
         augmentation = None
@@ -111,13 +109,13 @@ class ChestXrayDataModule:
             augmentation = Augmentation(
                 augment, num_samples=len(records), image_size=self.data.image_size, seed=seed
             )
-        films = self._source.films.select(records.table["image"].tolist())
-        return ChestXrayDataset(records, films, augmentation=augmentation)
+        images = self._source.images.select(records.table["image"].tolist())
+        return ChestXrayDataset(records, images, augmentation=augmentation)
 
     def prevalence(self) -> np.ndarray:
-        """Return the part of the training films with each label, float64 ``[C]``, never 0 or 1.
+        """Return the part of the training images with each label, float64 ``[C]``, never 0 or 1.
 
-        Half a film is added to either side, so that a label without a positive has finite odds.
+        Half an image is added to either side, so that a label without a positive has finite odds.
         """
         labels = self.records.labels[self.splits.train]
         positives = labels.sum(axis=0, dtype=np.int64)
@@ -150,7 +148,7 @@ class ChestXrayDataModule:
                 facts[fact],
             )
         if "split_sha256" in changed:
-            logger.warning("with another split, films that were trained on may be scored")
+            logger.warning("with another split, images that were trained on may be scored")
         return changed
 
     def default_split(self) -> str:
@@ -158,18 +156,18 @@ class ChestXrayDataModule:
         return "test" if len(self.splits.test) else "val"
 
     def describe(self) -> str:
-        """Say in two lines what the data are and where the films come from."""
+        """Say in two lines what the data are and where the images come from."""
         return (
-            f"{len(self.records)} films of {self.records.table['patient'].nunique()} patients from"
+            f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
             f" {self.csv}, {describe_splits(self.splits)}\n"
-            f"films at {self.data.image_size} x {self.data.image_size} from {self._source.place}"
+            f"images at {self.data.image_size} x {self.data.image_size} from {self._source.place}"
         )
 
 
 def prepare(data: DataSection) -> str:
     """Build the cache of a configuration, or bring it up to date, and say what it holds.
 
-    Films of no use are written to `skipped.csv` beside it.
+    Images of no use are written to `skipped.csv` beside it.
 
     Raises
     ------
@@ -177,42 +175,42 @@ def prepare(data: DataSection) -> str:
         If the data are not what they should be, as when training: the cache is whole even then.
     """
     _write_sample_if_absent(data)
-    csv, names = _films_of_csv(data)
-    source = open_film_source(data, names, renew=True)
+    csv, names = _images_of_csv(data)
+    source = open_image_source(data, names, renew=True)
     skipped = _unusable(source)
     listed = store_paths(data).pixels.with_name("skipped.csv")
     listed.unlink(missing_ok=True)
     if len(skipped) and listed.parent.is_dir():
         skipped.to_csv(listed, index=False)
     _refuse_unusable(source, data, total=len(names))
-    return f"{len(names) - len(skipped)} of {len(names)} films of {csv} are in {source.place}"
+    return f"{len(names) - len(skipped)} of {len(names)} images of {csv} are in {source.place}"
 
 
 def verify_cache(data: DataSection) -> str:
-    """Check every film of a configuration's cache and say that all is well.
+    """Check every image of a configuration's cache and say that all is well.
 
     Raises
     ------
     DataError
-        If there is no cache that fits, or films of it are not what they should be.
+        If there is no cache that fits, or images of it are not what they should be.
     """
-    _, names = _films_of_csv(data)
+    _, names = _images_of_csv(data)
     verified = verify(data, names)
     where = store_paths(data)
     if verified.wrong:
         raise DataError(
-            f"{len(verified.wrong)} films of the cache {where.pixels} are wrong:\n"
+            f"{len(verified.wrong)} images of the cache {where.pixels} are wrong:\n"
             f"{_first_ten(verified.wrong)}\n"
             f"Remove {where.index} and run: python -m cxr_vit prepare --config <file>"
         )
-    text = f"{where.pixels}: every film has its checksum; {verified.compared} are what their files"
+    text = f"{where.pixels}: every image has its checksum; {verified.compared} are what their files"
     text += " hold"
     if verified.without_file:
         text += f", {verified.without_file} have no file here to compare with"
     return text
 
 
-def _films_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
+def _images_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
     csv = find_csv(Path(data.root), data.csv)
     return csv, read_records(csv, include_no_finding=False).table["image"].tolist()
 
@@ -241,7 +239,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _write_sample(root: Path, count: int) -> None:
     logger.warning(
-        "data.root=%s does not exist: writing a synthetic data set there (%d films, none of"
+        "data.root=%s does not exist: writing a synthetic data set there (%d images, none of"
         " them real; data.sample_images)",
         root,
         count,
@@ -249,13 +247,13 @@ def _write_sample(root: Path, count: int) -> None:
     write_sample(root, num_images=count)
 
 
-def _unusable(source: FilmSource) -> pd.DataFrame:
-    """Return the films that cannot be used, columns `image` and `reason`."""
+def _unusable(source: ImageSource) -> pd.DataFrame:
+    """Return the images that cannot be used, columns `image` and `reason`."""
     reasons = {**dict.fromkeys(source.missing, _MISSING), **source.bad}
     return pd.DataFrame({"image": list(reasons), "reason": list(reasons.values())}, dtype=object)
 
 
-def _refuse_unusable(source: FilmSource, data: DataSection, *, total: int) -> None:
+def _refuse_unusable(source: ImageSource, data: DataSection, *, total: int) -> None:
     """Raise DataError unless the configuration says to go on without them; warn then."""
     images = images_folder(data)
     missing, bad = dict.fromkeys(source.missing, _MISSING), source.bad

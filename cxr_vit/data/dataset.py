@@ -1,4 +1,4 @@
-"""ChestXrayDataset: the films of a split and their labels, a batch at a time."""
+"""ChestXrayDataset: the images of a split and their labels, a batch at a time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.films import Films, NoFilms
-from cxr_vit.data.records import Records
+from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING
+from cxr_vit.data.store import EmptyReader, ImageReader
 
 __all__ = ["Batch", "ChestXrayDataset", "Sample", "collate"]
 
 
 class Sample(NamedTuple):
-    """One film: uint8 ``[1, H, W]``, float32 ``[C]`` of 0 and 1, and its row in the split."""
+    """One image: uint8 ``[1, H, W]``, float32 ``[C]`` of 0 and 1, and its row in the split."""
 
     image: Tensor
     labels: Tensor
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def zeros(cls, size: int, *, image_size: int, num_classes: int) -> Batch:
-        """Make a batch of black films without findings, all padding."""
+        """Make a batch of black images without findings, all padding."""
         return cls(
             torch.zeros(size, 1, image_size, image_size, dtype=torch.uint8),
             torch.zeros(size, num_classes),
@@ -57,39 +57,39 @@ class Batch(NamedTuple):
 
 
 class ChestXrayDataset(Dataset[Sample]):
-    """The films of one split.
+    """The images of one split.
 
     It is asked for draws: the row of draw d is ``d % len(self)``, its epoch ``d // len(self)``.
-    A row is the draw of epoch 0. Draws of `PADDING` at the end of a batch are black films of that
+    A row is the draw of epoch 0. Draws of `PADDING` at the end of a batch are black images of that
     index: a device compiled for one shape needs full batches, and a score must neither drop nor
-    repeat a film.
+    repeat an image.
 
     Parameters
     ----------
     records
         The split's records.
-    films
+    images
         Their pixels, in the same order.
     augmentation
-        Varies the films of a batch in place, by draw; None leaves them as they are.
+        Varies the images of a batch in place, by draw; None leaves them as they are.
     """
 
     def __init__(
-        self, records: Records, films: Films, *, augmentation: Optional[Augmentation] = None
+        self, records: Records, images: ImageReader, *, augmentation: Optional[Augmentation] = None
     ) -> None:
         self.records = records
         self.augmentation = augmentation
-        self._films = films
+        self._images = images
         self._labels = torch.from_numpy(records.labels.astype(np.float32))
 
     @property
     def image_size(self) -> int:
-        """Side of a film, pixels."""
-        return self._films.image_size
+        """Side of an image, pixels."""
+        return self._images.image_size
 
     @property
     def image_names(self) -> List[str]:
-        """File names of the films, by row."""
+        """File names of the images, by row."""
         names: List[str] = self.records.table["image"].tolist()
         return names
 
@@ -101,8 +101,8 @@ class ChestXrayDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def films(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
-        """Return films as they are stored, never augmented.
+    def images(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
+        """Return images as they are stored, never augmented.
 
         Parameters
         ----------
@@ -115,16 +115,16 @@ class ChestXrayDataset(Dataset[Sample]):
             uint8 ``[n, H, W]``.
         """
         size = self.image_size
-        films = np.empty((len(rows), size, size), dtype=np.uint8)
-        self._films.read(np.asarray(rows, dtype=np.int64), films)
-        return films
+        images = np.empty((len(rows), size, size), dtype=np.uint8)
+        self._images.read(np.asarray(rows, dtype=np.int64), images)
+        return images
 
-    def without_films(self) -> ChestXrayDataset:
-        """Return the same rows and labels with films of no pixels, ``[n, 1, 0, 0]``.
+    def without_images(self) -> ChestXrayDataset:
+        """Return the same rows and labels with images of no pixels, ``[n, 1, 0, 0]``.
 
         For a process that computes without them: nothing is read.
         """
-        return ChestXrayDataset(self.records, NoFilms(len(self)))
+        return ChestXrayDataset(self.records, EmptyReader(len(self)))
 
     def __getitem__(self, draw: int) -> Sample:
         images, labels, indices = self.__getitems__([draw])
@@ -137,7 +137,7 @@ class ChestXrayDataset(Dataset[Sample]):
         assert (numbers[count:] == PADDING).all(), "padding ends a batch"
         numbers = numbers[:count]
         rows = numbers % len(self)
-        images = self.films(rows)
+        images = self.images(rows)
         if self.augmentation is not None:
             self.augmentation(images, numbers)
         indices = torch.from_numpy(rows)

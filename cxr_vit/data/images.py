@@ -1,9 +1,6 @@
-"""A file -> uint8 gray pixels, safely. Imports no torch.
+"""What Pillow leaves unchecked in a PNG: most checksums, and whether all rows are there.
 
-Pillow says what a file is and has the last word on whether it is sound. NIH's films are 8-bit gray
-PNGs, and for those kornia-rs (Rust's `png` decoder) gives the same pixels in 0.4 of the time.
-Resizing happens on the gray image, before the copy to three
-channels (which the model makes on the device): half the work, and one channel to move.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,37 +8,115 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
-from typing import Container, Dict, List, Optional, Set, Tuple, Union
+from typing import Container, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 import kornia_rs
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cxr_vit.data.png_check import SIGNATURE, PngChunks, has_all_rows, read_chunks
 from cxr_vit.errors import DataError
 
-__all__ = ["MAX_MEGAPIXELS", "RESIZE_FILTER", "find_images", "gray_or_reason", "read_gray"]
+__all__ = [
+    "MAX_MEGAPIXELS",
+    "RESIZE_FILTER",
+    "SIGNATURE",
+    "PngChunks",
+    "find_images",
+    "gray_or_reason",
+    "has_all_rows",
+    "read_chunks",
+    "read_gray",
+]
+
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+
+# Adam7: first column and row, and the steps between columns and rows.
+_PASSES = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
+    (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+
+
+class PngChunks(NamedTuple):
+    """The kinds of chunks in a PNG, and what its pixels are packed in."""
+
+    kinds: Set[bytes]
+    header: bytes
+    packed: List[memoryview]
+
+
+def read_chunks(data: bytes) -> PngChunks:
+    """Walk a PNG to its end and check every checksum.
+
+    Raises
+    ------
+    ValueError
+        What is wrong, in words.
+    """
+    view, at = memoryview(data), len(SIGNATURE)
+    chunks = PngChunks(set(), data[16:29], [])
+    while b"IEND" not in chunks.kinds:
+        if at + 12 > len(data):
+            raise ValueError("it ends too early")
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = view[at + 4 : at + 8 + length]
+        if at + 12 + length > len(data):
+            raise ValueError("it ends too early")
+        if zlib.crc32(body) != struct.unpack_from(">I", data, at + 8 + length)[0]:
+            raise ValueError("a checksum is wrong")
+        chunks.kinds.add(kind)
+        if kind == b"IDAT":
+            chunks.packed.append(body[4:])
+        at += 12 + length
+    if data[12:16] != b"IHDR" or len(chunks.header) != 13:
+        raise ValueError("it does not begin with a header")
+    return chunks
+
+
+def has_all_rows(chunks: PngChunks) -> bool:
+    """Whether as many bytes are packed as the header promises: Pillow leaves other rows black."""
+    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks.header)
+    promised = 0
+    for left, top, right, down in _PASSES if is_interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            promised += rows * (1 + -(-columns * bits * _CHANNELS[colour] // 8))
+    return len(zlib.decompressobj().decompress(b"".join(chunks.packed), promised)) == promised
+
 
 #: Only these decoders are ever tried, whatever the file's name or content.
 FORMATS = ("PNG", "JPEG")
-#: How films get their size; a cache holds it beside the pixels.
+
+#: How images get their size; a cache holds it beside the pixels.
 RESIZE_FILTER = "bilinear, antialiased (Pillow)"
+
 MAX_MEGAPIXELS = 64
+
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+
 #: What lies in place of an image after a download that went wrong, by how it begins.
 _LOOK_ALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image. Run: git lfs pull"),
     (b"<", "a page of HTML or XML, not the image (a login or error page?). Fetch it again."),
 )
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 #: Chunks that change nothing about how pixels are shown here: no orientation, no transparency.
 _PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND tIME pHYs gAMA sRGB cHRM iCCP sBIT bKGD hIST sPLT".split()
 )
+
 # Of PNG's header: bit depth and colour type lie at these bytes.
 _PNG_FORMAT = slice(24, 26)
+
 _GRAY_8, _RGB_16 = b"\x08\x00", b"\x10\x02"
 
 
@@ -94,13 +169,13 @@ def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str
 def read_gray(
     path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> np.ndarray:
-    """Read one film as 8-bit gray, resized to a square with an antialiased bilinear filter.
+    """Read one image as 8-bit gray, resized to a square with an antialiased bilinear filter.
 
     Parameters
     ----------
     path
         A PNG or JPEG, gray or colour, of 8 or 16 bits. An alpha channel must be opaque (some of
-        NIH's films are RGBA with equal colours); 16-bit values are scaled by the depth they use.
+        NIH's images are RGBA with equal colours); 16-bit values are scaled by the depth they use.
         A JPEG has no checksums: damage inside it may go unnoticed.
     size
         Side of the square, pixels.
@@ -127,7 +202,7 @@ def read_gray(
 def gray_or_reason(
     path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> Union[np.ndarray, str]:
-    """Read one film as `read_gray` does, or return the reason why it cannot be used."""
+    """Read one image as `read_gray` does, or return the reason why it cannot be used."""
     try:
         gray = _decode(path, max_megapixels)
     except _Unusable as reason:
@@ -138,7 +213,7 @@ def gray_or_reason(
 
 
 def _decode(path: Union[str, Path], max_megapixels: int) -> Image.Image:
-    """Return the film as an image of mode L."""
+    """Return the image as an image of mode L."""
     data = _read_bytes(path)
     try:
         chunks = read_chunks(data) if data.startswith(SIGNATURE) else None
@@ -151,7 +226,7 @@ def _decode(path: Union[str, Path], max_megapixels: int) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise _Unusable(
-            f"far more pixels than data.max_megapixels={max_megapixels}. Scale the film down."
+            f"far more pixels than data.max_megapixels={max_megapixels}. Scale the image down."
         ) from error
     except UnidentifiedImageError as error:
         if data.startswith((SIGNATURE, b"\xff\xd8\xff")):
@@ -185,7 +260,7 @@ def _check_header(image: Image.Image, max_megapixels: int) -> None:
             f"{width} x {height} pixels are more than data.max_megapixels={max_megapixels}."
         )
     if getattr(image, "is_animated", False):
-        raise _Unusable("several pictures in one file; a film is one. Export it as a plain PNG.")
+        raise _Unusable("several pictures in one file; an image is one. Export it as a plain PNG.")
 
 
 def _to_gray(image: Image.Image, data: bytes, chunks: Optional[PngChunks]) -> Image.Image:
@@ -213,23 +288,23 @@ def _to_gray(image: Image.Image, data: bytes, chunks: Optional[PngChunks]) -> Im
 def _loaded_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
     if "transparency" in image.info:  # a PNG may name transparent colours without a channel for it
         if png_bits != 8 and image.mode != "P":  # Pillow looks for them at the wrong depth
-            raise _Unusable("partly transparent. Export the film without a transparent colour.")
+            raise _Unusable("partly transparent. Export the image without a transparent colour.")
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA") and png_bits == 16:
-        raise _Unusable("16-bit with an alpha channel. Export the film as 16-bit gray.")
+        raise _Unusable("16-bit with an alpha channel. Export the image as 16-bit gray.")
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] != 255:
-        raise _Unusable("partly transparent. Export the film without an alpha channel.")
+        raise _Unusable("partly transparent. Export the image without an alpha channel.")
     if image.mode.startswith("I"):
         return _to_8_bits(np.asarray(image))
     if image.mode in ("CMYK", "YCCK"):
-        raise _Unusable(f"an image for print ({image.mode}). Export the film as gray.")
+        raise _Unusable(f"an image for print ({image.mode}). Export the image as gray.")
     return image.convert("L")
 
 
 def _to_8_bits(values: np.ndarray) -> Image.Image:
     """Scale 16-bit gray or colour by the depth in use: detectors give 10, 12 or 14 bits, unscaled.
 
-    To clip, as Pillow's own conversion does, would turn a 12-bit film white.
+    To clip, as Pillow's own conversion does, would turn a 12-bit image white.
     """
     used = int(values.max()).bit_length()
     depth = max(8, used + used % 2)

@@ -56,7 +56,7 @@ def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.n
     Parameters
     ----------
     texts
-        One string a film, findings joined by `|`, e.g. ``"Cardiomegaly|Emphysema"``. A finding
+        One string an image, findings joined by `|`, e.g. ``"Cardiomegaly|Emphysema"``. A finding
         named twice counts once; their number is logged.
     include_no_finding
         Whether `No Finding` has a column of its own; otherwise it is a row of zeros.
@@ -117,7 +117,7 @@ def _unknown_findings(rows: Sequence[Sequence[str]], first_row: int) -> str:
     near = did_you_mean(name, [*FINDINGS, NO_FINDING])
     hint = f" Did you mean {near!r}?" if near else ""
     if not name:
-        hint = " Write 'No Finding' for a film without a finding."
+        hint = " Write 'No Finding' for an image without a finding."
     return (
         f"row {first_row + 1} has an unknown finding {name!r}.{hint} Known findings:"
         f" {', '.join(FINDINGS)}; or 'No Finding'. {len(rows)} rows in all hold unknown findings,"

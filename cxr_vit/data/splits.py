@@ -1,7 +1,7 @@
-"""Which films train, validate and test: official, by patient, or at random. Imports no torch.
+"""Which images train, validate and test: official, by patient, or at random. Imports no torch.
 
 A random split by image puts the same patient on both sides: on the real CSV more than 80 % of the
-validation films of a 5 % split share a patient with training, and a network recognises patients.
+validation images of a 5 % split share a patient with training, and a network recognises patients.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Dict, List, NamedTuple, Tuple
 import numpy as np
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.list_files import LIST_NAMES, find_lists, read_list
-from cxr_vit.data.records import Records
+from cxr_vit.data.nih import Records
+from cxr_vit.data.text_files import LIST_NAMES, find_lists, read_list
 from cxr_vit.errors import DataError
 
 __all__ = [
@@ -49,7 +49,7 @@ class Splits(NamedTuple):
     def keep(self, usable: np.ndarray) -> Splits:
         """Return the split of the records that stay when others are left out.
 
-        Who is in which part does not change: films left out for their files must not move others
+        Who is in which part does not change: images left out for their files must not move others
         from training to testing.
 
         Parameters
@@ -77,7 +77,7 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     Raises
     ------
     DataError
-        If list files are missing, name none of the films or share one, a split that trains or
+        If list files are missing, name none of the images or share one, a split that trains or
         validates is empty, or a patient is in two splits (but for `random`, which only warns).
     """
     given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
@@ -105,14 +105,14 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
             " from NIH, name such files with data.train_list and data.test_list, or set"
             " data.split=patient."
         )
-    listed = {key: _listed_films(records, path) for key, path in lists.items()}
+    listed = {key: _listed_images(records, path) for key, path in lists.items()}
     in_train, in_test = listed["train_list"], listed["test_list"]
     for key in ("train_list", "val_list"):
         if key in lists:
             _check_apart(records, listed[key] & in_test, lists[key], lists["test_list"])
     unlisted = int((~np.any(list(listed.values()), axis=0)).sum())
     if unlisted:
-        logger.warning("%d films are in no list file and left out", unlisted)
+        logger.warning("%d images are in no list file and left out", unlisted)
     source = f"{lists['train_list'].name}, {lists['test_list'].name}, validation "
     if "val_list" in lists:
         in_val = listed["val_list"]
@@ -125,20 +125,20 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
     return Splits(train, val, np.flatnonzero(in_test), "official", source)
 
 
-def _listed_films(records: Records, path: Path) -> np.ndarray:
-    """Say of each film whether the list names it: bool ``[len(records)]``."""
-    names, films = read_list(path), records.table["image"]
-    listed: np.ndarray = films.isin(names).to_numpy(dtype=bool)
-    absent = names.difference(films)
+def _listed_images(records: Records, path: Path) -> np.ndarray:
+    """Say of each image whether the list names it: bool ``[len(records)]``."""
+    names, images = read_list(path), records.table["image"]
+    listed: np.ndarray = images.isin(names).to_numpy(dtype=bool)
+    absent = names.difference(images)
     if not listed.any():
         raise DataError(
-            f"{path}: names none of the {len(films)} films: it has"
-            f" {min(absent, default='nothing')!r}, they have {films.min()!r}. Give the list files"
-            " of these films, or set data.split=patient."
+            f"{path}: names none of the {len(images)} images: it has"
+            f" {min(absent, default='nothing')!r}, they have {images.min()!r}. Give the list files"
+            " of these images, or set data.split=patient."
         )
     if absent:
         logger.warning(
-            "%s: %d of %d names are of films that the CSV lacks, first: %s",
+            "%s: %d of %d names are of images that the CSV lacks, first: %s",
             path,
             len(absent),
             len(names),
@@ -151,7 +151,7 @@ def _check_apart(records: Records, in_both: np.ndarray, one: Path, other: Path) 
     if in_both.any():
         first = records.table["image"].iloc[int(np.argmax(in_both))]
         raise DataError(
-            f"{int(in_both.sum())} films are both in {one} and in {other}, first: {first}."
+            f"{int(in_both.sum())} images are both in {one} and in {other}, first: {first}."
             " Mend the list files or set data.split=patient."
         )
 
@@ -172,8 +172,8 @@ def _draw_patients(
     patients = records.table["patient"].to_numpy()[rows]
     order, sizes = np.unique(patients, return_counts=True)
     shuffled = np.random.default_rng(seed).permutation(len(order))
-    films_before = np.cumsum(sizes[shuffled]) - sizes[shuffled]
-    drawn_patients = order[shuffled[films_before < round(fraction * len(rows))]]
+    images_before = np.cumsum(sizes[shuffled]) - sizes[shuffled]
+    drawn_patients = order[shuffled[images_before < round(fraction * len(rows))]]
     drawn = np.isin(patients, drawn_patients)
     return rows[drawn], rows[~drawn]
 
@@ -192,7 +192,7 @@ def _check_sizes(splits: Splits, total: int) -> None:
     for name in ("train", "val"):
         if len(getattr(splits, name)) == 0:
             raise DataError(
-                f"the {splits.kind} split of {total} films leaves none for {name}:"
+                f"the {splits.kind} split of {total} images leaves none for {name}:"
                 f" {describe_sizes(splits)}. Change data.split, data.val_fraction or"
                 " data.test_fraction."
             )
@@ -210,7 +210,7 @@ def describe_splits(splits: Splits) -> str:
 
 
 def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray) -> int:
-    """Count the films among `rows` whose patient also has a film among `others`."""
+    """Count the images among `rows` whose patient also has an image among `others`."""
     patients = records.table["patient"].to_numpy()
     return int(np.isin(patients[rows], patients[others]).sum())
 
@@ -222,7 +222,7 @@ def _check_leak(records: Records, splits: Splits) -> None:
         shared = num_sharing_patients(records, parts[name], parts[other])
         if shared == 0:
             continue
-        text = f"{shared} of {len(parts[name])} {name} films share a patient with {other}"
+        text = f"{shared} of {len(parts[name])} {name} images share a patient with {other}"
         if splits.kind != "random":
             raise DataError(
                 f"{text}: scores would be flattered. Mend the list files or set data.split=patient."

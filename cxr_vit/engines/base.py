@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from multiprocessing import forkserver
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor
 
-from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
+from cxr_vit.errors import DataError
 
-__all__ = ["Engine", "EngineState", "StepOutput"]
+__all__ = [
+    "Engine",
+    "EngineState",
+    "StepOutput",
+    "in_one_line",
+    "leave_the_process_group",
+    "process_peak_gib",
+    "start_fork_server",
+]
+
 
 EngineType = TypeVar("EngineType", bound="Engine")
 
@@ -133,7 +148,7 @@ class Engine(ABC):
         return flag
 
     def predict_dataset(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
-        """Score every film of a split exactly once.
+        """Score every image of a split exactly once.
 
         Returns
         -------
@@ -152,7 +167,7 @@ class Engine(ABC):
         parts = (torch.cat(part) for part in (logits, labels, indices))
         all_logits, all_labels, scored = self._gather(*parts)
         order = scored.argsort()
-        assert torch.equal(scored[order], torch.arange(len(dataset))), "each film once"
+        assert torch.equal(scored[order], torch.arange(len(dataset))), "each image once"
         return all_logits[order], all_labels[order]
 
     @abstractmethod
@@ -198,3 +213,39 @@ class Engine(ABC):
         size = len(batch.images)
         assert size > 0 and size % unit == 0, f"{size} samples are no multiple of {unit}"
         assert len(batch.labels) == len(batch.indices) == size
+
+
+def leave_the_process_group(worker: int = 0) -> None:
+    """Let a signal to the whole group (Ctrl-C, `timeout`) reach only the process that saves.
+
+    To ignore signals instead would also ignore the main process's own, which ends its workers.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def start_fork_server() -> None:
+    """Start the process that an asynchronous loader's process is forked from, deaf to SIGTERM.
+
+    It stays in the group, and with it a signal to the group would end the loader. What is forked
+    from it listens again (`leave_the_process_group`).
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Pass batches on; a worker process's DataError loses the traceback torch wraps it in."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+
+
+def process_peak_gib() -> float:
+    """Return the most memory this process has held, in GiB (2**30 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -7,18 +7,17 @@ from typing import NamedTuple, Optional
 import torch
 
 from cxr_vit.config.ipu_rules import check_ipu
-from cxr_vit.config.process_rules import check_processes
+from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
-from cxr_vit.engines.instances import Instances
-from cxr_vit.engines.poptorch_engine import PopTorchEngine
-from cxr_vit.engines.poptorch_options import poptorch_problem
-from cxr_vit.engines.precision import Placement, choose
-from cxr_vit.engines.processes import Processes
-from cxr_vit.engines.shared_store import same_everywhere
+from cxr_vit.engines.devices import Placement, choose
+from cxr_vit.engines.ipu.engine import PopTorchEngine
+from cxr_vit.engines.ipu.instances import Instances
+from cxr_vit.engines.ipu.options import poptorch_problem
+from cxr_vit.engines.process_group import Processes, same_everywhere
+from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
-from cxr_vit.launch import Launch
 from cxr_vit.model.stages import StagedViT
 
 __all__ = ["EngineChoice", "build_engine", "choose_engine"]

@@ -1,21 +1,17 @@
-"""N processes, each with its own stages: pipeline x data parallel on CPUs and GPUs.
-
-torch.distributed.pipelining does the work: `torchrun` starts the processes, a mesh of replica x
-stage says which is which, a schedule sends hidden states and gradients, DistributedDataParallel
-averages the gradients of the replicas.
-"""
+"""torch's pipeline stage, holding only the activations that are in flight."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import (
+    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -26,13 +22,137 @@ from torch.nn.parallel import DistributedDataParallel
 from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.engines.base import EngineState
-from cxr_vit.engines.pipeline_stage import AutocastStage, LeanStage
-from cxr_vit.engines.precision import Placement
-from cxr_vit.engines.processes import Processes
-from cxr_vit.engines.torch_base import TorchBase
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.engines.devices import Placement
+from cxr_vit.engines.process_group import Processes
+from cxr_vit.engines.torch_engine import TorchBase
+from cxr_vit.model.stages import Stage, StagedViT
 
-__all__ = ["PipelineEngine"]
+__all__ = ["AutocastStage", "LeanStage", "PipelineEngine"]
+
+
+class AutocastStage(nn.Module):
+    """A stage whose forward pass runs in mixed precision, as the uncut model's does.
+
+    Hidden states leave it in fp32, which is what the next one was told to receive: torch would not
+    notice another dtype.
+
+    Parameters
+    ----------
+    stage
+        The stage; shared, not copied.
+    autocast
+        Makes the context of a forward pass.
+    """
+
+    def __init__(self, stage: Stage, autocast: Callable[[], Any]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.autocast = autocast
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Run the stage on pixels or hidden states."""
+        with self.autocast():
+            output: Tensor = self.stage(value)
+        return output if self.stage.has_head else output.float()
+
+
+class LeanStage(PipelineStage):
+    """A pipeline stage that knows what it waits for, and keeps no buffer it has no use for.
+
+    torch allocates a buffer for the input and one for the gradient of *every* micro-batch of an
+    update and keeps them from update to update, which makes the memory of 1F1B grow with their
+    number. Here a buffer is there from the moment its receive is posted until it was used. In
+    between a tensor without memory (`meta`) holds its place.
+
+    `awaited` lists the receives that were posted and not used yet, oldest first, in words, and
+    `offered` says what was last sent.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.awaited: Dict[Tuple[str, int], str] = {}
+        self.offered = ""
+
+    def _prepare_forward_infra(self, *arguments: Any, **named: Any) -> Any:
+        result = super()._prepare_forward_infra(*arguments, **named)
+        _empty(info for infos in self.args_recv_info.values() for info in infos)
+        return result
+
+    def _prepare_backward_infra(self, *arguments: Any, **named: Any) -> Any:
+        result = super()._prepare_backward_infra(*arguments, **named)
+        _empty(info for infos in self.grad_recv_info.values() for info in infos)
+        return result
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """Make room for the input of a micro-batch and return its receives."""
+        self._fill(self.args_recv_info[fwd_chunk_id])
+        operations = super().get_fwd_recv_ops(fwd_chunk_id)
+        if operations:
+            words = f"stage {self.stage_index - 1}'s output for micro-batch {fwd_chunk_id}"
+            self.awaited["forward", fwd_chunk_id] = words
+        return operations
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
+        """Run a micro-batch forward; what holds its input from now on is the backward pass."""
+        self.awaited.pop(("forward", fwd_chunk_id), None)
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **named)
+        _empty(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """Make room for the gradient of a micro-batch and return its receives."""
+        if self.has_backward and not self.is_last:
+            self._fill(self.grad_recv_info[bwd_chunk_id])
+        operations = super().get_bwd_recv_ops(bwd_chunk_id)
+        if operations:
+            words = f"stage {self.stage_index + 1}'s gradient for micro-batch {bwd_chunk_id}"
+            self.awaited["backward", bwd_chunk_id] = words
+        return operations
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
+        """Run a micro-batch backward, after which its gradient is done with."""
+        self.awaited.pop(("backward", bwd_chunk_id), None)
+        result = super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
+        if named.get("loss") is not None:
+            named["loss"].detach_()  # the schedule keeps it, and its graph the stage's input
+        if self.has_backward:
+            _empty(self.grad_recv_info[bwd_chunk_id])
+        return result
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """Return the sends of a micro-batch's output."""
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        if operations:
+            self.offered = f"stage {self.stage_index + 1} to take micro-batch {fwd_chunk_id}"
+        return operations
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """Return the sends of a micro-batch's gradient."""
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        if operations:
+            words = f"stage {self.stage_index - 1} to take the gradient of"
+            self.offered = f"{words} micro-batch {bwd_chunk_id}"
+        return operations
+
+    def _fill(self, infos: Iterable[Any]) -> None:
+        for info in infos:
+            if _is_received(info):
+                place = info.buffer
+                info.buffer = torch.empty_like(place, device=self.device)
+                info.buffer.requires_grad_(place.requires_grad)
+
+
+def _empty(infos: Iterable[Any]) -> None:
+    for info in infos:
+        if _is_received(info) and not info.buffer.is_meta:
+            place = torch.empty_like(info.buffer, device="meta")
+            info.buffer = place.requires_grad_(info.buffer.requires_grad)
+
+
+def _is_received(info: Any) -> bool:
+    """Whether another stage sends this: not so for the model's own input."""
+    return isinstance(getattr(info, "buffer", None), Tensor)
+
 
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -67,7 +187,7 @@ class PipelineEngine(TorchBase):
         processes.roles = _roles(self.num_stages, per_replica, self.replicas)
         own = range(self.replica, self.replica + 1)
         super().__init__(model.keep(self.own_stages), config, placement, processes, own)
-        self.reads_films = 0 in self.own_stages
+        self.reads_images = 0 in self.own_stages
         self.has_head = self.num_stages - 1 in self.own_stages
         self._last = self.replica * per_replica + (self.num_stages - 1) % per_replica
         self._parameters = [parameter for _, parameter in self.model.hub_parameters()]
@@ -169,7 +289,7 @@ class PipelineEngine(TorchBase):
         self._losses.clear()
         # The last stage alone scales a loss; the others take part in what follows from it.
         self._scaler.scale(torch.zeros((), device=self.placement.device))
-        inputs = (images,) if self.reads_films else ()
+        inputs = (images,) if self.reads_images else ()
         with self.processes.waiting("its neighbours", lambda: _awaited(self._training_stages)):
             self._training.step(*inputs, target=labels if self.has_head else None)
         if not self._losses:
@@ -189,7 +309,7 @@ class PipelineEngine(TorchBase):
 
     def _predict(self, batch: Batch) -> Tensor:
         self.model.eval()
-        inputs = tuple(self._to_device(batch.images)) if self.reads_films else ()
+        inputs = tuple(self._to_device(batch.images)) if self.reads_images else ()
         with self.processes.waiting("its neighbours", lambda: _awaited(self._scoring_stages)):
             with torch.no_grad():
                 output: Optional[Tensor] = self._scoring.step(*inputs)

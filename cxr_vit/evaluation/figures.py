@@ -1,4 +1,4 @@
-"""Figures: ROC curves, a grid of films, the plan of a run. Drawn off screen."""
+"""Figures: ROC curves, a grid of images, the plan of a run. Drawn off screen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchmetrics.functional.classification import binary_roc
 from cxr_vit.config import Config
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.evaluation.metrics import evaluate, probabilities
+from cxr_vit.planner.estimate import plan_of_run
 from cxr_vit.planner.figures import memory_figure, timeline_figure
-from cxr_vit.planner.preflight import plan_of_run
 
-__all__ = ["film_grid", "roc_figure", "start_figures"]
+__all__ = ["image_grid", "roc_figure", "start_figures"]
 
 _COLUMNS = 5
 
@@ -58,23 +58,23 @@ def roc_figure(logits: Tensor, labels: Tensor, names: Sequence[str], *, title: s
     return figure
 
 
-def film_grid(
-    dataset: ChestXrayDataset, names: Sequence[str], *, num_films: int = 15, seed: int = 0
+def image_grid(
+    dataset: ChestXrayDataset, names: Sequence[str], *, num_images: int = 15, seed: int = 0
 ) -> Figure:
-    """Draw films as the model gets them, each with its findings.
+    """Draw images as the model gets them, each with its findings.
 
     Parameters
     ----------
     dataset
-        The films.
+        The images.
     names
         The label names.
-    num_films
+    num_images
         How many to draw at random.
     seed
         Seed of the draw.
     """
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:num_films]
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:num_images]
     lines = math.ceil(len(rows) / _COLUMNS)
     figure = Figure(figsize=(2.5 * _COLUMNS, 2.9 * lines), layout="constrained")
     axes = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
@@ -91,7 +91,7 @@ def film_grid(
 def start_figures(
     config: Config, engine: str, training: ChestXrayDataset, names: Sequence[str]
 ) -> Dict[str, Figure]:
-    """Draw what is known when a run starts: films, and the plan of its pipeline.
+    """Draw what is known when a run starts: images, and the plan of its pipeline.
 
     Parameters
     ----------
@@ -100,11 +100,11 @@ def start_figures(
     engine
         The engine that was chosen.
     training
-        The training films.
+        The training images.
     names
         The label names.
     """
-    figures = {"train/films": film_grid(training, names)}
+    figures = {"train/images": image_grid(training, names)}
     planned = plan_of_run(config, engine)
     if planned is not None:
         plan, note = planned

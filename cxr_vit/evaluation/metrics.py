@@ -50,7 +50,7 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
     if broken:  # torchmetrics would rank NaN without a word
         raise NonFiniteLoss(
-            f"the model's logits are not finite for {broken} of {len(logits)} films; such weights"
+            f"the model's logits are not finite for {broken} of {len(logits)} images; such weights"
             " cannot be scored. Use an earlier checkpoint, or train with a lower optim.lr."
         )
     probs, truth = probabilities(logits), labels.to(torch.int64)

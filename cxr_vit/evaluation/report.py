@@ -1,4 +1,4 @@
-"""What evaluate.py leaves behind and prints: metrics.json, predictions.csv, ROC plots, a table."""
+"""predictions.csv: one row an image, truth and probability a finding, in the split's order."""
 
 from __future__ import annotations
 
@@ -6,16 +6,53 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cxr_vit.data.records import Records
+from cxr_vit.data.nih import Records
 from cxr_vit.evaluation.figures import roc_figure
-from cxr_vit.evaluation.metrics import evaluate
-from cxr_vit.evaluation.predictions import write_predictions
+from cxr_vit.evaluation.metrics import evaluate, probabilities
 
-__all__ = ["print_table", "write_report"]
+__all__ = ["print_table", "write_predictions", "write_report"]
+
+
+def write_predictions(
+    path: Path, records: Records, *, split: str, names: Sequence[str], logits: Tensor
+) -> None:
+    """Write `image, patient, split`, then `<finding>` (0/1) and `<finding>_probability` each.
+
+    Written aside and renamed.
+
+    Parameters
+    ----------
+    path
+        The CSV.
+    records
+        The split's images, in the order of `logits`.
+    split
+        Its name.
+    names
+        The C label names.
+    logits
+        float32 ``[N, C]``.
+    """
+    probs = probabilities(logits).numpy()
+    assert probs.shape == (len(records), len(names))
+    columns = {
+        "image": records.table["image"].to_numpy(),
+        "patient": records.table["patient"].to_numpy(),
+        "split": np.full(len(records), split),
+    }
+    for column, name in enumerate(names):
+        columns[name] = records.labels[:, column]
+        columns[f"{name}_probability"] = probs[:, column]
+    aside = path.with_name(f".{path.name}.writing")
+    pd.DataFrame(columns).to_csv(aside, index=False)
+    aside.replace(path)
+
 
 NOTICE = "For research only; not a medical device."
 
@@ -37,7 +74,7 @@ def write_report(
     folder
         Made if it is not there; files of the same names are replaced.
     records
-        The split's films, in the order of `logits`.
+        The split's images, in the order of `logits`.
     split
         Its name.
     names
@@ -47,11 +84,11 @@ def write_report(
     origin
         JSON-able facts to keep with the numbers: checkpoint, step, data hashes.
     """
-    assert len(records) == len(logits), "every film of the split is scored once"
+    assert len(records) == len(logits), "every image of the split is scored once"
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / "predictions.csv", records, split=split, names=names, logits=logits)
-    title = f"ROC on {split}, {len(records)} films, macro AUROC {mean_text(metrics)}"
+    title = f"ROC on {split}, {len(records)} images, macro AUROC {mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"roc.{suffix}", dpi=100)
@@ -71,7 +108,7 @@ def mean_text(metrics: Dict[str, Any]) -> str:
 
 def print_table(metrics: Dict[str, Any], console: Console) -> None:
     """Print a row a label and the means."""
-    table = Table(title=f"{metrics['split']}: {metrics['num_samples']} films")
+    table = Table(title=f"{metrics['split']}: {metrics['num_samples']} images")
     table.add_column("finding", no_wrap=True)
     for heading in ("positive", "AUROC", "avg. precision", "prevalence"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -94,7 +131,7 @@ def print_table(metrics: Dict[str, Any], console: Console) -> None:
     console.print(f"macro AUROC {mean_text(metrics)}", highlight=False)
     undefined: List[str] = [name for name, auroc in metrics["auroc"].items() if auroc is None]
     if undefined:
-        console.print(f"undefined (no positive or no negative film): {', '.join(undefined)}")
+        console.print(f"undefined (no positive or no negative image): {', '.join(undefined)}")
     console.print(NOTICE)
 
 

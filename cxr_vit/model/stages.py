@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
+from cxr_vit.config.plans import StagePlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.casting import cast_weights_to_input
-from cxr_vit.model.plan import StagePlan
 from cxr_vit.model.vit import VitParts, build_vit, hidden_shape, hub_files, hub_name, layer_output
 
 __all__ = ["Normalise", "Stage", "StagedViT"]
@@ -217,8 +216,6 @@ class StagedViT(nn.Module):
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
         """Compute in `dtype`; the weights stay what they are, and are cast where they are used."""
         self.dtype = dtype
-        if any(parameter.dtype != dtype for parameter in self.parameters()):
-            cast_weights_to_input(self)
         for stage in self._stages:
             stage.dtype = dtype
         return self

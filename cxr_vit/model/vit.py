@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification
 
 from cxr_vit.config.architectures import SIZES
-from cxr_vit.config.checks import depth_problem
+from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
@@ -113,13 +113,13 @@ def build_vit(
     names
         The label names, in the order of the logits.
     image_size
-        Side of the films, pixels.
+        Side of the images, pixels.
     layers_per_stage
         The cut; must place every layer.
     seed
         Seed of random weights and of a new head.
     prevalence
-        float64 ``[C]``, the part of the training films with each label, for a new head's bias;
+        float64 ``[C]``, the part of the training images with each label, for a new head's bias;
         None where no new head may be made (evaluation).
     for_ipu
         Build what PopTorch can run: attention in its plain form, and GELU in its tanh form, which

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import Config, load_config
+from cxr_vit.console import columns, prose, signed_percent
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import choose_hardware
 from cxr_vit.planner.hardware import Hardware
 from cxr_vit.planner.speed import Measured, SpeedModel, Workload, fit, published_model, workload
-from cxr_vit.planner.text import columns, prose, signed_percent
 
 __all__ = ["Calibration", "RunSpeed", "calibrate", "calibration_lines", "config_of_run"]
 

@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the device planned for; default: planner.hardware",
     )
     parser.add_argument(
-        "--films",
+        "--images",
         type=_number,
         metavar="N",
-        help="training films an epoch; default: of the training list, else NIH's",
+        help="training images an epoch; default: of the training list, else NIH's",
     )
     parser.add_argument(
         "--figures", type=Path, metavar="DIR", help="draw timeline and memory there, PNG and SVG"
@@ -91,7 +91,7 @@ def plan(
     arguments.calibrate = folders
     config, calibration = _configure(arguments, files, overrides)
     if arguments.sources:
-        from cxr_vit.planner.sources import source_lines
+        from cxr_vit.planner.report import source_lines
 
         return source_lines(choose_hardware(config)), None
     model = calibration.after if calibration else None
@@ -100,7 +100,7 @@ def plan(
         sources = files or [folder / "config.yaml" for folder in folders[:1]]
         found, problem = _search(arguments, config, model, sources, overrides)
         return [*lines, *found], problem
-    made = make_plan(config, model=model, films=arguments.films)
+    made = make_plan(config, model=model, images=arguments.images)
     lines += plan_lines(config, made)
     if arguments.figures:
         lines += _draw(made, arguments.figures)
@@ -111,9 +111,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("write", "micro_batches", "accumulations"):
         if getattr(arguments, name) and not arguments.search:
             raise ConfigError(f"--{name.replace('_', '-')} is for --search. Give both, or neither.")
-    if arguments.search and arguments.films:
-        raise ConfigError("--films is for a plan, not for --search.")
-    others = ("search", "figures", "films", "calibrate")
+    if arguments.search and arguments.images:
+        raise ConfigError("--images is for a plan, not for --search.")
+    others = ("search", "figures", "images", "calibrate")
     if arguments.sources and any(getattr(arguments, name) for name in others):
         raise ConfigError("--sources only lists numbers: give it alone, or with --hardware.")
     if arguments.write and arguments.write.exists():
@@ -148,8 +148,8 @@ def _search(
     files: Sequence[Path],
     overrides: Sequence[str],
 ) -> Tuple[List[str], Optional[str]]:
+    from cxr_vit.planner.report import search_lines
     from cxr_vit.planner.search import search
-    from cxr_vit.planner.search_report import search_lines
 
     found = search(
         config,

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Sequence, Tuple
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cxr_vit.planner.costs import CATEGORIES
 from cxr_vit.planner.estimate import Plan
-from cxr_vit.planner.memory import CATEGORIES
 from cxr_vit.planner.timeline import Slot, Timeline, num_cycles, phases
 
 __all__ = ["memory_figure", "timeline_figure"]
@@ -72,7 +72,7 @@ def timeline_figure(plan: Plan, note: str = "") -> Figure:
 
 def _title(plan: Plan) -> str:
     work, count = plan.work, len(plan.stages)
-    batches = f"{work.micro_batches} x {work.micro_batch_size} films"
+    batches = f"{work.micro_batches} x {work.micro_batch_size} images"
     if work.schedule == "in_order":
         return (
             f"one weight update on {count} x {plan.hardware.name}, predicted:"

@@ -121,7 +121,7 @@ HARDWARE: Dict[str, Hardware] = {
 class PublishedRun(NamedTuple):
     """Somebody's measured training of ViT-B/16 at 224 pixels.
 
-    `settings` are overrides of a configuration, `image_bytes` what a film took on its way in;
+    `settings` are overrides of a configuration, `image_bytes` what an image took on its way in;
     `is_fitted` tells the runs that the time of a pipeline cycle is fitted to.
     """
 
@@ -238,7 +238,7 @@ MEMORY_UNCERTAINTY = 0.10
 #: How far the published speeds may be off from one another: they are of other recipes.
 SPEED_UNCERTAINTY = 0.05
 
-#: Films that a core decodes and resizes, and that a loader process serves from the cache, a second.
+#: Images that a core decodes and resizes, and that a loader process serves from the cache, a second.
 DECODED_PER_S = Sourced(142, "benchmarks.data_loading, README: data.cache=off, a core (AMD EPYC)")
 CACHED_PER_S = Sourced(
     25_000, "benchmarks.data_loading, README: the cache, one loader process, 224 pixels"

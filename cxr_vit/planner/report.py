@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Sequence
 
-from cxr_vit.config import BatchPlan, Config
+from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.process_rules import schedule_problem
-from cxr_vit.planner.estimate import Plan, StagePrediction, processes_needed
+from cxr_vit.config.rules import schedule_problem
+from cxr_vit.console import columns, count, percent, prose, signed_percent
+from cxr_vit.errors import ConfigError
+from cxr_vit.planner.costs import CATEGORIES
+from cxr_vit.planner.estimate import (
+    Plan,
+    StagePrediction,
+    choose_hardware,
+    make_plan,
+    processes_needed,
+)
 from cxr_vit.planner.hardware import (
     CACHED_PER_S,
+    CODE_BYTES,
     DECODED_PER_S,
+    DEFAULT_PROPORTION,
     HARDWARE,
+    IMBALANCE,
     MEMORY_UNCERTAINTY,
+    PUBLISHED,
     TUTORIAL,
+    Hardware,
+    Sourced,
 )
-from cxr_vit.planner.memory import CATEGORIES
+from cxr_vit.planner.search import Candidate, Found
 from cxr_vit.planner.speed import published_model, published_workload
-from cxr_vit.planner.text import columns, count, percent, prose
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
-__all__ = ["UNKNOWN_START", "plan_lines"]
+__all__ = ["UNKNOWN_START", "plan_lines", "search_lines", "source_lines"]
+
 
 _MEBIBYTE = 2**20
-#: Side of the films that `CACHED_PER_S` was measured with.
+
+#: Side of the images that `CACHED_PER_S` was measured with.
 _PIXELS_MEASURED = 224
+
 #: Where `SpeedModel.start_cycles` is 0.
 UNKNOWN_START = (
     "What a start takes is not known for this device: 0 is too little, and small micro-batches"
@@ -158,8 +175,8 @@ def _speed(config: Config, plan: Plan) -> List[str]:
         *prose("update", f"{1e3 * plan.seconds:,.1f} ms: {_rounds(config, plan)}"),
         *prose(
             "speed",
-            f"{plan.samples_per_s:,.0f} samples/s{spread}, predicted; an epoch of {plan.films:,}"
-            f" films ({plan.films_source}) takes {plan.epoch_minutes:,.1f} min",
+            f"{plan.samples_per_s:,.0f} samples/s{spread}, predicted; an epoch of {plan.images:,}"
+            f" images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min",
         ),
     ]
 
@@ -189,7 +206,7 @@ def _rounds(config: Config, plan: Plan) -> str:
 def _host(config: Config, plan: Plan) -> List[str]:
     needed, workers = plan.samples_per_s, config.data.num_workers
     text = (
-        f"must read {needed:,.0f} films/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
+        f"must read {needed:,.0f} images/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
         f" ({percent(plan.host_bytes_per_s / plan.host_bandwidth)} of what its links carry). "
     )
     if config.data.cache == "off":
@@ -204,7 +221,7 @@ def _host(config: Config, plan: Plan) -> List[str]:
         remedy = "Bound by the host, not by the devices: raise data.num_workers"
     processes = processes_needed(needed, each)
     text += (
-        f"{what} {each.value:,.0f} films/s a process: {processes} for this speed, and"
+        f"{what} {each.value:,.0f} images/s a process: {processes} for this speed, and"
         f" data.num_workers is {workers}"
     )
     if processes > max(1, workers):
@@ -261,3 +278,172 @@ def _tutorial(plan: Plan) -> List[str]:
         f" {percent(1 - TUTORIAL.samples_per_s / own)} below the {own:,.0f} predicted for its own"
         f" settings. It was {TUTORIAL.note}.",
     )
+
+
+def search_lines(config: Config, found: Found) -> List[str]:
+    """List what a search found, and say why the first wins.
+
+    Parameters
+    ----------
+    config
+        The configuration that was searched around.
+    found
+        What was found.
+    """
+    hardware, stages = choose_hardware(config), len(config.pipeline.layers_per_stage)
+    lines = [
+        f"{stages * config.batch.replicas} x {hardware.name}: {found.tried:,} cuts x batches x"
+        " placements tried"
+    ]
+    if found.refused:
+        counts = ", ".join(map(str, found.refused))
+        lines += prose("refused", f"accumulation {counts}: {list(found.refused.values())[-1]}")
+    if found.too_large is not None:
+        lines += prose("memory", f"micro-batch {found.too_large} and larger: fit in no cut")
+    if found.best:
+        return [*lines, *_table(found.best), *_why(config, found.best)]
+    if found.too_large is None:
+        more = "is left: give other --accumulations, or smaller --micro-batches."
+        return [*lines, *prose("nothing", more)]
+    smaller = "fewer images a micro-batch"
+    if hardware.is_ipu:
+        smaller += ", engine.weights=fp16, optim.accumulator=fp16"
+    more = f"fits: try more stages (pipeline.layers_per_stage) or {smaller}."
+    return [*lines, *prose("nothing", more)]
+
+
+def _table(best: Sequence[Candidate]) -> List[str]:
+    on_ipus = best[0].plan.hardware.is_ipu
+    rows = [["", "layers", "micro-batch", "accum.", "images"]]
+    rows[0] += [*(["keeps", "moments"] if on_ipus else []), "samples/s", "fullest"]
+    for rank, (layout, plan) in enumerate(best, 1):
+        kept = _kept_text(layout.recompute) if plan.work.recomputes else "all"
+        place = ("on chip" if layout.on_chip else "off chip") + ", sharded" * layout.sharded
+        rows.append(
+            [
+                str(rank),
+                _list(layout.layers_per_stage),
+                str(layout.micro_batch_size),
+                str(layout.gradient_accumulation),
+                str(plan.work.samples),
+                *([kept, place] if on_ipus else []),
+                f"{plan.samples_per_s:,.0f}",
+                f"{plan.place} {plan.fullest.stage} {percent(plan.fullest.memory.share)}",
+            ]
+        )
+    return columns(rows)
+
+
+def _list(values: Sequence[object]) -> str:
+    return str(list(values)).replace(" ", "")
+
+
+def _kept_text(recompute: Sequence[object]) -> str:
+    """Shorten `pipeline.recompute`: what each stage keeps besides its input."""
+    short = {"stage_inputs": "-", "every_layer": "all"}
+    return " ".join(
+        short[choice] if isinstance(choice, str) else str(choice).replace(" ", "")
+        for choice in recompute
+    )
+
+
+def _why(config: Config, best: Sequence[Candidate]) -> List[str]:
+    """Say what makes the first faster than the configuration, and than the second."""
+    first = best[0].plan
+    text = f"1 wins with {_character(first)}.{_against_own(config, first)}"
+    if len(best) > 1:
+        second = best[1].plan
+        text += (
+            f" 2 is {percent(1 - second.samples_per_s / first.samples_per_s)} slower:"
+            f" {_character(second)}."
+        )
+    if first.fullest.memory.verdict != "fits":
+        roomy = next(
+            (rank for rank, row in enumerate(best, 1) if row.plan.fullest.memory.verdict == "fits"),
+            None,
+        )
+        where = f"{roomy} is the first with room for that" if roomy else "none has room for that"
+        text += (
+            f" 1 fits closely, and the prediction may be off by {100 * MEMORY_UNCERTAINTY:.0f} %:"
+            f" {where}."
+        )
+    if first.model.start_cycles == 0:
+        text += f" {UNKNOWN_START}."
+    return prose("why", text)
+
+
+def _against_own(config: Config, first: Plan) -> str:
+    """Hold the first against the configuration's own layout."""
+    try:
+        own = make_plan(config, model=first.model)
+    except ConfigError:
+        return " The configuration's own cut is refused."
+    layout = (
+        f"{_list(config.pipeline.layers_per_stage)}, {own.work.micro_batch_size} x"
+        f" {own.work.micro_batches}"
+    )
+    if own.hardware.is_ipu and ipu_problems(config):
+        return f" The configuration's own, {layout}, is refused."
+    if not own.fits:
+        full = percent(own.fullest.memory.share)
+        return (
+            f" The configuration's own, {layout}, does not fit: {full} of {own.place}"
+            f" {own.fullest.stage}."
+        )
+    return (
+        f" The configuration's own, {layout}: {own.samples_per_s:,.0f} samples/s with"
+        f" {_character(own)}; 1 is {first.samples_per_s / own.samples_per_s:.2f} times as fast."
+    )
+
+
+def _character(plan: Plan) -> str:
+    start_s, images = plan.model.start_s(plan.hardware), plan.work.micro_batch_size
+    update_s = max(plan.work.update_s)
+    update = f", {1e3 * update_s:.1f} ms an update" if update_s > 0.01 * plan.seconds else ""
+    if plan.work.schedule == "in_order":
+        all_s = sum(stage.time.micro_batch_s for stage in plan.stages)
+        return f"{1e3 * all_s / images:.2f} ms an image through all stages{update}"
+    slowest = plan.by_speed()[0]
+    start = start_s / slowest.time.micro_batch_s
+    return (
+        f"{1e3 * slowest.time.micro_batch_s / images:.2f} ms an image on the slowest stage"
+        f" ({plan.place} {slowest.stage}; {percent(start)} of it the start){update} and a bubble of"
+        f" {percent(plan.bubble)}"
+    )
+
+
+def source_lines(hardware: Hardware) -> List[str]:
+    """List a device's numbers and the published runs, each with its source."""
+    lines = [hardware.name]
+    for field, value in zip(hardware._fields, hardware):
+        if isinstance(value, Sourced):
+            lines += prose("", f"{field} {value.value:,.15g}: {value.source}")
+    constants = {
+        "code_bytes": CODE_BYTES,
+        "imbalance": IMBALANCE,
+        "default_proportion": DEFAULT_PROPORTION,
+        "decoded_per_s": DECODED_PER_S,
+        "cached_per_s": CACHED_PER_S,
+    }
+    for name, value in constants.items():
+        lines += prose("", f"{name} {value.value:,.15g}: {value.source}")
+    lines.append("published runs, samples/s, and how full their fullest device is predicted")
+    rows = [["", "published", "predicted", "measured over it", "", "fullest"]]
+    for run in PUBLISHED:
+        config = load_config([], [*run.settings, f"planner.hardware={run.hardware}"])
+        plan = make_plan(config, image_bytes=run.image_bytes)
+        rows.append(
+            [
+                f"  {run.what}",
+                f"{run.samples_per_s:,.0f}",
+                f"{plan.samples_per_s:,.0f}",
+                signed_percent(run.samples_per_s / plan.samples_per_s - 1),
+                "fitted" if run.is_fitted else "",
+                percent(plan.fullest.memory.share),
+            ]
+        )
+    lines += columns(rows)
+    for run in PUBLISHED:
+        note = f" It was {run.note}." if run.note else ""
+        lines += prose("", f"{run.what}: {run.source}.{note}")
+    return lines

@@ -1,32 +1,254 @@
-"""Searches the cuts, micro-batches, accumulations, recomputations and placements of a pipeline.
-
-All cuts are tried. What a stage takes depends on its place and its own layers alone, and no update
-is quicker than its slowest stage lets it be, so the outputs to keep are chosen stage by stage, and
-the cuts are ranked by that bound. For IPUs it is the time itself; a pipeline of processes is then
-timed, the most promising first, until no other can be faster. Imports no torch.
-"""
+"""How a model is laid out on a number of devices, as part of a configuration. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from heapq import merge
-from itertools import product
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from itertools import chain, combinations, product
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+import yaml
 
 from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.process_rules import schedule_problem
+from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import ModelShape
+from cxr_vit.planner.costs import Formats, ModelShape, stage_cost, stage_memory
 from cxr_vit.planner.estimate import Plan, choose_hardware, make_plan
-from cxr_vit.planner.layout import Layout, Placement, all_cuts
-from cxr_vit.planner.speed import SpeedModel, Workload, published_model, workload
-from cxr_vit.planner.stage_choices import UNFIT, Choice, StageChoices
-from cxr_vit.planner.timeline import num_cycles
+from cxr_vit.planner.speed import SpeedModel, Workload, published_model, update_seconds, workload
+from cxr_vit.planner.timeline import in_flight, num_cycles
 
-__all__ = ["Candidate", "Found", "search"]
+__all__ = [
+    "UNFIT",
+    "Candidate",
+    "Choice",
+    "Found",
+    "Layout",
+    "Placement",
+    "StageChoices",
+    "all_cuts",
+    "kept_choices",
+    "search",
+]
+
+
+#: Whether the optimizer's state is on the chip, and whether the replicas share it out.
+Placement = Tuple[bool, bool]
+
+#: More cuts than this take too long, and too much memory.
+_MOST_CUTS = 2_000_000
+
+
+class Layout(NamedTuple):
+    """What is searched: how a model is laid out on a number of devices."""
+
+    layers_per_stage: List[int]
+    micro_batch_size: int
+    gradient_accumulation: int
+    recompute: List[Any]
+    on_chip: bool
+    sharded: bool
+
+    @classmethod
+    def of_stages(
+        cls,
+        layers: Sequence[int],
+        kept: Sequence[Sequence[int]],
+        *,
+        micro_batch_size: int,
+        gradient_accumulation: int,
+        placement: Placement,
+    ) -> Layout:
+        """Make a layout of each stage's layers and the outputs it keeps, counted from its first."""
+        recompute: List[Any] = []
+        start = 0
+        for stage, (count, own) in enumerate(zip(layers, kept)):
+            # The next stage keeps what the last layer of this one gives.
+            whole = count if stage == len(layers) - 1 else count - 1
+            if not own:
+                recompute.append("stage_inputs")
+            elif len(own) >= whole:
+                recompute.append("every_layer")
+            else:
+                recompute.append([start + layer for layer in own])
+            start += count
+        return cls(list(layers), micro_batch_size, gradient_accumulation, recompute, *placement)
+
+    def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
+        """Return it as sections and keys of a configuration."""
+        overlay: Dict[str, Dict[str, Any]] = {
+            "pipeline": {"layers_per_stage": self.layers_per_stage},
+            "batch": {
+                "micro_batch_size": self.micro_batch_size,
+                "gradient_accumulation": self.gradient_accumulation,
+            },
+        }
+        if on_ipus:
+            overlay["pipeline"]["recompute"] = self.recompute
+            overlay["engine"] = {
+                "optimizer_state_on_chip": self.on_chip,
+                "replicated_tensor_sharding": self.sharded,
+            }
+        return overlay
+
+    def applied_to(self, config: Config, *, on_ipus: bool) -> Config:
+        """Return a configuration laid out so."""
+        overlay = self.overlay(on_ipus=on_ipus)
+        overlay["batch"]["global_batch_size"] = None
+        return config.changed(**overlay)
+
+    def write(self, path: Path, *, on_ipus: bool, comment: Sequence[str]) -> None:
+        """Write it as a configuration to be laid over another; never over a file that is there.
+
+        Parameters
+        ----------
+        path
+            The file.
+        on_ipus
+            Whether the keys of IPUs are meant.
+        comment
+            Lines for its head.
+
+        Raises
+        ------
+        ConfigError
+            If the file exists or cannot be written.
+        """
+        text = "".join(f"# {line}".rstrip() + "\n" for line in comment)
+        text += yaml.safe_dump(
+            self.overlay(on_ipus=on_ipus), sort_keys=False, default_flow_style=None
+        )
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError as error:
+            raise ConfigError(f"{path} exists; name a new file, or remove it.") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be written: {error.strerror}. Name a place you may write to."
+            ) from error
+
+
+def all_cuts(num_layers: int, stages: int) -> np.ndarray:
+    """Return all cuts, int16 ``[cuts, stages]``: only the first and the last may have no layers.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer layers than stages that need one, or too many cuts.
+    """
+    free = num_layers - max(0, stages - 2)
+    if free < 0:
+        raise ConfigError(
+            f"{num_layers} layers cannot be cut into {stages} stages: each but the first and the"
+            " last needs one."
+        )
+    count = math.comb(free + stages - 1, stages - 1)
+    if count > _MOST_CUTS:
+        raise ConfigError(
+            f"{num_layers} layers can be cut into {stages} stages in {count:,} ways, too many to"
+            f" try (at most {_MOST_CUTS:,}). Search fewer stages, or plan cuts of your own."
+        )
+    numbers = chain.from_iterable(combinations(range(free + stages - 1), stages - 1))
+    bars = np.fromiter(numbers, dtype=np.int16).reshape(count, stages - 1)
+    first, last = (np.full((count, 1), end, np.int16) for end in (-1, free + stages - 1))
+    cuts: np.ndarray = np.diff(np.hstack([first, bars, last]), axis=1) - 1
+    cuts[:, 1:-1] += 1
+    return cuts
+
+
+def kept_choices(num_layers: int) -> List[Tuple[int, ...]]:
+    """Return which outputs may be kept: none, evenly spaced ones, all."""
+    choices = {
+        tuple(sorted({-(-num_layers * part // (count + 1)) - 1 for part in range(1, count + 1)}))
+        for count in range(num_layers)
+    }
+    return sorted({*choices, tuple(range(num_layers))}, key=len)
+
+
+class Choice(NamedTuple):
+    """One way: seconds of a micro-batch and of an update, share of the memory, outputs kept."""
+
+    seconds: float
+    share: float
+    kept: Tuple[int, ...]
+    update_s: float
+
+
+UNFIT = Choice(math.inf, math.inf, (), 0.0)
+
+
+class StageChoices:
+    """All that fit, by stage and number of layers; worked out once for batches alike.
+
+    Parameters
+    ----------
+    config
+        The configuration, but for what `of` takes.
+    model
+        Constants of the speed.
+    """
+
+    def __init__(self, config: Config, model: SpeedModel) -> None:
+        self.config, self.model = config, model
+        self.shape = ModelShape.from_config(config)
+        self._known: Dict[Any, List[List[List[Choice]]]] = {}
+
+    def of(self, work: Workload, placement: Placement) -> List[List[List[Choice]]]:
+        """Return what fits of each stage with each number of layers, the fastest first."""
+        stages, count = len(work.costs), work.micro_batches
+        depths = [in_flight(work.schedule, stage, stages, count) for stage in range(stages)]
+        key = (work.micro_batch_size, placement, tuple(depths), count > 1)
+        if key not in self._known:
+            on_chip, sharded = placement
+            config = self.config.changed(batch={"gradient_accumulation": count})
+            formats = Formats.from_config(config, work.hardware)._replace(
+                on_chip=on_chip, shards=work.replicas if sharded else 1
+            )
+            self._known[key] = [
+                [
+                    self._choices(work, formats, stage, layers, depths)
+                    for layers in range(self.shape.num_layers + 1)
+                ]
+                for stage in range(stages)
+            ]
+        return self._known[key]
+
+    def _choices(
+        self, work: Workload, formats: Formats, stage: int, layers: int, depths: Sequence[int]
+    ) -> List[Choice]:
+        last = len(depths) - 1
+        if layers == 0 and 0 < stage < last:
+            return []  # in no cut
+        choices = []
+        for kept in kept_choices(layers) if work.recomputes else [()]:
+            cost = stage_cost(
+                self.shape,
+                num_layers=layers,
+                is_first=stage == 0,
+                is_last=stage == last,
+                kept=kept,
+                recomputes=work.recomputes,
+            )
+            memory = stage_memory(
+                cost,
+                self.shape,
+                formats,
+                work.hardware,
+                stage=stage,
+                depth=depths[stage],
+                micro_batch_size=work.micro_batch_size,
+            )
+            if memory.fits:
+                update_s = update_seconds(cost, formats, work.hardware, work.replicas)
+                alone = work._replace(costs=(cost,), update_s=(update_s,))
+                (time,) = alone.stage_times(self.model)
+                choices.append(Choice(time.micro_batch_s, memory.share, kept, update_s))
+        return sorted(choices)
+
 
 _TOP = 10
 
@@ -62,7 +284,7 @@ class Found(NamedTuple):
 class _Ranked(NamedTuple):
     """A combination by what it is ranked by, before it is planned."""
 
-    seconds_a_film: float
+    seconds_a_image: float
     preference: int
     share: float
     layers: Tuple[int, ...]
@@ -179,7 +401,7 @@ def _pairs(
     pairs = [(size, share // size) for size in sizes if share % size == 0]
     if not pairs:
         raise ConfigError(
-            f"none of the micro-batches {list(sizes)} divides the {share} films that a replica has"
+            f"none of the micro-batches {list(sizes)} divides the {share} images that a replica has"
             " in a weight update. Give others, or --accumulations as well."
         )
     return pairs
@@ -237,7 +459,7 @@ class _Table:
     def ranked(self, work: Workload, *, preference: int) -> Iterator[_Ranked]:
         """Yield the cuts that fit, those first of which an update takes the least at least."""
         least_s = self._least_s(work) + self.update_s
-        films = work.micro_batch_size * work.micro_batches * work.replicas
+        images = work.micro_batch_size * work.micro_batches * work.replicas
         candidates = np.arange(len(least_s))
         if work.schedule in ("lockstep", "in_order") and len(least_s) > _TOP:
             # It takes no more either: the first and all that tie with the last of them will do.
@@ -250,7 +472,7 @@ class _Table:
             layers = tuple(int(count) for count in self.cuts[row])
             chosen = self._chosen(work, layers, float(self.seconds[row].max()))
             yield _Ranked(
-                round(float(least_s[row]) / films, 12),
+                round(float(least_s[row]) / images, 12),
                 preference,
                 max(choice.share for choice in chosen),
                 layers,
@@ -299,7 +521,7 @@ def _best(
     best: List[Candidate] = []
     seen = set()
     for row in ranked:
-        if len(best) >= _TOP and 1 / row.seconds_a_film < best[_TOP - 1].plan.samples_per_s:
+        if len(best) >= _TOP and 1 / row.seconds_a_image < best[_TOP - 1].plan.samples_per_s:
             break
         key = (row.layers, row.micro_batch_size, row.accumulation)
         if key in seen:  # no faster with the optimizer's state elsewhere

@@ -12,9 +12,9 @@ from itertools import product
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, load_config
+from cxr_vit.config.plans import StagePlan
 from cxr_vit.errors import ConfigError
-from cxr_vit.model.plan import StagePlan
-from cxr_vit.planner.costs import ModelShape, StageCost, stage_cost
+from cxr_vit.planner.costs import Formats, ModelShape, StageCost, stage_cost
 from cxr_vit.planner.hardware import (
     HARDWARE,
     PUBLISHED,
@@ -22,7 +22,6 @@ from cxr_vit.planner.hardware import (
     Hardware,
     PublishedRun,
 )
-from cxr_vit.planner.memory import Formats
 from cxr_vit.planner.timeline import StageTime, num_cycles, simulate
 
 __all__ = [
@@ -79,7 +78,7 @@ class Workload(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Films of a weight update of all replicas."""
+        """Images of a weight update of all replicas."""
         return self.micro_batch_size * self.micro_batches * self.replicas
 
     @property

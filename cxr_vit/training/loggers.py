@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 from torch import Tensor
 
-from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
+from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
 from cxr_vit.training.loggers import Window
+from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd
 
 if TYPE_CHECKING:
     from cxr_vit.training.trainer import Trainer
@@ -85,7 +85,7 @@ class ProgressDisplay(Callback):
         self._print(
             f"step {event.step}  val loss {event.loss:.4f}"
             f"  macro AUROC {known} ({defined:.0f} of {total:.0f} findings)"
-            f"  {len(event.logits)} films in {event.seconds:.1f} s"
+            f"  {len(event.logits)} images in {event.seconds:.1f} s"
         )
 
     def on_fit_end(self, trainer: Trainer) -> None:

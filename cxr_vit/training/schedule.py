@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from cxr_vit.config.batching import BatchPlan
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import ScheduleSection, TrainSection
 
 __all__ = ["Durations", "LearningRate"]
@@ -43,8 +43,8 @@ class Durations:
         per_epoch = max(1, num_samples // batch.global_batch_size)
         if num_samples < batch.global_batch_size:
             logger.warning(
-                "the training split has %d films, fewer than the global batch of %d: a step sees"
-                " films more than once",
+                "the training split has %d images, fewer than the global batch of %d: a step sees"
+                " images more than once",
                 num_samples,
                 batch.global_batch_size,
             )

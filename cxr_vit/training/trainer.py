@@ -1,29 +1,267 @@
-"""The loop.
+"""Callbacks: they watch a run, save it, and may ask it to stop; they do not change the training.
 
-The trainer knows no metric and no device: it is handed a score function and an engine. Learning
-rate and sample order are pure functions of the step, so the state of a run is the step, the
-engine's state and the callbacks' state.
+on_fit_start
+for every host batch:
+    on_step_end
+    on_eval_end      when a validation was due
+    on_checkpoint    when one was written
+on_fit_end           or on_exception
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from types import FrameType
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
+import torch
 from torch import Tensor
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.base import Engine, EngineState
+from cxr_vit.engines.base import Engine, EngineState, StepOutput
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.training.callbacks import Callback, EvalEnd, StepEnd
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 from cxr_vit.training.schedule import Durations, LearningRate
 
-__all__ = ["Scores", "Trainer"]
+__all__ = [
+    "Callback",
+    "Checkpointing",
+    "EarlyStopping",
+    "EvalEnd",
+    "NonFiniteGuard",
+    "Scores",
+    "StepEnd",
+    "StopOnSignal",
+    "Trainer",
+]
+
+
+logger = logging.getLogger(__name__)
+
+#: The score that tells which checkpoint is best.
+MONITOR = "auroc_macro"
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A host batch is done.
+
+    `first_step` was its first update, `step` counts its updates in; `lr` was its learning rate;
+    `wait_s` the wait for its data, `seconds` the engine's time.
+    """
+
+    first_step: int
+    step: int
+    output: StepOutput
+    lr: float
+    wait_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalEnd:
+    """The validation split was scored: logits and labels are float32 ``[N, C]``."""
+
+    step: int
+    loss: float
+    scores: Dict[str, Optional[float]]
+    logits: Tensor
+    labels: Tensor
+    seconds: float
+
+
+class Callback:
+    """Base: every hook does nothing."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Before the first step, after compilation."""
+
+    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
+        """After each host batch."""
+
+    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
+        """After each validation."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """After a checkpoint was written."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """After the last step, also after a requested stop."""
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """When the run ends by an error."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what a resumed run must know, JSON-able."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+class NonFiniteGuard(Callback):
+    """Ends the run at a NaN or infinite loss or gradient, before such weights are saved.
+
+    Must be the first callback.
+
+    Parameters
+    ----------
+    image_names
+        File names of the training split, by row.
+    """
+
+    def __init__(self, image_names: List[str]) -> None:
+        self.image_names = image_names
+
+    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
+        """Raise NonFiniteLoss naming the step and its images."""
+        values = {"loss": event.output.losses}
+        if event.output.grad_norm is not None:
+            values["gradient norm"] = event.output.grad_norm
+        for what, value in values.items():
+            bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteLoss(
+                    self._message(trainer, event, bad[0], what, float(value[bad[0]]))
+                )
+
+    def _message(
+        self, trainer: Trainer, event: StepEnd, update: int, what: str, value: float
+    ) -> str:
+        rows = trainer.rows(event.first_step + update)
+        images = ", ".join(self.image_names[row] for row in rows[:16])
+        more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        last = trainer.store.linked("last")
+        saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
+        return (
+            f"the {what} is {value} at step {event.first_step + update} (lr {event.lr:.3g}),"
+            f" images: {images}{more}. Lower optim.lr, set optim.max_grad_norm=1.0, or use"
+            f" engine.precision=fp32. {saved}"
+        )
+
+
+class EarlyStopping(Callback):
+    """Asks for a stop after `patience` validations without a better score.
+
+    Parameters
+    ----------
+    patience
+        Number of validations; None never stops.
+    """
+
+    def __init__(self, patience: Optional[int]) -> None:
+        self.patience = patience
+        self.best = -math.inf
+        self.since_best = 0
+
+    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
+        """Count validations since the best score."""
+        score = event.scores.get(MONITOR)
+        if score is not None and score > self.best:
+            self.best, self.since_best = score, 0
+            return
+        self.since_best += 1
+        if self.patience is not None and self.since_best >= self.patience:
+            trainer.request_stop(
+                f"early stopping: {self.since_best} validations without a better {MONITOR}"
+                f" than {self.best:.4f}"
+            )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the best score and the count."""
+        return {
+            "best": self.best if math.isfinite(self.best) else None,
+            "since_best": self.since_best,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take up the best score and the count."""
+        best = state.get("best")
+        self.best = -math.inf if best is None else best
+        self.since_best = state.get("since_best", 0)
+
+
+class Checkpointing(Callback):
+    """Saves every n steps, at the best validation score and at the end; deletes old ones.
+
+    Must be the last callback, so that a checkpoint holds what the others know of the same event.
+
+    Parameters
+    ----------
+    every
+        Steps between saves.
+    keep_last
+        Checkpoints kept beside the best.
+    """
+
+    def __init__(self, *, every: int, keep_last: int) -> None:
+        self.every = every
+        self.keep_last = keep_last
+        self.best: Optional[float] = None
+        self._is_due = False
+        self._saved_step = -1
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Note where the run begins: a resumed step is saved already."""
+        self._saved_step = trainer.step if trainer.step else -1
+
+    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
+        """Save when due; where a validation follows, it is saved with its outcome."""
+        self._is_due = trainer.is_due(event.first_step, self.every)
+        if self._is_due and not trainer.evaluation_is_due:
+            self._save(trainer)
+
+    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
+        """Save when due or if the score is the best so far; then point `best` at it."""
+        score = event.scores.get(MONITOR)
+        if score is None:  # no label of the validation split has both kinds of images
+            until = "best follows the last one" if self.best is None else "best stays"
+            logger.warning("val/%s is undefined at step %d: %s", MONITOR, event.step, until)
+        is_best = self.best is None or (score is not None and score > self.best)
+        if is_best:
+            self.best = score
+        if is_best or self._is_due:
+            self._save(trainer, is_best=is_best)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Save the last step if it is not saved yet."""
+        if self._saved_step != trainer.step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer, *, is_best: bool = False) -> None:
+        path = trainer.save()
+        self._saved_step = trainer.step
+        if is_best:
+            trainer.store.link("best", path)
+        trainer.store.prune(self.keep_last)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the best score."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take up the best score."""
+        self.best = state.get("best")
+
 
 #: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
 Scores = Dict[str, Optional[float]]
@@ -201,7 +439,7 @@ class Trainer:
         if changed:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed with another {', '.join(changed)}: scores would"
-                " not compare, and films it was trained on could be scored. Leave that as it was,"
+                " not compare, and images it was trained on could be scored. Leave that as it was,"
                 f" or start a new run from its weights: model.name={checkpoint}"
             )
         if trainer_state["step"] > self.durations.total_steps:
@@ -264,3 +502,42 @@ def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
     for batch in batches:
         yield batch, time.perf_counter() - start
         start = time.perf_counter()
+
+
+class StopOnSignal:
+    """A context in which the first SIGINT or SIGTERM calls `interrupt`.
+
+    Parameters
+    ----------
+    interrupt
+        Takes the reason in words.
+    quiet
+        One of several processes: say nothing, and let no further signal end it while it saves.
+        torchrun signals all that are left as soon as one has ended, and kills them in the end.
+    """
+
+    def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
+        self.interrupt = interrupt
+        self.quiet = quiet
+        self._before: Dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
+        name = signal.Signals(number).name
+        self.interrupt(f"{name} received")
+        if self.quiet:
+            return
+        self._restore()
+        text = f"\n{name}: saving after this step; once more ends the run at once\n"
+        os.write(sys.stderr.fileno(), text.encode())  # a handler may not use a buffered stream
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

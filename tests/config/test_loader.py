@@ -96,11 +96,11 @@ def test_override_takes_a_list():
 
 
 def test_value_of_an_override_may_hold_equal_signs():
-    assert load_config([], ["data.root=/films/size=64/a=b"]).data.root == "/films/size=64/a=b"
+    assert load_config([], ["data.root=/images/size=64/a=b"]).data.root == "/images/size=64/a=b"
 
 
 def test_value_in_a_file_may_hold_equal_signs(write):
-    assert load_config([write("data: {root: /films/a=b}")]).data.root == "/films/a=b"
+    assert load_config([write("data: {root: /images/a=b}")]).data.root == "/images/a=b"
 
 
 def test_empty_file_gives_the_defaults(write):
@@ -185,7 +185,7 @@ def test_null_is_refused_where_a_value_is_needed(write):
         ["train.steps=10", "schedule.warmup_steps=3", "batch.global_batch_size=64"],
         ["train.epochs=0.1", "schedule.warmup_ratio=0.3333333333333333"],
         ["run.name=1e-3", "run.root='null'", "data.root='a: b #c'", "model.name=a=b"],
-        ["run.name='007'", "run.root='no'", "run.dir=' x '", "data.root=films/ü"],
+        ["run.name='007'", "run.root='no'", "run.dir=' x '", "data.root=images/ü"],
         ["pipeline.layers_per_stage=[0, 12]", "data.sample_images=20"],
     ],
 )
@@ -199,8 +199,8 @@ def test_default_data_root_is_under_the_working_directory():
 
 
 def test_default_data_root_follows_dataset_dir(monkeypatch):
-    monkeypatch.setenv("DATASET_DIR", "/films")
-    assert load_config([]).data.root == "/films/chest-xray-nihcc"
+    monkeypatch.setenv("DATASET_DIR", "/images")
+    assert load_config([]).data.root == "/images/chest-xray-nihcc"
 
 
 # Mistakes
@@ -520,13 +520,13 @@ def test_place_of_a_pair_broken_by_overrides_is_the_command_line(write):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("/disk", "/disk/x"), (None, "/films/x"), ("", "/films/x")]
+    ("value", "expected"), [("/disk", "/disk/x"), (None, "/images/x"), ("", "/images/x")]
 )
 def test_variable_with_default(write, monkeypatch, value, expected):
     monkeypatch.delenv("CXR_TEST", raising=False)
     if value is not None:
         monkeypatch.setenv("CXR_TEST", value)
-    assert load_config([write("data:\n  root: ${CXR_TEST:-/films}/x\n")]).data.root == expected
+    assert load_config([write("data:\n  root: ${CXR_TEST:-/images}/x\n")]).data.root == expected
 
 
 def test_variable_in_an_override(monkeypatch):
@@ -551,7 +551,7 @@ def test_unset_variable_without_default_is_an_error_that_names_the_place(write, 
 
 def test_tilde_is_the_home_folder(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    assert load_config([write("data: {root: ~/films}")]).data.root == "/home/ada/films"
+    assert load_config([write("data: {root: ~/images}")]).data.root == "/home/ada/images"
 
 
 def test_tilde_in_a_variable_is_the_home_folder(monkeypatch):
@@ -564,7 +564,7 @@ def test_text_that_is_no_path_is_not_expanded(write):
     assert "run.name=" in problem([write("run: {name: '${HOME}'}")])
 
 
-def test_a_later_root_is_not_filled_with_synthetic_films(write):
+def test_a_later_root_is_not_filled_with_synthetic_images(write):
     file = write("data: {root: data/sample, sample_images: 60}\n")
     assert load_config([file]).data.sample_images == 60
     assert load_config([file], ["data.root=/data/typo"]).data.sample_images is None

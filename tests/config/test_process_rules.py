@@ -3,7 +3,7 @@
 import pytest
 
 from cxr_vit.config import check, load_config
-from cxr_vit.config.process_rules import check_processes
+from cxr_vit.config.rules import check_processes
 from cxr_vit.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Sequence
 import numpy as np
 import pytest
 
-from cxr_vit.data.annotations import (
+from cxr_vit.data.nih import (
     RELABELS,
     find_boxes,
     find_relabels,
@@ -55,7 +55,7 @@ def test_infiltrate_is_infiltration(tmp_path: Path) -> None:
     assert boxes["finding"].tolist() == ["Infiltration"]
 
 
-def test_a_film_may_have_several_boxes_of_a_finding(tmp_path: Path) -> None:
+def test_a_image_may_have_several_boxes_of_a_finding(tmp_path: Path) -> None:
     csv = write_boxes(tmp_path, "a.png,Mass,1,2,3,4", "a.png,Mass,10,20,3,4")
     assert read_boxes(csv)["x"].tolist() == [1, 10]
 
@@ -87,8 +87,8 @@ def test_a_box_without_extent_is_refused(tmp_path: Path, box: str) -> None:
 
 
 @pytest.mark.parametrize("box", ["-2,2,3,4", "1,-2,3,4", "1000,2,26,4", "1,2,3,1024", "9e9,1,1,1"])
-def test_a_box_that_leaves_the_film_is_refused(tmp_path: Path, box: str) -> None:
-    with pytest.raises(DataError, match="leaves the film in 1 of 1 rows") as caught:
+def test_a_box_that_leaves_the_image_is_refused(tmp_path: Path, box: str) -> None:
+    with pytest.raises(DataError, match="leaves the image in 1 of 1 rows") as caught:
         read_boxes(write_boxes(tmp_path, f"b.png,Mass,{box}"))
     assert "1024 x 1024" in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_boxes_without_a_row_are_refused(tmp_path: Path) -> None:
 # Relabels
 
 
-def test_relabels_are_zeros_and_ones_by_film(tmp_path: Path) -> None:
+def test_relabels_are_zeros_and_ones_by_image(tmp_path: Path) -> None:
     answers = read_relabels(
         write(tmp_path, RELABEL_HEADER, ["b.png,YES,NO,NO,YES", "a.png" + ",NO" * 4])
     )
@@ -146,7 +146,7 @@ def test_an_answer_that_is_cut_off_is_refused(tmp_path: Path) -> None:
         read_relabels(write(tmp_path, RELABEL_HEADER, ["a.png,YES,NO,NO"]))
 
 
-def test_a_film_relabelled_twice_is_refused(tmp_path: Path) -> None:
+def test_a_image_relabelled_twice_is_refused(tmp_path: Path) -> None:
     rows = ["a.png,YES,NO,NO,YES", "a.png,NO,NO,NO,YES"]
     with pytest.raises(DataError, match=r"given before in 1 of 2 rows, first in row 2: 'a\.png'"):
         read_relabels(write(tmp_path, RELABEL_HEADER, rows))

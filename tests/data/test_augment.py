@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from cxr_vit.config.augment_schema import AugmentSection
+from cxr_vit.config.schema import AugmentSection
 from cxr_vit.data.augment import Augmentation
 
 SIDE = 32
-FILMS = 50
+IMAGES = 50
 EVERYTHING: Dict[str, Any] = {
     "rotation": 10,
     "shift": 0.05,
@@ -24,22 +24,22 @@ EVERYTHING: Dict[str, Any] = {
     "gamma": 0.2,
     "horizontal_flip": 0.5,
 }
-DRAWS = np.arange(FILMS)
+DRAWS = np.arange(IMAGES)
 
 
-def films(count: int = FILMS) -> np.ndarray:
-    """Smooth films, as a warp of noise would change every pixel by any small move."""
+def images(count: int = IMAGES) -> np.ndarray:
+    """Smooth images, as a warp of noise would change every pixel by any small move."""
     coarse = np.random.default_rng(0).integers(30, 220, (count, 4, 4), dtype=np.uint8)
-    return np.stack([cv2.resize(film, (SIDE, SIDE)) for film in coarse])
+    return np.stack([cv2.resize(image, (SIDE, SIDE)) for image in coarse])
 
 
 def make(seed: int = 0, **switches: Any) -> Augmentation:
     section = AugmentSection(**switches)
-    return Augmentation(section, num_samples=FILMS, image_size=SIDE, seed=seed)
+    return Augmentation(section, num_samples=IMAGES, image_size=SIDE, seed=seed)
 
 
 def varied(augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
-    result = films()[draws % FILMS]
+    result = images()[draws % IMAGES]
     augmentation(result, draws)
     return result
 
@@ -51,44 +51,44 @@ def numbers_of(augmentation: Augmentation, draws: np.ndarray = DRAWS) -> np.ndar
 def test_all_of_it_is_off_by_default() -> None:
     assert not AugmentSection().is_on
     assert not AugmentSection(crop_ratio=1.3).is_on  # which says something only beside a crop
-    np.testing.assert_array_equal(varied(make(), DRAWS), films())
+    np.testing.assert_array_equal(varied(make(), DRAWS), images())
 
 
 @pytest.mark.parametrize("switch", sorted(EVERYTHING))
-def test_each_one_alone_varies_films(switch: str) -> None:
+def test_each_one_alone_varies_images(switch: str) -> None:
     augmentation = make(**{switch: EVERYTHING[switch]})
     assert augmentation.section.is_on
     assert augmentation.section.moves != augmentation.section.recolours
-    changed = (varied(augmentation, DRAWS) != films()).any(axis=(1, 2))
+    changed = (varied(augmentation, DRAWS) != images()).any(axis=(1, 2))
     assert changed.mean() > 0.4
 
 
-def test_a_film_is_varied_alike_whatever_it_is_read_with() -> None:
+def test_a_image_is_varied_alike_whatever_it_is_read_with() -> None:
     whole = varied(make(**EVERYTHING), DRAWS)
-    order = np.random.default_rng(1).permutation(FILMS)
+    order = np.random.default_rng(1).permutation(IMAGES)
     np.testing.assert_array_equal(varied(make(**EVERYTHING), order), whole[order])
     for draw in (0, 7, 49):
         np.testing.assert_array_equal(varied(make(**EVERYTHING), np.array([draw]))[0], whole[draw])
 
 
 def test_a_batch_may_span_epochs() -> None:
-    draws = np.arange(FILMS - 5, FILMS + 5)
+    draws = np.arange(IMAGES - 5, IMAGES + 5)
     together = varied(make(**EVERYTHING), draws)
     apart = [varied(make(**EVERYTHING), part) for part in (draws[:5], draws[5:])]
     np.testing.assert_array_equal(together, np.concatenate(apart))
 
 
-def test_going_back_to_an_epoch_gives_the_same_films() -> None:
+def test_going_back_to_an_epoch_gives_the_same_images() -> None:
     augmentation = make(**EVERYTHING)
     first = varied(augmentation, DRAWS)
     for epoch in (1, 2, 3):
-        varied(augmentation, DRAWS + epoch * FILMS)
+        varied(augmentation, DRAWS + epoch * IMAGES)
     np.testing.assert_array_equal(varied(augmentation, DRAWS), first)
 
 
 def test_another_epoch_and_another_seed_vary_otherwise() -> None:
     first = varied(make(**EVERYTHING), DRAWS)
-    assert (first != varied(make(**EVERYTHING), DRAWS + FILMS)).any(axis=(1, 2)).all()
+    assert (first != varied(make(**EVERYTHING), DRAWS + IMAGES)).any(axis=(1, 2)).all()
     assert (first != varied(make(seed=1, **EVERYTHING), DRAWS)).any(axis=(1, 2)).all()
 
 
@@ -99,12 +99,12 @@ def test_numpys_global_generator_is_left_alone() -> None:
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
-def test_a_sure_flip_mirrors_every_film() -> None:
-    np.testing.assert_array_equal(varied(make(horizontal_flip=1), DRAWS), films()[:, :, ::-1])
+def test_a_sure_flip_mirrors_every_image() -> None:
+    np.testing.assert_array_equal(varied(make(horizontal_flip=1), DRAWS), images()[:, :, ::-1])
 
 
-def test_a_flip_of_a_half_mirrors_about_half_of_the_films() -> None:
-    draws = np.arange(FILMS * 20)
+def test_a_flip_of_a_half_mirrors_about_half_of_the_images() -> None:
+    draws = np.arange(IMAGES * 20)
     numbers = numbers_of(make(horizontal_flip=0.5), draws)
     mirrored = make(horizontal_flip=0.5).matrices(numbers)[:, 0, 0] < 0
     assert 0.45 < mirrored.mean() < 0.55
@@ -113,7 +113,7 @@ def test_a_flip_of_a_half_mirrors_about_half_of_the_films() -> None:
 @pytest.mark.parametrize("degrees", [1, 10, 45])
 def test_rotations_fill_their_range_either_way(degrees: float) -> None:
     augmentation = make(rotation=degrees)
-    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))
     angles = np.rad2deg(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
     assert abs(angles).max() <= degrees + 1e-4
     assert angles.min() < -0.95 * degrees and angles.max() > 0.95 * degrees
@@ -123,27 +123,27 @@ def test_a_rotation_is_about_the_middle() -> None:
     augmentation = make(rotation=45)
     middle = np.array([(SIDE - 1) / 2, (SIDE - 1) / 2, 1])
     there = augmentation.matrices(numbers_of(augmentation)) @ middle
-    np.testing.assert_allclose(there, np.tile(middle[:2], (FILMS, 1)), atol=1e-9)
+    np.testing.assert_allclose(there, np.tile(middle[:2], (IMAGES, 1)), atol=1e-9)
 
 
 def test_scales_fill_their_range() -> None:
     augmentation = make(scale=0.2)
-    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))
     zooms = 1 / np.sqrt(np.linalg.det(matrices[:, :, :2]))
     assert 0.8 - 1e-6 <= zooms.min() < 0.82 and 1.18 < zooms.max() <= 1.2 + 1e-6
 
 
-def test_shifts_move_the_film_by_parts_of_its_side() -> None:
+def test_shifts_move_the_image_by_parts_of_its_side() -> None:
     augmentation = make(shift=0.1)
-    offsets = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))[:, :, 2]
+    offsets = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))[:, :, 2]
     assert abs(offsets).max() <= 0.1 * SIDE + 1e-4
     assert (abs(offsets).max(axis=0) > 0.095 * SIDE).all()
 
 
 @pytest.mark.parametrize(("crop", "ratio"), [(0.5, 1.5), (0.7, 1.1), (0.9, 1.0), (0.5, 1.0)])
-def test_a_crop_stays_inside_the_film_and_keeps_its_least_area(crop: float, ratio: float) -> None:
+def test_a_crop_stays_inside_the_image_and_keeps_its_least_area(crop: float, ratio: float) -> None:
     augmentation = make(crop=crop, crop_ratio=ratio)
-    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(FILMS * 20)))
+    matrices = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))
     area = np.linalg.det(matrices[:, :, :2])
     assert area.min() >= crop - 1e-6 and area.max() <= 1 + 1e-6
     assert area.min() < crop + 0.01 and area.max() > 0.98
@@ -154,21 +154,21 @@ def test_a_crop_stays_inside_the_film_and_keeps_its_least_area(crop: float, rati
     assert corners.min() >= -0.5 - 1e-4 and corners.max() <= SIDE - 0.5 + 1e-4
 
 
-def test_less_than_half_a_film_is_no_crop() -> None:
+def test_less_than_half_a_image_is_no_crop() -> None:
     with pytest.raises(ValueError, match=r"greater than or equal to 0\.5"):
         AugmentSection(crop=0.4)
 
 
 def test_gray_levels_keep_their_order() -> None:
     augmentation = make(brightness=0.5, contrast=0.5, gamma=0.5)
-    tables = augmentation.tables(numbers_of(augmentation), films()).astype(int)
+    tables = augmentation.tables(numbers_of(augmentation), images()).astype(int)
     assert (np.diff(tables, axis=1) >= 0).all()
-    assert len(np.unique(tables, axis=0)) == FILMS
+    assert len(np.unique(tables, axis=0)) == IMAGES
 
 
 def test_gamma_leaves_black_and_white_alone() -> None:
     augmentation = make(gamma=0.3)
-    tables = augmentation.tables(numbers_of(augmentation), films())
+    tables = augmentation.tables(numbers_of(augmentation), images())
     assert (tables[:, 0] == 0).all() and (tables[:, 255] == 255).all()
     middle = tables[:, 128] / 255
     assert (128 / 255) ** 1.3 - 0.01 <= middle.min() < middle.max() <= (128 / 255) ** 0.7 + 0.01
@@ -176,43 +176,43 @@ def test_gamma_leaves_black_and_white_alone() -> None:
 
 def test_brightness_multiplies_gray_levels() -> None:
     augmentation = make(brightness=0.2)
-    tables = augmentation.tables(numbers_of(augmentation), films())
+    tables = augmentation.tables(numbers_of(augmentation), images())
     assert (tables[:, 0] == 0).all()
     assert 80 - 1 <= tables[:, 100].min() < tables[:, 100].max() <= 120 + 1
 
 
-def test_contrast_leaves_a_films_mean_alone() -> None:
+def test_contrast_leaves_a_images_mean_alone() -> None:
     augmentation = make(contrast=0.3)
-    batch = films()
+    batch = images()
     tables = augmentation.tables(numbers_of(augmentation), batch)
     means = batch.mean(axis=(1, 2)).round().astype(int)
-    assert abs(tables[np.arange(FILMS), means].astype(int) - means).max() <= 1
+    assert abs(tables[np.arange(IMAGES), means].astype(int) - means).max() <= 1
     assert (tables[:, 255].astype(int) < 255).any()
 
 
 def test_what_comes_into_view_is_black() -> None:
-    white = np.full((FILMS, SIDE, SIDE), 255, dtype=np.uint8)
+    white = np.full((IMAGES, SIDE, SIDE), 255, dtype=np.uint8)
     make(shift=0.5, gamma=0.5)(white, DRAWS)
-    beyond = (white == 0).reshape(FILMS, -1).mean(axis=1)
+    beyond = (white == 0).reshape(IMAGES, -1).mean(axis=1)
     assert beyond.max() > 0.5 and beyond.mean() > 0.2
 
 
-def test_what_comes_into_view_is_as_black_as_the_film() -> None:
-    half = np.zeros((FILMS, SIDE, SIDE), dtype=np.uint8)
+def test_what_comes_into_view_is_as_black_as_the_image() -> None:
+    half = np.zeros((IMAGES, SIDE, SIDE), dtype=np.uint8)
     half[:, :, SIDE // 2 :] = 200
     make(shift=0.2, contrast=0.5)(half, DRAWS)
-    assert max(len(np.unique(film[: SIDE // 4, : SIDE // 8])) for film in half) == 1
+    assert max(len(np.unique(image[: SIDE // 4, : SIDE // 8])) for image in half) == 1
     assert half.min(axis=(1, 2)).max() > 0  # a black that less contrast has lifted
 
 
 def test_a_crop_brings_no_border_into_view() -> None:
-    white = np.full((FILMS, SIDE, SIDE), 255, dtype=np.uint8)
+    white = np.full((IMAGES, SIDE, SIDE), 255, dtype=np.uint8)
     make(crop=0.5, crop_ratio=1.5, horizontal_flip=0.5)(white, DRAWS)
     assert (white == 255).all()
 
 
 def test_the_numbers_are_not_those_of_the_sample_order() -> None:
-    order = np.random.default_rng((0, 0)).random((FILMS, 12), dtype=np.float32)
+    order = np.random.default_rng((0, 0)).random((IMAGES, 12), dtype=np.float32)
     assert not np.array_equal(numbers_of(make()), order)
 
 

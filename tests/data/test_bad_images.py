@@ -13,7 +13,7 @@ from typing import Callable, Dict, Iterator, Tuple, Union
 import kornia_rs
 import numpy as np
 import pytest
-from film_files import (
+from image_files import (
     COLOUR,
     GRAY,
     PALETTE,
@@ -39,7 +39,7 @@ from cxr_vit.errors import DataError
 
 
 @pytest.fixture(autouse=True)
-def _nobody_fills_truncated_films_with_gray() -> Iterator[None]:
+def _nobody_fills_truncated_images_with_gray() -> Iterator[None]:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     yield
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
@@ -71,7 +71,7 @@ def assert_refused_or_equal(expected: np.ndarray, data: bytes, folder: Path) -> 
         np.testing.assert_array_equal(found, expected)
 
 
-# Not a film at all
+# Not an image at all
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -79,23 +79,23 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "film.png").symlink_to(tmp_path / "absent.png")
-    assert_refused(tmp_path / "film.png", "not there")
+    (tmp_path / "image.png").symlink_to(tmp_path / "absent.png")
+    assert_refused(tmp_path / "image.png", "not there")
 
 
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "film.png").symlink_to(tmp_path / "film.png")
-    assert_refused(tmp_path / "film.png", "cannot be read", "symbolic links")
+    (tmp_path / "image.png").symlink_to(tmp_path / "image.png")
+    assert_refused(tmp_path / "image.png", "cannot be read", "symbolic links")
 
 
-def test_a_folder_in_place_of_a_film_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "film.png").mkdir()
-    assert_refused(tmp_path / "film.png", "cannot be read", "Is a directory")
+def test_a_folder_in_place_of_a_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.png").mkdir()
+    assert_refused(tmp_path / "image.png", "cannot be read", "Is a directory")
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
-    assert_refused(path / "film.png", "cannot be read", "Not a directory")
+    assert_refused(path / "image.png", "cannot be read", "Not a directory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -123,7 +123,7 @@ OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
     "page after a mark and lines": (b"\xef\xbb\xbf\r\n" + b"<!doctype HTML>" + PAGE, "HTML"),
     "page after a comment": (b"<!-- saved -->" + PAGE, "HTML"),
     "a store's denial": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "ML"),
-    "text": (b"the film is in the other folder\n", "neither a PNG nor a JPEG"),
+    "text": (b"the image is in the other folder\n", "neither a PNG nor a JPEG"),
     "csv": (b"Image Index,Finding Labels\n00000001_000.png,Hernia\n", "neither a PNG nor a JPEG"),
     "zeros": (b"\0" * 5000, "neither a PNG nor a JPEG"),
     "one byte": (b"\x89", "neither a PNG nor a JPEG"),
@@ -136,9 +136,9 @@ OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["film.png", "film.jpg"])
+@pytest.mark.parametrize("name", ["image.png", "image.jpg"])
 @pytest.mark.parametrize("content", sorted(OTHER_CONTENT))
-def test_other_content_under_a_films_name_is_refused(
+def test_other_content_under_a_images_name_is_refused(
     tmp_path: Path, content: str, name: str
 ) -> None:
     data, reason = OTHER_CONTENT[content]
@@ -165,7 +165,7 @@ FORMS: Dict[str, Callable[[], bytes]] = {
 
 @pytest.fixture(params=sorted(FORMS))
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Tuple[bytes, np.ndarray]:
-    """A sound film's bytes and pixels."""
+    """A sound image's bytes and pixels."""
     data = FORMS[request.param]()
     return data, read_gray(write(tmp_path, data), SIDE)
 
@@ -211,8 +211,8 @@ def test_a_png_cut_short_anywhere_is_refused(
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_cut_short_anywhere_is_refused(tmp_path: Path, mode: str, progressive: bool) -> None:
-    film = Image.fromarray(smooth(200)).convert(mode)
-    data = encoded(film, "JPEG", progressive=progressive)
+    image = Image.fromarray(smooth(200)).convert(mode)
+    data = encoded(image, "JPEG", progressive=progressive)
     lengths = {*np.linspace(4, len(data) - 3, 60).astype(int), 3, 11, 20}
     for length in lengths:
         assert_refused(write(tmp_path, data[:length]), "damaged image")
@@ -242,7 +242,7 @@ def test_a_damaged_header_is_called_damage(tmp_path: Path, position: int) -> Non
 # Written badly: all checksums are right
 
 
-def film(values: np.ndarray, stream: bytes) -> bytes:
+def image(values: np.ndarray, stream: bytes) -> bytes:
     colour = COLOUR if values.ndim == 3 else GRAY
     return png((SIDE, SIDE), 8 * values.dtype.itemsize, colour, b"", packed=stream)
 
@@ -260,14 +260,14 @@ KINDS: Dict[str, np.ndarray] = {
 def test_missing_rows_are_never_black(tmp_path: Path, kind: str, kept_rows: float) -> None:
     rows = as_rows(KINDS[kind])
     short = zlib.compress(rows[: int(len(rows) // SIDE * kept_rows)])
-    assert_refused(write(tmp_path, film(KINDS[kind], short)), "damaged image")
+    assert_refused(write(tmp_path, image(KINDS[kind], short)), "damaged image")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_packed_pixels_that_break_off_are_refused(tmp_path: Path, kind: str, keep: float) -> None:
     stream = zlib.compress(as_rows(KINDS[kind]))
-    cut = film(KINDS[kind], stream[: int(len(stream) * keep)])
+    cut = image(KINDS[kind], stream[: int(len(stream) * keep)])
     assert_refused(write(tmp_path, cut), "damaged image")
 
 
@@ -307,7 +307,7 @@ IMPOSSIBLE: Dict[str, Callable[[], bytes]] = {
     "no pixels": lambda: PNG_SIGNATURE + header() + PNG_END,
     "no header": lambda: PNG_SIGNATURE + png_of(pixels())[33:],
     "an end alone": lambda: PNG_SIGNATURE + PNG_END,
-    "an unknown row filter": lambda: film(pixels(), zlib.compress(b"\x09" * SIDE * (SIDE + 1))),
+    "an unknown row filter": lambda: image(pixels(), zlib.compress(b"\x09" * SIDE * (SIDE + 1))),
     "10 MB of text in 10 kB": lambda: png_of(
         pixels(), before=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10_000_000))
     ),
@@ -328,7 +328,7 @@ def test_broken_exif_gives_no_warning_and_no_other_pixels(
     assert_refused_or_equal(pixels(), data, tmp_path)
 
 
-# Sound, and no film
+# Sound, and no image
 
 
 def bomb(side: int) -> bytes:
@@ -374,7 +374,7 @@ def transparent(alpha: int, corner: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("alpha", "corner"), [(255, 254), (255, 0), (0, 0), (128, 255)])
-def test_a_partly_transparent_film_is_refused(tmp_path: Path, alpha: int, corner: int) -> None:
+def test_a_partly_transparent_image_is_refused(tmp_path: Path, alpha: int, corner: int) -> None:
     values = transparent(alpha, corner)
     for data in (png_of(values), png_of(np.ascontiguousarray(values[..., 2:]))):
         assert_refused(write(tmp_path, data), "transparent", "Export")
@@ -439,7 +439,7 @@ def test_a_jpeg_of_several_pictures_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1)]
     frames[0].save(buffer, "MPO", save_all=True, append_images=frames[1:])
-    assert_refused(write(tmp_path, buffer.getvalue(), "film.jpg"), "several pictures", "Export")
+    assert_refused(write(tmp_path, buffer.getvalue(), "image.jpg"), "several pictures", "Export")
 
 
 def test_a_jpeg_for_print_is_refused(tmp_path: Path) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import decoding
-from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
-from cxr_vit.data.cache_build import build_store
-from cxr_vit.data.cache_check import check_films, verify_store
+from cxr_vit.data import store_build as decoding
 from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
+from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
+from cxr_vit.data.store_build import build_store, check_images, verify_store
 from cxr_vit.errors import DataError
 
 SIDE = 16
@@ -38,18 +37,18 @@ class Store(NamedTuple):
         return refusal(index, self.where.pixels, settings, find_images(self.images))
 
 
-def write_film(path: Path, seed: int) -> None:
+def write_image(path: Path, seed: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (30, 30), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Six films; the fourth is none."""
+    """Six images; the fourth is none."""
     images = tmp_path / "images"
     images.mkdir()
     for row in (4, 1, 5, 0, 2):  # not in order
-        write_film(images / f"{row:08d}_000.png", row)
+        write_image(images / f"{row:08d}_000.png", row)
     (images / BAD).write_bytes(b"<html>")
     paths = find_images(images)
     where = StorePaths.of(tmp_path, SIDE)
@@ -71,7 +70,7 @@ def test_a_finished_store_leaves_nothing_half_done_beside_it(store: Store) -> No
     assert there == {"images", "films_16.u8", "films_16.json"}
 
 
-def test_films_lie_in_the_order_of_their_names(store: Store) -> None:
+def test_images_lie_in_the_order_of_their_names(store: Store) -> None:
     assert store.index.images == [f"{row:08d}_000.png" for row in range(6)]
     pixels = np.fromfile(store.where.pixels, dtype=np.uint8).reshape(6, SIDE, SIDE)
     for row, name in enumerate(store.index.images):
@@ -84,14 +83,14 @@ def test_the_index_holds_the_size_of_every_file(store: Store) -> None:
     assert store.index.source_bytes == sizes
 
 
-def test_the_index_holds_the_checksum_of_every_film(store: Store) -> None:
+def test_the_index_holds_the_checksum_of_every_image(store: Store) -> None:
     pixels = store.where.pixels.read_bytes()
     for row, name in enumerate(store.index.images):
-        film = pixels[row * SIDE**2 : (row + 1) * SIDE**2]
-        assert store.index.crc32[row] == (None if name == BAD else zlib.crc32(film))
+        image = pixels[row * SIDE**2 : (row + 1) * SIDE**2]
+        assert store.index.crc32[row] == (None if name == BAD else zlib.crc32(image))
 
 
-def test_the_index_says_how_the_films_were_made(store: Store) -> None:
+def test_the_index_says_how_the_images_were_made(store: Store) -> None:
     values = json.loads(store.where.index.read_text())
     assert values["settings"] == {
         "image_size": SIDE,
@@ -111,13 +110,13 @@ def test_an_index_is_loaded_as_it_was_made(store: Store) -> None:
     assert store.index.store_bytes == store.where.pixels.stat().st_size == 6 * SIDE**2
 
 
-def test_a_film_of_no_use_has_its_reason_and_a_black_row_that_is_never_read(store: Store) -> None:
+def test_a_image_of_no_use_has_its_reason_and_a_black_row_that_is_never_read(store: Store) -> None:
     assert list(store.index.unusable) == [BAD]
     assert "HTML" in store.index.unusable[BAD]
-    films = open_films(store.index, store.where.pixels)
-    assert len(films) == 5
+    images = open_images(store.index, store.where.pixels)
+    assert len(images) == 5
     with pytest.raises(KeyError):
-        films.select([BAD])
+        images.select([BAD])
     assert store.where.pixels.read_bytes()[3 * SIDE**2 : 4 * SIDE**2] == bytes(SIDE**2)
 
 
@@ -191,51 +190,51 @@ def test_bytes_that_are_no_text_are_a_damaged_index(store: Store) -> None:
         StoreIndex.load(store.where.index)
 
 
-def test_films_that_came_since_are_counted_and_the_first_is_named(store: Store) -> None:
+def test_images_that_came_since_are_counted_and_the_first_is_named(store: Store) -> None:
     for row in (8, 7):
-        write_film(store.images / f"{row:08d}_000.png", row)
+        write_image(store.images / f"{row:08d}_000.png", row)
     reason = store.refusal()
     assert reason is not None
-    assert reason.startswith("2 of 8 films are not in it, first: 0000000")
+    assert reason.startswith("2 of 8 images are not in it, first: 0000000")
 
 
-def test_films_that_changed_since_are_counted_and_the_first_is_named(store: Store) -> None:
+def test_images_that_changed_since_are_counted_and_the_first_is_named(store: Store) -> None:
     for row in (2, 5):
         path = store.images / f"{row:08d}_000.png"
         path.write_bytes(path.read_bytes() + b"\0")
-    assert store.refusal() == "2 films were changed since, first: 00000002_000.png"
+    assert store.refusal() == "2 images were changed since, first: 00000002_000.png"
 
 
-def test_a_bad_film_that_was_mended_is_a_film_changed_since(store: Store) -> None:
-    write_film(store.images / BAD, 3)
-    assert store.refusal() == f"1 films were changed since, first: {BAD}"
+def test_a_bad_image_that_was_mended_is_a_image_changed_since(store: Store) -> None:
+    write_image(store.images / BAD, 3)
+    assert store.refusal() == f"1 images were changed since, first: {BAD}"
 
 
 # Not refused
 
 
-def test_a_store_may_be_taken_to_a_machine_without_the_films(store: Store) -> None:
+def test_a_store_may_be_taken_to_a_machine_without_the_images(store: Store) -> None:
     expected = [read_gray(store.paths[name], SIDE) for name in store.index.images if name != BAD]
     for path in store.images.iterdir():
         path.unlink()
     assert store.refusal() is None
     out = np.empty((5, SIDE, SIDE), dtype=np.uint8)
-    open_films(store.index, store.where.pixels).read(np.arange(5), out)
+    open_images(store.index, store.where.pixels).read(np.arange(5), out)
     np.testing.assert_array_equal(out, np.stack(expected))
 
 
-def test_a_store_of_more_films_than_are_wanted_fits(store: Store) -> None:
+def test_a_store_of_more_images_than_are_wanted_fits(store: Store) -> None:
     for row in (0, 4):
         (store.images / f"{row:08d}_000.png").unlink()
     assert store.refusal() is None
 
 
-def test_the_order_of_the_films_does_not_matter(store: Store) -> None:
+def test_the_order_of_the_images_does_not_matter(store: Store) -> None:
     backwards = dict(sorted(store.paths.items(), reverse=True))
     assert refusal(store.index, store.where.pixels, SETTINGS, backwards) is None
 
 
-def test_films_may_move_to_another_folder(store: Store) -> None:
+def test_images_may_move_to_another_folder(store: Store) -> None:
     moved = store.images.with_name("images_001")
     store.images.rename(moved)
     assert refusal(store.index, store.where.pixels, SETTINGS, find_images(moved)) is None
@@ -257,7 +256,7 @@ def verified(store: Store, *, workers: int = 1) -> Dict[str, str]:
 def test_a_sound_store_has_nothing_wrong(
     store: Store, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_FEW_FILMS", 0)
+    monkeypatch.setattr(decoding, "_FEW_IMAGES", 0)
     assert verified(store, workers=workers) == {}
 
 
@@ -268,24 +267,24 @@ def flip(path: Path, *places: int) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("has_files", [True, False], ids=["with the films", "without the films"])
-def test_every_film_with_a_flipped_bit_is_named(store: Store, has_files: bool) -> None:
+@pytest.mark.parametrize("has_files", [True, False], ids=["with the images", "without the images"])
+def test_every_image_with_a_flipped_bit_is_named(store: Store, has_files: bool) -> None:
     flip(store.where.pixels, 0, 2 * SIDE**2 - 1, 4 * SIDE**2)
     if not has_files:
         shutil.rmtree(store.images)
     assert verified(store) == {f"{row:08d}_000.png": DAMAGED for row in (0, 1, 4)}
 
 
-def test_films_behind_the_end_of_a_store_cut_short_are_named(store: Store) -> None:
+def test_images_behind_the_end_of_a_store_cut_short_are_named(store: Store) -> None:
     os.truncate(store.where.pixels, 4 * SIDE**2 + 1)
     assert verified(store) == dict.fromkeys(("00000004_000.png", "00000005_000.png"), DAMAGED)
 
 
-def test_a_film_that_changed_without_changing_size_is_named(store: Store) -> None:
+def test_a_image_that_changed_without_changing_size_is_named(store: Store) -> None:
     path = store.images / "00000002_000.png"
     size = path.stat().st_size
     for seed in range(100, 200):
-        write_film(path, seed)
+        write_image(path, seed)
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
         if path.stat().st_size == size:
             break
@@ -293,20 +292,20 @@ def test_a_film_that_changed_without_changing_size_is_named(store: Store) -> Non
     assert verified(store) == {"00000002_000.png": CHANGED}
 
 
-def test_a_film_that_went_bad_and_one_that_was_mended_are_named(store: Store) -> None:
-    (store.images / "00000001_000.png").write_bytes(b"no film")
-    write_film(store.images / BAD, 3)
+def test_a_image_that_went_bad_and_one_that_was_mended_are_named(store: Store) -> None:
+    (store.images / "00000001_000.png").write_bytes(b"no image")
+    write_image(store.images / BAD, 3)
     assert verified(store) == {"00000001_000.png": CHANGED, BAD: CHANGED}
 
 
-def test_films_whose_files_are_gone_are_only_checked_for_damage(store: Store) -> None:
+def test_images_whose_files_are_gone_are_only_checked_for_damage(store: Store) -> None:
     shutil.rmtree(store.images)
     assert verified(store) == {}
 
 
-def test_films_are_checked_without_a_store(store: Store, tmp_path: Path) -> None:
+def test_images_are_checked_without_a_store(store: Store, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    assert check_films(store.paths, SETTINGS, workers=1) == store.index.unusable
+    assert check_images(store.paths, SETTINGS, workers=1) == store.index.unusable
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -314,4 +313,4 @@ def test_a_store_of_other_pixels_is_refused_at_the_start(store: Store) -> None:
     pixels = store.where.pixels
     pixels.write_bytes(bytes(len(pixels.read_bytes())))  # the right size, and black
     with pytest.raises(DataError, match=r"is damaged: .* is not what its index says.*prepare"):
-        open_films(StoreIndex.load(store.where.index), pixels)
+        open_images(StoreIndex.load(store.where.index), pixels)

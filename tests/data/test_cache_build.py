@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import cache_build, decoding
-from cxr_vit.data.cache import StoreIndex, StorePaths, StoreSettings, open_films, refusal
-from cxr_vit.data.cache_build import build_store, locked
-from cxr_vit.data.decoding import Chunk
+from cxr_vit.data import store_build as cache_build
+from cxr_vit.data import store_build as decoding
 from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
+from cxr_vit.data.store_build import Chunk, build_store, locked
 from cxr_vit.errors import DataError
 
 SIDE = 8
 SETTINGS = StoreSettings(SIDE, 1)
-FILMS = 300  # more than one process decodes, in five chunks
+IMAGES = 300  # more than one process decodes, in five chunks
 BAD = "00000100_000.png"
 
 
@@ -31,10 +31,10 @@ def name_of(row: int) -> str:
     return f"{row:08d}_000.png"
 
 
-def write_films(folder: Path) -> Dict[str, str]:
+def write_images(folder: Path) -> Dict[str, str]:
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    for row in range(FILMS):
+    for row in range(IMAGES):
         pixels = random.integers(0, 256, (12, 12), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name_of(row))
     (folder / BAD).write_bytes(b"")
@@ -53,7 +53,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A store built in one go by one process."""
     root = tmp_path_factory.mktemp("reference")
     where = StorePaths.of(root, SIDE)
-    paths = write_films(root / "images")
+    paths = write_images(root / "images")
     build_store(where, SETTINGS, paths, workers=1)
     return Reference(paths, where, where.pixels.read_bytes(), where.index.read_bytes())
 
@@ -71,7 +71,7 @@ def assert_whole(where: StorePaths, reference: Reference) -> None:
 
 
 def build(where: StorePaths, paths: Dict[str, str]) -> int:
-    """Build or go on with a store; return how many films did not have to be decoded."""
+    """Build or go on with a store; return how many images did not have to be decoded."""
     found = []
 
     @contextlib.contextmanager
@@ -80,7 +80,7 @@ def build(where: StorePaths, paths: Dict[str, str]) -> int:
         yield lambda count: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "film_progress", noted)
+        patch.setattr(cache_build, "image_progress", noted)
         build_store(where, SETTINGS, paths, workers=1)
     return found[0]
 
@@ -99,7 +99,7 @@ def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) ->
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "film_progress", ends)
+        patch.setattr(cache_build, "image_progress", ends)
         with pytest.raises(KeyboardInterrupt):
             build_store(where, SETTINGS, paths, workers=1)
 
@@ -128,7 +128,7 @@ def test_any_number_of_processes_makes_the_same_bytes(
     assert_whole(where, reference)
 
 
-def test_the_order_in_which_films_are_found_does_not_matter(
+def test_the_order_in_which_images_are_found_does_not_matter(
     reference: Reference, where: StorePaths
 ) -> None:
     build_store(where, SETTINGS, dict(reversed(list(reference.paths.items()))), workers=1)
@@ -138,13 +138,13 @@ def test_the_order_in_which_films_are_found_does_not_matter(
 # Interrupted
 
 
-@pytest.mark.parametrize(("chunks", "films"), [(1, 64), (3, 192), (5, 300)])
+@pytest.mark.parametrize(("chunks", "images"), [(1, 64), (3, 192), (5, 300)])
 def test_an_interrupted_store_goes_on_where_it_stopped(
-    reference: Reference, where: StorePaths, chunks: int, films: int
+    reference: Reference, where: StorePaths, chunks: int, images: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=chunks)
     assert not where.pixels.exists() and not where.index.exists()
-    assert build(where, reference.paths) == films
+    assert build(where, reference.paths) == images
     assert_whole(where, reference)
 
 
@@ -155,11 +155,11 @@ def test_an_interrupted_store_may_be_finished_by_more_processes(
     interrupt(where, reference.paths, after_chunks=1)
     # What is left for two processes must be more than they are started for.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_FEW_FILMS", 0)
+        patch.setattr(decoding, "_FEW_IMAGES", 0)
         build_store(where, SETTINGS, reference.paths, workers=2)
     assert_whole(where, reference)
-    assert "going on with an interrupted cache: 64 of 300 films are in it" in caplog.text
-    assert "cached 299 films in" in caplog.text
+    assert "going on with an interrupted cache: 64 of 300 images are in it" in caplog.text
+    assert "cached 299 images in" in caplog.text
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1], ids=lambda kept: f"up to {kept}")
@@ -225,7 +225,7 @@ def test_a_kill_before_the_index_is_written_loses_nothing(
 ) -> None:
     interrupt_before_the_index(where, reference.paths)
     assert where.pixels.exists() and not where.index.exists() and not where.partial.exists()
-    assert build(where, reference.paths) == FILMS
+    assert build(where, reference.paths) == IMAGES
     assert_whole(where, reference)
 
 
@@ -247,7 +247,7 @@ def test_a_kill_while_an_old_store_is_replaced_loses_nothing(
 ) -> None:
     interrupt(where, reference.paths, after_chunks=5)
     where.pixels.write_bytes(b"of an old store whose index is gone")
-    assert build(where, reference.paths) == FILMS
+    assert build(where, reference.paths) == IMAGES
     assert_whole(where, reference)
 
 
@@ -261,13 +261,13 @@ def test_pixels_without_an_index_and_a_journal_are_not_believed(
 
 @pytest.fixture
 def changed(reference: Reference, tmp_path: Path) -> Tuple[Dict[str, str], str]:
-    """The films with another one in the place of the first, and its path."""
+    """The images with another one in the place of the first, and its path."""
     path = tmp_path / name_of(0)
     Image.fromarray(np.full((40, 50), 77, dtype=np.uint8)).save(path)
     return {**reference.paths, name_of(0): str(path)}, str(path)
 
 
-def test_films_that_changed_meanwhile_begin_it_anew(
+def test_images_that_changed_meanwhile_begin_it_anew(
     reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
@@ -294,9 +294,9 @@ def test_an_old_store_stays_readable_until_the_new_one_is_whole(
     index = StoreIndex.load(where.index)
     assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
     out = np.empty((1, SIDE, SIDE), dtype=np.uint8)
-    open_films(index, where.pixels).read(np.array([0]), out)
+    open_images(index, where.pixels).read(np.array([0]), out)
     np.testing.assert_array_equal(out[0], read_gray(reference.paths[name_of(0)], SIDE))
-    assert build(where, changed[0]) == FILMS
+    assert build(where, changed[0]) == IMAGES
     assert where.pixels.read_bytes()[: SIDE**2] == bytes([77]) * SIDE**2
 
 
@@ -307,7 +307,7 @@ def test_no_room_is_said_before_anything_is_decoded(
     reference: Reference, where: StorePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, FILMS * SIDE**2 - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, IMAGES * SIDE**2 - 1))
     with pytest.raises(DataError, match=r"the cache needs .* GB in .* GB are free") as caught:
         build_store(where, SETTINGS, reference.paths, workers=1)
     assert "data.cache_dir" in str(caught.value) and "data.cache=off" in str(caught.value)

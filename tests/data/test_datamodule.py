@@ -22,7 +22,7 @@ from cxr_vit.errors import DataError
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
 )
-FILMS = 40
+IMAGES = 40
 CSV = "Data_Entry_2017_v2020.csv"
 
 
@@ -31,9 +31,9 @@ def findings_of(row: int) -> str:
 
 
 def write_set(root: Path) -> None:
-    """40 patients with a film each; the last ten are the official test."""
+    """40 patients with an image each; the last ten are the official test."""
     (root / "images").mkdir(parents=True)
-    names = [f"{row:08d}_000.png" for row in range(FILMS)]
+    names = [f"{row:08d}_000.png" for row in range(IMAGES)]
     for row, name in enumerate(names):
         Image.new("L", (16, 16), row).save(root / "images" / name)
     rows = [f"{name},{findings_of(row)},0,{row},50,F,AP" for row, name in enumerate(names)]
@@ -61,14 +61,14 @@ def test_the_split_files_and_labels_come_together(root: Path) -> None:
     assert module.csv == root / CSV
 
 
-def test_a_dataset_holds_the_films_of_its_split_in_order(root: Path) -> None:
+def test_a_dataset_holds_the_images_of_its_split_in_order(root: Path) -> None:
     module = module_of(root)
     test = module.dataset("test")
     assert test.image_names == [f"{row:08d}_000.png" for row in range(30, 40)]
     assert [int(test[row].image.max()) for row in range(10)] == list(range(30, 40))
 
 
-def test_a_dataset_pairs_each_film_with_its_own_labels(root: Path) -> None:
+def test_a_dataset_pairs_each_image_with_its_own_labels(root: Path) -> None:
     train = module_of(root).dataset("train")
     for row in range(len(train)):
         sick = int(train[row].image.max()) % 4 == 0
@@ -89,7 +89,7 @@ def test_no_finding_is_a_fifteenth_class_on_request(root: Path) -> None:
 
 def test_an_empty_split_is_refused_and_the_others_are_named(root: Path) -> None:
     module = module_of(root, split="patient", test_fraction=0)
-    with pytest.raises(DataError, match=r"patient split has no test films\. It has: train, val"):
+    with pytest.raises(DataError, match=r"patient split has no test images\. It has: train, val"):
         module.dataset("test")
 
 
@@ -101,7 +101,7 @@ def test_the_split_to_score_is_val_where_there_is_no_test(root: Path) -> None:
     assert module_of(root, split="patient", test_fraction=0).default_split() == "val"
 
 
-def test_prevalence_counts_training_films_only(root: Path) -> None:
+def test_prevalence_counts_training_images_only(root: Path) -> None:
     module = module_of(root)
     train = module.splits.train
     positives = sum(row % 4 == 0 for row in train.tolist())
@@ -127,16 +127,16 @@ def test_the_csv_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
     (root / CSV).rename(tmp_path / "mine.csv")
     module = module_of(root, csv=str(tmp_path / "mine.csv"))
     assert module.csv == tmp_path / "mine.csv"
-    assert len(module.records) == FILMS
+    assert len(module.records) == IMAGES
 
 
-def test_a_missing_film_stops_the_start(root: Path) -> None:
+def test_a_missing_image_stops_the_start(root: Path) -> None:
     (root / "images" / "00000007_000.png").unlink()
     with pytest.raises(DataError, match=r"1 of 40 images are missing[^:]*:\n  00000007_000\.png"):
         module_of(root)
 
 
-def test_a_missing_film_is_said_to_be_missing_where_it_was_looked_for(
+def test_a_missing_image_is_said_to_be_missing_where_it_was_looked_for(
     root: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "csvs").mkdir()
@@ -146,7 +146,7 @@ def test_a_missing_film_is_said_to_be_missing_where_it_was_looked_for(
         module_of(root, csv=str(tmp_path / "csvs" / "mine.csv"))
 
 
-def test_a_missing_film_is_left_out_on_request(root: Path) -> None:
+def test_a_missing_image_is_left_out_on_request(root: Path) -> None:
     (root / "images" / "00000035_000.png").unlink()
     module = module_of(root, on_missing="skip")
     assert len(module.records) == 39
@@ -184,7 +184,7 @@ def test_another_split_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture
     assert module.warn_if_changed(recorded) == ["split_sha256"]
     record, hint = caplog.records
     assert record.levelno == hint.levelno == logging.WARNING
-    assert "films that were trained on may be scored" in hint.getMessage()
+    assert "images that were trained on may be scored" in hint.getMessage()
     assert "split_sha256" in record.getMessage()
     assert recorded["split_sha256"] in record.getMessage()
     assert module.fingerprint()["split_sha256"] in record.getMessage()
@@ -199,7 +199,7 @@ def test_another_csv_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "csv_sha256" in record.getMessage()
 
 
-def test_films_of_the_test_list_may_be_absent(root: Path) -> None:
+def test_images_of_the_test_list_may_be_absent(root: Path) -> None:
     for row in range(30, 40):
         (root / "images" / f"{row:08d}_000.png").unlink()
     module = module_of(root, on_missing="skip")
@@ -209,7 +209,7 @@ def test_films_of_the_test_list_may_be_absent(root: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["official", "patient", "random"])
-def test_a_film_of_no_use_moves_no_other_from_training_to_testing(root: Path, split: str) -> None:
+def test_a_image_of_no_use_moves_no_other_from_training_to_testing(root: Path, split: str) -> None:
     def parts(**changes: object) -> Dict[str, set]:
         module = module_of(root, split=split, cache="off", **changes)
         names = module.records.table["image"]
@@ -222,7 +222,7 @@ def test_a_film_of_no_use_moves_no_other_from_training_to_testing(root: Path, sp
     assert parts(on_bad_image="skip") == {part: names - broken for part, names in whole.items()}
 
 
-def test_missing_and_damaged_films_are_told_at_once(root: Path) -> None:
+def test_missing_and_damaged_images_are_told_at_once(root: Path) -> None:
     (root / "images" / "00000007_000.png").unlink()
     (root / "images" / "00000008_000.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
@@ -233,11 +233,11 @@ def test_missing_and_damaged_films_are_told_at_once(root: Path) -> None:
     )
 
 
-def test_describe_gives_films_patients_and_sizes(root: Path) -> None:
+def test_describe_gives_images_patients_and_sizes(root: Path) -> None:
     assert module_of(root).describe() == (
-        f"40 films of 40 patients from {root / CSV}, official split (train_val_list.txt,"
+        f"40 images of 40 patients from {root / CSV}, official split (train_val_list.txt,"
         " test_list.txt, validation drawn by patient with seed 1337): train 24, val 6, test 10\n"
-        f"films at 16 x 16 from {root / 'cxr_vit_cache' / 'films_16.u8'}"
+        f"images at 16 x 16 from {root / 'cxr_vit_cache' / 'films_16.u8'}"
     )
 
 
@@ -249,13 +249,13 @@ def test_an_absent_root_is_made_into_a_sample_and_said_so(
     def write(out: Path, *, num_images: int) -> int:
         asked[out] = num_images
         write_set(out)
-        return FILMS
+        return IMAGES
 
     monkeypatch.setattr(datamodule, "write_sample", write)
     caplog.set_level(logging.INFO, logger="cxr_vit")
-    module = module_of(tmp_path / "new", sample_images=FILMS)
-    assert asked == {tmp_path / "new": FILMS}
-    assert len(module.records) == FILMS
+    module = module_of(tmp_path / "new", sample_images=IMAGES)
+    assert asked == {tmp_path / "new": IMAGES}
+    assert len(module.records) == IMAGES
     assert f"{tmp_path / 'new'} does not exist" in caplog.text and "synthetic" in caplog.text
 
 
@@ -271,7 +271,7 @@ def test_an_existing_root_is_never_written_to(root: Path, monkeypatch: pytest.Mo
         raise AssertionError("written over data that are there")
 
     monkeypatch.setattr(datamodule, "write_sample", refuse)
-    assert len(module_of(root, sample_images=20).records) == FILMS
+    assert len(module_of(root, sample_images=20).records) == IMAGES
 
 
 @pytest.mark.parametrize("given", [None, "labels.csv"])

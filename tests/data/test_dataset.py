@@ -14,13 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
-from cxr_vit.data.films import FilmFiles
-from cxr_vit.data.records import Records
+from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
+from cxr_vit.data.store import FileReader
 from cxr_vit.errors import DataError
 
 SIDE = 16
-FILMS = 7
+IMAGES = 7
 
 
 def pixels(row: int) -> np.ndarray:
@@ -29,15 +29,15 @@ def pixels(row: int) -> np.ndarray:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> ChestXrayDataset:
-    names = [f"{row:08d}_000.png" for row in range(FILMS)]
+    names = [f"{row:08d}_000.png" for row in range(IMAGES)]
     for row, name in enumerate(names):
         Image.fromarray(pixels(row)).save(tmp_path / name)
     paths = {name: str(tmp_path / name) for name in names}
     table = pd.DataFrame({"image": names})
-    labels = np.eye(FILMS, 14, dtype=np.uint8)
+    labels = np.eye(IMAGES, 14, dtype=np.uint8)
     labels[3] = 0
-    films = FilmFiles(paths, names, image_size=SIDE, max_megapixels=1)
-    return ChestXrayDataset(Records(table, labels), films)
+    images = FileReader(paths, names, image_size=SIDE, max_megapixels=1)
+    return ChestXrayDataset(Records(table, labels), images)
 
 
 def load(dataset: ChestXrayDataset, sampler: object, num_workers: int) -> List[Batch]:
@@ -68,12 +68,12 @@ def test_labels_are_float32_zeros_and_ones(dataset: ChestXrayDataset) -> None:
 
 
 def test_a_sample_knows_its_row(dataset: ChestXrayDataset) -> None:
-    assert [dataset[row].row for row in range(FILMS)] == list(range(FILMS))
+    assert [dataset[row].row for row in range(IMAGES)] == list(range(IMAGES))
 
 
 def test_the_length_names_and_classes_are_those_of_the_records(dataset: ChestXrayDataset) -> None:
-    assert len(dataset) == FILMS
-    assert dataset.image_names == [f"{row:08d}_000.png" for row in range(FILMS)]
+    assert len(dataset) == IMAGES
+    assert dataset.image_names == [f"{row:08d}_000.png" for row in range(IMAGES)]
     assert dataset.num_classes == 14
 
 
@@ -86,16 +86,16 @@ def test_a_batch_of_rows_is_read_as_single_rows_are(dataset: ChestXrayDataset) -
 
 
 def test_a_draw_of_a_later_epoch_is_the_same_row(dataset: ChestXrayDataset) -> None:
-    batch = dataset.__getitems__([4, 4 + FILMS, 4 + 5 * FILMS])
+    batch = dataset.__getitems__([4, 4 + IMAGES, 4 + 5 * IMAGES])
     assert batch.indices.tolist() == [4, 4, 4]
     assert torch.equal(batch.images[0], batch.images[2])
 
 
-def test_films_are_given_as_they_are_stored(dataset: ChestXrayDataset) -> None:
-    np.testing.assert_array_equal(dataset.films([5, 1]), np.stack([pixels(5), pixels(1)]))
+def test_images_are_given_as_they_are_stored(dataset: ChestXrayDataset) -> None:
+    np.testing.assert_array_equal(dataset.images([5, 1]), np.stack([pixels(5), pixels(1)]))
 
 
-def test_a_film_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
+def test_a_image_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
     (tmp_path / "00000005_000.png").unlink()
     with pytest.raises(DataError, match=r"00000005_000\.png"):
         dataset[5]
@@ -104,7 +104,7 @@ def test_a_film_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path
 def test_a_dataset_survives_pickling(dataset: ChestXrayDataset) -> None:
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.image_names == dataset.image_names
-    assert_equal_batches([copy.__getitems__(range(FILMS))], [dataset.__getitems__(range(FILMS))])
+    assert_equal_batches([copy.__getitems__(range(IMAGES))], [dataset.__getitems__(range(IMAGES))])
 
 
 def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
@@ -116,7 +116,7 @@ def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
     assert torch.equal(batch.labels[2], dataset[2].labels)
 
 
-def test_draws_of_padding_are_black_films_of_index_minus_one(dataset: ChestXrayDataset) -> None:
+def test_draws_of_padding_are_black_images_of_index_minus_one(dataset: ChestXrayDataset) -> None:
     batch = dataset.__getitems__([4, 6, PADDING, PADDING, PADDING])
     assert batch.indices.tolist() == [4, 6, -1, -1, -1]
     assert batch.images.shape == (5, 1, SIDE, SIDE) and batch.labels.shape == (5, 14)
@@ -131,19 +131,19 @@ def test_a_batch_may_be_all_padding(dataset: ChestXrayDataset) -> None:
     assert batch.images.shape == (2, 1, SIDE, SIDE) and not batch.images.any()
 
 
-def test_padding_before_a_film_is_refused(dataset: ChestXrayDataset) -> None:
+def test_padding_before_a_image_is_refused(dataset: ChestXrayDataset) -> None:
     with pytest.raises(AssertionError, match="padding ends a batch"):
         dataset.__getitems__([4, PADDING, 6])
 
 
-def test_without_films_labels_and_rows_are_the_same_and_nothing_is_read(
+def test_without_images_labels_and_rows_are_the_same_and_nothing_is_read(
     dataset: ChestXrayDataset, tmp_path: Path
 ) -> None:
-    draws = [5, 1, FILMS + 2, PADDING]
+    draws = [5, 1, IMAGES + 2, PADDING]
     expected = dataset.__getitems__(draws)
-    blind = dataset.without_films()
-    for film in tmp_path.glob("*.png"):
-        film.unlink()
+    blind = dataset.without_images()
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
     batch = blind.__getitems__(draws)
     assert batch.images.shape == (4, 1, 0, 0) and batch.images.dtype == torch.uint8
     assert torch.equal(batch.labels, expected.labels)
@@ -158,11 +158,11 @@ def test_a_batch_of_zeros_is_all_padding() -> None:
     assert batch.indices.tolist() == [-1, -1]
 
 
-def test_the_loader_serves_every_film_once_and_pads_the_last_batch(
+def test_the_loader_serves_every_image_once_and_pads_the_last_batch(
     dataset: ChestXrayDataset,
 ) -> None:
     sampler = ReplicaSampler(
-        EvaluationSampler(FILMS, batch_size=3),
+        EvaluationSampler(IMAGES, batch_size=3),
         host_batch_size=3,
         micro_batch_size=3,
         replicas=1,
@@ -177,9 +177,9 @@ def test_the_loader_serves_every_film_once_and_pads_the_last_batch(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_two_worker_processes_give_the_batches_of_none(dataset: ChestXrayDataset) -> None:
     sampler = TrainingSampler(
-        FILMS, global_batch_size=3, device_iterations=1, seed=3, start_step=0, total_steps=5
+        IMAGES, global_batch_size=3, device_iterations=1, seed=3, start_step=0, total_steps=5
     )
     alone, helped = (load(dataset, sampler, num_workers) for num_workers in (0, 2))
     assert_equal_batches(alone, helped)
-    expected = torch.cat([torch.tensor(draws) for draws in sampler]) % FILMS
+    expected = torch.cat([torch.tensor(draws) for draws in sampler]) % IMAGES
     assert torch.equal(torch.cat([batch.indices for batch in helped]), expected)

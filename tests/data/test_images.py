@@ -1,4 +1,4 @@
-"""Files -> uint8 gray: which films are read, and as what pixels. `test_bad_images.py` has the rest.
+"""Files -> uint8 gray: which images are read, and as what pixels. `test_bad_images.py` has the rest.
 
 Also the index: name -> path.
 """
@@ -13,7 +13,7 @@ from typing import Callable, Dict, List
 import kornia_rs
 import numpy as np
 import pytest
-from film_files import (
+from image_files import (
     COLOUR,
     GRAY,
     PALETTE,
@@ -42,7 +42,7 @@ from cxr_vit.errors import DataError
 
 
 def assert_read_as(expected: np.ndarray, data: bytes, folder: Path) -> None:
-    """To be read exactly; where a film is no square, no resizing is asked for either way."""
+    """To be read exactly; where an image is no square, no resizing is asked for either way."""
     path = write(folder, data)
     read = read_gray(path, SIDE)
     assert read.dtype == np.uint8 and read.shape == (SIDE, SIDE)
@@ -53,7 +53,7 @@ def assert_read_as(expected: np.ndarray, data: bytes, folder: Path) -> None:
 
 
 def ramp(bits: int) -> np.ndarray:
-    """From black to white in all values of so many bits, in a 16-bit film."""
+    """From black to white in all values of so many bits, in a 16-bit image."""
     return np.linspace(0, 2**bits - 1, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
 
 
@@ -61,7 +61,7 @@ def scaled(values: np.ndarray, bits: int) -> np.ndarray:
     return np.round(values * 255.0 / (2**bits - 1)).astype(np.uint8)
 
 
-# The plain film
+# The plain image
 
 
 def test_a_gray_png_of_the_right_size_is_read_exactly(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_path_may_be_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (17, 40), (40, 17)])
 @pytest.mark.parametrize("make", [png_of, interlaced_png])
-def test_films_of_any_shape_are_squeezed_into_the_square(
+def test_images_of_any_shape_are_squeezed_into_the_square(
     tmp_path: Path, make: Callable[[np.ndarray], bytes], shape: tuple
 ) -> None:
     assert_read_as(pixels(shape), make(pixels(shape)), tmp_path)
@@ -105,7 +105,7 @@ def test_shrinking_is_antialiased(tmp_path: Path) -> None:
     assert np.abs(small.astype(int) - 127.5).max() <= 8
 
 
-def test_shrinking_a_uniform_film_keeps_its_gray(tmp_path: Path) -> None:
+def test_shrinking_a_uniform_image_keeps_its_gray(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(np.full((60, 100), 173, np.uint8)))
     assert np.unique(read_gray(path, 32)).tolist() == [173]
 
@@ -141,7 +141,7 @@ PLAIN_CHUNKS = {
     "broken colour profile": png_chunk(b"iCCP", b"profile\0\0zzzz"),
     "resolution": png_chunk(b"pHYs", struct.pack(">IIB", 100, 300, 1)),
     "unknown": png_chunk(b"abCd", b"whatever"),
-    "text": png_chunk(b"tEXt", b"Comment\0a film"),
+    "text": png_chunk(b"tEXt", b"Comment\0a image"),
     "5 MB of text": png_chunk(b"tEXt", b"Comment\0" + b"a" * 5_000_000),
     "broken text": png_chunk(b"zTXt", b"Comment\0\0zzzz"),
     "animation without frames": png_chunk(b"acTL", struct.pack(">II", 0, 0)),
@@ -154,7 +154,7 @@ def test_chunks_about_other_things_change_nothing(tmp_path: Path, place: str, na
     assert_read_as(pixels(), png_of(pixels(), **{place: PLAIN_CHUNKS[name]}), tmp_path)
 
 
-def test_films_as_nih_writes_them_take_the_fast_decoder(
+def test_images_as_nih_writes_them_take_the_fast_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: List[object] = []
@@ -176,7 +176,7 @@ def test_pixels_may_come_in_pieces(tmp_path: Path, pieces: int) -> None:
     assert_read_as(pixels(), data, tmp_path)
 
 
-def test_what_follows_the_end_of_a_film_is_left_alone(tmp_path: Path) -> None:
+def test_what_follows_the_end_of_a_image_is_left_alone(tmp_path: Path) -> None:
     assert_read_as(pixels(), png_of(pixels()) + b"\0" * 100, tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_sixteen_bit_gray_is_scaled_by_the_depth_in_use(
     tmp_path: Path, make: Callable[[np.ndarray], bytes], bits: int
 ) -> None:
     assert_read_as(scaled(ramp(bits), bits), make(ramp(bits)), tmp_path)
-    read = read_gray(tmp_path / "film.png", SIDE).ravel().astype(int)
+    read = read_gray(tmp_path / "image.png", SIDE).ravel().astype(int)
     assert read[0] == 0 and read[-1] == 255  # neither clipped nor dark
     assert (np.diff(read) >= 0).all() and len(np.unique(read)) == 256
 
@@ -259,12 +259,12 @@ def test_sixteen_bit_colour_keeps_its_low_bytes(
 
 
 def test_sixteen_bit_gray_as_pillow_writes_it_is_scaled(tmp_path: Path) -> None:
-    film = Image.fromarray(smooth().astype(np.uint16) * 257)
-    assert_read_as(smooth(), encoded(film, "PNG"), tmp_path)
+    image = Image.fromarray(smooth().astype(np.uint16) * 257)
+    assert_read_as(smooth(), encoded(image, "PNG"), tmp_path)
 
 
 @pytest.mark.parametrize("make", [np.array, in_colour])
-def test_a_black_sixteen_bit_film_stays_black(
+def test_a_black_sixteen_bit_image_stays_black(
     tmp_path: Path, make: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     black = np.zeros((SIDE, SIDE), np.uint8)
@@ -302,9 +302,9 @@ def test_all_eight_orientations_are_undone(tmp_path: Path, shape: tuple, orienta
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_orientation_in_a_jpeg_is_undone(tmp_path: Path, orientation: int) -> None:
-    film = Image.fromarray(smooth())
-    upright = read_gray(write(tmp_path, encoded(film, "JPEG")), SIDE)
-    data = encoded(film, "JPEG", exif=exif(orientation))
+    image = Image.fromarray(smooth())
+    upright = read_gray(write(tmp_path, encoded(image, "JPEG")), SIDE)
+    data = encoded(image, "JPEG", exif=exif(orientation))
     assert_read_as(turned(upright, orientation), data, tmp_path)
 
 
@@ -316,19 +316,19 @@ def test_an_orientation_that_does_not_exist_is_none(tmp_path: Path, orientation:
 # JPEG
 
 
-@pytest.mark.parametrize("name", ["film.jpg", "film.jpeg", "film.png"])
+@pytest.mark.parametrize("name", ["image.jpg", "image.jpeg", "image.png"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_is_read_whatever_its_suffix(
     tmp_path: Path, name: str, mode: str, progressive: bool
 ) -> None:
-    film = Image.fromarray(smooth()).convert(mode)
-    path = write(tmp_path, encoded(film, "JPEG", progressive=progressive), name)
+    image = Image.fromarray(smooth()).convert(mode)
+    path = write(tmp_path, encoded(image, "JPEG", progressive=progressive), name)
     assert np.abs(read_gray(path, SIDE).astype(int) - smooth()).max() < 16
 
 
 def test_a_png_is_read_under_a_jpeg_name(tmp_path: Path) -> None:
-    path = write(tmp_path, png_of(pixels()), "film.jpg")
+    path = write(tmp_path, png_of(pixels()), "image.jpg")
     np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
 
 
@@ -342,7 +342,7 @@ def test_the_helpers_write_what_pillow_reads(tmp_path: Path) -> None:
 # The index
 
 
-def test_films_are_found_in_every_layout_people_have(tmp_path: Path) -> None:
+def test_images_are_found_in_every_layout_people_have(tmp_path: Path) -> None:
     places = {
         "a.png": "images",
         "b.png": "images_001/images",
@@ -392,5 +392,5 @@ def test_links_that_lead_in_circles_or_to_the_same_folder_are_walked_once(tmp_pa
     assert list(find_images(tmp_path)) == ["a.png"]
 
 
-def test_a_folder_without_films_gives_an_empty_index(tmp_path: Path) -> None:
+def test_a_folder_without_images_gives_an_empty_index(tmp_path: Path) -> None:
     assert find_images(tmp_path) == {}

@@ -114,7 +114,7 @@ def test_a_text_that_is_not_quite_a_finding_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "Edema|"])
 def test_an_empty_finding_says_how_none_is_written(text: str) -> None:
-    with pytest.raises(DataError, match="Write 'No Finding' for a film without a finding"):
+    with pytest.raises(DataError, match="Write 'No Finding' for an image without a finding"):
         multi_hot([text])
 
 

@@ -21,26 +21,25 @@ from conftest import SMALL
 from PIL import Image
 
 from cxr_vit.__main__ import main
-from cxr_vit.data import decoding
-from cxr_vit.data.cache import StorePaths, StoreSettings
-from cxr_vit.data.cache_build import build_store
-from cxr_vit.data.decoding import Chunk, film_progress, in_parallel
+from cxr_vit.data import store_build as decoding
 from cxr_vit.data.images import find_images
+from cxr_vit.data.store import StorePaths, StoreSettings
+from cxr_vit.data.store_build import Chunk, build_store, image_progress, in_parallel
 from cxr_vit.errors import DataError
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
 )
-FILMS = 768
+IMAGES = 768
 SIDE = 64
 #: No divisor of a chunk's length: a chunk in another's place is seen.
 KINDS = 41
 
 
-def write_set(root: Path, *, films: int, kinds: int, side: int) -> None:
+def write_set(root: Path, *, images: int, kinds: int, side: int) -> None:
     (root / "images").mkdir(parents=True)
     made = np.random.default_rng(0).integers(0, 256, (kinds, side, side), dtype=np.uint8)
-    names = [f"{row:08d}_000.png" for row in range(films)]
+    names = [f"{row:08d}_000.png" for row in range(images)]
     for row, name in enumerate(names):
         path = root / "images" / name
         if row < kinds:
@@ -90,7 +89,7 @@ class Prepare:
         return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
 
     def workers(self) -> List[int]:
-        """Return the processes that it started to decode films and that are still there."""
+        """Return the processes that it started to decode images and that are still there."""
         found = []
         for folder in Path("/proc").iterdir():
             try:
@@ -106,7 +105,7 @@ class Prepare:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prepare") / "nih"
-    write_set(root, films=FILMS, kinds=KINDS, side=512)
+    write_set(root, images=IMAGES, kinds=KINDS, side=512)
     return root
 
 
@@ -185,7 +184,7 @@ def test_control_c_stops_it_without_a_traceback_and_it_goes_on_later(
 def test_of_two_processes_that_need_it_at_once_one_builds_and_the_other_waits(
     tmp_path: Path,
 ) -> None:
-    write_set(tmp_path / "nih", films=40, kinds=40, side=24)
+    write_set(tmp_path / "nih", images=40, kinds=40, side=24)
     cache = tmp_path / "cache"
     cache.mkdir()
     where = StorePaths.of(cache, 16)
@@ -195,8 +194,8 @@ def test_of_two_processes_that_need_it_at_once_one_builds_and_the_other_waits(
         until(lambda: all("another process builds the cache" in run.text() for run in runs))
         assert not where.partial.exists()
     assert [run.end() for run in runs] == [0, 0]
-    assert sorted(run.text().count("cached 40 films in") for run in runs) == [0, 1]
-    assert all("40 of 40 films" in run.text() for run in runs)
+    assert sorted(run.text().count("cached 40 images in") for run in runs) == [0, 1]
+    assert all("40 of 40 images" in run.text() for run in runs)
 
 
 # What it says
@@ -204,15 +203,15 @@ def test_of_two_processes_that_need_it_at_once_one_builds_and_the_other_waits(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Forty films; the first three are none."""
+    """Forty images; the first three are none."""
     root = tmp_path / "nih"
-    write_set(root, films=40, kinds=40, side=24)
+    write_set(root, images=40, kinds=40, side=24)
     for path in sorted((root / "images").iterdir())[:3]:
         path.write_bytes(b"")
     return root
 
 
-def test_bad_films_are_an_error_and_the_store_is_whole(small: Path, tmp_path: Path) -> None:
+def test_bad_images_are_an_error_and_the_store_is_whole(small: Path, tmp_path: Path) -> None:
     run = Prepare(small, tmp_path / "cache", size=16)
     assert run.end() == 2
     lines = run.text().splitlines()
@@ -244,15 +243,15 @@ def test_verify_says_that_all_is_well_or_what_is_not(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(small) == 0
-    assert "37 of 40 films" in capsys.readouterr().out
+    assert "37 of 40 images" in capsys.readouterr().out
     assert prepare(small, "--verify") == 0
     out = capsys.readouterr().out
-    assert "every film has its checksum; 40 are what their files hold\n" in out
+    assert "every image has its checksum; 40 are what their files hold\n" in out
     pixels = small / "cxr_vit_cache" / "films_16.u8"
     data = bytearray(pixels.read_bytes())
     data[8 * 256] ^= 1
     pixels.write_bytes(bytes(data))
-    with pytest.raises(DataError, match=r"1 films of the cache .* are wrong") as caught:
+    with pytest.raises(DataError, match=r"1 images of the cache .* are wrong") as caught:
         prepare(small, "--verify")
     assert "00000008_000.png: its pixels in the cache are damaged\n" in str(caught.value)
 
@@ -337,19 +336,19 @@ def test_without_a_terminal_a_line_is_logged_when_one_is_due(
     clock = [1000.0]
     monkeypatch.setattr(decoding.time, "monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO, logger="cxr_vit")
-    with film_progress("decoding films", done=100, total=1000) as advance:
+    with image_progress("decoding images", done=100, total=1000) as advance:
         for seconds in (0, 10, 10, 11, 5):
             clock[0] += seconds
             advance(60)
-    assert caplog.messages == ["decoding films: 340 of 1000, 8 a second, 85 s left"]
+    assert caplog.messages == ["decoding images: 340 of 1000, 8 a second, 85 s left"]
 
 
 @pytest.mark.parametrize(("done", "total"), [(0, 300), (100, 300), (300, 300)])
-def test_on_a_terminal_a_bar_counts_the_films(
+def test_on_a_terminal_a_bar_counts_the_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: int, total: int
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    with film_progress("decoding films", done=done, total=total) as advance:
+    with image_progress("decoding images", done=done, total=total) as advance:
         for _ in range(done, total, 50):
             advance(50)
-    assert "decoding films" in capsys.readouterr().err
+    assert "decoding images" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.data.records import RELABELS, Records, read_records
+from cxr_vit.data.nih import RELABELS, Records, read_records
 from cxr_vit.data.splits import SPLIT_NAMES, make_splits, split_hash
 
 NIH = Path(__file__).resolve().parents[3] / "shared" / "data" / "nih"
@@ -25,7 +25,7 @@ BOXES = "BBox_List_2017.csv"
 RELABELLED = "google2019_nih-chest-xray-labels.csv"
 LISTS = ("train_val_list.txt", "test_list.txt")
 COMMUNITY = "community_val_list.txt"
-# Of the drawn official split; whoever resumes a run that used it has to find the same films.
+# Of the drawn official split; whoever resumes a run that used it has to find the same images.
 DRAWN_HASH = "52f3652519339ef77a0c9f87b86862370bf23515520ba5145de2156b0fb761a9"
 POSITIVES = {
     "Atelectasis": 11559,
@@ -90,7 +90,7 @@ def records(root: Path) -> Records:
     return read_records(root / CSV, include_no_finding=True)
 
 
-def test_the_csv_has_its_112120_films_of_30805_patients(records: Records) -> None:
+def test_the_csv_has_its_112120_images_of_30805_patients(records: Records) -> None:
     assert len(records) == 112_120
     assert records.table["image"].nunique() == 112_120
     assert records.table["patient"].nunique() == 30_805
@@ -101,7 +101,7 @@ def test_the_label_counts_are_those_of_nih(records: Records) -> None:
     assert dict(zip([*FINDINGS, "No Finding"], counts)) == {**POSITIVES, "No Finding": 60_361}
 
 
-def test_no_film_has_no_finding_beside_a_finding_and_none_has_nothing(records: Records) -> None:
+def test_no_image_has_no_finding_beside_a_finding_and_none_has_nothing(records: Records) -> None:
     healthy = records.labels[:, 14] == 1
     np.testing.assert_array_equal(healthy, ~records.labels[:, :14].any(axis=1))
 
@@ -128,7 +128,7 @@ def test_the_csv_is_v2020_with_its_original_sizes_and_follow_ups(records: Record
     assert (table["follow_up"] != named).sum() == 24_106
 
 
-def test_the_984_boxes_are_on_880_films_labelled_with_their_findings(annotated: Records) -> None:
+def test_the_984_boxes_are_on_880_images_labelled_with_their_findings(annotated: Records) -> None:
     boxes = annotated.boxes
     assert (len(boxes), boxes["row"].nunique()) == (984, 880)
     assert boxes["finding"].value_counts().to_dict() == {
@@ -145,14 +145,14 @@ def test_the_984_boxes_are_on_880_films_labelled_with_their_findings(annotated: 
     assert annotated.labels[boxes["row"], columns].all()
 
 
-def test_the_boxed_films_are_all_for_testing(root: Path, annotated: Records) -> None:
+def test_the_boxed_images_are_all_for_testing(root: Path, annotated: Records) -> None:
     splits = make_splits(annotated, root, DataSection(root=str(root)))
     assert set(annotated.boxes["row"]) <= set(splits.test.tolist())
     assert len(annotated.take(splits.test).boxes) == 984
     assert len(annotated.take(splits.train).boxes) == 0
 
 
-def test_radiologists_read_4376_films_again(root: Path, annotated: Records) -> None:
+def test_radiologists_read_4376_images_again(root: Path, annotated: Records) -> None:
     read = ~np.isnan(annotated.relabels).any(axis=1)
     assert read.sum() == 4_376
     positives = annotated.relabels[read].sum(axis=0).astype(int).tolist()
@@ -171,7 +171,7 @@ def sizes_of(records: Records, root: Path) -> List[int]:
     return [len(getattr(splits, name)) for name in SPLIT_NAMES]
 
 
-def test_the_communitys_list_gives_75312_11212_and_25596_films(
+def test_the_communitys_list_gives_75312_11212_and_25596_images(
     community: Path, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
     splits = make_splits(records, community, DataSection(root=str(community)))
@@ -198,12 +198,12 @@ def test_the_drawn_validation_is_that_of_earlier_runs(root: Path, records: Recor
     assert split_hash(records, splits) == DRAWN_HASH
 
 
-def test_the_official_split_has_86524_and_25596_films(root: Path, records: Records) -> None:
+def test_the_official_split_has_86524_and_25596_images(root: Path, records: Records) -> None:
     splits = make_splits(records, root, DataSection(root=str(root)))
     assert splits.kind == "official"
     assert len(splits.train) + len(splits.val) == 86_524
     assert len(splits.test) == 25_596
-    assert len(splits.val) == pytest.approx(0.05 * 86_524, abs=184)  # the largest patient's films
+    assert len(splits.val) == pytest.approx(0.05 * 86_524, abs=184)  # the largest patient's images
 
 
 def test_the_official_split_shares_no_patient(root: Path, records: Records) -> None:
@@ -221,12 +221,12 @@ def test_a_random_split_has_the_tutorials_size_and_its_leak(
     section = DataSection(root=str(root), split="random", val_fraction=0.05, test_fraction=0)
     splits = make_splits(records, root, section)
     assert [len(getattr(splits, name)) for name in SPLIT_NAMES] == [106_514, 5_606, 0]
-    found = re.search(r"(\d+) of 5606 val films share a patient with train", caplog.text)
+    found = re.search(r"(\d+) of 5606 val images share a patient with train", caplog.text)
     assert found is not None
     assert 0.82 < int(found.group(1)) / 5606 < 0.85
 
 
-def test_a_patient_split_of_the_real_films_is_near_its_fractions(
+def test_a_patient_split_of_the_real_images_is_near_its_fractions(
     root: Path, records: Records
 ) -> None:
     section = DataSection(root=str(root), split="patient", val_fraction=0.1, test_fraction=0.2)
@@ -238,7 +238,7 @@ def test_a_patient_split_of_the_real_films_is_near_its_fractions(
 def test_the_loss_that_knows_only_the_prevalence_is_0_1637(
     community: Path, annotated: Records
 ) -> None:
-    # The films themselves are not at hand: only what the prevalence is of.
+    # The images themselves are not at hand: only what the prevalence is of.
     module = ChestXrayDataModule.__new__(ChestXrayDataModule)
     module.records = annotated
     module.splits = make_splits(annotated, community, DataSection(root=str(community)))
@@ -250,38 +250,38 @@ def test_the_loss_that_knows_only_the_prevalence_is_0_1637(
     assert losses.mean() == pytest.approx(0.1637, abs=0.0005)
 
 
-def test_the_21_full_films_are_read_gray_at_the_size_asked() -> None:
-    films = find_images(NIH / "images")
-    assert len(films) == 21
+def test_the_21_full_images_are_read_gray_at_the_size_asked() -> None:
+    images = find_images(NIH / "images")
+    assert len(images) == 21
     modes = []
-    for path in films.values():
+    for path in images.values():
         with Image.open(path) as stored:
             modes.append(stored.mode)
             assert stored.size == (1024, 1024)
-        film = read_gray(path, 224)
-        assert film.dtype == np.uint8 and film.shape == (224, 224)
-        assert 20 < film.mean() < 235 and film.std() > 20
+        image = read_gray(path, 224)
+        assert image.dtype == np.uint8 and image.shape == (224, 224)
+        assert 20 < image.mean() < 235 and image.std() > 20
     assert (modes.count("L"), modes.count("RGBA")) == (19, 2)
 
 
 @pytest.mark.parametrize("name", ["00002578_000.png", "00004934_000.png"])
-def test_a_real_rgba_film_is_its_red_channel(name: str) -> None:
+def test_a_real_rgba_image_is_its_red_channel(name: str) -> None:
     with Image.open(NIH / "images" / name) as stored:
         assert stored.mode == "RGBA"
         red = np.array(stored.getchannel("R"))
     np.testing.assert_array_equal(read_gray(NIH / "images" / name, 1024), red)
 
 
-def test_the_thousand_small_films_are_found_and_named_as_in_the_csv(records: Records) -> None:
-    films = find_images(NIH / "nih1000_64px")
-    assert len(films) == 1000
-    assert set(films) <= set(records.table["image"])
+def test_the_thousand_small_images_are_found_and_named_as_in_the_csv(records: Records) -> None:
+    images = find_images(NIH / "nih1000_64px")
+    assert len(images) == 1000
+    assert set(images) <= set(records.table["image"])
 
 
 @pytest.mark.parametrize("size", [64, 32])
-def test_small_films_are_read_at_the_size_asked(size: int) -> None:
-    films = find_images(NIH / "nih1000_64px")
-    for name in sorted(films)[::200]:
-        film = read_gray(films[name], size)
-        assert film.dtype == np.uint8 and film.shape == (size, size)
-        assert film.std() > 10
+def test_small_images_are_read_at_the_size_asked(size: int) -> None:
+    images = find_images(NIH / "nih1000_64px")
+    for name in sorted(images)[::200]:
+        image = read_gray(images[name], size)
+        assert image.dtype == np.uint8 and image.shape == (size, size)
+        assert image.std() > 10

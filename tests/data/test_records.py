@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_vit.data.records import RELABELS, Records, find_csv, read_records
+from cxr_vit.data.nih import RELABELS, Records, find_csv, read_records
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -126,8 +126,8 @@ def test_variants_are_told_apart_by_their_header(tmp_path: Path, header: str, va
 
 def test_kaggles_sample_has_its_own_names_of_width_and_height(tmp_path: Path) -> None:
     row = "00000013_005.png,Emphysema|Mass,005,00000013,060Y,M,AP,3056,2544,0.139,0.139"
-    film = read(write_csv(tmp_path, [row], SAMPLE_HEADER)).table.iloc[0]
-    found = film[["patient", "age", "sex", "view", "follow_up", "width", "height"]].tolist()
+    image = read(write_csv(tmp_path, [row], SAMPLE_HEADER)).table.iloc[0]
+    found = image[["patient", "age", "sex", "view", "follow_up", "width", "height"]].tolist()
     assert found == [13, 60, "M", "AP", 5, 3056, 2544]
 
 
@@ -248,7 +248,7 @@ def test_duplicate_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     with pytest.raises(DataError, match="given before in 2 of 5 rows, first in row 4") as caught:
         read(write_csv(tmp_path, rows))
     assert "'00000002_000.png'" in str(caught.value)
-    assert "Keep one row a film" in str(caught.value)
+    assert "Keep one row an image" in str(caught.value)
 
 
 @pytest.mark.parametrize("patient", ["P17", "", "1;2"])
@@ -282,7 +282,7 @@ def test_a_path_in_place_of_a_file_name_is_refused(tmp_path: Path, name: str) ->
     assert "It must be a file name" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a..b.png", "film 7.png", "1.2.840.png", ".hidden.png", "é.png"])
+@pytest.mark.parametrize("name", ["a..b.png", "image 7.png", "1.2.840.png", ".hidden.png", "é.png"])
 def test_other_file_names_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
     csv = write_csv(tmp_path, [f"{name},Mass,0,1,60,M,PA,1,1,1,1"])
     assert read(csv).table["image"].tolist() == [name]
@@ -451,7 +451,7 @@ def read_annotated(folder: Path) -> Records:
     return read_records(csv, include_no_finding=False, boxes=boxes, relabels=relabels)
 
 
-def test_boxes_point_to_the_rows_of_their_films(
+def test_boxes_point_to_the_rows_of_their_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -462,17 +462,17 @@ def test_boxes_point_to_the_rows_of_their_films(
         [1, "Cardiomegaly", 1, 2, 3, 4],
         [1, "Emphysema", 100, 200, 300, 400],
     ]
-    assert "1 of 4 boxes are of films that the CSV lacks, and left out" in caplog.text
+    assert "1 of 4 boxes are of images that the CSV lacks, and left out" in caplog.text
 
 
-def test_a_box_of_a_finding_that_the_film_lacks_is_kept_and_counted(
+def test_a_box_of_a_finding_that_the_image_lacks_is_kept_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     read_annotated(tmp_path)
-    assert "1 boxes are of a finding that their film is not labelled with" in caplog.text
+    assert "1 boxes are of a finding that their image is not labelled with" in caplog.text
 
 
-def test_relabels_stand_beside_their_films_and_are_unknown_elsewhere(
+def test_relabels_stand_beside_their_images_and_are_unknown_elsewhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -480,10 +480,10 @@ def test_relabels_stand_beside_their_films_and_are_unknown_elsewhere(
     assert relabels.dtype == np.float32 and relabels.shape == (3, 4)
     assert np.isnan(relabels[:2]).all()
     assert relabels[2].tolist() == [0, 1, 0, 1]
-    assert "1 of 2 labels are of films that the CSV lacks, and left out" in caplog.text
+    assert "1 of 2 labels are of images that the CSV lacks, and left out" in caplog.text
 
 
-def test_boxes_of_other_films_only_leave_none(tmp_path: Path) -> None:
+def test_boxes_of_other_images_only_leave_none(tmp_path: Path) -> None:
     boxes = tmp_path / "boxes.csv"
     boxes.write_text(f"{BOX_HEADER}\n{BOXES[2]}\n")
     records = read_records(write_csv(tmp_path, V2020_ROWS), include_no_finding=False, boxes=boxes)
@@ -492,7 +492,7 @@ def test_boxes_of_other_films_only_leave_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [[1], [2, 1], [1, 0, 2], [0], [1, 1], []])
-def test_boxes_and_relabels_follow_their_films(tmp_path: Path, rows: list) -> None:
+def test_boxes_and_relabels_follow_their_images(tmp_path: Path, rows: list) -> None:
     records = read_annotated(tmp_path)
     taken = records.take(np.array(rows, dtype=np.int64))
     sides = ["finding", "x", "y", "width", "height"]

@@ -9,7 +9,7 @@ import pytest
 
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 
-# Steps of 4 of 10 films with seed 1337; a change here changes the order of every run.
+# Steps of 4 of 10 images with seed 1337; a change here changes the order of every run.
 GOLDEN = {0: [7, 6, 3, 5], 2: [0, 1, 8, 5], 1000: [2, 7, 9, 4]}
 
 
@@ -107,7 +107,7 @@ def test_a_global_batch_larger_than_the_split_takes_whole_epochs() -> None:
     assert [sorted(rows[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
-def test_a_split_of_one_film_is_served_again_and_again() -> None:
+def test_a_split_of_one_image_is_served_again_and_again() -> None:
     assert stream(make(1, 2, total_steps=2)) == [0, 0, 0, 0]
 
 

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.list_files import read_list
-from cxr_vit.data.records import Records
+from cxr_vit.data.nih import Records
 from cxr_vit.data.splits import (
     SPLIT_NAMES,
     Splits,
@@ -23,11 +22,12 @@ from cxr_vit.data.splits import (
     num_sharing_patients,
     split_hash,
 )
+from cxr_vit.data.text_files import read_list
 from cxr_vit.errors import DataError
 
 NIH_NAMES = ("train_val_list.txt", "test_list.txt")
 
-# Of ten films with the default seed; a change here moves films between everybody's splits.
+# Of ten images with the default seed; a change here moves images between everybody's splits.
 GOLDEN_OFFICIAL = [[0, 1, 2, 5, 6, 7], [3, 4], [8, 9]]
 GOLDEN_PATIENT = [[0, 1, 2, 5, 6, 8], [3, 9], [4, 7]]
 # printf '[train]\n00000001_000.png\n00000003_002.png[val]\n...' | sha256sum
@@ -41,7 +41,7 @@ def records_of(patients: Sequence[int]) -> Records:
 
 
 def cohort(num_patients: int = 200) -> Records:
-    """Patients with 1 to 12 films each, most with one or two, in the order of their numbers."""
+    """Patients with 1 to 12 images each, most with one or two, in the order of their numbers."""
     sizes = np.random.default_rng(5).geometric(0.35, size=num_patients).clip(max=12)
     return records_of(np.repeat(np.arange(1, num_patients + 1), sizes).tolist())
 
@@ -61,8 +61,8 @@ def split(records: Records, root: Path, **changes: object) -> Splits:
 def write_lists(
     root: Path, train_val: Sequence[str], test: Sequence[str], names: Sequence[str] = NIH_NAMES
 ) -> None:
-    for name, films in zip(names, (train_val, test)):
-        (root / name).write_text("".join(f"{film}\n" for film in films), encoding="utf-8")
+    for name, images in zip(names, (train_val, test)):
+        (root / name).write_text("".join(f"{image}\n" for image in images), encoding="utf-8")
 
 
 def write_official(root: Path, records: Records, first_test_patient: int = 151) -> None:
@@ -121,7 +121,7 @@ def test_official_validation_is_about_its_fraction_of_the_training_list(
     write_official(tmp_path, records)
     splits = split(records, tmp_path, split="official", val_fraction=fraction)
     listed = len(splits.train) + len(splits.val)
-    # The last patient drawn may overshoot by 11 films.
+    # The last patient drawn may overshoot by 11 images.
     assert 0 <= len(splits.val) - round(fraction * listed) <= 11
 
 
@@ -148,7 +148,7 @@ def test_official_draws_another_validation_for_another_seed(tmp_path: Path) -> N
     assert one.test.tolist() == two.test.tolist()
 
 
-def test_official_leaves_unlisted_films_out_with_a_warning(
+def test_official_leaves_unlisted_images_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = cohort()
@@ -159,10 +159,10 @@ def test_official_leaves_unlisted_films_out_with_a_warning(
     splits = split(records, tmp_path, split="official")
     assert sum(map(len, rows_in(splits))) == len(names) - 3
     assert not set.union(*names_in(records, splits)) & set(listed[:3])
-    assert "3 films are in no list file" in caplog.text
+    assert "3 images are in no list file" in caplog.text
 
 
-def test_official_warns_of_nothing_when_every_film_is_listed(
+def test_official_warns_of_nothing_when_every_image_is_listed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = cohort()
@@ -171,7 +171,7 @@ def test_official_warns_of_nothing_when_every_film_is_listed(
     assert caplog.records == []
 
 
-def test_official_lists_may_name_films_that_are_not_there_and_count_them(
+def test_official_lists_may_name_images_that_are_not_there_and_count_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = cohort()
@@ -180,7 +180,7 @@ def test_official_lists_may_name_films_that_are_not_there_and_count_them(
     splits = split(subset, tmp_path, split="official")
     assert sum(map(len, rows_in(splits))) == len(subset)
     counts = re.findall(
-        r"list\.txt: (\d+) of \d+ names are of films that the CSV lacks", caplog.text
+        r"list\.txt: (\d+) of \d+ names are of images that the CSV lacks", caplog.text
     )
     assert sum(map(int, counts)) == len(records) - len(subset)
 
@@ -194,8 +194,8 @@ def test_official_lists_may_name_films_that_are_not_there_and_count_them(
     ],
 )
 def test_official_knows_each_spelling_of_the_lists(tmp_path: Path, names: Sequence[str]) -> None:
-    films = [1, 1, 2, 3, 4, 5]
-    records = records_of(films)
+    images = [1, 1, 2, 3, 4, 5]
+    records = records_of(images)
     listed = records.table["image"].tolist()
     write_lists(tmp_path, listed[:4], listed[4:], names)
     assert split(records, tmp_path, split="official", val_fraction=0.3).test.tolist() == [4, 5]
@@ -208,7 +208,7 @@ def test_official_knows_each_spelling_of_the_lists(tmp_path: Path, names: Sequen
         "{}\n\n",
         "{} \n",
         "images_001/{}\n",
-        "D:\\NIH films\\images\\{}\r\n",
+        "D:\\NIH images\\images\\{}\r\n",
         "{} 0 1 0 0\n",
         "images_001/{}\t0\t1\n",
         "{},1,a/b\n",
@@ -257,16 +257,18 @@ def test_a_list_with_a_patient_on_both_sides_is_refused(tmp_path: Path) -> None:
     records = records_of([1, 1, 2, 3, 4, 4, 4])
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:5], names[5:])
-    with pytest.raises(DataError, match="2 of 2 test films share a patient with") as caught:
+    with pytest.raises(DataError, match="2 of 2 test images share a patient with") as caught:
         split(records, tmp_path, split="official", val_fraction=0.2)
     assert "Mend the list files" in str(caught.value)
 
 
-def test_a_film_in_both_lists_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_image_in_both_lists_is_refused_by_name(tmp_path: Path) -> None:
     records = records_of([1, 2, 3, 4, 5])
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:4], names[3:])
-    with pytest.raises(DataError, match=r"1 films are both in .*train_val_list\.txt and") as caught:
+    with pytest.raises(
+        DataError, match=r"1 images are both in .*train_val_list\.txt and"
+    ) as caught:
         split(records, tmp_path, split="official", val_fraction=0.3)
     assert f"test_list.txt, first: {names[3]}" in str(caught.value)
 
@@ -279,21 +281,21 @@ def test_a_film_in_both_lists_is_refused_by_name(tmp_path: Path) -> None:
         for content in ("a.png\nb.png\n", '"",\n')
     ],
 )
-def test_a_list_that_names_none_of_the_films_is_refused(
+def test_a_list_that_names_none_of_the_images_is_refused(
     tmp_path: Path, name: str, content: str
 ) -> None:
     records = cohort()
     write_official(tmp_path, records)
     (tmp_path / name).write_text(content)
     with pytest.raises(
-        DataError, match=f"{name}: names none of the {len(records)} films"
+        DataError, match=f"{name}: names none of the {len(records)} images"
     ) as caught:
         split(records, tmp_path, split="official")
     assert "they have '00000001_000.png'" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["official", "patient", "random"])
-def test_a_film_that_is_left_out_moves_no_other_to_another_part(tmp_path: Path, kind: str) -> None:
+def test_a_image_that_is_left_out_moves_no_other_to_another_part(tmp_path: Path, kind: str) -> None:
     records = cohort()
     write_official(tmp_path, records)
     whole = split(records, tmp_path, split=kind, val_fraction=0.2)
@@ -336,7 +338,7 @@ def test_official_says_by_which_files_and_seed(tmp_path: Path) -> None:
 
 
 def write_validation(root: Path, records: Records, name: str = "val_list.txt") -> Set[int]:
-    """List the films of patients 1 to 20 for validation; return their rows."""
+    """List the images of patients 1 to 20 for validation; return their rows."""
     chosen = records.table["patient"] <= 20
     (root / name).write_text("\n".join(records.table["image"][chosen]))
     return set(np.flatnonzero(chosen).tolist())
@@ -356,7 +358,7 @@ def test_a_validation_list_in_the_root_is_honoured(tmp_path: Path, name: str, ki
     assert splits.source.endswith(f"validation of {name}")
 
 
-def test_the_training_list_may_go_without_the_validation_films(
+def test_the_training_list_may_go_without_the_validation_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = cohort()
@@ -385,16 +387,16 @@ def test_a_validation_list_that_cuts_a_patient_in_two_is_refused(tmp_path: Path)
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:5], names[5:])
     (tmp_path / "val_list.txt").write_text(names[2])
-    with pytest.raises(DataError, match="1 of 1 val films share a patient with train"):
+    with pytest.raises(DataError, match="1 of 1 val images share a patient with train"):
         split(records, tmp_path)
 
 
-def test_a_validation_list_that_shares_a_film_with_the_test_is_refused(tmp_path: Path) -> None:
+def test_a_validation_list_that_shares_a_image_with_the_test_is_refused(tmp_path: Path) -> None:
     records = records_of([1, 2, 3, 4])
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:2], names[2:])
     (tmp_path / "val_list.txt").write_text("\n".join(names[1:3]))
-    with pytest.raises(DataError, match=f"1 films are both in .*val_list.txt.*first: {names[2]}"):
+    with pytest.raises(DataError, match=f"1 images are both in .*val_list.txt.*first: {names[2]}"):
         split(records, tmp_path)
 
 
@@ -453,14 +455,14 @@ def test_given_lists_are_checked_for_leaks_too(tmp_path: Path) -> None:
     names = records.table["image"].tolist()
     write_lists(tmp_path, names[:3] + names[4:], [names[3]], ("a.txt", "b.txt"))
     lists = {"train_list": str(tmp_path / "a.txt"), "test_list": str(tmp_path / "b.txt")}
-    with pytest.raises(DataError, match="1 of 1 test films share a patient with"):
+    with pytest.raises(DataError, match="1 of 1 test images share a patient with"):
         split(records, tmp_path, val_fraction=0.3, **lists)
 
 
 # By patient
 
 
-def test_patient_split_covers_every_film_once(tmp_path: Path) -> None:
+def test_patient_split_covers_every_image_once(tmp_path: Path) -> None:
     records = cohort()
     splits = split(records, tmp_path, split="patient")
     together = np.sort(np.concatenate(rows_in(splits)))
@@ -477,7 +479,7 @@ def test_patient_split_has_no_patient_in_two_splits(tmp_path: Path, seed: int) -
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.05, 0.2), (0.1, 0.1), (0.3, 0.4), (0.5, 0.0)])
-def test_patient_split_has_about_its_fractions_of_all_films(
+def test_patient_split_has_about_its_fractions_of_all_images(
     tmp_path: Path, val: float, test: float
 ) -> None:
     records = cohort(1000)
@@ -535,13 +537,13 @@ def test_random_split_is_another_for_another_seed(tmp_path: Path) -> None:
     assert one.val.tolist() != two.val.tolist()
 
 
-def test_random_split_draws_films_and_not_patients(tmp_path: Path) -> None:
+def test_random_split_draws_images_and_not_patients(tmp_path: Path) -> None:
     records = cohort()
     patients = patients_in(records, split(records, tmp_path, split="random", val_fraction=0.3))
     assert patients["val"] & patients["train"]
 
 
-def test_random_split_warns_with_the_true_number_of_films_sharing_a_patient(
+def test_random_split_warns_with_the_true_number_of_images_sharing_a_patient(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = cohort()
@@ -552,11 +554,11 @@ def test_random_split_warns_with_the_true_number_of_films_sharing_a_patient(
     assert 0 < sharing < len(splits.val)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    expected = f"{sharing} of {len(splits.val)} val films share a patient with train"
+    expected = f"{sharing} of {len(splits.val)} val images share a patient with train"
     assert expected in record.getMessage()
 
 
-def test_random_split_warns_of_the_test_films_too(
+def test_random_split_warns_of_the_test_images_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split(records_of([1] * 20), tmp_path, split="random", test_fraction=0.2)
@@ -564,7 +566,7 @@ def test_random_split_warns_of_the_test_films_too(
         assert re.search(shared, caplog.text)
 
 
-def test_random_split_of_single_films_shares_nothing_and_says_nothing(
+def test_random_split_of_single_images_shares_nothing_and_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split(records_of(range(50)), tmp_path, split="random")
@@ -609,7 +611,7 @@ def test_an_empty_training_split_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_single_patient_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the patient split of 9 films leaves none"):
+    with pytest.raises(DataError, match="the patient split of 9 images leaves none"):
         split(records_of([3] * 9), tmp_path, split="patient")
 
 
@@ -625,7 +627,7 @@ def test_rows_are_ascending_int64(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["official", "patient"])
-def test_the_order_of_the_csv_does_not_move_a_film(tmp_path: Path, kind: str) -> None:
+def test_the_order_of_the_csv_does_not_move_a_image(tmp_path: Path, kind: str) -> None:
     records = cohort()
     write_official(tmp_path, records)
     other = reversed_rows(records)
@@ -649,7 +651,7 @@ def test_a_split_without_a_source_is_told_by_its_kind() -> None:
     assert describe_splits(splits) == "patient split: train 5, val 2, test 0"
 
 
-def test_sharing_counts_films_and_not_patients() -> None:
+def test_sharing_counts_images_and_not_patients() -> None:
     records = records_of([1, 1, 1, 2, 3])
     assert num_sharing_patients(records, np.array([0, 1, 4]), np.array([2, 3])) == 2
 
@@ -662,7 +664,7 @@ def test_the_hash_of_a_split_is_golden() -> None:
     assert split_hash(records_of([1, 2, 3, 4]), splits) == GOLDEN_HASH
 
 
-def test_the_hash_changes_when_a_film_moves() -> None:
+def test_the_hash_changes_when_a_image_moves() -> None:
     records = records_of(range(6))
     arrangements = [
         ([0, 1, 2], [3, 4], [5]),
@@ -679,7 +681,7 @@ def test_the_hash_changes_when_a_film_moves() -> None:
     assert len(hashes) == len(arrangements)
 
 
-def test_the_hash_changes_when_a_film_is_another() -> None:
+def test_the_hash_changes_when_a_image_is_another() -> None:
     splits = Splits(np.array([0]), np.array([1]), np.array([2]), "patient")
     assert split_hash(records_of([1, 2, 3]), splits) != split_hash(records_of([1, 2, 4]), splits)
 

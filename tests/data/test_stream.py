@@ -15,7 +15,7 @@ from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.engines.choice import build_engine
 from cxr_vit.model.stages import StagedViT
 
-STEPS = 16  # of 10 films of 48: three epochs, the changes of which lie inside a batch
+STEPS = 16  # of 10 images of 48: three epochs, the changes of which lie inside a batch
 AUGMENT = (
     "augment.rotation=10",
     "augment.crop=0.7",
@@ -76,7 +76,7 @@ def test_a_resume_in_mid_epoch_goes_on_with_the_same_stream(
     assert_same(stream(config, training, start_step=6), stream(config, training)[3:])
 
 
-def test_a_film_is_varied_otherwise_in_the_next_epoch(
+def test_a_image_is_varied_otherwise_in_the_next_epoch(
     config: Config, training: ChestXrayDataset
 ) -> None:
     size = len(training)
@@ -94,9 +94,9 @@ def test_the_cache_and_the_files_give_the_same_stream(make_config: Callable[...,
     assert_same(*streams)
 
 
-def test_evaluation_films_are_never_varied(config: Config) -> None:
+def test_evaluation_images_are_never_varied(config: Config) -> None:
     module = ChestXrayDataModule(config.data)
     val = module.dataset("val")
     assert val.augmentation is None
     batch = val.__getitems__(range(len(val)))
-    assert torch.equal(batch.images[:, 0], torch.from_numpy(val.films(range(len(val)))))
+    assert torch.equal(batch.images[:, 0], torch.from_numpy(val.images(range(len(val)))))

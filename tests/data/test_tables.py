@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.data.tables import read_table, read_text
+from cxr_vit.data.nih import read_table, read_text
 from cxr_vit.errors import DataError
 
 

@@ -106,7 +106,7 @@ def test_prediction_does_not_depend_on_the_micro_batch(make_config):
 
 
 @pytest.mark.parametrize(("micro", "iterations"), [(1, 1), (5, 1), (4, 3), (64, 1)])
-def test_every_film_is_scored_once_in_order(make_config, micro, iterations):
+def test_every_image_is_scored_once_in_order(make_config, micro, iterations):
     config = make_config(
         f"batch.eval_micro_batch_size={micro}", f"batch.eval_device_iterations={iterations}"
     )
@@ -234,12 +234,12 @@ def test_description_says_what_why_and_how_to_choose(make_config):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_film_is_named_in_one_line_from_any_process(make_config, tmp_path, workers):
+def test_a_bad_image_is_named_in_one_line_from_any_process(make_config, tmp_path, workers):
     config = make_config(f"data.num_workers={workers}", "data.cache=off")
     dataset = ChestXrayDataModule(config.data).dataset("test")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<html>not found</html>")
-    dataset._films._paths[3] = str(broken)
+    dataset._images._paths[3] = str(broken)
     with pytest.raises(DataError, match=r"broken\.png") as caught:
         engine_of(config).predict_dataset(dataset)
     assert "Traceback" not in str(caught.value)

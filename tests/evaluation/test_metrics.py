@@ -18,7 +18,7 @@ def scored():
 
 
 def pairwise_auroc(scores, truth):
-    """The definition: how often a positive film outranks a negative one, ties counting half."""
+    """The definition: how often a positive image outranks a negative one, ties counting half."""
     positive, negative = scores[truth == 1], scores[truth == 0]
     difference = positive[:, None] - negative[None]
     return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
@@ -80,7 +80,7 @@ def test_nothing_defined_has_no_mean():
 def test_logits_that_are_not_finite_are_refused_and_not_ranked(scored, bad):
     logits, labels = scored
     logits[3, 5] = bad
-    with pytest.raises(NonFiniteLoss, match="not finite for 1 of 200 films"):
+    with pytest.raises(NonFiniteLoss, match="not finite for 1 of 200 images"):
         evaluate(logits, labels, FINDINGS)
 
 

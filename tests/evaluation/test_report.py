@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.evaluation.figures import film_grid, roc_figure
+from cxr_vit.evaluation.figures import image_grid, roc_figure
 from cxr_vit.evaluation.report import print_table, write_report
 
 
@@ -53,7 +53,7 @@ def test_metrics_have_the_designs_keys(report, dataset):
     assert "research" in written["notice"]
 
 
-def test_predictions_have_a_row_a_film_in_the_splits_order(report, dataset):
+def test_predictions_have_a_row_a_image_in_the_splits_order(report, dataset):
     folder, _, logits, labels = report
     table = pd.read_csv(folder / "predictions.csv")
     assert list(table.columns[:5]) == [
@@ -88,7 +88,7 @@ def test_the_table_says_what_is_undefined_and_of_how_many_the_mean_is(report):
     print_table(report[1], console)
     text = console.file.getvalue()
     assert "(13 of 14 findings)" in text
-    assert "undefined (no positive or no negative film): Hernia" in text
+    assert "undefined (no positive or no negative image): Hernia" in text
     assert "Pleural_Thickening" in text, "no name is cut at 80 columns"
     assert "research only" in text
 
@@ -109,8 +109,8 @@ def test_an_undefined_curve_says_so():
     assert "undefined" not in titles[0]
 
 
-def test_the_film_grid_names_each_films_findings(dataset):
-    figure = film_grid(dataset, FINDINGS, num_films=len(dataset))
+def test_the_image_grid_names_each_images_findings(dataset):
+    figure = image_grid(dataset, FINDINGS, num_images=len(dataset))
     titles = sorted(axis.get_title().replace("\n", "|") for axis in figure.axes if axis.images)
     expected = sorted(
         "|".join(name for name in FINDINGS if name in text.split("|")) or "No Finding"

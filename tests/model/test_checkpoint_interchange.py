@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
+from cxr_vit.config.plans import StagePlan
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.model.plan import StagePlan
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import build_vit
 from cxr_vit.training.checkpoint import load_checkpoint

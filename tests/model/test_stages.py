@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
+from cxr_vit.config.plans import StagePlan
 from cxr_vit.data.images import read_gray
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.plan import StagePlan
 from cxr_vit.model.stages import Normalise, StagedViT
 from cxr_vit.model.vit import hub_name
 
@@ -73,13 +73,13 @@ def test_input_equals_that_of_the_saved_image_processor(whole, tmp_path):
     model = staged(whole, [4])
     for name, text in model.hub_files().items():
         (tmp_path / name).write_text(text)
-    film = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
-    Image.fromarray(film).save(tmp_path / "film.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     ours = model.stages[0].normalise(
-        torch.from_numpy(read_gray(tmp_path / "film.png", 16))[None, None]
+        torch.from_numpy(read_gray(tmp_path / "image.png", 16))[None, None]
     )
     processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
-    with Image.open(tmp_path / "film.png") as image:
+    with Image.open(tmp_path / "image.png") as image:
         theirs = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
     assert torch.allclose(ours, theirs, atol=1e-6)
 

@@ -12,12 +12,12 @@ from cxr_vit.errors import ModelError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.vit import build_vit, hub_name
 
-#: Positives of the 14 findings among the 75,312 training films of the community's official split
+#: Positives of the 14 findings among the 75,312 training images of the community's official split
 #: (Wang et al. 2017, v2020 labels).
 NIH_POSITIVES = [
     7205, 1501, 7649, 12036, 3574, 4060, 770, 2244, 2480, 1210, 1250, 1083, 1927, 126,
 ]  # fmt: skip
-NIH_TRAINING_FILMS = 75312
+NIH_TRAINING_IMAGES = 75312
 
 TINY = {
     "hidden_size": 24,
@@ -90,7 +90,7 @@ def test_problem_type_and_labels_are_set():
 
 
 def test_prior_bias_starts_at_the_loss_of_the_prior():
-    prevalence = np.array(NIH_POSITIVES) / NIH_TRAINING_FILMS
+    prevalence = np.array(NIH_POSITIVES) / NIH_TRAINING_IMAGES
     model = build_vit(
         ModelSection(name="vit-micro", patch_size=8, head_bias="prior"),
         names=FINDINGS,
@@ -101,7 +101,7 @@ def test_prior_bias_starts_at_the_loss_of_the_prior():
     )
     with torch.no_grad():
         logits = model(torch.randn(2, 3, 32, 32)).logits
-    # The mean loss over the training films, from the counts: no film is needed for it.
+    # The mean loss over the training images, from the counts: no image is needed for it.
     expected = torch.tensor(prevalence, dtype=torch.float32)
     loss = multi_label_loss(logits[:1], expected[None])
     assert float(loss) == pytest.approx(0.1637, abs=2e-4)
@@ -110,7 +110,7 @@ def test_prior_bias_starts_at_the_loss_of_the_prior():
 def test_zero_bias_starts_near_log_2():
     model = build("vit-micro", layers=(4,), patch_size=8, head_bias="zero")
     assert torch.count_nonzero(model.classifier.bias) == 0
-    # Of two films drawn by chance the loss may be as far off as 0.8.
+    # Of two images drawn by chance the loss may be as far off as 0.8.
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(images).logits

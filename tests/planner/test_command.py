@@ -65,8 +65,8 @@ def test_it_prints_everything_that_the_plan_knows(plan):
         "used 128/134, bubble 4.5 %",
         "IPU 0 is the slowest, 0.5 % over",
         "478 samples/s (325 to 901), predicted",
-        "an epoch of 82,197 films (NIH's official list) takes 2.9 min",
-        "must read 478 films/s and send 24.0 MB/s",
+        "an epoch of 82,197 images (NIH's official list) takes 2.9 min",
+        "must read 478 images/s and send 24.0 MB/s",
         "fitted to 2 published runs; nothing here was measured on your machine",
     ):
         assert words in text
@@ -90,7 +90,9 @@ def test_what_poptorch_refuses_is_told_beside_the_plan(plan):
 
 def test_without_a_cache_the_host_is_the_bound(plan):
     text = " ".join(" ".join(plan("data.cache=off", "data.num_workers=2")).split())
-    assert "decodes some 142 films/s a process: 4 for this speed, and data.num_workers is 2" in text
+    assert (
+        "decodes some 142 images/s a process: 4 for this speed, and data.num_workers is 2" in text
+    )
     assert "Bound by the host" in text
 
 
@@ -200,13 +202,13 @@ def test_where_a_start_is_not_known_small_micro_batches_are_not_trusted(plan):
         assert "on chip" not in text
 
 
-def test_the_caches_speed_is_of_its_films_size(plan):
+def test_the_caches_speed_is_of_its_images_size(plan):
     small, large = (
         " ".join(" ".join(plan(f"data.image_size={size}", "model.name=vit-base")).split())
         for size in (112, 448)
     )
-    assert "The cache serves some 100,000 films/s a process" in small
-    assert "The cache serves some 6,250 films/s a process" in large
+    assert "The cache serves some 100,000 images/s a process" in small
+    assert "The cache serves some 6,250 images/s a process" in large
 
 
 def test_all_refused_is_not_too_little_memory(plan):
@@ -233,7 +235,7 @@ def test_the_grid_to_search_can_be_given(plan):
     [
         (["--write", "x.yaml"], "--write is for --search"),
         (["--micro-batches", "1"], "--micro-batches is for --search"),
-        (["--search", "--films", "9"], "--films is for a plan"),
+        (["--search", "--images", "9"], "--images is for a plan"),
         (["--sources", "--search"], "--sources only lists numbers"),
         (["--search", "--write", str(POD4)], "exists"),
         (["model.name=owner/model"], "does not tell its size"),
@@ -248,7 +250,7 @@ def test_mistakes_are_told(plan, arguments, words):
         plan(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--films", "0"], ["--micro-batches", "1,a"]])
+@pytest.mark.parametrize("arguments", [["--images", "0"], ["--micro-batches", "1,a"]])
 def test_numbers_that_are_none_are_refused(plan, arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         plan(*arguments)

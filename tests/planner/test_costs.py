@@ -89,7 +89,7 @@ def test_the_operations_are_those_that_torch_counts(name, layers):
     assert backward.get_total_flops() == pytest.approx(cost.backward_flops, rel=1e-3)
 
 
-def saved_bytes(depth, *, films, attention, autocast=False):
+def saved_bytes(depth, *, images, attention, autocast=False):
     """Bytes that torch keeps for the backward pass of a ViT-Ti/16, parameters left out."""
     config = ViTConfig(
         num_hidden_layers=depth,
@@ -112,16 +112,17 @@ def saved_bytes(depth, *, films, attention, autocast=False):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(pixel_values=torch.zeros(films, 3, 224, 224))
+        model(pixel_values=torch.zeros(images, 3, 224, 224))
     return sum(size for size, _ in kept.values())
 
 
 TINY = ModelShape(192, 12, 3, 768, 16, 3, 224, 14, 224 * 224)
 
 
-def saved_of_a_layer(*, films, attention, autocast=False):
+def saved_of_a_layer(*, images, attention, autocast=False):
     deep, shallow = (
-        saved_bytes(depth, films=films, attention=attention, autocast=autocast) for depth in (3, 1)
+        saved_bytes(depth, images=images, attention=attention, autocast=autocast)
+        for depth in (3, 1)
     )
     return (deep - shallow) / 2
 
@@ -134,22 +135,24 @@ needs_transformers_5 = pytest.mark.skipif(
 
 @needs_transformers_5
 def test_a_layer_keeps_the_activations_that_torch_saves():
-    saved = saved_of_a_layer(films=2, attention="eager")
+    saved = saved_of_a_layer(images=2, attention="eager")
     assert saved == pytest.approx(2 * 4 * TINY.layer_activations(), rel=0.01)
 
 
 @needs_transformers_5
 def test_autocast_keeps_two_and_a_half_bytes_of_an_activation_and_the_weights_it_cast():
-    many, few = (saved_of_a_layer(films=films, attention="sdpa", autocast=True) for films in (8, 2))
-    a_film = (many - few) / 6
+    many, few = (
+        saved_of_a_layer(images=images, attention="sdpa", autocast=True) for images in (8, 2)
+    )
+    a_image = (many - few) / 6
     fused = TINY.layer_activations() - TINY.num_heads * TINY.tokens**2
-    assert a_film == pytest.approx(2.5 * fused, rel=0.02)
-    cast = few - 2 * a_film
+    assert a_image == pytest.approx(2.5 * fused, rel=0.02)
+    cast = few - 2 * a_image
     assert cast == pytest.approx(2 * sum(TINY.layer_tensors()), rel=0.01)
 
 
 def test_the_published_formula_of_live_activations():
-    # peers 3.4: 32 s h + 2 a s^2 fp16 bytes, 5.8 MB a film
+    # peers 3.4: 32 s h + 2 a s^2 fp16 bytes, 5.8 MB an image
     shape = base_shape()
     bytes_a_layer = 2 * shape.layer_activations()
     assert bytes_a_layer == 32 * 197 * 768 + 2 * 12 * 197**2
@@ -176,7 +179,7 @@ def test_what_is_live_spans_the_layers_between_two_kept_outputs():
     assert spans == [5, 3, 2, 1]
 
 
-def test_films_need_no_gradient():
+def test_images_need_no_gradient():
     shape = base_shape()
     alone = stage_cost(shape, num_layers=0, is_first=True, is_last=False, recomputes=False)
     assert alone.backward_flops == alone.forward_flops == shape.embedding_flops()

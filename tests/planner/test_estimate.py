@@ -116,22 +116,22 @@ def test_every_four_ipus_have_a_link_of_their_own():
     )
 
 
-def films_of(root, *overrides):
-    return make_plan(load_config([POD4], [f"data.root={root}", *overrides])).films
+def images_of(root, *overrides):
+    return make_plan(load_config([POD4], [f"data.root={root}", *overrides])).images
 
 
 def write_names(path, numbers):
     path.write_text("".join(f"{number:08d}_000.png\n" for number in numbers))
 
 
-def test_an_epoch_is_of_the_lists_films(tmp_path):
+def test_an_epoch_is_of_the_lists_images(tmp_path):
     write_names(tmp_path / "train_val_list.txt", range(200))
     write_names(tmp_path / "test_list.txt", range(200, 300))
-    assert films_of(tmp_path, "data.val_fraction=0.1") == 180
+    assert images_of(tmp_path, "data.val_fraction=0.1") == 180
     write_names(tmp_path / "val_list.txt", range(150, 200))
-    assert films_of(tmp_path) == 150
+    assert images_of(tmp_path) == 150
     write_names(tmp_path / "mine.txt", range(120))
-    assert films_of(tmp_path, f"data.train_list={tmp_path / 'mine.txt'}") == 120
+    assert images_of(tmp_path, f"data.train_list={tmp_path / 'mine.txt'}") == 120
     plan = make_plan(load_config([POD4], [f"data.root={tmp_path}"]))
     assert plan.epoch_minutes == pytest.approx(150 / plan.samples_per_s / 60)
 
@@ -139,14 +139,14 @@ def test_an_epoch_is_of_the_lists_films(tmp_path):
 def test_lists_that_cannot_be_read_are_trainings_business(tmp_path):
     (tmp_path / "train_val_list.txt").write_bytes(b"\xff\xfe\x00")
     write_names(tmp_path / "test_list.txt", range(5))
-    assert films_of(tmp_path) == films_of(tmp_path, "data.train_list=nowhere") == 82_197
+    assert images_of(tmp_path) == images_of(tmp_path, "data.train_list=nowhere") == 82_197
 
 
 def test_without_lists_it_is_of_nihs():
-    assert make_plan(pod4()).films == 82_197  # 95 % of 86,524
-    assert make_plan(pod4(), films=1000).films == 1000
+    assert make_plan(pod4()).images == 82_197  # 95 % of 86,524
+    assert make_plan(pod4(), images=1000).images == 1000
     patients = make_plan(pod4("data.split=patient", "data.val_fraction=0.1"))
-    assert patients.films == 78_484  # 70 % of 112,120
+    assert patients.images == 78_484  # 70 % of 112,120
 
 
 def test_the_host_sends_gray_bytes_and_labels():

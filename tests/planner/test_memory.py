@@ -3,9 +3,9 @@
 import pytest
 
 from cxr_vit.config import load_config
+from cxr_vit.planner.costs import Formats, stage_memory
 from cxr_vit.planner.estimate import make_plan
 from cxr_vit.planner.hardware import HARDWARE, IMBALANCE, PUBLISHED
-from cxr_vit.planner.memory import Formats, stage_memory
 from cxr_vit.planner.timeline import in_flight
 
 from .shapes import base_shape, pod4, quarters

@@ -7,9 +7,8 @@ import pytest
 
 from cxr_vit.config import check, load_config
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.estimate import describe_memory, make_plan, plan_of_run, preflight
 from cxr_vit.planner.figures import timeline_figure
-from cxr_vit.planner.preflight import describe_memory, plan_of_run, preflight
 
 from .shapes import ROOT, pod4
 

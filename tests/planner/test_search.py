@@ -8,11 +8,10 @@ from transformers import ViTConfig
 
 from cxr_vit.config import check, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.process_rules import schedule_problem
+from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import choose_hardware, make_plan
-from cxr_vit.planner.layout import Layout, all_cuts, kept_choices
-from cxr_vit.planner.search import search
+from cxr_vit.planner.search import Layout, all_cuts, kept_choices, search
 
 from .shapes import POD4, ROOT, pod4
 
@@ -125,7 +124,7 @@ def test_the_best_of_processes_are_those_of_all(schedule):
 def test_a_gpu_holds_its_gradients_without_accumulation_too():
     gpipe = ["pipeline.schedule=gpipe", "batch.gradient_accumulation=1"]
     config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], gpipe)
-    # At 1077 films the gradients are what is too much.
+    # At 1077 images the gradients are what is too much.
     hold_against_all(config, sizes=(16, 1077), counts=(1,))
 
 

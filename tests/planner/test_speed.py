@@ -33,7 +33,7 @@ def test_the_published_runs_on_a_bow_pod16_within_five_percent(run):
 
 
 def test_the_constants_are_those_of_the_published_line():
-    # peers 3.6: a cycle of 1.04 ms + 0.394 ms a film on Bow, three layers and recomputation
+    # peers 3.6: a cycle of 1.04 ms + 0.394 ms an image on Bow, three layers and recomputation
     model = published_model(BOW)
     work = workload(pod4("pipeline.recompute=every_layer", "planner.hardware=bow"), BOW)
     slope_s = max(cost.flops for cost in work.costs) / model.flops_per_s(BOW, "fp16")
@@ -43,7 +43,7 @@ def test_the_constants_are_those_of_the_published_line():
 
 
 def test_a_mk2_is_slower_by_its_clock():
-    # peers 3.6: 1.46 + 0.55 ms a film
+    # peers 3.6: 1.46 + 0.55 ms an image
     model = published_model(MK2)
     assert model == published_model(BOW)
     assert 1e3 * model.start_s(MK2) == pytest.approx(1.46, abs=0.02)

@@ -8,7 +8,7 @@ import torch
 
 from cxr_vit.engines.base import StepOutput
 from cxr_vit.errors import NonFiniteLoss
-from cxr_vit.training.callbacks import (
+from cxr_vit.training.trainer import (
     Checkpointing,
     EarlyStopping,
     EvalEnd,
@@ -42,7 +42,7 @@ class FakeTrainer:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_loss_names_the_step_and_its_films(bad):
+def test_a_non_finite_loss_names_the_step_and_its_images(bad):
     guard = NonFiniteGuard([f"{row:08d}_000.png" for row in range(10)])
     event = step_end([0.5, bad], first_step=41)
     with pytest.raises(

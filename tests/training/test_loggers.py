@@ -9,9 +9,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_callbacks import step_end
 
-from cxr_vit.training.callbacks import EvalEnd
 from cxr_vit.training.loggers import JsonlLogger, TensorBoardLogger, Window
 from cxr_vit.training.progress import ProgressDisplay
+from cxr_vit.training.trainer import EvalEnd
 
 
 def events(path):
@@ -30,7 +30,7 @@ def tensorboard(tmp_path):
         tmp_path,
         config_text="optim: {lr: 0.1}\n",
         hparams={"optim.lr": 0.1, "model.name": "vit-micro"},
-        figures=lambda: {"train/films": figure(), "plan/timeline": figure()},
+        figures=lambda: {"train/images": figure(), "plan/timeline": figure()},
         roc=figure,
     )
 
@@ -80,12 +80,12 @@ def test_tensorboard_has_scalars_under_the_same_tags(tensorboard):
     assert "val/auroc/Hernia" not in board.Tags()["scalars"]
 
 
-def test_tensorboard_has_films_roc_config_and_hparams(tensorboard):
+def test_tensorboard_has_images_roc_config_and_hparams(tensorboard):
     tensorboard.start(0)
     tensorboard.evaluated(evaluated())
     tensorboard.close({"val/auroc_macro": 0.5, "val/auroc/Hernia": 0.25})
     board = read_back(tensorboard.folder)
-    assert board.Tags()["images"] == ["train/films", "plan/timeline", "val/roc"]
+    assert board.Tags()["images"] == ["train/images", "plan/timeline", "val/roc"]
     (text,) = board.Tensors("config/text_summary")
     assert b"lr: 0.1" in text.tensor_proto.string_val[0]
     plugins = board.SummaryMetadata("_hparams_/session_start_info").plugin_data

@@ -7,8 +7,7 @@ import pytest
 
 from cxr_vit.config import load_config
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.training.open_run import open_run, run_of_checkpoint
-from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.training.run_folder import RunFolder, open_run, run_of_checkpoint
 
 SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
 

@@ -8,11 +8,10 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.choice import build_engine
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.callbacks import Callback, Checkpointing, EarlyStopping, NonFiniteGuard
 from cxr_vit.training.checkpoint import CheckpointStore
 from cxr_vit.training.loggers import JsonlLogger, MetricsLogging
 from cxr_vit.training.schedule import Durations, LearningRate
-from cxr_vit.training.trainer import Trainer
+from cxr_vit.training.trainer import Callback, Checkpointing, EarlyStopping, NonFiniteGuard, Trainer
 
 
 class Recorder(Callback):

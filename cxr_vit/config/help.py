@@ -1,0 +1,164 @@
+"""What a field allows, in words: for `--help` and for the error messages. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, List, Mapping, Sequence, Union
+
+from pydantic.fields import FieldInfo
+from typing_extensions import Annotated, Literal, get_args, get_origin
+
+from cxr_vit.config.schema import SECTIONS, Words
+from cxr_vit.errors import did_you_mean
+
+__all__ = ["allowed", "explain", "help_text"]
+
+
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+#: What people write who come from other code bases -> what it is called here.
+_SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "batch_size": "batch.micro_batch_size",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.gradient_accumulation",
+    "grad_accum": "batch.gradient_accumulation",
+    "replication_factor": "batch.replicas",
+    "layers_per_ipu": "pipeline.layers_per_stage",
+    "inference_layers_per_ipu": "pipeline.eval_layers_per_stage",
+    "inference_device_iterations": "batch.eval_device_iterations",
+    "matmul_proportion": "pipeline.available_memory_proportion",
+    "recompute_checkpoint_every_layer": "pipeline.recompute",
+    "executable_cache_dir": "engine.executable_cache",
+    "enable_half_partials": "engine.partials",
+    "optimizer_state_offchip": "engine.optimizer_state_on_chip",
+    "auto_loss_scaling": "optim.loss_scaling",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "output_dir": "run.dir",
+    "seed": "run.seed",
+}
+
+
+def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """Put one of pydantic's error details into a line: where, what was given, what is allowed.
+
+    Parameters
+    ----------
+    detail
+        One item of `ValidationError.errors()`.
+    places
+        Dotted key -> file and line it was given at.
+    """
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location[:2])
+    place = places.get(key) or places.get(location[0])
+    where = f"{place}: " if place else ""
+    if detail["type"] == "extra_forbidden":
+        return where + _unknown(location)
+    section, _, name = key.partition(".")
+    given = _given(detail["input"])
+    if detail["type"] == "value_error":
+        return f"{where}{key}={given}: {detail['ctx']['error']}"
+    field = SECTIONS[section].model_fields[name]
+    hint = ""
+    if detail["type"] == "literal_error":
+        near = did_you_mean(str(detail["input"]), _choices(field.annotation))
+        hint = f" Did you mean {near!r}?" if near else ""
+    return f"{where}{key}={given}: must be {allowed(field)}.{hint}"
+
+
+def _given(value: Any) -> str:
+    """Write a value as a person gave it; quoted only where it could be overlooked."""
+    if value is None:
+        return "null"
+    text = str(value)
+    return text if text and not text[0].isspace() and text == text.strip() else repr(text)
+
+
+def _unknown(location: List[str]) -> str:
+    key = ".".join(location)
+    section, name = location[0], location[-1]
+    near = None
+    if section in SECTIONS:
+        near = did_you_mean(name, SECTIONS[section].model_fields)
+        near = f"{section}.{near}" if near else None
+    if near is None:
+        elsewhere = [
+            f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields
+        ]
+        near = elsewhere[0] if elsewhere else _SYNONYMS.get(name)
+    if near is None and len(location) == 1:
+        near = did_you_mean(section, SECTIONS)
+    hint = f" Did you mean '{near}'?" if near else " See train.py --help for all keys."
+    return f"unknown key '{key}'.{hint}"
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say what a field takes, e.g. ``"integer >= 1"`` or ``"one of auto, official, patient"``."""
+    words = _type_words(field.annotation, field.metadata)
+    return words + (" or null" if type(None) in get_args(field.annotation) else "")
+
+
+def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
+    """Say a type with its bounds, which stand beside it or inside its Annotated."""
+    for note in metadata:
+        if isinstance(note, Words):
+            return note.text
+    if get_origin(annotation) is Union:
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return " or ".join(_type_words(part, metadata) for part in parts)
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        more = [item for note in notes for item in getattr(note, "metadata", [])]
+        return _type_words(inner, [*metadata, *more])
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(_choices(annotation))
+    if get_origin(annotation) is list:
+        items = re.sub(r"^(integer|number)", r"\1s", _type_words(get_args(annotation)[0], []))
+        return f"a list of {items}{_bounds(metadata)}"
+    return f"{_WORDS[annotation]}{_bounds(metadata)}"
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    limits = [
+        f"{sign} {getattr(item, name)}"
+        for item in metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(item, name)
+    ]
+    text = f" {', '.join(limits)}" if limits else ""
+    for item in metadata:
+        if getattr(item, "min_length", None):
+            text += ", not empty"
+        if getattr(item, "pattern", None):
+            text += f" matching {item.pattern}"
+    return text
+
+
+def _choices(annotation: Any) -> List[str]:
+    """Return the words of a Literal, also inside a Union or a list."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def help_text() -> str:
+    """List all sections and fields with type, range, default and meaning."""
+    lines: List[str] = []
+    for name, section in SECTIONS.items():
+        lines.append(f"{name}: {(section.__doc__ or '').strip()}")
+        for key, field in section.model_fields.items():
+            lines.append(f"  {name}.{key}  ({allowed(field)}; default {_default(field)})")
+            lines.append(f"      {field.description}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    special: Dict[Any, str] = {None: "null", True: "true", False: "false"}
+    default = field.default
+    return special[default] if default is None or isinstance(default, bool) else str(default)

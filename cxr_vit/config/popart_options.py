@@ -1,0 +1,164 @@
+"""The names and kinds of PopART's session options, for `engine.popart_options`.
+
+PopTorch takes any key and lets the value's Python type choose the table the key is looked up in, at
+the end of a compilation: `1` for `True`, or a typing error, is found half an hour later. The names
+are those that PopTorch 3.4 registers (popart_compiler/source/SessionOptions.cpp). Imports no torch.
+"""
+
+from typing import Any, Callable, Dict
+
+from cxr_vit.errors import did_you_mean
+
+__all__ = ["KINDS", "OWN_KEYS", "typed_options"]
+
+
+#: Option -> the kind of its value. Enumerations are integers.
+KINDS: Dict[str, str] = {
+    name: kind
+    for kind, names in {
+        "true or false": """
+            aliasZeroCopy automaticLossScalingSettings.enabled
+            batchSerializationSettings.concatOnExecutionPhaseChange
+            batchSerializationSettings.concatOnPipelineStageChange
+            batchSerializationSettings.concatOnVirtualGraphChange compileEngine constantWeights
+            decomposeGradSum delayVarUpdates disableGradAccumulationTensorStreams
+            disableOptimizerStateTensorStreams dotOpNames enableDistributedReplicatedGraphs
+            enableExplicitIR enableExplicitMainLoops enableFullyConnectedPass
+            enableGradientAccumulation enableInplaceAmbiguityChecking enableLoadAndOffloadRNGState
+            enableMergeExchange enableNonStableSoftmax enableOutlining
+            enableOutliningCopyCostPruning enablePipelining enablePrefetchDatastreams
+            enableReplicatedGraphs enableSerializedMatmuls enableStableNorm
+            enableSupportedDataTypeCasting ensureFp32LossScaleTensor explicitRecomputation
+            exportPoplarComputationGraph exportPoplarVertexGraph groupHostSync
+            groupNormStridedChannelGrouping opxAliasChecking opxModifyChecking
+            rearrangeAnchorsOnHost rearrangeStreamsOnHost
+            replicatedCollectivesSettings.mergeAllReduceCollectives
+            replicatedCollectivesSettings.prepareScheduleForMergingCollectives
+            scheduleNonWeightUpdateGradientConsumersEarly separateCallOpPdfs strictOpVersions
+            useHostCopyOps
+        """,
+        "an integer >= 0": """
+            accumulateOuterFragmentSettings.schedule autodiffSettings.stitchStrategy
+            automaticLossScalingSettings.gradientTensorTrackingMethod
+            automaticLossScalingSettings.updatePeriod autoRecomputation
+            batchSerializationSettings.batchSchedule batchSerializationSettings.factor
+            batchSerializationSettings.method batchSerializationSettings.transformContext
+            compilationProgressTotal defaultBufferingDepth executionPhaseSettings.phases
+            executionPhaseSettings.stages finalDotOp firstDotOp globalReplicaOffset
+            globalReplicationFactor looseThresholdAtPeak mergeVarUpdate mergeVarUpdateMemThreshold
+            numIOTiles subgraphCopyingStrategy swapLimitScheduler
+            transitiveClosureOptimizationThreshold virtualGraphMode
+        """,
+        "a number": """
+            automaticLossScalingSettings.binEdgeLocation
+            automaticLossScalingSettings.thresholdUpperCountProportion outlineSequenceBreakCost
+            outlineThreshold timeLimitScheduler
+        """,
+        "text": """
+            customCodeletCompileFlags kahnTieBreaker saveInitializersToFile
+            serializedPoprithmsShiftGraphsDir
+        """,
+        "a list": """
+            accumulateOuterFragmentSettings.excludedVirtualGraphs customCodelets dotChecks
+            hardwareInstrumentations updatableNamedBuffers
+        """,
+        "a mapping": """
+            convolutionOptions engineOptions gclOptions lstmOptions matmulOptions reportOptions
+        """,
+    }.items()
+    for name in names.split()
+}
+
+#: PopART's options that a key of ours sets.
+OWN_KEYS: Dict[str, str] = {
+    "accumulationAndReplicationReductionType": "nothing: the mean is what the schedule assumes",
+    "accumulationFactor": "batch.gradient_accumulation",
+    "cachePath": "engine.executable_cache",
+    "defaultPrefetchBufferingDepth": "engine.prefetch_depth",
+    "enableEngineCaching": "engine.executable_cache",
+    "enableFloatingPointChecks": "engine.floating_point_exceptions",
+    "enableStochasticRounding": "engine.stochastic_rounding",
+    "instrumentWithHardwareCycleCounter": "engine.log_cycles",
+    "logDir": "nothing: PopTorch ignores it",
+    "meanAccumulationAndReplicationReductionStrategy": "optim.accumulator",
+    "partialsTypeMatMuls": "engine.partials",
+    "syntheticDataMode": "engine.synthetic_data",
+}
+
+_TRUTH = {"true": True, "false": False}
+
+
+def _truth(value: Any) -> bool:
+    return _TRUTH[str(value).lower()]
+
+
+def _natural(value: Any) -> int:
+    if isinstance(value, (bool, float)) or int(value) < 0:
+        raise ValueError(value)
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        raise TypeError(value)
+    return str(value)
+
+
+def _texts(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return [_text(item) for item in value]
+
+
+def _mapping(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(value)
+    return {str(key): _text(item) for key, item in value.items()}
+
+
+_READ: Dict[str, Callable[[Any], Any]] = {
+    "true or false": _truth,
+    "an integer >= 0": _natural,
+    "a number": _number,
+    "text": _text,
+    "a list": _texts,
+    "a mapping": _mapping,
+}
+
+
+def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the options with values of the Python type PopTorch looks for.
+
+    Raises
+    ------
+    ValueError
+        Listing every name PopTorch does not know or that a key of ours sets, and every value of
+        another kind.
+    """
+    typed: Dict[str, Any] = {}
+    problems = []
+    for name, value in options.items():
+        if name not in KINDS:
+            problems.append(_unknown(name))
+            continue
+        try:
+            typed[name] = _READ[KINDS[name]](value)
+        except (KeyError, TypeError, ValueError):
+            problems.append(f"{name}={value} must be {KINDS[name]}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return typed
+
+
+def _unknown(name: str) -> str:
+    if name in OWN_KEYS:
+        return f"{name} is set by {OWN_KEYS[name]}"
+    near = did_you_mean(name, KINDS)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return f"PopTorch 3.4 knows no PopART option {name!r}.{hint}"

@@ -1,0 +1,1 @@
+"""The report of a data set: counts, figures, one HTML page."""

@@ -1,0 +1,1 @@
+"""A synthetic data set in NIH ChestX-ray14's layout."""

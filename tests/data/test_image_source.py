@@ -1,0 +1,420 @@
+"""When the cache is built, used, refused or left alone, and what becomes of images of no use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.datamodule import ChestXrayDataModule, prepare
+from cxr_vit.data.image_source import ImageSource, open_image_source, store_paths, verify
+from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.data.store import FileReader, StoreReader
+from cxr_vit.errors import DataError
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+)
+CSV = "Data_Entry_2017_v2020.csv"
+IMAGES = 40
+NAMES = [f"{row:08d}_000.png" for row in range(IMAGES)]
+
+
+def write_image(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Forty images of forty patients, in a CSV that is not in the order of their names."""
+    root = tmp_path / "nih"
+    (root / "images").mkdir(parents=True)
+    for row, name in enumerate(NAMES):
+        write_image(root / "images" / name, row)
+    rows = [f"{name},Mass,0,{int(name[:8])},50,F,AP" for name in reversed(NAMES)]
+    (root / CSV).write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="cxr_vit")
+    return caplog
+
+
+def section(root: Path, **changes: object) -> DataSection:
+    return DataSection(root=str(root), **{"image_size": 16, "val_fraction": 0.2, **changes})
+
+
+def source_of(root: Path, *, renew: bool = False, **changes: object) -> ImageSource:
+    return open_image_source(section(root, **changes), NAMES, renew=renew)
+
+
+def images_of(source: ImageSource, names: List[str]) -> np.ndarray:
+    out = np.empty((len(names), 16, 16), dtype=np.uint8)
+    source.images.select(names).read(np.arange(len(names)), out)
+    return out
+
+
+def assert_all_images(source: ImageSource, root: Path) -> None:
+    paths = find_images(root)
+    expected = np.stack([read_gray(paths[name], 16) for name in NAMES])
+    np.testing.assert_array_equal(images_of(source, NAMES), expected)
+    assert source.missing == []
+    assert source.bad == {}
+
+
+def spoil(root: Path, rows: range) -> None:
+    for row in rows:
+        (root / "images" / NAMES[row]).write_bytes(b"")
+
+
+def grow(root: Path, row: int) -> None:
+    """Change an image's file, but not its image."""
+    with (root / "images" / NAMES[row]).open("ab") as file:
+        file.write(b"\0")
+
+
+# auto, require, off
+
+
+def test_auto_builds_the_cache_on_first_use_and_only_then(
+    root: Path, log: pytest.LogCaptureFixture
+) -> None:
+    first = source_of(root)
+    where = store_paths(section(root))
+    assert where.pixels == root / "cxr_vit_cache" / "films_16.u8"
+    assert isinstance(first.images, StoreReader)
+    assert first.place == str(where.pixels)
+    assert log.text.count("cached 40 images in") == 1
+    made = where.pixels.stat()
+    second = source_of(root)
+    assert log.text.count("cached 40 images in") == 1
+    now = where.pixels.stat()
+    assert (now.st_ino, now.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    for source in (first, second):
+        assert_all_images(source, root)
+
+
+def test_each_image_size_has_a_store_of_its_own(root: Path) -> None:
+    source_of(root)
+    assert source_of(root, image_size=12).images.image_size == 12
+    assert_all_images(source_of(root, cache="require"), root)
+
+
+def test_require_without_a_cache_says_how_to_build_it(root: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no finished cache .*films_16\.u8") as caught:
+        source_of(root, cache="require")
+    assert "python -m cxr_vit prepare" in str(caught.value)
+    assert not (root / "cxr_vit_cache").exists()
+
+
+def test_require_uses_a_cache_that_is_there(root: Path) -> None:
+    source_of(root)
+    source = source_of(root, cache="require")
+    assert isinstance(source.images, StoreReader)
+    assert_all_images(source, root)
+
+
+def test_require_does_not_take_an_interrupted_cache(root: Path) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    where.index.unlink()
+    with pytest.raises(DataError, match="there is no finished cache"):
+        source_of(root, cache="require")
+
+
+def test_off_reads_the_files_and_writes_nothing(root: Path) -> None:
+    source = source_of(root, cache="off")
+    assert isinstance(source.images, FileReader)
+    assert "decoded each time" in source.place
+    assert_all_images(source, root)
+    assert {path.name for path in root.iterdir()} == {"images", CSV}
+
+
+def test_the_cache_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "fast" / "disk"
+    source = source_of(root, cache_dir=str(elsewhere))
+    assert source.place == str(elsewhere / "films_16.u8")
+    assert_all_images(source, root)
+    assert not (root / "cxr_vit_cache").exists()
+
+
+def test_a_cache_serves_where_the_images_are_not(root: Path) -> None:
+    paths = {name: read_gray(path, 16) for name, path in find_images(root).items()}
+    source_of(root)
+    shutil.rmtree(str(root / "images"))
+    for cache in ("auto", "require"):
+        source = source_of(root, cache=cache)
+        np.testing.assert_array_equal(
+            images_of(source, NAMES), np.stack([paths[name] for name in NAMES])
+        )
+    assert len(ChestXrayDataModule(section(root)).records) == IMAGES
+
+
+# Refused, and built anew
+
+
+@pytest.mark.parametrize("cache", ["auto", "require"])
+def test_a_stale_cache_is_refused_with_the_reason_and_what_to_do(root: Path, cache: str) -> None:
+    source_of(root)
+    before = store_paths(section(root)).pixels.read_bytes()
+    grow(root, 7)
+    with pytest.raises(
+        DataError, match=r"films_16\.u8 is refused: 1 images were changed"
+    ) as caught:
+        source_of(root, cache=cache)
+    assert NAMES[7] in str(caught.value)
+    assert "python -m cxr_vit prepare" in str(caught.value)
+    assert "data.cache=off" in str(caught.value)
+    assert store_paths(section(root)).pixels.read_bytes() == before
+
+
+def damage_index(root: Path) -> None:
+    store_paths(section(root)).index.write_text("{", encoding="utf-8")
+
+
+def truncate_pixels(root: Path) -> None:
+    os.truncate(store_paths(section(root)).pixels, 100)
+
+
+@pytest.mark.parametrize(
+    "change", [damage_index, truncate_pixels, lambda root: grow(root, 7)], ids=["a", "b", "c"]
+)
+def test_a_cache_that_does_not_fit_is_renewed_on_request(
+    root: Path, change: Callable[[Path], None], log: pytest.LogCaptureFixture
+) -> None:
+    source_of(root)
+    change(root)
+    with pytest.raises(DataError, match="is refused"):
+        source_of(root)
+    assert_all_images(source_of(root, renew=True), root)
+    assert "does not fit" in log.text
+    assert_all_images(source_of(root, cache="require"), root)
+
+
+@pytest.mark.parametrize("cache", ["require", "off"])
+def test_prepare_builds_the_cache_whatever_the_configuration_says(root: Path, cache: str) -> None:
+    assert prepare(section(root, cache=cache)) == (
+        f"40 of 40 images of {root / CSV} are in {root / 'cxr_vit_cache' / 'films_16.u8'}"
+    )
+    assert_all_images(source_of(root, cache="require"), root)
+
+
+def test_prepare_leaves_a_cache_that_fits_alone(root: Path, log: pytest.LogCaptureFixture) -> None:
+    assert prepare(section(root)) == prepare(section(root))
+    assert log.text.count("cached 40 images in") == 1
+
+
+def test_a_bad_image_mended_to_the_same_size_is_not_held_to_be_bad(root: Path) -> None:
+    """An image with a flipped bit is fetched again as the message says: its size is the same."""
+    path = root / "images" / NAMES[5]
+    sound = path.read_bytes()
+    flipped = bytearray(sound)
+    flipped[len(sound) // 2] ^= 4
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(DataError, match="1 of 40 images cannot be used"):
+        prepare(section(root))
+    path.write_bytes(sound)
+    assert prepare(section(root)).startswith("40 of 40 images")
+    assert_all_images(source_of(root), root)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_words(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be written to .*file \(") as caught:
+        source_of(root, cache_dir=str(tmp_path / "file"))
+    assert "data.cache_dir" in str(caught.value) and "data.cache=off" in str(caught.value)
+
+
+def lock_out(root: Path) -> None:
+    """Make the cache's folder one that cannot be written, even for root."""
+    lock = store_paths(section(root)).lock
+    lock.unlink()
+    lock.mkdir()
+
+
+def test_a_cache_that_fits_is_read_where_nothing_can_be_written(root: Path) -> None:
+    source_of(root)
+    lock_out(root)
+    assert_all_images(source_of(root), root)
+
+
+@pytest.mark.parametrize("cache", ["auto", "require"])
+def test_a_stale_cache_where_nothing_can_be_written_is_refused_with_the_reason(
+    root: Path, cache: str
+) -> None:
+    source_of(root)
+    lock_out(root)
+    grow(root, 7)
+    with pytest.raises(DataError, match="1 images were changed since"):
+        source_of(root, cache=cache)
+
+
+def test_verifying_without_a_cache_or_with_a_damaged_index_is_refused(root: Path) -> None:
+    with pytest.raises(DataError, match="there is no finished cache"):
+        verify(section(root), NAMES)
+    source_of(root)
+    assert verify(section(root), NAMES) == ({}, 40, 0)
+    damage_index(root)
+    with pytest.raises(DataError, match="is damaged"):
+        verify(section(root), NAMES)
+
+
+def test_verifying_a_cache_whose_pixels_are_gone_is_refused_in_words(root: Path) -> None:
+    source_of(root)
+    store_paths(section(root)).pixels.unlink()
+    with pytest.raises(DataError, match=r"films_16\.u8 has 0 bytes"):
+        verify(section(root), NAMES)
+
+
+# Images of no use
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_bad_images_are_counted_and_ten_are_named_before_training(root: Path, cache: str) -> None:
+    spoil(root, range(5, 17))
+    with pytest.raises(DataError, match=r"^12 of 40 images cannot be used:\n") as caught:
+        ChestXrayDataModule(section(root, cache=cache))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 13
+    assert all(line.endswith(".png: the file is empty. Fetch it again.") for line in lines[1:11])
+    assert lines[11] == "  ... and 2 more"
+    assert "data.on_bad_image=skip" in lines[12]
+
+
+def test_missing_images_are_counted_and_ten_are_named_before_training(root: Path) -> None:
+    for name in NAMES[5:17]:
+        (root / "images" / name).unlink()
+    with pytest.raises(DataError, match=r"^12 of 40 images are missing under ") as caught:
+        ChestXrayDataModule(section(root))
+    assert str(caught.value).count(".png: missing") == 10
+    assert "... and 2 more" in str(caught.value)
+    assert "data.on_missing=skip" in str(caught.value)
+
+
+SKIP: Dict[str, object] = {"on_missing": "skip", "on_bad_image": "skip"}
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_images_of_no_use_are_left_out_on_request_and_listed(
+    root: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(root, range(5, 7))
+    (root / "images" / NAMES[9]).unlink()
+    module = ChestXrayDataModule(section(root, cache=cache, **SKIP))
+    left = set(NAMES) - {NAMES[5], NAMES[6], NAMES[9]}
+    assert set(module.records.table["image"]) == left
+    assert dict(zip(module.skipped["image"], module.skipped["reason"])) == {
+        NAMES[5]: "the file is empty. Fetch it again.",
+        NAMES[6]: "the file is empty. Fetch it again.",
+        NAMES[9]: "missing",
+    }
+    assert "1 of 40 images are missing" in caplog.text
+    assert "2 of 40 images cannot be used and are left out" in caplog.text
+    paths = find_images(root)
+    for split in ("train", "val", "test"):
+        dataset = module.dataset(split)
+        images = dataset.images(range(len(dataset)))
+        for image, name in zip(images, dataset.image_names):
+            np.testing.assert_array_equal(image, read_gray(paths[name], 16))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_no_image_of_use_is_an_error_even_if_all_may_be_skipped(root: Path, missing: bool) -> None:
+    if missing:
+        shutil.rmtree(str(root / "images"))
+    else:
+        spoil(root, range(IMAGES))
+    for act in (ChestXrayDataModule, prepare):
+        with pytest.raises(DataError, match="40 of 40 images"):
+            act(section(root, **SKIP))
+
+
+def test_prepare_lists_what_it_left_out_beside_the_cache_while_it_does(root: Path) -> None:
+    spoil(root, range(5, 6))
+    assert prepare(section(root, **SKIP)).startswith("39 of 40 images")
+    skipped = root / "cxr_vit_cache" / "skipped.csv"
+    assert pd.read_csv(skipped)["image"].tolist() == [NAMES[5]]
+    write_image(root / "images" / NAMES[5], 5)
+    assert prepare(section(root, **SKIP)).startswith("40 of 40 images")
+    assert not skipped.exists()
+
+
+# A store that holds more than can be decoded again
+
+
+def move_away(root: Path, rows: range) -> None:
+    for row in rows:
+        (root / "images" / NAMES[row]).unlink()
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+def test_a_store_is_never_replaced_by_one_that_lacks_its_images(root: Path, kept: int) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    before = where.pixels.read_bytes()
+    move_away(root, range(IMAGES - kept))
+    with pytest.raises(DataError, match=rf"would lose images .*\({IMAGES - kept}, first"):
+        source_of(root, renew=True, max_megapixels=32)
+    assert where.pixels.read_bytes() == before
+    assert len(source_of(root).images) == IMAGES  # it still serves those it was made for
+
+
+def test_a_damaged_index_without_a_file_to_begin_anew_with_is_left_alone(root: Path) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    before = where.pixels.read_bytes()
+    damage_index(root)
+    move_away(root, range(IMAGES))
+    with pytest.raises(DataError, match="would lose images"):
+        source_of(root, renew=True)
+    assert where.pixels.read_bytes() == before
+
+
+def test_verify_tells_images_that_it_could_not_compare(root: Path) -> None:
+    source_of(root)
+    move_away(root, range(15))
+    assert verify(section(root), NAMES) == ({}, 25, 15)
+
+
+def test_a_folder_of_images_that_is_not_there_is_no_empty_one(root: Path) -> None:
+    source_of(root)
+    with pytest.raises(DataError, match=r"data\.images=.*typo is not a folder"):
+        source_of(root, images=str(root / "typo"))
+
+
+def test_other_pictures_under_the_root_may_share_a_name(root: Path) -> None:
+    for folder in ("docs", "paper"):
+        (root / folder).mkdir()
+        write_image(root / folder / "figure.png", 0)
+    names = set(NAMES)
+    assert len(source_of(root).images) == len(find_images(root, names)) == IMAGES
+
+
+def test_a_store_made_with_other_libraries_is_used_and_said_so(
+    root: Path, log: pytest.LogCaptureFixture
+) -> None:
+    source_of(root)
+    where = store_paths(section(root))
+    text = where.index.read_text(encoding="utf-8")
+    where.index.write_text(text.replace('"kornia-rs": "', '"kornia-rs": "9'), encoding="utf-8")
+    assert_all_images(source_of(root), root)
+    assert "was made with pillow" in log.text and "--verify" in log.text
+
+
+def test_a_store_of_another_csvs_images_may_be_replaced(root: Path) -> None:
+    source_of(root)
+    data = section(root, max_megapixels=32)
+    assert len(open_image_source(data, NAMES[:10], renew=True).images) == 10
+    with pytest.raises(DataError, match="30 of 40 images are not in it"):
+        open_image_source(data, NAMES)

@@ -1,0 +1,270 @@
+"""Images from their files and from a store: the same pixels, one map, no memory held."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Dict, List
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.data.store import (
+    FileReader,
+    ImageReader,
+    StoreMap,
+    StorePaths,
+    StoreReader,
+    StoreSettings,
+    open_images,
+)
+from cxr_vit.data.store_build import build_store
+from cxr_vit.errors import DataError
+
+SIDE = 20
+SETTINGS = StoreSettings(SIDE, 1)
+EVERY_KIND = 9
+
+
+def noise(seed: int, height: int = 37, width: int = 31, channels: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_every_kind(folder: Path) -> Dict[str, str]:
+    """Images of every kind that is read; a damaged one lies among them."""
+    folder.mkdir()
+    twelve_bits = noise(4).astype(np.uint16) * 16
+    opaque = Image.fromarray(noise(5, channels=3)).convert("RGBA")
+    for name, image in {
+        "00000001_000.png": Image.fromarray(noise(1)),
+        "00000002_000.png": Image.fromarray(noise(2, SIDE, SIDE)),  # needs no resizing
+        "00000003_000.png": Image.fromarray(noise(3, channels=3)),
+        "00000005_000.png": Image.fromarray(twelve_bits),
+        "00000006_000.png": opaque,
+        "00000007_000.png": Image.fromarray(noise(6)).convert("P"),
+        "00000008_000.png": Image.fromarray(noise(7, 9, 300)),
+        "00000009_000.png": Image.fromarray(noise(8)).convert("1"),
+        "00000010_000.jpg": Image.fromarray(noise(9)),
+    }.items():
+        image.save(folder / name)
+    (folder / "00000004_000.png").write_bytes(b"no image")
+    return find_images(folder)
+
+
+def build(folder: Path, paths: Dict[str, str], settings: StoreSettings = SETTINGS) -> StoreReader:
+    folder.mkdir(exist_ok=True)
+    where = StorePaths.of(folder, settings.image_size)
+    return open_images(build_store(where, settings, paths, workers=1), where.pixels)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
+    return write_every_kind(tmp_path_factory.mktemp("images") / "images")
+
+
+@pytest.fixture(scope="module")
+def cached(paths: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+    return build(tmp_path_factory.mktemp("store"), paths)
+
+
+@pytest.fixture
+def names(paths: Dict[str, str]) -> List[str]:
+    return sorted(set(paths) - {"00000004_000.png"})
+
+
+def files_of(paths: Dict[str, str], names: List[str]) -> FileReader:
+    return FileReader(paths, names, image_size=SIDE, max_megapixels=1)
+
+
+def read(images: ImageReader, rows: List[int]) -> np.ndarray:
+    out = np.full((len(rows), images.image_size, images.image_size), 255, dtype=np.uint8)
+    images.read(np.array(rows, dtype=np.int64), out)
+    return out
+
+
+def test_a_cached_read_is_the_direct_read_to_the_bit(
+    paths: Dict[str, str], names: List[str], cached: StoreReader
+) -> None:
+    assert len(cached) == len(names) == EVERY_KIND
+    direct = read(files_of(paths, names), list(range(EVERY_KIND)))
+    np.testing.assert_array_equal(read(cached, list(range(EVERY_KIND))), direct)
+    for row, name in enumerate(names):
+        np.testing.assert_array_equal(direct[row], read_gray(paths[name], SIDE))
+    assert len({image.tobytes() for image in direct}) == EVERY_KIND  # else rows could be mixed up
+
+
+@pytest.mark.parametrize(
+    "rows", [[8, 0, 5], [3, 3, 3], [2, 7, 2, 0, 7], [4], []], ids=lambda rows: str(rows)
+)
+def test_rows_are_read_in_any_order_and_any_number_of_times(
+    paths: Dict[str, str], names: List[str], cached: StoreReader, rows: List[int]
+) -> None:
+    np.testing.assert_array_equal(read(cached, rows), read(files_of(paths, names), rows))
+
+
+def test_random_batches_are_those_of_the_files(
+    paths: Dict[str, str], names: List[str], cached: StoreReader
+) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        rows = random.integers(0, EVERY_KIND, random.integers(1, 30)).tolist()
+        np.testing.assert_array_equal(read(cached, rows), read(files_of(paths, names), rows))
+
+
+def test_images_are_selected_by_name_in_the_order_asked_for(
+    paths: Dict[str, str], names: List[str], cached: StoreReader
+) -> None:
+    wanted = [names[6], names[1], names[8], names[1]]
+    expected = np.stack([read_gray(paths[name], SIDE) for name in wanted])
+    for images in (cached, files_of(paths, names)):
+        selected = images.select(wanted)
+        assert len(selected) == 4
+        assert selected.image_size == SIDE
+        np.testing.assert_array_equal(read(selected, [0, 1, 2, 3]), expected)
+        again = selected.select(wanted[::-1])  # of all images, not only of those selected
+        np.testing.assert_array_equal(read(again, [3, 2, 1, 0]), expected)
+
+
+def test_a_image_of_no_use_cannot_be_selected(cached: StoreReader) -> None:
+    with pytest.raises(KeyError, match=r"00000004_000\.png"):
+        cached.select(["00000004_000.png"])
+
+
+def test_only_the_rows_asked_for_are_written(cached: StoreReader) -> None:
+    buffer = np.full((4, SIDE, SIDE), 7, dtype=np.uint8)
+    cached.read(np.array([1, 2]), buffer[1:3])
+    assert (buffer[[0, 3]] == 7).all()
+    np.testing.assert_array_equal(buffer[1:3], read(cached, [1, 2]))
+
+
+def test_what_is_read_is_a_copy_that_may_be_changed(cached: StoreReader) -> None:
+    before = cached._store.path.read_bytes()
+    images = read(cached, [0, 1])
+    images += 1
+    assert cached._store.path.read_bytes() == before
+    assert not np.array_equal(read(cached, [0, 1]), images)
+
+
+def test_a_image_that_went_bad_says_so_when_it_is_read_from_its_file(tmp_path: Path) -> None:
+    paths = write_every_kind(tmp_path / "images")
+    images = files_of(paths, ["00000001_000.png"])
+    Path(paths["00000001_000.png"]).unlink()
+    with pytest.raises(DataError, match=r"00000001_000\.png.*not there"):
+        read(images, [0])
+
+
+# Processes
+
+
+def read_all(images: ImageReader) -> np.ndarray:
+    return read(images, list(range(len(images))))
+
+
+def test_a_process_of_its_own_reads_the_same_images(
+    paths: Dict[str, str], names: List[str], cached: StoreReader
+) -> None:
+    expected = read_all(cached)  # maps the store here, which must not travel
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        some = cached.select(names[::-2])
+        np.testing.assert_array_equal(pool.submit(read_all, cached).result(), expected)
+        np.testing.assert_array_equal(pool.submit(read_all, some).result(), expected[::-2])
+        files = files_of(paths, names)
+        np.testing.assert_array_equal(pool.submit(read_all, files).result(), expected)
+
+
+def test_neither_pixels_nor_other_images_names_travel_to_another_process(tmp_path: Path) -> None:
+    store = tmp_path / "images.u8"
+    store.write_bytes(b"\1" * (1000 * SIDE**2))
+    by_name = {f"{row:08d}_000.png": row for row in range(1000)}
+    images = StoreReader(StoreMap(store, (1000, SIDE, SIDE)), by_name, list(by_name))
+    ten = images.select(list(by_name)[:10])
+    assert read_all(images).sum() == 1000 * SIDE**2
+    assert read_all(ten).sum() == 10 * SIDE**2
+    assert len(pickle.dumps(images)) < 1000 * 8 + 1000
+    assert len(pickle.dumps(ten)) < 1100
+    few = FileReader(by_name, list(by_name)[:10], image_size=SIDE, max_megapixels=1)
+    assert len(pickle.dumps(few)) < 1100
+
+
+def test_the_map_is_shared_and_holds_no_page_of_its_own(tmp_path: Path) -> None:
+    store = tmp_path / "images.u8"
+    store.write_bytes(b"\1" * (64 * 256**2))
+    by_name = {str(row): row for row in range(64)}
+    images = StoreReader(StoreMap(store, (64, 256, 256)), by_name, list(by_name))
+    read_all(images)
+    maps = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(row for row, line in enumerate(maps) if line.endswith(str(store)))
+    assert maps[start].split()[1] == "r--s"
+    facts = dict(line.split(":") for line in maps[start + 1 : start + 18])
+    assert int(facts["Rss"].split()[0]) > 0
+    assert facts["Anonymous"].split()[0] == "0"
+
+
+READS_A_LARGE_STORE = """
+import sys
+from pathlib import Path
+import numpy as np
+from cxr_vit.data.store import StoreReader, StoreMap
+
+names = {str(row): row for row in range(640)}
+images = StoreReader(StoreMap(Path(sys.argv[1]), (640, 1024, 1024)), names, list(names))
+out = np.empty((8, 1024, 1024), dtype=np.uint8)
+most = 0
+for start in list(range(0, 640, 8)) * 3:
+    images.read(np.arange(start, start + 8), out)
+    status = Path("/proc/self/status").read_text()
+    most = max(most, int(status.split("RssFile:")[1].split()[0]))
+print(most)
+"""
+
+
+def test_a_process_that_reads_a_whole_store_does_not_come_to_hold_it(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = tmp_path / "images.u8"
+    with store.open("wb") as file:
+        file.truncate(640 * 1024**2)  # a hole: no disk is needed
+    result = subprocess.run(
+        [sys.executable, "-c", READS_A_LARGE_STORE, str(store)],
+        cwd=str(repository),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    most_kib = int(result.stdout)
+    assert 60 * 1024 < most_kib < 200 * 1024  # it did read a lot, and let go of it
+
+
+# A store that is built anew under a run
+
+
+@pytest.mark.parametrize("travels", [False, True], ids=["in this process", "in another process"])
+def test_images_opened_before_their_store_was_built_anew_are_never_mixed_up(
+    tmp_path: Path, travels: bool
+) -> None:
+    """A run maps its validation images, and each new loader process its own, hours after opening."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in range(1, 5):
+        Image.fromarray(noise(row)).save(images / f"{row:08d}_000.png")
+    paths = find_images(images)
+    opened = build(tmp_path / "store", paths)
+    expected = np.stack([read_gray(paths[name], SIDE) for name in sorted(paths)])
+    (images / "00000004_000.png").unlink()  # rows move up, the size stays
+    Image.fromarray(noise(0)).save(images / "00000000_000.png")
+    state = pickle.dumps(opened)
+    build(tmp_path / "store", find_images(images))
+    if travels:
+        with pytest.raises(DataError, match="was built anew during the run"):
+            pickle.loads(state)
+        return
+    got = read_all(opened)
+    np.testing.assert_array_equal(got, expected)

@@ -1,0 +1,514 @@
+"""The data report: its page through a parser, its numbers against pandas on the CSV."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Dict, List, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.dataset_report import report as data_report
+from cxr_vit.dataset_report.page import (
+    Section,
+    Table,
+    choose_images,
+    html_page,
+    printable,
+    text_report,
+)
+from cxr_vit.dataset_report.report import write_data_report
+
+COUNTS = "Images and patients with each finding"
+PEOPLE = "Patients and images by split; percent of the split's images"
+PARTS = ["train", "val", "test", "all"]
+HOSTILE = "<script>&\"'.png"
+
+
+class Report(NamedTuple):
+    """A report that was written, and what it is of."""
+
+    module: ChestXrayDataModule
+    text: str
+    page: str
+
+    @property
+    def root(self) -> ElementTree.Element:
+        return ElementTree.fromstring(self.page)
+
+    def tables(self) -> Dict[str, List[List[str]]]:
+        """Caption -> rows of texts, the header's among them."""
+        found = {}
+        for section in self.root.iter("section"):
+            captions = [p.text for p in section.iter("p") if p.get("class") == "caption"]
+            for caption, table in zip(captions, section.iter("table")):
+                found[caption] = [
+                    ["".join(cell.itertext()) for cell in row] for row in table.iter("tr")
+                ]
+        return found
+
+    def rows(self, caption: str) -> Dict[str, List[str]]:
+        """First cell -> the others."""
+        return {first: others for first, *others in self.tables()[caption]}
+
+    def raw(self) -> Dict[str, pd.DataFrame]:
+        """Split -> its rows of the CSV, as pandas reads them."""
+        csv = pd.read_csv(self.module.csv, index_col=False)
+        names = self.module.records.table["image"]
+        listed = {part: names.iloc[getattr(self.module.splits, part)] for part in PARTS[:3]}
+        listed["all"] = pd.concat(list(listed.values()))
+        return {part: csv[csv["Image Index"].isin(images)] for part, images in listed.items()}
+
+
+def report_of(module: ChestXrayDataModule, folder: Path, **options: int) -> Report:
+    text = write_data_report(module, folder / "report.html", **options)
+    return Report(module, text, (folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report(sample_root, tmp_path_factory):
+    data = DataSection(root=str(sample_root), image_size=32, val_fraction=0.2)
+    return report_of(ChestXrayDataModule(data), tmp_path_factory.mktemp("report"))
+
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+)
+
+
+def write_hand_made(root: Path) -> None:
+    """40 images of 20 patients, the last ten patients' for the test; one missing, one damaged."""
+    (root / "images").mkdir(parents=True)
+    names, rows = [], []
+    for row in range(40):
+        patient = row // 2
+        name = HOSTILE if row == 0 else f"{patient:08d}_{row % 2:03d}.png"
+        finding = {0: "Mass", 1: "Mass|Nodule", 2: "Effusion"}.get(row % 4, "No Finding")
+        sex = "<i>" if row == 0 else "F"
+        rows.append(f'"{name.replace(chr(34), chr(34) * 2)}",{finding},0,{patient},,{sex},')
+        names.append(name)
+        Image.new("L", (16, 16), row).save(root / "images" / name)
+    (root / "images" / names[2]).unlink()
+    (root / "images" / names[3]).write_bytes(b"<html>go away</html>")
+    csv = "\n".join([HEADER, *rows]) + "\n"
+    (root / "Data_Entry_2017_v2020.csv").write_text(csv, encoding="utf-8")
+
+
+@pytest.fixture
+def hand_made(tmp_path):
+    write_hand_made(tmp_path / "nih")
+    return DataSection(
+        root=str(tmp_path / "nih"),
+        image_size=16,
+        split="patient",
+        val_fraction=0.2,
+        test_fraction=0.3,
+        on_missing="skip",
+        on_bad_image="skip",
+    )
+
+
+# The page
+
+
+class Tags(HTMLParser):
+    """All elements of a page, and whether each is closed in its turn."""
+
+    VOID = ("meta", "br", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: List[str] = []
+        self.found: List[str] = []
+        self.attributes: List[tuple] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report):
+    assert report.page.startswith("<!DOCTYPE html>\n")
+    tags = Tags()
+    tags.feed(report.page)
+    tags.close()
+    assert tags.open == []
+    assert not {"script", "link", "iframe", "object"} & set(tags.found)
+    sources = [value for name, value in tags.attributes if name in ("src", "href")]
+    assert len(sources) > 10
+    assert all(re.match(r"data:image/(png|svg\+xml);base64,", source) for source in sources)
+    assert not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert "http://" not in report.page and "https://" not in report.page
+
+
+def test_the_page_has_a_language_a_title_and_fits_a_phone(report):
+    root = report.root
+    assert root.get("lang") == "en"
+    assert root.findtext("head/title") == f"Data report: {report.module.csv.name}"
+    metas = {meta.get("name"): meta.get("content") for meta in root.iter("meta")}
+    assert metas["viewport"] == "width=device-width, initial-scale=1"
+    # a heading for each section, a name for each table and picture
+    assert all(section.findtext("h2") for section in root.iter("section"))
+    assert all(image.get("alt") for image in root.iter("img"))
+    assert all(drawing.get("aria-label") for drawing in root.iter("svg"))
+    assert len(report.tables()) == len(list(root.iter("table")))
+
+
+def test_every_figure_is_a_picture(report):
+    figures = [image.get("src").split(",")[1] for image in report.root.iter("img")]
+    assert len(figures) == 3
+    assert all(b"<svg" in base64.b64decode(figure) for figure in figures)
+
+
+def test_what_the_page_is_for_stands_on_top(report):
+    for words in ("research only; not a medical device", "the page shows patients' images"):
+        assert words in " ".join(report.root.find("body/p").itertext())
+        assert words in " ".join(report.text.split())
+
+
+def test_same_data_and_seed_give_the_same_page_and_another_seed_other_images(report, tmp_path):
+    assert report_of(report.module, tmp_path).page == report.page
+    assert report_of(report.module, tmp_path, seed=1).page != report.page
+
+
+def test_the_page_is_written_aside(report, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "folder" / "page.html"
+    write_data_report(report.module, out)
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    before = out.read_text(encoding="utf-8")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_data_report(report.module, out, seed=1)
+    assert out.read_text(encoding="utf-8") == before
+
+
+# The numbers
+
+
+def test_it_says_what_the_data_are(report):
+    facts = report.tables()["What was read"]
+    prints = report.module.fingerprint()
+    given = dict(facts[:2] + facts[3:4] + facts[5:7])
+    assert given["label CSV"] == str(report.module.csv)
+    assert given["its form"] == report.module.records.variant
+    assert facts[2] == ["its SHA-256", prints["csv_sha256"]]
+    assert facts[4] == ["its SHA-256", prints["split_sha256"]]
+    assert given["split"].startswith("official")
+    sizes = {part: len(rows) for part, rows in report.raw().items()}
+    assert given["images"] == "{all} (train {train}, val {val}, test {test})".format(**sizes)
+    assert given["patients"] == str(report.raw()["all"]["Patient ID"].nunique())
+    assert "No patient is in two splits." in report.text
+    assert prints["csv_sha256"] in report.text and prints["split_sha256"] in report.text
+
+
+def test_findings_are_counted_as_pandas_counts_them(report):
+    rows = report.rows(COUNTS)
+    assert list(rows)[2:] == [*FINDINGS, "No Finding"]
+    raw = report.raw()
+    has = {part: images["Finding Labels"].str.get_dummies("|") == 1 for part, images in raw.items()}
+    for name in rows:
+        if name in ("", "finding"):
+            continue
+        found = [raw[part][has[part][name]] if name in has[part] else [] for part in PARTS]
+        images = [len(rows_of) for rows_of in found]
+        patients = [len(set(rows_of["Patient ID"])) if len(rows_of) else 0 for rows_of in found]
+        shares = [f"{100 * count / len(raw[part]):.1f}" for count, part in zip(images, PARTS)]
+        assert rows[name] == [*map(str, images), *map(str, patients), *shares]
+
+
+def test_pairs_are_counted_as_pandas_counts_them(report):
+    names = report.raw()["all"]["Finding Labels"].str.split("|")
+    caption = next(caption for caption in report.tables() if caption.startswith("Images with both"))
+    rows = report.rows(caption)
+    counts = {}
+    for one in FINDINGS:
+        for column, other in enumerate(FINDINGS):
+            counts[one, other] = sum(one in found and other in found for found in names)
+            assert rows[one][column] == str(counts[one, other])
+    top = report.tables()["The ten most frequent pairs, over all splits"][1:]
+    shown = [int(images) for _, _, images, *_ in top]
+    pairs = [count for (one, other), count in counts.items() if one < other and count]
+    assert shown == sorted(pairs, reverse=True)[:10]
+    for one, other, images, of_one, of_other, chance in top:
+        assert int(images) == counts[one, other]
+        assert of_one == f"{100 * int(images) / counts[one, one]:.1f}"
+        assert of_other == f"{100 * int(images) / counts[other, other]:.1f}"
+        expected = counts[one, one] * counts[other, other] / len(names)
+        assert chance == f"{int(images) / expected:.1f}"
+
+
+def test_the_darker_the_cell_the_larger_the_share(report):
+    table = next(table for table in report.root.iter("table") if table.get("class") == "heat")
+    for place, row in enumerate(table.find("tbody").iter("tr")):
+        counts = [int(cell.text) for cell in row.iter("td")]
+        shades = [
+            float(re.search(r"([\d.]+)\)", cell.get("style")).group(1)) for cell in row.iter("td")
+        ]
+        expected = 0.85 * np.array(counts) / max(1, counts[place])
+        expected[place] = 0.0
+        assert np.allclose(shades, expected, atol=1e-3)
+
+
+def test_patients_are_described_as_pandas_describes_them(report):
+    rows = report.rows(PEOPLE)
+    for column, (part, images) in enumerate((part, report.raw()[part]) for part in PARTS):
+        cells = {name: values[column] for name, values in rows.items()}
+        each = images.groupby("Patient ID").size()
+        ages = images["Patient Age"]
+
+        def share(mask):
+            return f"{mask.sum()} ({100 * mask.sum() / len(mask):.1f} %)"
+
+        assert cells["images"] == str(len(images))
+        assert cells["patients"] == str(len(each))
+        assert cells["images per patient, mean"] == f"{each.mean():.1f}"
+        assert cells["images per patient, median (most)"] == f"{each.median():.0f} ({each.max()})"
+        span = f"{ages.median():.0f} ({ages.min()}-{ages.max()})"
+        assert cells["age, median (range), years"] == span, part
+        assert cells["under 18 years"] == share(ages < 18)
+        assert cells["sex F"] == share(images["Patient Gender"] == "F")
+        assert cells["sex unknown"] == share(images["Patient Gender"] == "")
+        assert cells["view AP"] == share(images["View Position"] == "AP")
+
+
+def test_boxes_are_counted_and_drawn(report):
+    boxes = report.module.records.boxes
+    rows = report.rows("Boxes by finding and split")
+    splits = {part: getattr(report.module.splits, part) for part in PARTS[:3]}
+    for name, of_finding in boxes.groupby("finding"):
+        counts = [int(of_finding["row"].isin(images).sum()) for images in splits.values()]
+        area = (of_finding["width"] * of_finding["height"]).median() / 1024**2
+        assert rows[name] == [*map(str, [*counts, len(of_finding)]), f"{100 * area:.2f}"]
+    drawn = {
+        tuple(float(shape.get(side)) for side in ("x", "y", "width", "height"))
+        for shape in report.root.iter("rect")
+    }
+    given = boxes[["x", "y", "width", "height"]].round(1).to_numpy().tolist()
+    assert drawn and drawn <= set(map(tuple, given))
+    assert "boxes on" in report.text
+
+
+def test_relabels_are_compared_with_the_csvs_labels(report, tmp_path):
+    records = report.module.records
+    images = records.table["image"]
+    again = images.iloc[:30]
+    random = np.random.default_rng(0)
+    answers = pd.DataFrame({"Image Index": again})
+    for name in ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"):
+        answers[name] = random.choice(["YES", "NO"], len(again))
+    answers.to_csv(tmp_path / "second_reading.csv", index=False)
+    relabels = str(tmp_path / "second_reading.csv")
+    data = report.module.data.model_copy(update={"relabels": relabels})
+    second = report_of(ChestXrayDataModule(data), tmp_path)
+    rows = second.rows("The CSV's labels against the radiologists' (Google, 2019)")
+    csv = records.table["findings"].iloc[:30].str.contains("Nodule|Mass").to_numpy()
+    read = (answers["Nodule or mass"] == "YES").to_numpy()
+    counts = [30, read.sum(), (csv & read).sum(), (csv & ~read).sum(), (~csv & read).sum()]
+    rates = [100 * (csv & read).sum() / total.sum() for total in (csv, read)]
+    assert rows["Nodule or mass"] == [*map(str, counts), *(f"{rate:.1f}" for rate in rates)]
+    assert rows["Fracture"][2:] == ["-"] * 5
+    assert "second reading" not in report.text
+
+
+def test_no_finding_as_a_class_changes_no_number(report, tmp_path):
+    data = report.module.data.model_copy(update={"include_no_finding": True})
+    other = report_of(ChestXrayDataModule(data), tmp_path)
+    assert other.rows(COUNTS) == report.rows(COUNTS)
+    assert len(other.module.names) == 15
+
+
+# The text
+
+
+def test_the_text_fits_a_terminal_and_its_columns_align(report):
+    lines = report.text.splitlines()
+    paths = str(report.module.csv)
+    assert all(len(line) <= 110 or paths in line for line in lines)
+    assert not [line for line in lines if line != line.rstrip()]
+    start = next(place for place, line in enumerate(lines) if line.startswith("Atelectasis"))
+    table = lines[start : start + 15]
+    assert len({len(line) for line in table}) == 1
+    assert table[-1].split()[:2] == ["No", "Finding"]
+
+
+def test_the_text_has_the_pages_numbers(report):
+    for name, cells in report.rows(COUNTS).items():
+        if name in FINDINGS:
+            line = next(line for line in report.text.splitlines() if line.startswith(f"{name} "))
+            assert line.split() == [name, *cells]
+
+
+def test_a_long_last_column_goes_on_below_itself():
+    table = Table("names", ["image", "reason"], [["a.png", "word " * 40]], text_columns=2)
+    lines = text_report("title", "notice", [Section("section", [table])]).splitlines()
+    beginning = lines.index("a.png  " + " ".join(["word"] * 20))
+    assert lines[beginning + 1] == " " * 7 + " ".join(["word"] * 20)
+
+
+# What people put into data
+
+
+def test_what_a_split_cannot_score_is_pointed_out(hand_made, tmp_path):
+    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    warnings = [p.text for p in report.root.iter("p") if p.get("class") == "warning"]
+    absent = next(text for text in warnings if text.startswith("val: no image with"))
+    assert "Hernia" in absent and "Mass" not in absent and "undefined" in absent
+    assert any(text.startswith("train: no image with") and "Hernia" in text for text in warnings)
+    few = next(text for text in warnings if text.startswith("test: fewer than 10 patients"))
+    patients = report.rows(COUNTS)["Mass"][6]
+    assert f"Mass ({patients})" in few and "nearly noise" in few
+    assert "! val: no image with" in report.text
+
+
+def test_a_finding_that_all_images_have_is_pointed_out(hand_made, tmp_path):
+    module = ChestXrayDataModule(hand_made)
+    module.records.labels[module.splits.val, FINDINGS.index("Edema")] = 1
+    report = report_of(module, tmp_path)
+    assert "! val: no image without Edema: the score is undefined." in report.text
+
+
+def test_a_split_without_images_and_shared_patients_are_pointed_out(hand_made, tmp_path):
+    data = hand_made.model_copy(update={"split": "random", "test_fraction": 0.0})
+    report = report_of(ChestXrayDataModule(data), tmp_path)
+    assert "! test: no images." in report.text
+    assert "images share a patient with train" in report.text
+    assert report.rows(COUNTS)["Mass"][-2] == "-"
+    assert report.rows(PEOPLE)["patients"][2] == "-"
+
+
+def test_images_left_out_are_counted_and_named(hand_made, tmp_path):
+    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    skipped = report.module.skipped
+    assert len(skipped) == 2
+    assert "were left out: 2." in report.text
+    reasons = report.tables()["How many and why"][1:]
+    assert sorted(reason for _, reason in reasons) == sorted(skipped["reason"])
+    some = report.tables()["Ten of them, rare reasons first"][1:]
+    assert some == skipped[["image", "reason"]].to_numpy().tolist()
+
+
+def test_rare_reasons_come_first_and_many_are_summed_up(report, tmp_path, monkeypatch):
+    reasons = ["missing"] * 20 + [f"reason {number}" for number in range(12)]
+    names = [f"{number}.png" for number in range(32)]
+    skipped = pd.DataFrame({"image": names, "reason": reasons})
+    monkeypatch.setattr(report.module, "skipped", skipped)
+    changed = report_of(report.module, tmp_path)
+    counts = changed.tables()["How many and why"][1:]
+    assert counts[0] == ["20", "missing"]
+    assert counts[-1] == ["3", "for other reasons"]
+    assert sum(int(count) for count, _ in counts) == 32
+    some = changed.tables()["Ten of them, rare reasons first"][1:]
+    assert [name for name, _ in some] == names[20:30]
+
+
+def test_nothing_left_out_is_said(report):
+    assert report.module.skipped.empty
+    assert "None." in report.text
+
+
+def test_names_are_text_whatever_they_hold(hand_made, tmp_path, monkeypatch):
+    module = ChestXrayDataModule(hand_made)
+    bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
+    monkeypatch.setattr(module, "skipped", bell)
+    monkeypatch.setattr(data_report, "choose_images", lambda *_, **__: [0])
+    report = report_of(module, tmp_path)
+    assert "<script" not in report.page and "<b>&lt;" not in report.page
+    assert report.tables()["Ten of them, rare reasons first"][1] == [
+        f"\\x1b[31m{HOSTILE}",
+        "\\udc80 <b>",
+    ]
+    assert "\x1b" not in report.text
+    assert report.rows(PEOPLE)["sex <i>"][3].startswith("1 (")
+    captions = ["".join(caption.itertext()) for caption in report.root.iter("figcaption")]
+    assert any(HOSTILE in caption and "age unknown, <i>" in caption for caption in captions)
+
+
+def test_unknown_ages_and_views_are_counted_and_not_drawn(hand_made, tmp_path):
+    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    rows = report.rows(PEOPLE)
+    assert rows["age unknown"][3] == rows["view unknown"][3] == "38 (100.0 %)"
+    assert rows["age, median (range), years"] == ["-"] * 4
+    assert not [image for image in report.root.iter("img") if "Age" in image.get("alt")]
+
+
+def test_printable_keeps_what_people_read():
+    assert printable("Pleural_Thickening é 胸 <b>") == "Pleural_Thickening é 胸 <b>"
+    assert printable("a\x1b\n\udcff") == "a\\x1b\\n\\udcff"
+
+
+def test_texts_with_dollars_are_left_alone():
+    page = html_page("$title", "$notice ${sections}", [Section("$x", notes=["$y"])])
+    assert "<title>$title</title>" in page and "$notice ${sections}" in page
+
+
+# The images
+
+
+def test_each_finding_is_shown_once_at_least_and_no_image_twice(report):
+    cards = [figure for figure in report.root.iter("figure") if figure.find("svg") is not None]
+    titles = [figure.findtext("figcaption/b").split(", ") for figure in cards]
+    counts = report.rows(COUNTS)
+    present = {name for name in FINDINGS if counts[name][3] != "0"}
+    assert {name for names in titles for name in names} >= present
+    assert titles.count(["No Finding"]) == 6
+    texts = ["\n".join(figure.find("figcaption").itertext()) for figure in cards]
+    images = [re.search(r"\d{8}_\d{3}\.png", text).group() for text in texts]
+    assert len(set(images)) == len(images)
+
+
+def test_a_card_shows_its_own_image_and_what_is_known_of_it(report):
+    table = report.module.records.table
+    split_of = {
+        table["image"][row]: part
+        for part in PARTS[:3]
+        for row in getattr(report.module.splits, part)
+    }
+    for figure in report.root.iter("figure"):
+        picture = figure.find("svg/image")
+        if picture is None:
+            continue
+        title, known, name, *_ = figure.find("figcaption").itertext()
+        record = table[table["image"] == name].iloc[0]
+        assert title.replace(", ", "|") == "|".join(
+            sorted(record["findings"].split("|"), key=[*FINDINGS, "No Finding"].index)
+        )
+        age = f"{record['age']:.0f} years"
+        assert known == f"{split_of[name]}, {age}, {record['sex']}, {record['view']}"
+        split = report.module.dataset(split_of[name])
+        image = split.images([split.image_names.index(name)])[0]
+        data = base64.b64decode(picture.get("href").split(",")[1])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+
+
+def test_a_image_with_a_box_is_preferred_where_there_are_boxes():
+    labels = np.ones((100, 2), dtype=bool)
+    labels[:, 1] = ~labels[:, 0]
+    boxes = pd.DataFrame({"row": [77], "finding": ["Mass"]})
+    chosen = choose_images(labels, np.arange(100), ["Mass", "No Finding"], boxes, seed=3)
+    assert 77 in chosen
+    assert len(chosen) == 2
+    none = boxes.iloc[:0]
+    assert len(choose_images(labels, np.arange(100), ["Mass", "No Finding"], none, seed=3)) == 1

@@ -1,0 +1,175 @@
+"""What is said where there is no PopTorch, no IPU, or none that can be had."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from cxr_vit.engines.choice import choose_engine
+from cxr_vit.engines.ipu.graphs import explained
+from cxr_vit.errors import ConfigError, DeviceError, EngineUnavailable
+
+from .commands import messages
+
+SDK = "PopTorch is not installed or its SDK is not enabled"
+
+
+def choices(commands, *overrides):
+    """What auto comes to, and what poptorch is refused with."""
+    auto = choose_engine(commands.config("engine.name=auto", *overrides))
+    with pytest.raises(EngineUnavailable) as refused:
+        choose_engine(commands.config("engine.name=poptorch", *overrides))
+    assert auto.name == "torch"
+    assert "\n" not in str(refused.value)
+    return auto.reason, str(refused.value)
+
+
+@pytest.fixture
+def no_poptorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+
+
+def test_without_poptorch(no_poptorch, commands):
+    reason, message = choices(commands)
+    assert reason == f"no IPU: {SDK}"
+    assert message.startswith(SDK)
+    assert "engine.name=torch" in message
+    assert "source <sdk>/enable" in message
+
+
+def test_with_another_torch_than_poptorchs(commands, tmp_path, monkeypatch):
+    text = "PopTorch 3.4.0 supports torch 2.0.1 only, but the installed version is 2.13.0"
+    (tmp_path / "poptorch.py").write_text(f"assert False, {text!r}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "poptorch", raising=False)
+    reason, message = choices(commands)
+    assert text.split(". ")[0][:20] in reason
+    assert message.startswith(text)
+    assert "pip install -r requirements-sdk34.txt" in message
+
+
+def test_without_an_ipu(ipu, commands):
+    ipu[1].config().hardware_version = 0
+    reason, message = choices(commands)
+    assert reason == "no IPU: PopTorch is there, but no IPU answers"
+    assert "gc-monitor" in message
+    assert "--compile-only" in message
+
+
+@pytest.mark.parametrize(
+    ("there", "overrides", "wanted"),
+    [
+        (2, [], "4 stages x 1 replicas take 4 IPUs"),
+        (4, ["batch.replicas=2"], "4 stages x 2 replicas take 8 IPUs"),
+        (4, ["batch.replicas=3"], "4 stages x 3 replicas take 16 IPUs"),
+        (
+            2,
+            ["pipeline.layers_per_stage=[2, 2]", "pipeline.eval_layers_per_stage=[1, 1, 1, 1]"],
+            "4 stages x 1 replicas take 4 IPUs",
+        ),
+    ],
+)
+def test_with_too_few_ipus(ipu, commands, there, overrides, wanted):
+    ipu[1].config().available_ipus = there
+    reason, message = choices(commands, *overrides)
+    assert reason.startswith(f"no IPU: {wanted}")
+    assert message.startswith(wanted)
+    assert "fewer stages" in message
+
+
+def test_a_process_has_64_ipus(ipu, commands):
+    ipu[1].config().available_ipus = 256
+    sixteen = ["batch.replicas=16", "engine.name=poptorch"]
+    assert choose_engine(commands.config(*sixteen)).is_ipu
+    with pytest.raises(EngineUnavailable, match=r"68 IPUs.*at most 64\..*poprun.*=16 or fewer"):
+        choose_engine(commands.config("batch.replicas=17", "engine.name=poptorch"))
+
+
+def test_enough_ipus_are_enough(ipu, commands):
+    ipu[1].config().available_ipus = 4
+    choice = choose_engine(commands.config("engine.name=auto"))
+    assert (choice.name, choice.reason) == ("poptorch", "IPUs answer")
+    assert choose_engine(commands.config("engine.name=poptorch")).is_ipu
+
+
+def test_the_ipu_model_is_not_trained_on(ipu, commands, monkeypatch):
+    monkeypatch.setenv("POPTORCH_IPU_MODEL", "1")
+    reason, message = choices(commands)
+    assert "POPTORCH_IPU_MODEL asks for the IPU Model" in reason
+    assert "Unset it" in message
+    monkeypatch.setenv("POPTORCH_IPU_MODEL", "0")
+    assert choose_engine(commands.config("engine.name=auto")).is_ipu
+
+
+def test_who_names_a_torch_device_means_it(ipu, commands):
+    choice = choose_engine(commands.config("engine.name=auto", "engine.device=cpu"))
+    assert not choice.is_ipu
+
+
+def test_auto_on_ipus_does_not_hide_what_poptorch_would_refuse(ipu, commands):
+    config = commands.config("engine.name=auto", "batch.gradient_accumulation=4")
+    with pytest.raises(ConfigError, match=r"less than the 7 pipeline stages"):
+        choose_engine(config)
+    ipu[1].config().hardware_version = 0
+    assert choose_engine(config).name == "torch", "which has no such rule"
+
+
+def test_auto_trains_on_torch_and_says_why(ipu, commands, capsys):
+    ipu[1].config().hardware_version = 0
+    run = commands.train("engine.name=auto", "train.steps=1")
+    assert run.status == 0
+    printed = capsys.readouterr().out
+    assert "torch engine on CPU in fp32 (no IPU: PopTorch is there, but no IPU answers" in printed
+    assert "Encoder 3    --> stage 3" in printed
+
+
+def test_ipus_asked_for_in_vain_leave_no_run_behind(no_poptorch, commands):
+    with pytest.raises(EngineUnavailable, match=SDK):
+        commands.train()
+    assert list(commands.folder.iterdir()) == []
+
+
+# Errors of PopTorch.
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "advice"),
+    [
+        ("Failed to acquire 4 IPU(s)", EngineUnavailable, "POPTORCH_WAIT_FOR_IPU=1"),
+        ("popart_exception: Out of memory on tile 7", DeviceError, "batch.micro_batch_size=1"),
+        ("Memory allocation error", DeviceError, "engine.profile_dir"),
+        ("Unsupported ops found in compiled model: [aten::foo]", DeviceError, "requirements-sdk34"),
+        ("Unknown bool option enableFoo", DeviceError, "engine.popart_options"),
+        ("something that nobody has seen", DeviceError, "POPTORCH_LOG_LEVEL=DEBUG"),
+    ],
+)
+def test_an_error_says_what_was_being_done_poptorchs_words_and_what_to_do(text, kind, advice):
+    error = explained(RuntimeError(f"{text}\n"), "compiling the training graph")
+    assert type(error) is kind
+    first, *rest = str(error).split("\n")
+    assert first == f"compiling the training graph: PopTorch says: {text}"
+    assert advice in "\n".join(rest)
+
+
+def test_ipus_that_others_hold_are_an_error_of_ours(ipu, commands, monkeypatch):
+    """They were there when the engine was chosen, and not when the graph was compiled."""
+    poptorch, inspection = ipu
+    monkeypatch.setattr(poptorch, "ipuHardwareIsAvailable", lambda number=1: True)
+    inspection.config().available_ipus = 2
+    with pytest.raises(EngineUnavailable, match=r"compiling the inference graph: .*Failed to acq"):
+        commands.train()
+
+
+def test_an_unknown_error_in_a_step_ends_the_run_in_words(ipu, commands, monkeypatch, said):
+    poptorch, _ = ipu
+
+    def fail(executor, *inputs):
+        raise poptorch.Error("the IPU is on fire")
+
+    monkeypatch.setattr(poptorch.PoplarExecutor, "__call__", fail)
+    with pytest.raises(DeviceError, match="training: PopTorch says: the IPU is on fire") as raised:
+        commands.train()
+    assert "docs/ipu.md" in str(raised.value)
+    assert isinstance(raised.value.__cause__, poptorch.Error)
+    assert [text for text in messages(said) if text.startswith("training graph: ")]

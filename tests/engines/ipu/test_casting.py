@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.engines.ipu.graphs import cast_weights_to_input
+from cxr_vit.model.stages import StagedViT
+
+HALF = torch.bfloat16  # of the 16-bit dtypes the one that torch 2.0.1 computes on a CPU
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 4), (2, 6)),
+        (nn.Linear(6, 4, bias=False), (2, 6)),
+        (nn.Conv2d(3, 4, 2, stride=2), (2, 3, 4, 4)),
+        (nn.LayerNorm(6), (2, 6)),
+    ],
+)
+def test_layer_computes_in_the_dtype_of_its_input(layer, shape):
+    value = torch.randn(shape)
+    with torch.no_grad():
+        exact = layer(value)
+    parameters = dict(layer.named_parameters())
+    cast_weights_to_input(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(value), exact)
+        rounded = layer(value.to(HALF))
+    assert rounded.dtype == HALF
+    assert torch.allclose(rounded.float(), exact, atol=0.1)
+    assert dict(layer.named_parameters()) == parameters
+
+
+def test_gradients_reach_the_weights_in_full():
+    layer = nn.Linear(6, 4)
+    cast_weights_to_input(layer)
+    layer(torch.randn(2, 6).to(HALF)).sum().backward()
+    assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def model(make_config):
+    config = make_config()
+    return StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1), for_ipu=True)
+
+
+def test_no_layer_of_a_vit_is_left_out(model):
+    model.compute_in(HALF)
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen[name] = {x.dtype for x in (*inputs, output)}
+
+        return hook
+
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)) and not list(module.children()):
+            module.register_forward_hook(note(name))
+    logits = model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+    assert logits.dtype == HALF
+    assert len(seen) > 20
+    assert {name: dtypes for name, dtypes in seen.items() if dtypes != {HALF}} == {}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_half_arithmetic_is_near_the_full_one(model):
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        exact = model(images)
+        near = model.compute_in(HALF)(images).float()
+    assert 0 < (near - exact).abs().max() < 0.05
+
+
+def test_full_arithmetic_changes_no_layer(model):
+    kinds = [type(module) for module in model.modules()]
+    model.compute_in(torch.float32)
+    assert [type(module) for module in model.modules()] == kinds

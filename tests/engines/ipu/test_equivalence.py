@@ -1,0 +1,102 @@
+"""train.py and evaluate.py on IPUs against the same on the torch engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from .commands import TORCH
+
+TWENTY = ("train.steps=20", "train.eval_every_steps=8")
+
+
+def batch(accumulation, iterations, replicas):
+    return (
+        *TWENTY,
+        f"batch.gradient_accumulation={accumulation}",
+        f"batch.device_iterations={iterations}",
+        f"batch.replicas={replicas}",
+    )
+
+
+def near(expected):
+    return pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def scores(run):
+    return [
+        {tag: event[tag] for tag in sorted(event) if tag.startswith("val/") or tag == "step"}
+        for event in run.scores
+    ]
+
+
+def assert_scores_agree(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert one.keys() == other.keys()
+        for tag, value in one.items():
+            assert value == (None if other[tag] is None else near(other[tag])), tag
+
+
+#: Short enough to cut most gradients of these runs (see below).
+CLIPPED, UNCLIPPED = "optim.max_grad_norm=0.15", "optim.max_grad_norm=null"
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "iterations", "replicas", "loader", "clipping"),
+    [
+        (7, 1, 1, ["engine.loader_mode=sync"], CLIPPED),
+        (7, 1, 1, ["engine.loader_mode=sync"], UNCLIPPED),
+        (16, 4, 1, ["engine.loader_mode=sync"], UNCLIPPED),
+        (7, 4, 2, ["engine.loader_mode=sync"], CLIPPED),
+        (16, 1, 2, ["engine.loader_mode=async"], UNCLIPPED),
+        (7, 1, 1, ["engine.loader_mode=async_rebatched", "data.num_workers=2"], CLIPPED),
+    ],
+)
+def test_twenty_updates_and_all_scores_equal_the_torch_engines(
+    ipu, commands, torch_run, accumulation, iterations, replicas, loader, clipping
+):
+    overrides = (*batch(accumulation, iterations, replicas), clipping)
+    run, expected = commands.train(*overrides, *loader), torch_run(*overrides)
+    assert run.status == expected.status == 0
+    assert len(run.losses) == 20
+    assert run.losses == near(expected.losses)
+    assert len(run.logged) == 20 // iterations
+    assert run.logged == near(expected.logged)
+    assert_scores_agree(scores(run), scores(expected))
+    assert [event["step"] for event in run.scores] == [8, 16, 20]
+
+
+def test_the_losses_are_worth_comparing(torch_run):
+    """Else the test above could not tell one update from another."""
+    clipped, unclipped = torch_run(*batch(7, 1, 1), CLIPPED), torch_run(*batch(7, 1, 1), UNCLIPPED)
+    assert clipped.losses != near(unclipped.losses)
+    assert max(clipped.losses) - min(clipped.losses) > 0.05
+
+
+def test_evaluation_gives_the_same_predictions_as_the_torch_engine(ipu, commands):
+    run = commands.train("batch.eval_micro_batch_size=3")
+    on_ipus = commands.evaluate(run.checkpoint("best"))
+    on_torch = commands.evaluate(run.checkpoint("best"), *TORCH)
+    assert len(on_ipus) == 20, "each image of the test split, no padding"
+    for ours, theirs in zip(on_ipus, on_torch):
+        assert ours == near(theirs)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pipeline.execution=sharded",
+        "pipeline.eval_execution=sharded",
+        "pipeline.layers_per_stage=[0, 2, 2, 0]",
+        "pipeline.eval_layers_per_stage=[4]",
+        "engine.optimizer_state_on_chip=false",
+        "optim.loss_scaling=1024",
+        "optim.decay_all=true",
+    ],
+)
+def test_what_only_places_the_work_changes_no_loss(ipu, commands, torch_run, setting):
+    run, expected = commands.train(setting), torch_run("train.steps=4", "run.seed=0")
+    if setting == "optim.decay_all=true":
+        expected = torch_run(setting)
+    assert run.losses == near(expected.losses)
+    assert run.logits[0].tolist() == [near(row) for row in expected.logits[0].tolist()]

@@ -1,0 +1,95 @@
+"""PopTorch's names of an optimizer's state, and whose state can be taken for whose."""
+
+import pytest
+import torch
+
+from cxr_vit.engines.ipu.optimizer import check_kind, from_poptorch, to_poptorch, torch_slots
+from cxr_vit.errors import CheckpointError
+
+HUB_NAMES = {"model.stages.0.a.weight": "vit.a.weight", "model.stages.1.b": "vit.b"}
+THEIRS = {hub: name for name, hub in HUB_NAMES.items()}
+STATE = {
+    "ipu_state": {
+        "Accl1___model.stages.0.a.weight": torch.ones(2, dtype=torch.float16),
+        "Accl2___model.stages.0.a.weight": torch.full((2,), 2.0),
+        "Step___model.stages.0.a.weight": torch.tensor(7.0),
+        "Accl1___model.stages.1.b": torch.zeros(3, dtype=torch.float16),
+        "lossScaleUpdateFactor": torch.tensor(0.5),
+    },
+    "ipu_param": {
+        "learningRate___specific___model.stages.1.b": torch.tensor(0.1),
+        "weightDecay___default___FLOAT": torch.tensor(0.2),
+        "lossScaling_FLOAT": torch.tensor(1024.0),
+    },
+}
+HALF = {"Accl1": torch.float16, "Accl2": torch.float32}
+
+
+def test_adamw_has_torchs_slots():
+    slots = from_poptorch(STATE, HUB_NAMES, "poptorch.AdamW")
+    assert set(slots["vit.a.weight"]) == {"exp_avg", "exp_avg_sq", "step"}
+    assert slots["vit.a.weight"]["step"] == 7
+    assert set(torch_slots(slots["vit.b"])) == {"exp_avg"}
+
+
+@pytest.mark.parametrize("kind", ["poptorch.AdamW", "poptorch.LAMB", "poptorch.SGD"])
+def test_what_poptorch_gave_it_gets_back(kind):
+    back = to_poptorch(from_poptorch(STATE, HUB_NAMES, kind), THEIRS, HALF)
+    for table, values in STATE.items():
+        assert set(back[table]) == set(values)
+        for key, value in values.items():
+            assert torch.equal(back[table][key], value), key
+            assert back[table][key].dtype == value.dtype
+
+
+def test_other_optimizers_keep_poptorchs_names():
+    slots = from_poptorch(STATE, HUB_NAMES, "poptorch.LAMB")
+    assert set(slots["vit.a.weight"]) == {"ipu_state:Accl1", "ipu_state:Accl2", "ipu_state:Step"}
+    assert torch_slots(slots["vit.a.weight"]) == {}
+
+
+def test_torchs_moments_get_the_dtype_of_the_device():
+    slots = {"vit.b": {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
+    state = to_poptorch(slots, THEIRS, HALF)["ipu_state"]
+    assert state["Accl1___model.stages.1.b"].dtype == torch.float16
+    assert state["Accl2___model.stages.1.b"].dtype == torch.float32
+
+
+def test_slots_are_copies():
+    slots = from_poptorch(STATE, HUB_NAMES, "poptorch.AdamW")
+    slots["vit.a.weight"]["exp_avg_sq"].zero_()
+    assert STATE["ipu_state"]["Accl2___model.stages.0.a.weight"].sum() == 4
+
+
+def test_nothing_yet_is_no_slots():
+    assert from_poptorch({"ipu_state": None, "ipu_param": None}, HUB_NAMES, "poptorch.SGD") == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("torch.AdamW", "torch.AdamW"),
+        ("torch.AdamW", "poptorch.AdamW"),
+        ("poptorch.AdamW", "torch.AdamW"),
+        ("poptorch.LAMB", "poptorch.LAMB"),
+        ("", "torch.SGD"),
+    ],
+)
+def test_the_same_meaning_is_taken_up(given, own):
+    check_kind(given, own)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("torch.SGD", "poptorch.SGD"),  # PopART's velocity is scaled with the loss
+        ("poptorch.LAMB", "torch.AdamW"),
+        ("torch.AdamW", "torch.SGD"),
+        ("poptorch.AdamW", "poptorch.LAMB"),
+    ],
+)
+def test_another_meaning_is_refused_with_the_way_out(given, own):
+    with pytest.raises(CheckpointError, match=r"train\.resume_weights_only=true") as caught:
+        check_kind(given, own)
+    assert given in str(caught.value)
+    assert own in str(caught.value)

@@ -1,0 +1,40 @@
+"""What train.py says of an IPU's memory before it compiles, and the plan it shows."""
+
+from __future__ import annotations
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cxr_vit.engines.ipu.offline import compile_offline
+from cxr_vit.errors import ConfigError
+
+from .commands import IPU, messages
+
+#: ViT-B on one IPU with fp32 in everything: 343 MB of weights, 1.4 GB with what trains them.
+TOO_LARGE = (
+    *("model.name=vit-base", "model.patch_size=16", "pipeline.layers_per_stage=[6,6]"),
+    *("batch.micro_batch_size=64", "batch.eval_device_iterations=2"),
+)
+
+
+def test_a_strict_run_stops_before_anything_is_read_or_compiled(ipu, commands, said):
+    with pytest.raises(ConfigError, match=r"does not fit.*planner.strict=true stops here"):
+        commands.train(*IPU, *TOO_LARGE, "planner.strict=true", folder="strict")
+    assert not (commands.folder / "strict").exists(), "an empty run leaves no folder"
+    assert ipu[1].log().calls("compiled") == []
+
+
+def test_offline_a_strict_run_stops_before_half_an_hour_of_compiling(ipu, commands, said):
+    cache = f"engine.executable_cache={commands.folder / 'cache'}"
+    with pytest.raises(ConfigError, match=r"planner\.strict=true stops here"):
+        compile_offline(commands.config(*IPU, *TOO_LARGE, cache, "planner.strict=true"))
+    assert ipu[1].log().calls("compiled") == []
+
+
+def test_a_run_that_fits_is_quiet_and_shows_its_plan(ipu, commands, said):
+    run = commands.train(*IPU)
+    assert run.status == 0
+    assert not [message for message in messages(said) if "predicted memory" in message]
+    board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0})
+    board.Reload()
+    assert {"plan/timeline", "plan/memory"} <= set(board.Tags()["images"])

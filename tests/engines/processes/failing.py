@@ -1,0 +1,79 @@
+"""Run train.py with a fault of ours in one of the processes.
+
+torchrun tests/engines/processes/failing.py FAULT RANK ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import train
+from cxr_vit import cli
+
+
+def bug() -> None:
+    """Raise what nobody expects, in the fourth update."""
+    from cxr_vit.engines.torch_engine import TorchBase
+
+    update = TorchBase._update
+
+    def broken(engine):
+        if engine.updates == 3:
+            raise ZeroDivisionError("a bug of ours")
+        return update(engine)
+
+    TorchBase._update = broken
+
+
+def silence() -> None:
+    """Stop for good in the midst of a training step, as a host does that hangs."""
+    from cxr_vit.model.stages import Stage
+
+    forward, calls = Stage.forward, itertools.count()
+
+    def silent(stage, value):
+        if stage.training and next(calls) == 29:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(stage, value)
+
+    Stage.forward = silent
+
+
+def slow_disk() -> None:
+    """Take seconds to write a file of weights."""
+    from cxr_vit.training import checkpoint
+
+    save = checkpoint.save_file
+
+    def slowly(*arguments, **named):
+        time.sleep(4)
+        save(*arguments, **named)
+
+    checkpoint.save_file = slowly
+
+
+def late() -> None:
+    """Come to the data last."""
+    from cxr_vit.data import datamodule
+
+    write = datamodule._write_sample_if_absent
+
+    def lately(data):
+        time.sleep(5)
+        write(data)
+
+    datamodule._write_sample_if_absent = lately
+
+
+if __name__ == "__main__":
+    fault, rank = sys.argv.pop(1), sys.argv.pop(1)
+    if os.environ["RANK"] == rank:
+        globals()[fault]()
+    cli.run(train.main)

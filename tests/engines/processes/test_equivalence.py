@@ -1,0 +1,325 @@
+"""The stages over N processes compute what one process computes.
+
+Two starts of torchrun, of two and of four processes, go through all cases; see worker.py.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import pytest
+import torch
+
+from cxr_vit.synthetic.dataset import write_sample
+
+from .launch import HAS_PIPELINING, finish, needs_pipelining, start
+from .worker import copies, has_gradient, make, measure, pipeline, score
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning"),  # torch.load's, of torch 2.0
+]
+
+#: 20 updates of the demo, of 8 micro-batches of 4, each with a gradient that is clipped. At the
+#: demo's own rate they agree as well, but rounding grows from one update to the next. The test
+#: split has 59 images, which no batch divides.
+DEMO = (
+    "batch.micro_batch_size=4",
+    "batch.gradient_accumulation=8",
+    "batch.eval_micro_batch_size=4",
+    "batch.eval_device_iterations=3",
+    "train.steps=20",
+    "optim.lr=3e-4",
+    "optim.max_grad_norm=0.08",
+    "optim.weight_decay=0.5",
+    "engine.device=cpu",
+    "engine.precision=fp32",
+)
+#: The same of smaller images, where the demo's own have nothing to add.
+SMALL = ("data.image_size=32",)
+BF16 = (*SMALL, "engine.precision=bf16", "optim.max_grad_norm=null")
+FP16 = (*SMALL, "engine.precision=fp16", "train.steps=8")
+DEEP = (
+    "model.name=vit-tiny",
+    "data.image_size=16",
+    "pipeline.layers_per_stage=[1, 2, 1, 2, 1, 2, 1, 2]",
+    "train.steps=4",
+)
+
+
+class Case(NamedTuple):
+    """What some processes compute, and what one computes that must be the same.
+
+    The first loss scale matters to fp16 alone.
+    """
+
+    processes: int
+    overrides: Tuple[str, ...]
+    alone: Tuple[str, ...] = ()
+    scale: float = 1.0
+    scale_alone: float = 1.0
+
+    @property
+    def is_pipeline(self) -> bool:
+        return "engine.name=pipeline" in self.overrides
+
+    @property
+    def replicas(self) -> int:
+        replicas = [word for word in self.overrides if word.startswith("batch.replicas=")]
+        return int(replicas[-1].split("=")[1]) if replicas else 1
+
+    @property
+    def per_replica(self) -> int:
+        """Processes that share one replica; less than 1 where a process has several replicas."""
+        return self.processes // self.replicas
+
+
+FOUR = "[1, 1, 1, 1]"
+CASES: Dict[str, Case] = {
+    "torch, 2 replicas": Case(2, copies(2)),
+    "torch, 4 replicas on 2": Case(2, (*SMALL, *copies(4)), SMALL),
+    "gpipe, 2 stages": Case(2, pipeline("gpipe", "[2, 2]")),
+    "1f1b, 2 stages": Case(2, pipeline("1f1b", "[2, 2]")),
+    "interleaved, 4 stages on 2": Case(2, pipeline("interleaved_1f1b", FOUR)),
+    "device iterations": Case(
+        2,
+        (*SMALL, *pipeline("1f1b", "[1, 3]"), "batch.device_iterations=2"),
+        (*SMALL, "batch.device_iterations=2"),
+    ),
+    "bf16, 2 stages": Case(2, (*BF16, *pipeline("1f1b", "[2, 2]")), BF16),
+    "gpipe, 4 stages": Case(4, pipeline("gpipe", FOUR)),
+    "1f1b, 4 stages": Case(4, pipeline("1f1b", FOUR)),
+    "interleaved, 4 stages": Case(4, pipeline("interleaved_1f1b", FOUR)),
+    "1f1b, 2 replicas x 2 stages": Case(4, pipeline("1f1b", "[2, 2]", 2)),
+    "interleaved, 2 replicas x 4 stages on 2": Case(
+        4, (*SMALL, *pipeline("interleaved_1f1b", FOUR, 2)), SMALL
+    ),
+    "interleaved, 8 stages on 4": Case(
+        4, (*pipeline("interleaved_1f1b", FOUR), *DEEP), (*DEEP, "engine.name=torch")
+    ),
+    "embedding and head alone": Case(4, (*SMALL, *pipeline("gpipe", "[0, 2, 2, 0]")), SMALL),
+    "torch, 4 replicas": Case(4, (*SMALL, *copies(4)), SMALL),
+    "no cache": Case(
+        4,
+        (*SMALL, *pipeline("1f1b", FOUR), "data.cache=off", "train.steps=3"),
+        (*SMALL, "train.steps=3"),
+    ),
+    "bf16, 4 stages": Case(4, (*BF16, *pipeline("interleaved_1f1b", FOUR)), BF16),
+    # The torch engine divides the loss by the 8 micro-batches, a schedule the gradients afterwards:
+    # with an eighth of the scale they compute with the same numbers.
+    "fp16, 4 stages": Case(4, (*FP16, *pipeline("1f1b", FOUR)), FP16, 2.0**20, 2.0**23),
+    "fp16, 2 replicas x 2 stages": Case(
+        4, (*FP16, *pipeline("gpipe", "[2, 2]", 2)), FP16, 2.0**20, 2.0**23
+    ),
+}
+
+
+def runs_here(case: Case) -> bool:
+    return HAS_PIPELINING or not case.is_pipeline
+
+
+def cases(*wanted: str, but: str = "-") -> Any:
+    """Parametrise a test with the cases whose names begin with one of the words."""
+    chosen = [
+        pytest.param(name, id=name, marks=[needs_pipelining] if case.is_pipeline else [])
+        for name, case in CASES.items()
+        if name.startswith(wanted or ("",)) and but not in name
+    ]
+    return pytest.mark.parametrize("name", chosen)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """DEMO on a synthetic data set."""
+    root = tmp_path_factory.mktemp("data") / "sample"
+    write_sample(root, num_images=236, image_size=64, seed=0)
+    return (*DEMO, f"data.root={root}")
+
+
+@pytest.fixture(scope="module")
+def alone(demo):
+    """What one process computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: a sum in another order is another sum
+    yield lru_cache(maxsize=None)(lambda more, scale: measure((*demo, *more), scale))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def results(demo, tmp_path_factory):
+    """What each process of a case computed; those with as many processes share one start."""
+
+    @lru_cache(maxsize=None)
+    def launched(processes):
+        folder = tmp_path_factory.mktemp(f"processes{processes}")
+        chosen = {
+            name: [[*demo, *case.overrides], case.scale]
+            for name, case in CASES.items()
+            if case.processes == processes and runs_here(case)
+        }
+        path = folder / "cases.json"
+        path.write_text(json.dumps(chosen))
+        done = finish(
+            start(processes, "tests/engines/processes/worker.py", path, folder), timeout=600
+        )
+        return folder, done
+
+    @lru_cache(maxsize=None)
+    def of(name: str) -> List[Dict[str, Any]]:
+        case = CASES[name]
+        folder, done = launched(case.processes)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return [
+            torch.load(folder / f"{name}.{rank}", weights_only=True)
+            for rank in range(case.processes)
+        ]
+
+    return of
+
+
+@pytest.fixture
+def both(results, alone):
+    """What the main process of a case has in the end, and what one process has."""
+
+    def of(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        case = CASES[name]
+        return results(name)[0], alone(case.alone, case.scale_alone)
+
+    return of
+
+
+def assert_near(ours, theirs, what, tolerance=1e-5):
+    difference = float((ours - theirs).abs().max())
+    assert difference <= tolerance, f"{what} differs by {difference:.2g}"
+
+
+def assert_weights_agree(ours, theirs, tolerance=1e-5):
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    assert ours["optimizer"].keys() == theirs["optimizer"].keys()
+    for name in filter(has_gradient, theirs["weights"]):
+        assert_near(ours["weights"][name], theirs["weights"][name], name, tolerance)
+        assert ours["optimizer"][name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for slot, value in theirs["optimizer"][name].items():
+            assert_near(ours["optimizer"][name][slot], value, f"{slot} of {name}", tolerance)
+
+
+# What comes of the updates
+
+
+@cases(but="16,")
+def test_losses_norms_and_weights_are_those_of_one_process(both, name):
+    ours, theirs = both(name)
+    assert len(ours["losses"]) == len(theirs["losses"]) >= 3
+    assert ours["num_samples"] == theirs["num_samples"] == 32 * len(ours["losses"])
+    assert_near(ours["losses"], theirs["losses"], "the loss")
+    assert_near(ours["norms"], theirs["norms"], "the gradient norm")
+    assert_weights_agree(ours, theirs)
+
+
+def test_one_process_computes_the_same_for_every_cut(alone):
+    cut, whole = alone((), 1.0), alone(("pipeline.layers_per_stage=[4]",), 1.0)
+    assert torch.equal(cut["losses"], whole["losses"])
+    assert torch.equal(cut["norms"], whole["norms"])
+    assert all(torch.equal(cut["weights"][name], value) for name, value in whole["weights"].items())
+
+
+def test_the_updates_are_worth_comparing(alone):
+    """Else the tests above could not tell one update from another."""
+    demo, small = alone((), 1.0), alone(SMALL, 1.0)
+    assert demo["norms"].min() > 0.08, "each gradient is clipped"
+    assert demo["losses"].max() - demo["losses"].min() > 0.05
+    unclipped = alone((*SMALL, "optim.max_grad_norm=null"), 1.0)
+    assert (small["losses"] - unclipped["losses"]).abs().max() > 1e-4
+    undecayed = alone((*SMALL, "optim.weight_decay=0"), 1.0)["weights"]
+    name = "vit.encoder.layer.3.output.dense.weight"
+    assert (small["weights"][name] - undecayed[name]).abs().max() > 1e-4
+
+
+@cases("bf16")
+def test_bf16_is_that_of_one_process_to_the_last_bit(both, name):
+    ours, theirs = both(name)
+    assert torch.equal(ours["losses"], theirs["losses"])
+    assert_near(ours["norms"], theirs["norms"], "the gradient norm", 1e-6)
+    assert all(
+        torch.equal(ours["weights"][name], value) for name, value in theirs["weights"].items()
+    )
+
+
+@cases("fp16")
+def test_fp16_overflows_and_goes_on_where_one_process_does(both, name):
+    ours, theirs = both(name)
+    skipped = ours["norms"] == 0
+    assert 1 < skipped.sum() < len(skipped) - 1
+    assert torch.equal(skipped, theirs["norms"] == 0)
+    assert ours["scale"] * 8 == theirs["scale"]
+    assert_near(ours["losses"], theirs["losses"], "the loss", 1e-4)
+    assert_near(ours["norms"], theirs["norms"], "the gradient norm", 1e-3)
+
+
+# What each process has
+
+
+@cases()
+def test_every_process_returns_the_same(results, name):
+    first, *others = results(name)
+    for other in others:
+        for what in ("losses", "norms", "logits", "labels"):
+            assert torch.equal(first[what], other[what]), what
+        for what in ("num_samples", "scale"):
+            assert first[what] == other[what], what
+
+
+@cases()
+def test_every_image_is_scored_once_as_in_one_process(results, alone, demo, name):
+    ours, case = results(name)[0], CASES[name]
+    assert ours["logits"].shape == (59, 14)
+    assert torch.equal(ours["labels"], alone((), 1.0)["labels"])
+    expected = score((*demo, *case.alone), ours["weights"])
+    assert_near(ours["logits"], expected, "a logit")
+    assert ours["logits"].std(dim=0).min() > 1e-3, "images have scores of their own"
+
+
+@cases()
+def test_a_process_holds_its_own_stages_and_no_other(results, demo, name):
+    case = CASES[name]
+    every = {name for name, _ in make((*demo, *case.overrides))[2].named_parameters()}
+    for rank, ours in enumerate(results(name)):
+        own = every
+        if case.is_pipeline:
+            position = rank % case.per_replica
+            own = {name for name in every if stage_of(name) % case.per_replica == position}
+            assert 0 < len(own) < len(every)
+        assert set(ours["here"]) == own, rank
+        assert set(ours["alive"]) == own, f"{rank}: weights of other stages are kept in memory"
+        assert set(ours["stateful"]) == own, rank
+
+
+def stage_of(parameter: str) -> int:
+    return int(parameter.split(".")[1])  # stages.<i>.<path>
+
+
+@cases()
+def test_replicas_read_their_part_of_one_process_s_images_and_only_first_stages(
+    results, alone, name
+):
+    case, every = CASES[name], results(name)
+    expected = alone(case.alone, case.scale_alone)
+    first_stages = every[:: case.per_replica] if case.is_pipeline else every
+    # Of each round of micro-batches, one a replica, every process has the next part.
+    size = 4 * case.replicas // len(first_stages)
+    parts = [ours["rows"].reshape(-1, size) for ours in first_stages]
+    assert torch.equal(torch.stack(parts, dim=1).flatten(), expected["rows"])
+    for rank, ours in enumerate(every):
+        reads = not case.is_pipeline or rank % case.per_replica == 0
+        pixels = expected["pixels"] // len(first_stages) if reads else 0
+        assert ours["pixels"] == pixels, rank
+
+
+@needs_pipelining
+def test_only_the_first_stage_opens_images(results):
+    first, *others = results("no cache")
+    assert len(first["images"]) >= 3 * 32
+    assert len(set(first["images"][-3 * 32 :])) == 3 * 32, "no epoch ends in three updates"
+    assert [other["images"] for other in others] == [[], [], []]

@@ -1,0 +1,162 @@
+"""Train a few configurations one after another and write down all that came of it.
+
+torchrun ... tests/engines/processes/worker.py CASES FOLDER
+
+CASES is a JSON file: name -> overrides of configs/vit_demo.yaml and the first loss scale. Process r
+writes FOLDER/<name>.<r>. The tests call `measure` in their own process for what one process makes
+of a configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+from torch import Tensor
+
+from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.data.sampler import TrainingSampler
+from cxr_vit.engines.base import EngineState, StepOutput
+from cxr_vit.engines.choice import build_engine
+from cxr_vit.engines.process_group import call_once
+from cxr_vit.engines.processes import Launch
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.training.schedule import LearningRate
+
+CONFIG = Path(__file__).resolve().parents[3] / "configs" / "vit_demo.yaml"
+#: Of fp16: the scale doubles after two updates, so that it soon overflows, again and again.
+EAGER_SCALER = {
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2,
+    "_growth_tracker": 0,
+}
+#: Names of the images that this process opened.
+opened_images: List[str] = []
+
+
+def copies(replicas: int) -> Tuple[str, ...]:
+    """Share out an accumulation of 8: the global batch stays."""
+    return f"batch.replicas={replicas}", f"batch.gradient_accumulation={8 // replicas}"
+
+
+def pipeline(schedule: str, cut: str, replicas: int = 1) -> Tuple[str, ...]:
+    """Cut the model into stages that share out an accumulation of 8."""
+    return (
+        "engine.name=pipeline",
+        f"pipeline.schedule={schedule}",
+        f"pipeline.layers_per_stage={cut}",
+        *copies(replicas),
+    )
+
+
+def has_gradient(name: str) -> bool:
+    """Whether a weight matters: a key's bias does not.
+
+    It adds the same to all scores of a query, which the softmax takes out again. Its gradient is
+    rounding, and Adam divides it by its size.
+    """
+    return not name.endswith("attention.key.bias")
+
+
+def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
+    """Train as train.py does, then score the test split; return what this process saw."""
+    del opened_images[:]
+    config, data, model = make(overrides)
+    dataset, batches, outputs = data.dataset("train"), [], []
+    rate = LearningRate.from_section(
+        config.schedule, peak=config.optim.lr, total_steps=config.train.steps
+    )
+    start = EngineState(model.weights(), scalars={**EAGER_SCALER, "scale": scale})
+    built = [(name, weakref.ref(weight)) for name, weight in model.named_parameters()]
+    with build_engine(config, model) as engine:
+        engine.load_state_dict(start)
+        engine.compile(_example(dataset, engine.local_batch.host_batch_size))
+        step = 0
+        for batch in engine.loader(dataset, _order(config, dataset), training=True):
+            output: StepOutput = engine.train_step(batch, lr=rate.at(step))
+            batches.append(batch)
+            outputs.append(output)
+            step += len(output.losses)
+        images = list(opened_images)
+        logits, labels = engine.predict_dataset(data.dataset("test"))
+        state = engine.state_dict()
+        here = {name for name, weight in model.named_parameters() if not weight.is_meta}
+        stateful = {
+            name for name, weight in model.named_parameters() if weight in engine.optimizer.state
+        }
+    return {
+        "losses": torch.cat([output.losses for output in outputs]),
+        "norms": torch.cat([output.grad_norm for output in outputs]),
+        "num_samples": sum(output.num_samples for output in outputs),
+        "logits": logits,
+        "labels": labels,
+        "weights": state.weights,
+        "optimizer": state.optimizer,
+        "scale": state.scalars.get("scale", 1.0),
+        "rows": torch.cat([batch.indices for batch in batches]),
+        "pixels": sum(batch.images.numel() for batch in batches),
+        "images": images,
+        # Names begin with `stages.<i>.`; those still alive of all that were built.
+        "alive": sorted(name for name, weight in built if weight() is not None),
+        "here": sorted(here),
+        "stateful": sorted(stateful),
+    }
+
+
+def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
+    """Return the logits of the test split, for given weights."""
+    config, data, model = make(overrides)
+    with build_engine(config, model) as engine:
+        engine.load_state_dict(EngineState(weights))
+        return engine.predict_dataset(data.dataset("test"))[0]
+
+
+def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, StagedViT]:
+    """Put together what an engine is built of."""
+    config = check(load_config([CONFIG], overrides))
+    data = ChestXrayDataModule(config.data, once=call_once)
+    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    return config, data, model
+
+
+def _order(config: Config, dataset: ChestXrayDataset) -> TrainingSampler:
+    batch = BatchPlan.from_section(config.batch)
+    return TrainingSampler(
+        len(dataset),
+        global_batch_size=batch.global_batch_size,
+        device_iterations=batch.device_iterations,
+        seed=config.run.seed,
+        start_step=0,
+        total_steps=config.train.steps,
+    )
+
+
+def _example(dataset: ChestXrayDataset, size: int) -> Batch:
+    return Batch.zeros(size, image_size=dataset.image_size, num_classes=dataset.num_classes)
+
+
+def _note_images(event: str, arguments: Any) -> None:
+    if event == "open" and str(arguments[0]).endswith(".png"):
+        opened_images.append(Path(arguments[0]).name)
+
+
+def main() -> None:
+    """Go through the cases."""
+    sys.addaudithook(_note_images)
+    cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    rank = Launch.from_environment().rank
+    for name, (overrides, scale) in json.loads(cases.read_text()).items():
+        torch.save(measure(overrides, scale), folder / f"{name}.{rank}")
+
+
+if __name__ == "__main__":
+    main()
