@@ -1,45 +1,111 @@
-"""How the planner sets its text: columns, sentences beside labels, percentages."""
+"""Terminal output: progress bars, columns of text, and number formats."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import textwrap
-from typing import List, Sequence
+import time
+from typing import Callable, Iterator, List, Sequence
 
-__all__ = ["columns", "count", "percent", "prose", "signed_percent"]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+__all__ = ["columns", "count", "percent", "progress", "progress_bar", "prose", "signed_percent"]
+
+logger = logging.getLogger(__name__)
 
 _WIDTH = 100
+#: Seconds between log lines where there is no terminal.
+_LOG_EVERY_S = 30.0
+
+
+def progress_bar(console: Console, label: str) -> Progress:
+    """Make a bar: label, bar, count, the task's description, and the time left."""
+    return Progress(
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def progress(label: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr: a bar on a terminal, else a log line every 30 seconds.
+
+    Parameters
+    ----------
+    label
+        What is being done, e.g. ``"decoding images"``.
+    done, total
+        Items finished at the start, and in all.
+
+    Yields
+    ------
+    Callable
+        Call it with the number of items just finished.
+    """
+    first, started = done, time.monotonic()
+    logged = started
+
+    def rate() -> float:
+        return (done - first) / max(time.monotonic() - started, 1e-9)
+
+    def log(items: int) -> None:
+        nonlocal done, logged
+        done += items
+        now = time.monotonic()
+        if now - logged >= _LOG_EVERY_S:
+            logged = now
+            left_s = (total - done) / rate()
+            logger.info("%s: %d of %d, %.0f/s, %.0f s left", label, done, total, rate(), left_s)
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield log
+        return
+    with progress_bar(console, label) as bar:
+        task = bar.add_task("", total=total, completed=done)
+
+        def advance(items: int) -> None:
+            nonlocal done
+            done += items
+            bar.update(task, completed=done, description=f"{rate():.0f}/s")
+
+        yield advance
 
 
 def prose(label: str, text: str) -> List[str]:
-    """Set a sentence beside its label."""
+    """Wrap text to 100 columns beside a label of 8."""
     return textwrap.wrap(text, _WIDTH, initial_indent=f"{label:8}", subsequent_indent=" " * 8)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> List[str]:
-    """Set rows in columns: the first to the left, all others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Align rows in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
-            ]
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
     ]
 
 
 def percent(share: float) -> str:
-    """Write a share."""
+    """Format a share: ``"12.5 %"``."""
     return f"{100 * share:.1f} %"
 
 
-def count(number: int, thing: str) -> str:
-    """Write a number of things."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def signed_percent(share: float) -> str:
-    """Write a difference."""
-    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # no -0.0
+    """Format a difference: ``"+12.5 %"``."""
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # + 0.0 turns -0.0 into 0.0
+
+
+def count(number: int, thing: str) -> str:
+    """Format a number of things: ``"1 stage"``, ``"2 stages"``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,13 +1,13 @@
-"""The errors a person can cause and mend, and the words that help them.
+"""User-facing errors.
 
-Every one of them says where, what was given, what is allowed and what to do. The command line
-prints the message without a traceback and exits with status 2. Imports nothing of the package.
+Each message says where, what was given, what is allowed and what to do. The command line prints it
+without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Iterable, Optional
+from typing import Iterable, NamedTuple, Optional
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +18,7 @@ __all__ = [
     "EngineUnavailable",
     "ModelError",
     "NonFiniteLoss",
+    "Problem",
     "ProcessLost",
     "did_you_mean",
 ]
@@ -57,6 +58,30 @@ class NonFiniteLoss(CxrVitError):
 
 class ProcessLost(CxrVitError):
     """Another process of the run ended or does not answer; the message names it."""
+
+
+class Problem(NamedTuple):
+    """One broken rule, for a message or for code that reacts to it.
+
+    Attributes
+    ----------
+    given
+        The setting and its value: ``"batch.gradient_accumulation=4"``.
+    rule
+        What is wrong with it, continuing the sentence: ``"is less than the 7 pipeline stages."``.
+    allowed
+        Legal values, a whole sentence; may be empty.
+    advice
+        What else to do, a whole sentence; may be empty.
+    """
+
+    given: str
+    rule: str
+    allowed: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in self if part)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config.schema import BatchSection
 
@@ -91,6 +91,12 @@ class StagePlan:
     def num_stages(self) -> int:
         """Number of stages."""
         return len(self.layers_per_stage)
+
+    @property
+    def empty_stage(self) -> Optional[int]:
+        """First stage without work: 0 layers and neither the embedding nor the head."""
+        inner = self.layers_per_stage[1:-1]
+        return inner.index(0) + 1 if 0 in inner else None
 
     def layers(self, stage: int) -> range:
         """Return the indices of the encoder layers on `stage`, counted over the whole model."""

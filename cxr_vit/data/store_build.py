@@ -36,18 +36,8 @@ from typing import (
 )
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
+from cxr_vit.console import progress
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.store import (
     StoreIndex,
@@ -66,7 +56,6 @@ __all__ = [
     "check_images",
     "decode_chunk",
     "default_workers",
-    "image_progress",
     "in_chunks",
     "in_parallel",
     "locked",
@@ -83,8 +72,6 @@ CHUNK_IMAGES = 64
 #: Processes take longer to start than so few images to decode.
 _FEW_IMAGES = 256
 
-#: Without a terminal, a line is logged so often, seconds.
-_LOG_EVERY_S = 30.0
 
 Result = TypeVar("Result")
 
@@ -185,69 +172,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
-@contextlib.contextmanager
-def image_progress(doing: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far it is and how long it will take: a bar on a terminal, else log lines.
-
-    Parameters
-    ----------
-    doing
-        A word or two, e.g. ``"decoding images"``.
-    done, total
-        Images at the start, and in all.
-
-    Yields
-    ------
-    Callable
-        To be called with the number of images just done.
-    """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _LoggedProgress(doing, done, total).advance
-        return
-    bar = Progress(
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _ImagesPerSecond(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
-        task = bar.add_task(doing, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
-
-
-class _ImagesPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.0f}/s")
-
-
-class _LoggedProgress:
-    def __init__(self, doing: str, done: int, total: int) -> None:
-        self.doing, self.done, self.total = doing, done, total
-        self.first = done
-        self.started = self.logged = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        """Count images, and log a line when one is due."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.logged < _LOG_EVERY_S:
-            return
-        self.logged = now
-        rate = (self.done - self.first) / (now - self.started)
-        logger.info(
-            "%s: %d of %d, %.0f a second, %.0f s left",
-            self.doing,
-            self.done,
-            self.total,
-            rate,
-            (self.total - self.done) / rate,
-        )
-
-
 class DecodedChunk(NamedTuple):
     """What became of a chunk: for each image a checksum, or None and the reason."""
 
@@ -322,7 +246,7 @@ def build_store(
         )
     started = time.monotonic()
     decode = partial(decode_chunk, settings=settings, pixels=where.partial)
-    with where.journal.open("a", encoding="utf-8") as journal, image_progress(
+    with where.journal.open("a", encoding="utf-8") as journal, progress(
         "decoding images", done=done, total=len(names)
     ) as advance:
         for decoded in in_parallel(decode, chunks, workers=workers):
@@ -484,7 +408,7 @@ def check_images(
     unusable: Dict[str, str] = {}
     decode = partial(decode_chunk, settings=settings, pixels=None)
     chunks = in_chunks([paths[name] for name in names])
-    with image_progress("checking images", done=0, total=len(names)) as advance:
+    with progress("checking images", done=0, total=len(names)) as advance:
         for decoded in in_parallel(decode, chunks, workers=workers):
             for row, reason in enumerate(decoded.reasons, start=decoded.first_row):
                 if reason is not None:
@@ -515,7 +439,7 @@ def verify_store(
     wrong: Dict[str, str] = {}
     verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
     chunks = in_chunks([paths.get(name, "") for name in index.images])
-    with image_progress("verifying images", done=0, total=len(index.images)) as advance:
+    with progress("verifying images", done=0, total=len(index.images)) as advance:
         for first_row, stored, decoded in in_parallel(verify, chunks, workers=workers):
             for row, (there, anew) in enumerate(zip(stored, decoded), start=first_row):
                 noted, name = index.crc32[row], index.images[row]

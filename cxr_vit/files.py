@@ -1,0 +1,134 @@
+"""Atomic writes, locks and file lookup.
+
+Imports only the standard library and `errors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Callable, Iterator, Optional, Sequence
+
+from cxr_vit.errors import DataError
+
+__all__ = ["find_file", "lock", "remove", "replacing", "write_text"]
+
+#: Seconds between attempts to take a lock.
+_POLL_S = 0.2
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file atomically: yield a temporary path, then rename it to `path`.
+
+    The temporary file is in the same folder. It is flushed to disk before the rename and removed
+    after an error, so that `path` holds the old content or the new one, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; a missing path is no error."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def lock(
+    path: Path,
+    *,
+    timeout_s: Optional[float] = None,
+    on_wait: Callable[[], None] = lambda: None,
+    on_unsupported: Callable[[], None] = lambda: None,
+) -> Iterator[IO[str]]:
+    """Hold an exclusive lock on a file, which is created if missing.
+
+    The operating system releases the lock when the process ends, however it ends.
+
+    Parameters
+    ----------
+    timeout_s
+        Seconds to wait for another holder; None waits without limit.
+    on_wait
+        Called once if another process holds the lock.
+    on_unsupported
+        Called if the file system has no locks; the body then runs without one.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process still holds the lock after `timeout_s`.
+    OSError
+        If the file cannot be created.
+    """
+    with path.open("w") as file:
+        started = time.monotonic()
+        waits = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if timeout_s is not None and time.monotonic() - started > timeout_s:
+                    raise
+                if not waits:
+                    on_wait()
+                waits = True
+                time.sleep(_POLL_S)
+            except OSError:
+                on_unsupported()
+                break
+        yield file
+
+
+def find_file(
+    root: Path, given: Optional[str], names: Sequence[str], *, key: str
+) -> Optional[Path]:
+    """Return the file given in the configuration, else the first known name in `root`.
+
+    Parameters
+    ----------
+    root
+        Folder that is searched for `names`.
+    given
+        Path from the configuration; None to search.
+    names
+        Known file names, in order of preference.
+    key
+        Configuration key of `given`, for the message.
+
+    Returns
+    -------
+    Path or None
+        None if nothing was given and no known name exists.
+
+    Raises
+    ------
+    DataError
+        If the given file does not exist.
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise DataError(f"{key}={given}: no such file. Correct {key} or leave it out.")
+        return Path(given)
+    return next((root / name for name in names if (root / name).is_file()), None)
