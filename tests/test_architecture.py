@@ -535,7 +535,7 @@ LIGHT = [
     "cxr_vit.cli",
     "cxr_vit.__main__",
     "cxr_vit.config.plans",
-    *("cxr_vit.planner.command", "cxr_vit.planner.search", "cxr_vit.planner.figures"),
+    *("cxr_vit.planner.search", "cxr_vit.planner.figures"),
     "cxr_vit.training.schedule",
     "cxr_vit.training.run_folder",
     "train",

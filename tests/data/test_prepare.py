@@ -20,7 +20,7 @@ import pytest
 from conftest import SMALL
 from PIL import Image
 
-from cxr_vit.__main__ import main
+from cxr_vit.cli import main
 from cxr_vit.data import store_build as decoding
 from cxr_vit.data.images import find_images
 from cxr_vit.data.store import StorePaths, StoreSettings

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from cxr_vit.__main__ import main
+from cxr_vit.cli import main
 from cxr_vit.config import load_config
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import make_plan
 
-from .shapes import POD4, ROOT
+ROOT = Path(__file__).resolve().parents[1]
+POD4 = ROOT / "configs" / "vit_pod4.yaml"
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def test_all_refused_is_not_too_little_memory(plan):
 
 def test_a_search_that_finds_nothing_writes_nothing(plan, tmp_path):
     out = tmp_path / "best.yaml"
-    with pytest.raises(ConfigError, match=r"best.yaml was not written: nothing was found"):
+    with pytest.raises(ConfigError, match=r"best.yaml was not written: the search found nothing"):
         plan("--search", "--micro-batches", "64,128", "--accumulations", "8", "--write", out)
     assert not out.exists()
 
@@ -233,9 +235,9 @@ def test_the_grid_to_search_can_be_given(plan):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--write", "x.yaml"], "--write is for --search"),
-        (["--micro-batches", "1"], "--micro-batches is for --search"),
-        (["--search", "--images", "9"], "--images is for a plan"),
+        (["--write", "x.yaml"], "--write needs --search"),
+        (["--micro-batches", "1"], "--micro-batches needs --search"),
+        (["--search", "--images", "9"], "--images does not go with --search"),
         (["--sources", "--search"], "--sources only lists numbers"),
         (["--search", "--write", str(POD4)], "exists"),
         (["model.name=owner/model"], "does not tell its size"),
@@ -311,7 +313,7 @@ def test_runs_of_another_device_do_not_calibrate_a_plan(plan, tmp_path, small_ov
 
 def test_the_command_line_imports_no_torch():
     code = (
-        "import sys; from cxr_vit.__main__ import main;"
+        "import sys; from cxr_vit.cli import main;"
         f"main(['plan', '--config', {str(POD4)!r}]);"
         f"main(['plan', '--search', '--config', {str(POD4)!r}]);"
         "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
