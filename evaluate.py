@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     choice = choose_engine(config)
     state = verify_checkpoint(arguments.checkpoint, needs_optimizer=False)
-    data = open_alike(config.data, may_write_sample=False)
+    data = open_alike(config.data)
     split = arguments.split or data.default_split()
     dataset = data.dataset(split)
     out: Path = arguments.out or folder.report(split, is_default=split == data.default_split())

@@ -35,15 +35,19 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
     """Put the run together and fit; return the exit status."""
     from cxr_vit.engines.choice import build_engine, choose_engine
+    from cxr_vit.engines.process_group import main_first
     from cxr_vit.evaluation.figures import roc_figure, start_figures
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
+    from cxr_vit.synthetic.dataset import write_sample_if_absent
     from cxr_vit.training.build import open_alike, watchers
     from cxr_vit.training.checkpoint import CheckpointStore
     from cxr_vit.training.trainer import StopOnSignal, Trainer
 
     choice = choose_engine(config)
     preflight(config, choice.name, choice.local_replicas)
+    with main_first("sample"):
+        write_sample_if_absent(config.data)
     data = open_alike(config.data)
     training = data.dataset("train", augment=config.augment, seed=config.run.seed)
     names = data.names

@@ -37,7 +37,7 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
     """Score the test split with either form."""
     folder = run_of_checkpoint(checkpoint)
     config = load_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
-    data = ChestXrayDataModule(config.data, may_write_sample=False)
+    data = ChestXrayDataModule(config.data)
     dataset = data.dataset(data.default_split())
     logits, scores = {}, {}
     for form in ("gelu", "gelu_pytorch_tanh"):

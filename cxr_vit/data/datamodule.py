@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
-import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import pandas as pd
@@ -29,7 +26,6 @@ from cxr_vit.data.labels import label_names
 from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_records
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError
-from cxr_vit.synthetic.dataset import write_sample
 
 __all__ = ["ChestXrayDataModule", "prepare", "verify_cache"]
 
@@ -45,9 +41,6 @@ class ChestXrayDataModule:
     ----------
     data
         The `data` section of the configuration.
-    may_write_sample
-        Whether a root that does not exist may be filled with synthetic images
-        (`data.sample_images`); not when scoring, where it would hide a wrong path.
     once
         Lets one process of several do what all would do alike.
 
@@ -57,12 +50,8 @@ class ChestXrayDataModule:
         If the files are missing or not what they should be.
     """
 
-    def __init__(
-        self, data: DataSection, *, may_write_sample: bool = True, once: Once = just_call
-    ) -> None:
+    def __init__(self, data: DataSection, *, once: Once = just_call) -> None:
         self.data = data
-        if may_write_sample:
-            _write_sample_if_absent(data)
         root = Path(data.root)
         self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
         self.csv: Path = find_csv(root, data.csv)
@@ -174,7 +163,6 @@ def prepare(data: DataSection) -> str:
     DataError
         If the data are not what they should be, as when training: the cache is whole even then.
     """
-    _write_sample_if_absent(data)
     csv, names = _images_of_csv(data)
     source = open_image_source(data, names, renew=True)
     skipped = _unusable(source)
@@ -213,38 +201,6 @@ def verify_cache(data: DataSection) -> str:
 def _images_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
     csv = find_csv(Path(data.root), data.csv)
     return csv, read_records(csv, include_no_finding=False).table["image"].tolist()
-
-
-def _write_sample_if_absent(data: DataSection) -> None:
-    root = Path(data.root)
-    if data.sample_images is None or root.exists():
-        return
-    with _locked(root.resolve().parent):
-        if not root.exists():  # else another process has written it
-            _write_sample(root, data.sample_images)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder while others of our processes wait for it, where the file system has locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(str(folder), os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _write_sample(root: Path, count: int) -> None:
-    logger.warning(
-        "data.root=%s does not exist: writing a synthetic data set there (%d images, none of"
-        " them real; data.sample_images)",
-        root,
-        count,
-    )
-    write_sample(root, num_images=count)
 
 
 def _unusable(source: ImageSource) -> pd.DataFrame:

@@ -6,6 +6,7 @@ files where NIH has them. Nothing in it is medical data.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,11 +15,15 @@ from typing import Dict, List, NamedTuple, Sequence, Set, Tuple
 import numpy as np
 from PIL import Image
 
+from cxr_vit.config.schema import DataSection
 from cxr_vit.data.labels import FINDINGS, NO_FINDING
 from cxr_vit.errors import ConfigError, DataError
+from cxr_vit.files import lock
 from cxr_vit.synthetic.anatomy import BOX_SPACE, draw_image
 
-__all__ = ["PREVALENCE", "PlannedImage", "plan_images", "write_sample"]
+__all__ = ["PREVALENCE", "PlannedImage", "plan_images", "write_sample", "write_sample_if_absent"]
+
+logger = logging.getLogger(__name__)
 
 
 CSV_NAME = "Data_Entry_2017_v2020.csv"
@@ -306,6 +311,28 @@ def write_sample(out: Path, *, num_images: int = 2000, image_size: int = 128, se
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return len(images)
+
+
+def write_sample_if_absent(data: DataSection) -> None:
+    """Write the synthetic data set of `data.sample_images` where `data.root` does not exist.
+
+    Processes that call it at once write one data set.
+    """
+    root = Path(data.root)
+    if data.sample_images is None or root.exists():
+        return
+    folder = root.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / f".{root.name}.lock"):
+        if root.exists():  # written by another process meanwhile
+            return
+        logger.warning(
+            "data.root=%s does not exist: writing a synthetic data set there (%d images, none of"
+            " them real; data.sample_images)",
+            root,
+            data.sample_images,
+        )
+        write_sample(root, num_images=data.sample_images)
 
 
 def _write_lists(folder: Path, images: Sequence[PlannedImage], seed: int) -> None:

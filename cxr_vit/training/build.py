@@ -21,12 +21,12 @@ from cxr_vit.training.trainer import Callback, Checkpointing, EarlyStopping, Non
 __all__ = ["open_alike", "watchers"]
 
 
-def open_alike(data: DataSection, *, may_write_sample: bool = True) -> ChestXrayDataModule:
+def open_alike(data: DataSection) -> ChestXrayDataModule:
     """Open the data of a configuration, in the first process before the others.
 
     Parameters
     ----------
-    data, may_write_sample
+    data
         As for `ChestXrayDataModule`.
 
     Raises
@@ -35,7 +35,7 @@ def open_alike(data: DataSection, *, may_write_sample: bool = True) -> ChestXray
         If this process has other data than the first one: its rows would be other images.
     """
     with main_first("data"):
-        opened = ChestXrayDataModule(data, may_write_sample=may_write_sample, once=call_once)
+        opened = ChestXrayDataModule(data, once=call_once)
     differing = same_everywhere("data", opened.fingerprint())
     if differing:
         raise DataError(

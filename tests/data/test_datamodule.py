@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data import datamodule
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.splits import SPLIT_NAMES
@@ -239,39 +238,6 @@ def test_describe_gives_images_patients_and_sizes(root: Path) -> None:
         " test_list.txt, validation drawn by patient with seed 1337): train 24, val 6, test 10\n"
         f"images at 16 x 16 from {root / 'cxr_vit_cache' / 'films_16.u8'}"
     )
-
-
-def test_an_absent_root_is_made_into_a_sample_and_said_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked = {}
-
-    def write(out: Path, *, num_images: int) -> int:
-        asked[out] = num_images
-        write_set(out)
-        return IMAGES
-
-    monkeypatch.setattr(datamodule, "write_sample", write)
-    caplog.set_level(logging.INFO, logger="cxr_vit")
-    module = module_of(tmp_path / "new", sample_images=IMAGES)
-    assert asked == {tmp_path / "new": IMAGES}
-    assert len(module.records) == IMAGES
-    assert f"{tmp_path / 'new'} does not exist" in caplog.text and "synthetic" in caplog.text
-
-
-def test_the_real_writer_makes_a_set_that_can_be_read(tmp_path: Path) -> None:
-    module = module_of(tmp_path / "new", sample_images=20)
-    assert len(module.records) == 20
-    assert module.splits.kind == "official"
-    assert module.dataset("train")[0].image.shape == (1, 16, 16)
-
-
-def test_an_existing_root_is_never_written_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("written over data that are there")
-
-    monkeypatch.setattr(datamodule, "write_sample", refuse)
-    assert len(module_of(root, sample_images=20).records) == IMAGES
 
 
 @pytest.mark.parametrize("given", [None, "labels.csv"])

@@ -5,16 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.synthetic import dataset as sample
 from cxr_vit.synthetic.anatomy import draw_image
-from cxr_vit.synthetic.dataset import BOXED, PREVALENCE, plan_images, write_sample
+from cxr_vit.synthetic.dataset import (
+    BOXED,
+    PREVALENCE,
+    plan_images,
+    write_sample,
+    write_sample_if_absent,
+)
 
 NUM_IMAGES = 120
 NIH_HEADER = (
@@ -299,3 +308,29 @@ def test_wrong_numbers(tmp_path: Path, wrong: dict) -> None:
 def test_unknown_finding() -> None:
     with pytest.raises(KeyError, match="Cough"):
         draw_image(("Cough",), size=32, seed=0, patient=1, follow_up=0)
+
+
+def test_write_sample_if_absent_writes_a_readable_data_set_and_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataSection(root=str(tmp_path / "new" / "set"), sample_images=20, image_size=16)
+    write_sample_if_absent(data)
+    (warning,) = caplog.messages
+    assert f"data.root={tmp_path / 'new' / 'set'} does not exist" in warning
+    assert "synthetic" in warning and "20 images" in warning
+    module = ChestXrayDataModule(data)
+    assert len(module.records) == 20
+    assert module.splits.kind == "official"
+    assert module.dataset("train")[0].image.shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(("there", "sample_images"), [(True, 20), (False, None)])
+def test_write_sample_if_absent_writes_nothing_over_a_root_or_unasked(
+    tmp_path: Path, there: bool, sample_images: Optional[int]
+) -> None:
+    root = tmp_path / "set"
+    if there:
+        root.mkdir()
+    write_sample_if_absent(DataSection(root=str(root), sample_images=sample_images))
+    assert root.exists() == there
+    assert list(tmp_path.rglob("*")) == [root] * there

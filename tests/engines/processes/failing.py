@@ -61,15 +61,15 @@ def slow_disk() -> None:
 
 def late() -> None:
     """Come to the data last."""
-    from cxr_vit.data import datamodule
+    from cxr_vit.synthetic import dataset
 
-    write = datamodule._write_sample_if_absent
+    write = dataset.write_sample_if_absent
 
     def lately(data):
         time.sleep(5)
         write(data)
 
-    datamodule._write_sample_if_absent = lately
+    dataset.write_sample_if_absent = lately
 
 
 if __name__ == "__main__":
