@@ -1,8 +1,10 @@
-# make demo        install, train and evaluate the demo (no GPU, no data, no hub needed)
-# make test        the test suite in a fresh environment of this Python (3.9 or later)
-# make test-all    the same and the cases it leaves out (marked exhaustive): ten minutes more
+# make demo        install, train and score the demo (no GPU, no real images, no model hub)
+# make setup       install what development needs into .venv
+# make test        the test suite on this Python (3.9 or later)
+# make test-all    the same with the cases marked exhaustive: ten minutes more
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
 # make lint        formatter, linter, types, spelling
+# make picture     redraw docs/architecture.md's picture from the code
 
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -11,11 +13,13 @@ VENV_SDK34  ?= .venv-sdk34
 ifndef RUN
 RUN         := runs/vit_demo-$(shell date +%Y%m%d-%H%M%S)
 endif
-# A file of tests stays in one process: it shares what takes long to make.
+# All tests of a file run in one process, because they share fixtures that are slow to make.
 PARALLEL    ?= -n auto --dist loadfile
 PIP         := -m pip install --quiet --disable-pip-version-check
+SPELLED     := cxr_vit tests configs benchmarks docs .github .ci train.py evaluate.py Makefile \
+               $(wildcard *.md *.toml *.txt *.cff .*.yaml)
 
-.PHONY: demo test test-all test-sdk34 lint clean
+.PHONY: demo setup test test-all test-sdk34 lint picture clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
@@ -23,6 +27,8 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The report:       $(RUN)/report (metrics.json, predictions.csv, roc.png)"
 	@echo "The curves:       $(VENV)/bin/tensorboard --logdir runs"
+
+setup: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PARALLEL)
@@ -37,7 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell cxr_vit tests configs benchmarks docs/ipu.md docs/planner.md train.py evaluate.py README.md CHANGELOG.md
+	$(VENV)/bin/codespell $(SPELLED)
+
+picture: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m docs.draw_architecture
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
