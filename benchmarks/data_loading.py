@@ -33,9 +33,9 @@ from cxr_vit.cli import run
 from cxr_vit.config.schema import AugmentSection
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset, collate
-from cxr_vit.data.images import MAX_MEGAPIXELS
+from cxr_vit.data.images import MAX_MEGAPIXELS, FileReader
 from cxr_vit.data.nih import Records, find_csv, read_records
-from cxr_vit.data.store import FileReader, StoreIndex, StorePaths, StoreSettings, open_images
+from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images
 from cxr_vit.data.store_build import build_store
 
 BATCH_SIZE = 128

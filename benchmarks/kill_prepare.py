@@ -34,7 +34,7 @@ IMAGE_SIZE = 224
 MARK = "CXR_VIT_KILL_PREPARE"
 #: A killed command's processes have to be gone after so long, seconds.
 PATIENCE_S = 2.0
-GOING_ON = re.compile(r"going on with an interrupted cache: (\d+) of")
+GOING_ON = re.compile(r"resuming an interrupted cache: (\d+) of")
 
 Condition = Callable[[], bool]
 

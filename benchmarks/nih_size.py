@@ -156,7 +156,7 @@ def data_overrides(root: Path) -> List[str]:
 def prepare(runs: Runs, root: Path) -> Dict[str, Any]:
     """Build the cache, or what is missing of it."""
     output, figures = runs.run("prepare", "-m", "cxr_vit", "prepare", *data_overrides(root))
-    taken_up = re.search(r"going on with an interrupted cache: (\d+) of", output)
+    taken_up = re.search(r"resuming an interrupted cache: (\d+) of", output)
     cached = re.search(r"cached (\d+) images .* (\d+) s\)", output)
     decoded = int(cached.group(1)) - int(taken_up.group(1) if taken_up else 0) if cached else 0
     store = next((root / "cxr_vit_cache").glob("films_*.u8"))

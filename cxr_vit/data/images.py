@@ -1,7 +1,4 @@
-"""What Pillow leaves unchecked in a PNG: most checksums, and whether all rows are there.
-
-Imports no torch.
-"""
+"""Find, check and decode image files."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ import os
 import struct
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Container, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Union
 
 import kornia_rs
 import numpy as np
@@ -23,144 +21,167 @@ from cxr_vit.errors import DataError
 __all__ = [
     "MAX_MEGAPIXELS",
     "RESIZE_FILTER",
-    "SIGNATURE",
-    "PngChunks",
+    "EmptyReader",
+    "FileReader",
+    "ImageReader",
     "find_images",
     "gray_or_reason",
-    "has_all_rows",
-    "read_chunks",
     "read_gray",
 ]
 
-
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-
-# Adam7: first column and row, and the steps between columns and rows.
-_PASSES = (
-    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
-    (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
-)  # fmt: skip
-
-
-class PngChunks(NamedTuple):
-    """The kinds of chunks in a PNG, and what its pixels are packed in."""
-
-    kinds: Set[bytes]
-    header: bytes
-    packed: List[memoryview]
-
-
-def read_chunks(data: bytes) -> PngChunks:
-    """Walk a PNG to its end and check every checksum.
-
-    Raises
-    ------
-    ValueError
-        What is wrong, in words.
-    """
-    view, at = memoryview(data), len(SIGNATURE)
-    chunks = PngChunks(set(), data[16:29], [])
-    while b"IEND" not in chunks.kinds:
-        if at + 12 > len(data):
-            raise ValueError("it ends too early")
-        length, kind = struct.unpack_from(">I4s", data, at)
-        body = view[at + 4 : at + 8 + length]
-        if at + 12 + length > len(data):
-            raise ValueError("it ends too early")
-        if zlib.crc32(body) != struct.unpack_from(">I", data, at + 8 + length)[0]:
-            raise ValueError("a checksum is wrong")
-        chunks.kinds.add(kind)
-        if kind == b"IDAT":
-            chunks.packed.append(body[4:])
-        at += 12 + length
-    if data[12:16] != b"IHDR" or len(chunks.header) != 13:
-        raise ValueError("it does not begin with a header")
-    return chunks
-
-
-def has_all_rows(chunks: PngChunks) -> bool:
-    """Whether as many bytes are packed as the header promises: Pillow leaves other rows black."""
-    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks.header)
-    promised = 0
-    for left, top, right, down in _PASSES if is_interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
-        if columns > 0 and rows > 0:
-            promised += rows * (1 + -(-columns * bits * _CHANNELS[colour] // 8))
-    return len(zlib.decompressobj().decompress(b"".join(chunks.packed), promised)) == promised
-
-
-#: Only these decoders are ever tried, whatever the file's name or content.
-FORMATS = ("PNG", "JPEG")
-
-#: How images get their size; a cache holds it beside the pixels.
-RESIZE_FILTER = "bilinear, antialiased (Pillow)"
-
 MAX_MEGAPIXELS = 64
+
+#: Recorded in the cache's index.
+RESIZE_FILTER = "bilinear, antialiased (Pillow)"
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
-#: What lies in place of an image after a download that went wrong, by how it begins.
+#: The only decoders that are tried, whatever the file's name or content.
+_FORMATS = ("PNG", "JPEG")
+
+#: What a failed download leaves in place of an image, by its first bytes.
 _LOOK_ALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image. Run: git lfs pull"),
     (b"<", "a page of HTML or XML, not the image (a login or error page?). Fetch it again."),
 )
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-#: Chunks that change nothing about how pixels are shown here: no orientation, no transparency.
+#: Bit depth and colour type in a PNG file, and two of their values.
+_PNG_FORMAT = slice(24, 26)
+_GRAY_8, _RGB_16 = b"\x08\x00", b"\x10\x02"
+
+#: PNG chunks that do not change the pixels: no orientation, no transparency.
 _PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND tIME pHYs gAMA sRGB cHRM iCCP sBIT bKGD hIST sPLT".split()
 )
 
-# Of PNG's header: bit depth and colour type lie at these bytes.
-_PNG_FORMAT = slice(24, 26)
+#: Channels by PNG colour type.
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
-_GRAY_8, _RGB_16 = b"\x08\x00", b"\x10\x02"
+#: Adam7 interlacing: first column and row of each pass, and the steps between columns and rows.
+_PASSES = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
+    (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
 
 
-class _Unusable(Exception):
-    """Why an image cannot be used."""
+class ImageReader(ABC):
+    """A sequence of images, all `image_size` pixels square."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def select(self, names: Sequence[str]) -> ImageReader:
+        """Return a reader of the images with these file names, in this order."""
+
+    @abstractmethod
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy the images of `rows`, int64 ``[n]``, into `out`, uint8 ``[n, H, W]``, contiguous.
+
+        Raises
+        ------
+        DataError
+            If an image cannot be read.
+        """
+
+
+class FileReader(ImageReader):
+    """Read images from their files; every read decodes and resizes.
+
+    `paths` maps file names to paths; `names` are the images of this sequence, in order.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, str],
+        names: Sequence[str],
+        *,
+        image_size: int,
+        max_megapixels: int,
+    ) -> None:
+        super().__init__(image_size)
+        self.max_megapixels = max_megapixels
+        self._by_name = paths
+        self._paths = [paths[name] for name in names]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def select(self, names: Sequence[str]) -> FileReader:
+        """Return a reader of some of the images."""
+        return FileReader(
+            self._by_name, names, image_size=self.image_size, max_megapixels=self.max_megapixels
+        )
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Decode and resize images."""
+        for image, row in zip(out, rows):
+            image[:] = read_gray(
+                self._paths[row], self.image_size, max_megapixels=self.max_megapixels
+            )
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # A loader process needs the paths of its own images only.
+        return {**self.__dict__, "_by_name": {}}
+
+
+class EmptyReader(ImageReader):
+    """A number of images without pixels, for processes that compute without images."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(image_size=0)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def select(self, names: Sequence[str]) -> EmptyReader:
+        """Return a reader of this many images."""
+        return EmptyReader(len(names))
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Do nothing: the buffer has no pixels."""
+        assert out.size == 0, out.shape
 
 
 def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str, str]:
-    """Walk a folder once and return each image's file name -> path.
+    """Walk a folder and return the path of each image by its file name.
 
-    NIH's archives unpack to `images/`, Kaggle's copy to `images_001/images/` and so on, resized
-    copies to one folder: the names are unique, so any nesting serves.
+    Names are unique in NIH's data, so any nesting works: `images/` of NIH's archives,
+    `images_001/images/` of Kaggle's copy, or one folder of resized images.
 
-    Parameters
-    ----------
-    root
-        The folder.
-    wanted
-        File names to look for; None: all.
+    `wanted` limits the search to these file names.
 
     Raises
     ------
     DataError
-        If such a name is in two folders, as where a resized copy lies beside the originals.
+        If two folders hold the same name, e.g. a resized copy beside the originals.
     """
     found: Dict[str, str] = {}
-    twice: List[Tuple[str, str]] = []
-    seen: Set[Tuple[int, int]] = set()
+    duplicates = []
+    seen: Set[object] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # links may lead in circles
+        identity = status.st_dev, status.st_ino
+        if identity in seen:  # links may form a circle
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         folders.sort()
         for name in names:
             if name.lower().endswith(_SUFFIXES) and (wanted is None or name in wanted):
                 path = os.path.join(folder, name)
                 if found.setdefault(name, path) != path:
-                    twice.append((found[name], path))
-    if twice:
-        first, second = twice[0]
+                    duplicates.append(f"{found[name]} and {path}")
+    if duplicates:
         raise DataError(
-            f"{len(twice)} images are under {root} twice, e.g. {first} and {second}. Set"
+            f"{len(duplicates)} images are under {root} twice, e.g. {duplicates[0]}. Set"
             " data.images to the folder that should be read."
         )
     return found
@@ -169,7 +190,7 @@ def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str
 def read_gray(
     path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> np.ndarray:
-    """Read one image as 8-bit gray, resized to a square with an antialiased bilinear filter.
+    """Read an image as 8-bit gray, resized to a square with an antialiased bilinear filter.
 
     Parameters
     ----------
@@ -202,9 +223,9 @@ def read_gray(
 def gray_or_reason(
     path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> Union[np.ndarray, str]:
-    """Read one image as `read_gray` does, or return the reason why it cannot be used."""
+    """Read an image as `read_gray` does, or return the reason why it is unusable."""
     try:
-        gray = _decode(path, max_megapixels)
+        gray = _decode(_read_bytes(path), max_megapixels)
     except _Unusable as reason:
         return str(reason)
     if gray.size != (size, size):
@@ -212,29 +233,8 @@ def gray_or_reason(
     return np.array(gray, dtype=np.uint8)
 
 
-def _decode(path: Union[str, Path], max_megapixels: int) -> Image.Image:
-    """Return the image as an image of mode L."""
-    data = _read_bytes(path)
-    try:
-        chunks = read_chunks(data) if data.startswith(SIGNATURE) else None
-        with warnings.catch_warnings():  # about pixels (the limit is ours) and metadata
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_header(image, max_megapixels)
-            return _to_gray(image, data, chunks)
-    except (_Unusable, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise _Unusable(
-            f"far more pixels than data.max_megapixels={max_megapixels}. Scale the image down."
-        ) from error
-    except UnidentifiedImageError as error:
-        if data.startswith((SIGNATURE, b"\xff\xd8\xff")):
-            raise _Unusable("a damaged image (in its header). Fetch the file again.") from error
-        raise _Unusable("neither a PNG nor a JPEG by its content. Fetch the file again.") from error
-    # Whatever a decoder stumbles on in bytes from anywhere, it means the same to the user.
-    except Exception as error:
-        raise _Unusable(f"a damaged image ({error}). Fetch the file again.") from error
+class _Unusable(Exception):
+    """Why an image is unusable."""
 
 
 def _read_bytes(path: Union[str, Path]) -> bytes:
@@ -247,10 +247,33 @@ def _read_bytes(path: Union[str, Path]) -> bytes:
     if not data:
         raise _Unusable("the file is empty. Fetch it again.")
     start = data[:512].replace(_BYTE_ORDER_MARK, b"", 1).lstrip().lower()
-    for beginning, what in _LOOK_ALIKES:
+    for beginning, reason in _LOOK_ALIKES:
         if start.startswith(beginning):
-            raise _Unusable(what)
+            raise _Unusable(reason)
     return data
+
+
+def _decode(data: bytes, max_megapixels: int) -> Image.Image:
+    """Decode a file to an image of mode L."""
+    try:
+        chunks = _read_chunks(data) if data.startswith(_PNG_SIGNATURE) else None
+        with warnings.catch_warnings():  # Pillow warns of large images and of broken metadata
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            _check_header(image, max_megapixels)
+            return _to_gray(image, data, chunks)
+    except (_Unusable, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _Unusable(
+            f"far more pixels than data.max_megapixels={max_megapixels}. Scale the image down."
+        ) from error
+    except UnidentifiedImageError as error:
+        if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")):
+            raise _Unusable("a damaged image (in its header). Fetch the file again.") from error
+        raise _Unusable("neither a PNG nor a JPEG by its content. Fetch the file again.") from error
+    except Exception as error:  # decoders raise errors of many types on damaged bytes
+        raise _Unusable(f"a damaged image ({error}). Fetch the file again.") from error
 
 
 def _check_header(image: Image.Image, max_megapixels: int) -> None:
@@ -260,34 +283,84 @@ def _check_header(image: Image.Image, max_megapixels: int) -> None:
             f"{width} x {height} pixels are more than data.max_megapixels={max_megapixels}."
         )
     if getattr(image, "is_animated", False):
-        raise _Unusable("several pictures in one file; an image is one. Export it as a plain PNG.")
+        raise _Unusable("several pictures in one file. Export one of them as a plain PNG.")
 
 
-def _to_gray(image: Image.Image, data: bytes, chunks: Optional[PngChunks]) -> Image.Image:
-    form = data[_PNG_FORMAT] if chunks else b""
-    if chunks and form == _GRAY_8 and chunks.kinds <= _PLAIN_CHUNKS:
-        with contextlib.suppress(Exception):  # then Pillow decides, and says what is wrong
+class _PngChunks(NamedTuple):
+    """The kinds of chunks in a PNG, its header, and its compressed pixels."""
+
+    kinds: Set[bytes]
+    header: bytes
+    pixels: List[memoryview]
+
+
+def _read_chunks(data: bytes) -> _PngChunks:
+    """Walk a PNG to its end and verify every checksum; Pillow verifies only some.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged.
+    """
+    view, offset = memoryview(data), len(_PNG_SIGNATURE)
+    chunks = _PngChunks(set(), data[16:29], [])
+    while b"IEND" not in chunks.kinds:
+        if offset + 12 > len(data):
+            raise ValueError("it ends too early")
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        body = view[offset + 4 : offset + 8 + length]
+        if offset + 12 + length > len(data):
+            raise ValueError("it ends too early")
+        if zlib.crc32(body) != struct.unpack_from(">I", data, offset + 8 + length)[0]:
+            raise ValueError("a checksum is wrong")
+        chunks.kinds.add(kind)
+        if kind == b"IDAT":
+            chunks.pixels.append(body[4:])
+        offset += 12 + length
+    if data[12:16] != b"IHDR" or len(chunks.header) != 13:
+        raise ValueError("it does not begin with a header")
+    return chunks
+
+
+def _has_all_rows(chunks: _PngChunks) -> bool:
+    """Whether the PNG holds as many bytes of pixels as its header promises.
+
+    Pillow leaves missing rows black without an error.
+    """
+    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks.header)
+    promised = 0
+    for left, top, right, down in _PASSES if is_interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            promised += rows * (1 + -(-columns * bits * _CHANNELS[colour] // 8))
+    return len(zlib.decompressobj().decompress(b"".join(chunks.pixels), promised)) == promised
+
+
+def _to_gray(image: Image.Image, data: bytes, chunks: Optional[_PngChunks]) -> Image.Image:
+    png_format = data[_PNG_FORMAT] if chunks else b""
+    if chunks and png_format == _GRAY_8 and chunks.kinds <= _PLAIN_CHUNKS:
+        with contextlib.suppress(Exception):  # Pillow then decodes it or says what is wrong
             pixels = kornia_rs.io.decode_image_png_u8(data, image.size[::-1], "mono")
             return Image.fromarray(np.asarray(pixels)[..., 0])
-    if chunks and not has_all_rows(chunks):
+    if chunks and not _has_all_rows(chunks):
         raise _Unusable("a damaged image (rows are missing). Fetch the file again.")
-    if chunks and b"PLTE" not in chunks.kinds and form[1:] == b"\x03":
+    if chunks and b"PLTE" not in chunks.kinds and png_format[1:] == b"\x03":
         raise _Unusable("a damaged image (its palette is missing). Fetch the file again.")
-    image.load()  # and with it what follows the pixels
+    image.load()  # also reads the metadata that follows the pixels
     if image.mode == "P" and int(np.asarray(image).max()) >= len(image.getpalette() or ()) // 3:
         raise _Unusable("a damaged image (its palette is too short). Fetch the file again.")
-    if form == _RGB_16 and "transparency" not in image.info:  # Pillow would drop the low bytes
+    if png_format == _RGB_16 and "transparency" not in image.info:  # Pillow drops the low bytes
         pixels = kornia_rs.io.decode_image_png_u16(data, image.size[::-1], "rgb")
         gray = _to_8_bits(np.asarray(pixels))
     else:
-        gray = _loaded_to_gray(image, png_bits=form[0] if form else 8)
-    gray.info.update(image.info)  # where exif_transpose looks for the orientation
+        gray = _loaded_to_gray(image, png_bits=png_format[0] if png_format else 8)
+    gray.info.update(image.info)  # exif_transpose reads the orientation from it
     return ImageOps.exif_transpose(gray).convert("L")
 
 
 def _loaded_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
-    if "transparency" in image.info:  # a PNG may name transparent colours without a channel for it
-        if png_bits != 8 and image.mode != "P":  # Pillow looks for them at the wrong depth
+    if "transparency" in image.info:  # transparent colours without an alpha channel
+        if png_bits != 8 and image.mode != "P":  # Pillow compares them at the wrong depth
             raise _Unusable("partly transparent. Export the image without a transparent colour.")
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA") and png_bits == 16:
@@ -302,9 +375,10 @@ def _loaded_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> Image.Image:
-    """Scale 16-bit gray or colour by the depth in use: detectors give 10, 12 or 14 bits, unscaled.
+    """Scale 16-bit gray or colour by the depth in use.
 
-    To clip, as Pillow's own conversion does, would turn a 12-bit image white.
+    Detectors store 10, 12 or 14 bits unscaled. Pillow's own conversion clips, which turns a 12-bit
+    image white.
     """
     used = int(values.max()).bit_length()
     depth = max(8, used + used % 2)

@@ -1,4 +1,4 @@
-"""Where the pixels of images come from: their files, or the cache. Imports no torch."""
+"""The packed store: all images of a data set, decoded, in one memory-mapped file with an index."""
 
 from __future__ import annotations
 
@@ -6,256 +6,46 @@ import json
 import mmap
 import os
 import zlib
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from cxr_vit.data.images import RESIZE_FILTER, gray_or_reason, read_gray
+from cxr_vit.data.images import RESIZE_FILTER, ImageReader, gray_or_reason
 from cxr_vit.errors import DataError
+from cxr_vit.files import write_text
 
 __all__ = [
-    "BUILD_ANEW",
-    "EmptyReader",
-    "FileReader",
-    "ImageReader",
     "StoreIndex",
     "StoreMap",
     "StorePaths",
     "StoreReader",
     "StoreSettings",
+    "file_sizes",
+    "library_versions",
     "open_images",
     "refusal",
 ]
 
-
-#: The map is let go of after so many bytes read: they stay in the system's cache, but no longer
-#: count as this process's memory, which a pass over all images would otherwise fill with the store.
-#: (The system maps more than is read, some two pages for one.)
-_RELEASE_BYTES = 2**26
-
-
-class ImageReader(ABC):
-    """A sequence of images, all of one size.
-
-    Parameters
-    ----------
-    image_size
-        Side of an image, pixels.
-    """
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def select(self, names: Sequence[str]) -> ImageReader:
-        """Return the images of these file names, in this order."""
-
-    @abstractmethod
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy images into a buffer.
-
-        Parameters
-        ----------
-        rows
-            int64 ``[n]``, rows of this sequence.
-        out
-            uint8 ``[n, H, W]``, contiguous.
-
-        Raises
-        ------
-        DataError
-            If an image cannot be read any more.
-        """
-
-
-class FileReader(ImageReader):
-    """Images decoded from their files each time.
-
-    Parameters
-    ----------
-    paths
-        File name -> path.
-    names
-        The images of this sequence, in order.
-    image_size
-        Side of the square they are resized to, pixels.
-    max_megapixels
-        Larger images are refused.
-    """
-
-    def __init__(
-        self,
-        paths: Mapping[str, str],
-        names: Sequence[str],
-        *,
-        image_size: int,
-        max_megapixels: int,
-    ) -> None:
-        super().__init__(image_size)
-        self.max_megapixels = max_megapixels
-        self._by_name = paths
-        self._paths = [paths[name] for name in names]
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def select(self, names: Sequence[str]) -> FileReader:
-        """Return the images of these file names, in this order."""
-        return FileReader(
-            self._by_name, names, image_size=self.image_size, max_megapixels=self.max_megapixels
-        )
-
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Decode and resize images into a buffer."""
-        for place, row in enumerate(rows):
-            out[place] = read_gray(
-                self._paths[row], self.image_size, max_megapixels=self.max_megapixels
-            )
-
-    def __getstate__(self) -> Dict[str, Any]:
-        # A loader process of its own needs the paths of its images, not of all.
-        return {**self.__dict__, "_by_name": {}}
-
-
-class EmptyReader(ImageReader):
-    """Images without pixels: only their number is known.
-
-    Parameters
-    ----------
-    count
-        How many.
-    """
-
-    def __init__(self, count: int) -> None:
-        super().__init__(image_size=0)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def select(self, names: Sequence[str]) -> EmptyReader:
-        """Return as many images."""
-        return EmptyReader(len(names))
-
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Leave the buffer, which holds no pixel."""
-        assert out.size == 0, out.shape
-
-
-class StoreMap:
-    """The memory map of a store's pixels; every process maps the same pages.
-
-    It keeps to the file it was made with: one that takes its place, while loader processes still
-    start, holds other images in the same rows.
-
-    Parameters
-    ----------
-    path
-        The file.
-    shape
-        Images, height, width.
-    """
-
-    def __init__(self, path: Path, shape: Tuple[int, int, int]) -> None:
-        self.path = path
-        self.shape = shape
-        self._file = _identity(path.stat())
-        self._open()
-
-    def _open(self) -> None:
-        with self.path.open("rb") as file:
-            if _identity(os.fstat(file.fileno())) != self._file:
-                raise DataError(
-                    f"the cache {self.path} was built anew during the run, with other images in its"
-                    " rows. Go on with --resume."
-                )
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.pixels = np.frombuffer(self._pages, dtype=np.uint8).reshape(self.shape)
-        self._unreleased = 0
-
-    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy images (int64 ``[n]``) into a buffer (uint8 ``[n, H, W]``), one copy for all."""
-        # `clip` only because numpy copies into `out` directly then; the rows are in range.
-        np.take(self.pixels, rows, axis=0, out=out, mode="clip")
-        self._unreleased += out.nbytes
-        if self._unreleased > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
-            self._unreleased = 0
-
-    def __getstate__(self) -> Dict[str, Any]:
-        # A loader process of its own maps the file anew; the pixels do not travel.
-        return {"path": self.path, "shape": self.shape, "_file": self._file}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-
-def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class StoreReader(ImageReader):
-    """Images straight from the memory map of a store.
-
-    Parameters
-    ----------
-    store
-        The store's pixels.
-    rows_by_name
-        File name -> row of the store.
-    names
-        The images of this sequence, in order.
-    """
-
-    def __init__(
-        self, store: StoreMap, rows_by_name: Mapping[str, int], names: Sequence[str]
-    ) -> None:
-        super().__init__(store.shape[-1])
-        self._store = store
-        self._by_name = rows_by_name
-        self._rows = np.array([rows_by_name[name] for name in names], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def select(self, names: Sequence[str]) -> StoreReader:
-        """Return the images of these file names, in this order."""
-        return StoreReader(self._store, self._by_name, names)
-
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy images into a buffer, one copy for all of them."""
-        self._store.take(self._rows[rows], out)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        # A loader process of its own needs the rows of its images, not of all.
-        return {**self.__dict__, "_by_name": {}}
-
-
 _FORMAT = 1
 
-#: Images of a store, drawn anew at each start, whose checksums are compared.
-_LOOKED_AT = 256
+#: Images whose checksums are compared at each start, drawn at random.
+_SPOT_CHECKS = 256
 
-#: Images of no use that are looked at again at each start.
-_READ_AGAIN = 64
+#: Unusable images that are decoded again at each start.
+_RETRIES = 64
 
-BUILD_ANEW = (
-    "Build it anew (remove it and run: python -m cxr_vit prepare --config <file>), or do without it"
-    " (data.cache=off)."
-)
+#: A process drops its mapped pages after reading this many bytes. They stay in the system's cache,
+#: but a pass over all images would otherwise add the whole store to the process's memory. (The
+#: system maps more than is read, about two pages for one.)
+_RELEASE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What the pixels of a store hang on, besides the files."""
+    """What the pixels of a store depend on, besides the image files."""
 
     image_size: int
     max_megapixels: int
@@ -267,8 +57,8 @@ class StoreSettings:
 class StorePaths:
     """The files of a store.
 
-    `pixels` and `index` are the store; `partial` and `journal` one that is being built, of which
-    `journal` says what is done; `lock` is held by the process that builds.
+    `pixels` and `index` are the finished store; `partial` and `journal` one that is being built, of
+    which `journal` records the finished chunks; the building process holds `lock`.
     """
 
     pixels: Path
@@ -280,7 +70,7 @@ class StorePaths:
     @classmethod
     def of(cls, folder: Path, image_size: int) -> StorePaths:
         """Name the files of the store of one image size."""
-        stem = f"films_{image_size}"
+        stem = f"films_{image_size}"  # the first release's name, so that its stores stay readable
         return cls(
             folder / f"{stem}.u8",
             folder / f"{stem}.json",
@@ -292,30 +82,14 @@ class StorePaths:
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """What a store holds.
-
-    Attributes
-    ----------
-    settings
-        How the images were made.
-    versions
-        Of the libraries that decoded and resized them.
-    images
-        File names, by row.
-    source_bytes
-        Sizes of their files.
-    crc32
-        Checksums of their pixels; None for an image that could not be used.
-    unusable
-        File name -> reason.
-    """
+    """What a store holds; the lists have one entry per row."""
 
     settings: StoreSettings
-    versions: Dict[str, str]
-    images: List[str]
-    source_bytes: List[int]
-    crc32: List[Optional[int]]
-    unusable: Dict[str, str]
+    versions: Dict[str, str]  # of the libraries that decoded and resized the images
+    images: List[str]  # file names
+    source_bytes: List[int]  # sizes of the files; -1 if unknown
+    crc32: List[Optional[int]]  # of the pixels; None for an unusable image, which is black
+    unusable: Dict[str, str]  # file name -> reason
 
     @classmethod
     def load(cls, path: Path) -> StoreIndex:
@@ -337,13 +111,8 @@ class StoreIndex:
         return index
 
     def save(self, path: Path) -> None:
-        """Write the index aside, then rename it."""
-        aside = path.with_name(path.name + ".partial")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        """Write the index atomically."""
+        write_text(path, json.dumps(asdict(self)))
 
     @property
     def store_bytes(self) -> int:
@@ -351,48 +120,118 @@ class StoreIndex:
         return len(self.images) * self.settings.image_size**2
 
 
-def library_versions() -> Dict[str, str]:
-    """Return the versions of what decodes and resizes."""
-    return {name: metadata.version(name) for name in ("pillow", "kornia-rs")}
+class StoreMap:
+    """A memory map of a store's pixels, `shape` (images, height, width), shared by all processes.
+
+    It refuses a file that replaced the one it was made for: a store that is rebuilt while loader
+    processes start holds other images in the same rows.
+    """
+
+    def __init__(self, path: Path, shape: Tuple[int, int, int]) -> None:
+        self.path = path
+        self.shape = shape
+        self._file = _identity(path.stat())
+        self._open()
+
+    def _open(self) -> None:
+        with self.path.open("rb") as file:
+            if _identity(os.fstat(file.fileno())) != self._file:
+                raise DataError(
+                    f"the cache {self.path} was rebuilt during the run, with other images in its"
+                    " rows. Resume the run with --resume."
+                )
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.pixels = np.frombuffer(self._pages, dtype=np.uint8).reshape(self.shape)
+        self._unreleased = 0
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy the images of `rows`, int64 ``[n]``, into `out`, uint8 ``[n, H, W]``."""
+        # With mode="clip" numpy copies straight into `out`; the rows are always in range.
+        np.take(self.pixels, rows, axis=0, out=out, mode="clip")
+        self._unreleased += out.nbytes
+        if self._unreleased > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED)
+            self._unreleased = 0
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # A loader process maps the file itself; pixels are not pickled.
+        return {"path": self.path, "shape": self.shape, "_file": self._file}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
 
-def file_sizes(paths: Mapping[str, str], names: Iterable[str]) -> List[int]:
-    """Return the sizes of the images' files, bytes; -1 for one that cannot be looked at."""
+def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def size(path: str) -> int:
-        try:
-            return os.stat(path).st_size  # noqa: PTH116  (112,120 times)
-        except OSError:
-            return -1
 
-    return [size(paths[name]) for name in names]
+class StoreReader(ImageReader):
+    """Read images from the memory map of a store.
+
+    `rows_by_name` maps file names to the store's rows; `names` are the images of this sequence, in
+    order.
+    """
+
+    def __init__(
+        self, store: StoreMap, rows_by_name: Mapping[str, int], names: Sequence[str]
+    ) -> None:
+        super().__init__(store.shape[-1])
+        self._store = store
+        self._by_name = rows_by_name
+        self._rows = np.array([rows_by_name[name] for name in names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def select(self, names: Sequence[str]) -> StoreReader:
+        """Return a reader of some of the images."""
+        return StoreReader(self._store, self._by_name, names)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy all images at once."""
+        self._store.take(self._rows[rows], out)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # A loader process needs the rows of its own images only.
+        return {**self.__dict__, "_by_name": {}}
+
+
+def open_images(index: StoreIndex, pixels: Path) -> StoreReader:
+    """Return a reader of all usable images of a store.
+
+    Raises
+    ------
+    DataError
+        If one of a random sample of images does not match its checksum.
+    """
+    size = index.settings.image_size
+    store = StoreMap(pixels, (len(index.images), size, size))
+    rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
+    sample = np.random.default_rng().permutation(np.array(list(rows.values()), dtype=np.int64))
+    for row in sample[:_SPOT_CHECKS].tolist():
+        if zlib.crc32(store.pixels[row]) != index.crc32[row]:
+            raise DataError(
+                f"the cache {pixels} is damaged: {index.images[row]} is not what its index says."
+                " Rebuild it (remove it and run: python -m cxr_vit prepare --config <file>), or"
+                " train without it (data.cache=off)."
+            )
+    return StoreReader(store, rows, list(rows))
 
 
 def refusal(
-    index: StoreIndex,
-    pixels: Path,
-    settings: StoreSettings,
-    paths: Mapping[str, str],
+    index: StoreIndex, pixels: Path, settings: StoreSettings, paths: Mapping[str, str]
 ) -> Optional[str]:
-    """Say why a store may not be used for these images, or return None.
+    """Return why a store does not fit the images that are needed, or None.
 
-    Cheap: sizes of files are compared, not their contents (but of images of no use). Images whose
-    files are gone may still be read from the store, so that it can be taken to a machine without
-    them.
-
-    Parameters
-    ----------
-    index, pixels
-        The store.
-    settings
-        How the images should have been made.
-    paths
-        File name -> path of the images wanted, of those whose files are there.
+    This is cheap: it compares sizes of files, and contents of unusable images only. Images without
+    a file are read from the store, so that it can be copied to a machine without the files: `paths`
+    holds file name -> path of the needed images whose file exists.
     """
-    for setting, value in asdict(settings).items():
-        held = getattr(index.settings, setting)
-        if held != value:
-            return f"it was made with {setting}={held}, and {value} is wanted"
+    for setting, needed in asdict(settings).items():
+        built = getattr(index.settings, setting)
+        if built != needed:
+            return f"it was built with {setting}={built}, and {needed} is needed"
     held_bytes = pixels.stat().st_size if pixels.is_file() else 0
     if held_bytes != index.store_bytes:
         return f"{pixels} has {held_bytes} bytes and should have {index.store_bytes}"
@@ -405,36 +244,28 @@ def refusal(
     changed = [name for (name, size), now in zip(there, sizes) if now != size]
     if changed:
         return f"{len(changed)} images were changed since, first: {changed[0]}"
-    # An image fetched again has the size of the damaged one.
-    unusable = [name for name in index.unusable if name in paths][:_READ_AGAIN]
-    mended = [name for name in unusable if not isinstance(_read(paths[name], settings), str)]
-    if mended:
-        return f"images that could not be used were mended, first: {mended[0]}"
+    # An image that is fetched again has the size of the damaged one.
+    for name in [name for name in index.unusable if name in paths][:_RETRIES]:
+        image = gray_or_reason(
+            paths[name], settings.image_size, max_megapixels=settings.max_megapixels
+        )
+        if not isinstance(image, str):
+            return f"images that were unusable are usable now, first: {name}"
     return None
 
 
-def _read(path: str, settings: StoreSettings) -> Union[np.ndarray, str]:
-    return gray_or_reason(path, settings.image_size, max_megapixels=settings.max_megapixels)
+def file_sizes(paths: Mapping[str, str], names: Iterable[str]) -> List[int]:
+    """Return the size of each image's file, bytes; -1 if it cannot be read."""
+
+    def size(path: str) -> int:
+        try:
+            return os.stat(path).st_size  # noqa: PTH116  (a Path per image is slow)
+        except OSError:
+            return -1
+
+    return [size(paths[name]) for name in names]
 
 
-def open_images(index: StoreIndex, pixels: Path) -> StoreReader:
-    """Return all images of a store that can be used.
-
-    Raises
-    ------
-    DataError
-        If a few of them, looked at for that, are not those of the index.
-    """
-    size = index.settings.image_size
-    store = StoreMap(pixels, (len(index.images), size, size))
-    rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
-    images = StoreReader(store, rows, list(rows))
-    usable = np.array(list(rows.values()), dtype=np.int64)
-    looked_at = np.random.default_rng().permutation(usable)[:_LOOKED_AT].tolist()
-    damaged = [row for row in looked_at if zlib.crc32(store.pixels[row]) != index.crc32[row]]
-    if damaged:
-        raise DataError(
-            f"the cache {pixels} is damaged: {index.images[damaged[0]]} is not what its index says."
-            f" {BUILD_ANEW}"
-        )
-    return images
+def library_versions() -> Dict[str, str]:
+    """Return the versions of the libraries that decode and resize."""
+    return {name: metadata.version(name) for name in ("pillow", "kornia-rs")}

@@ -1,9 +1,8 @@
-"""Decode many images on all cores, a chunk at a time. Imports no torch."""
+"""Build, check and verify the packed store, on all cores."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -47,133 +46,39 @@ from cxr_vit.data.store import (
     library_versions,
 )
 from cxr_vit.errors import DataError
+from cxr_vit.files import lock
 
 __all__ = [
-    "CHUNK_IMAGES",
     "Chunk",
     "DecodedChunk",
     "build_store",
     "check_images",
     "decode_chunk",
-    "default_workers",
-    "in_chunks",
     "in_parallel",
     "locked",
-    "stored_checksums",
     "verify_store",
 ]
 
-
 logger = logging.getLogger(__name__)
 
-#: Images a task: a fraction of a second of decoding, so that little is lost with a process.
-CHUNK_IMAGES = 64
+#: A fraction of a second of decoding, so that an interruption loses little.
+_CHUNK_IMAGES = 64
 
-#: Processes take longer to start than so few images to decode.
+#: Starting processes takes longer than decoding this many images.
 _FEW_IMAGES = 256
-
 
 Result = TypeVar("Result")
 
 
 class Chunk(NamedTuple):
-    """Images next to each other: the row of the first, and their paths."""
+    """Consecutive images: the row of the first, and their paths."""
 
     first_row: int
     paths: List[str]
 
 
-def in_chunks(paths: Sequence[str]) -> List[Chunk]:
-    """Cut images into tasks."""
-    return [
-        Chunk(start, list(paths[start : start + CHUNK_IMAGES]))
-        for start in range(0, len(paths), CHUNK_IMAGES)
-    ]
-
-
-def default_workers(given: Optional[int]) -> int:
-    """Return `data.cache_workers`, by default the cores this process may use."""
-    if given is not None:
-        return given
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def in_parallel(
-    function: Callable[[Chunk], Result], chunks: Sequence[Chunk], *, workers: int
-) -> Iterator[Result]:
-    """Yield the results of a function on each chunk, as they come.
-
-    Parameters
-    ----------
-    function
-        Picklable: a function of a module, or a partial of one.
-    chunks
-        The work.
-    workers
-        Processes; one, or few images, and this process does it.
-
-    Raises
-    ------
-    DataError
-        If a process ends before its work.
-    """
-    if workers == 1 or sum(len(chunk.paths) for chunk in chunks) <= _FEW_IMAGES:
-        for chunk in chunks:
-            yield function(chunk)
-        return
-    # Spawned and not forked: this process may have threads (torch's, a progress bar's).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    futures: List[Future[Result]] = []
-    try:
-        with _interrupts_held():
-            # One by one: a signal may come through all the same, and what is submitted by then
-            # has to be known to be cancelled.
-            for chunk in chunks:
-                futures.append(pool.submit(function, chunk))  # noqa: PERF401
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:  # which every future has got by now
-        raise DataError(
-            "a process that decodes images ended before its work: killed, out of memory, or started"
-            ' from a script without `if __name__ == "__main__":`. Run the command again, which'
-            " goes on where it stopped; data.cache_workers=1 decodes in the main process."
-        ) from error
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        raise
-    finally:
-        pool.shutdown()
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Start processes that leave Ctrl-C to their parent: they inherit what it holds back."""
-    resource_tracker.ensure_running()  # which would let it through as it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """Do not outlive the parent, even if it is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
-
-
 class DecodedChunk(NamedTuple):
-    """What became of a chunk: for each image a checksum, or None and the reason."""
+    """The result of a chunk: a checksum per image, or None and the reason."""
 
     first_row: int
     crc32: List[Optional[int]]
@@ -181,130 +86,118 @@ class DecodedChunk(NamedTuple):
 
 
 @contextlib.contextmanager
-def locked(lock: Path) -> Iterator[None]:
-    """Hold a lock file; wait while another process builds. The system frees that of a dead one.
+def locked(path: Path) -> Iterator[None]:
+    """Hold a store's lock file; wait while another process builds.
 
     Raises
     ------
     DataError
         If the folder cannot be written.
     """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise DataError(
-            f"the cache cannot be written to {lock.parent} ({error.strerror}). Set data.cache_dir"
-            " to a folder you may write to, or data.cache=off to decode in every epoch."
-        ) from error
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process builds the cache in %s: waiting for it", lock.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            logger.warning("%s: this file system has no locks; build it once", lock.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = lock(
+                path,
+                on_wait=lambda: logger.info(
+                    "another process builds the cache in %s: waiting for it", path.parent
+                ),
+                on_unsupported=lambda: logger.warning(
+                    "%s: this file system has no locks; build the cache in one process only",
+                    path.parent,
+                ),
+            )
+            stack.enter_context(held)
+        except OSError as error:
+            raise DataError(
+                f"the cache cannot be written to {path.parent} ({error.strerror}). Set"
+                " data.cache_dir to a writable folder, or data.cache=off to decode in every epoch."
+            ) from error
         yield
 
 
 def build_store(
-    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str], *, workers: int
+    where: StorePaths,
+    settings: StoreSettings,
+    paths: Mapping[str, str],
+    *,
+    workers: Optional[int],
 ) -> StoreIndex:
-    """Decode images into a new store, or go on with one that was interrupted.
+    """Decode images into a new store, or resume an interrupted build.
 
-    The caller holds the lock. An older store is replaced only when the new one is whole.
-
-    Parameters
-    ----------
-    where
-        The store's files.
-    settings
-        How the images are made.
-    paths
-        File name -> path of the images.
-    workers
-        Processes.
+    The caller holds the lock. An older store is replaced only when the new one is complete. `paths`
+    maps file names to paths; `workers` is as for `in_parallel`.
 
     Raises
     ------
     DataError
-        If there is no room for it.
+        If the disk has too little space.
     """
     names = sorted(paths)
     sizes = file_sizes(paths, names)
-    finished = _resume(where, _plan(settings, names, sizes), len(names), settings)
+    finished = _resume(where, settings, _plan(settings, names, sizes), len(names))
     chunks = [
         chunk
-        for chunk in in_chunks([paths[name] for name in names])
+        for chunk in _in_chunks([paths[name] for name in names])
         if chunk.first_row not in finished
     ]
     done = len(names) - sum(len(chunk.paths) for chunk in chunks)
     if done:
-        logger.info(
-            "going on with an interrupted cache: %d of %d images are in it", done, len(names)
-        )
+        logger.info("resuming an interrupted cache: %d of %d images are in it", done, len(names))
     started = time.monotonic()
     decode = partial(decode_chunk, settings=settings, pixels=where.partial)
-    with where.journal.open("a", encoding="utf-8") as journal, progress(
-        "decoding images", done=done, total=len(names)
-    ) as advance:
-        for decoded in in_parallel(decode, chunks, workers=workers):
+    decoding = in_parallel("decoding images", decode, chunks, workers=workers, done=done)
+    with where.journal.open("a", encoding="utf-8") as journal:
+        for decoded in decoding:
             finished[decoded.first_row] = decoded
             journal.write(json.dumps(decoded) + "\n")
             journal.flush()
-            advance(len(decoded.crc32))
-    index = _finish(where, settings, names, sizes, finished)
-    seconds = time.monotonic() - started
+    in_order = [finished[first_row] for first_row in sorted(finished)]
+    crc32 = [crc for decoded in in_order for crc in decoded.crc32]
+    unusable = _unusable(names, in_order)
+    index = StoreIndex(settings, library_versions(), names, sizes, crc32, unusable)
+    _replace_store(where, index)
     logger.info(
         "cached %d images in %s (%.1f MB, %.0f s)",
         len(names) - len(index.unusable),
         where.pixels,
         index.store_bytes / 1e6,
-        seconds,
+        time.monotonic() - started,
     )
     return index
 
 
 def _plan(settings: StoreSettings, names: Sequence[str], sizes: Sequence[int]) -> str:
-    """Say in a line what is to be built; a store that was begun otherwise is begun anew."""
+    """Describe the build in one line; a build with another first line is not resumed."""
     images = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
     digest = hashlib.sha256(images.encode()).hexdigest()
-    facts = {"chunk": CHUNK_IMAGES, "images": digest, **library_versions()}
+    facts = {"chunk": _CHUNK_IMAGES, "images": digest, **library_versions()}
     return json.dumps({**asdict(settings), **facts})
 
 
 def _resume(
-    where: StorePaths, plan: str, num_images: int, settings: StoreSettings
+    where: StorePaths, settings: StoreSettings, plan: str, num_images: int
 ) -> Dict[int, DecodedChunk]:
-    """Return the chunks that are done, by first row, with the files ready to go on."""
+    """Prepare the partial file and the journal; return the finished chunks by first row."""
     total_bytes = num_images * settings.image_size**2
     lines: List[bytes] = []
     if where.journal.is_file():
         lines = where.journal.read_bytes().splitlines(keepends=True)
     if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
-        where.pixels.replace(where.partial)  # killed between the last two renames
+        where.pixels.replace(where.partial)  # killed before the index was written
     if not where.partial.exists() or not lines or lines[0] != f"{plan}\n".encode():
         _start(where, plan, total_bytes)
         return {}
-    whole = [line for line in lines if line.endswith(b"\n")]  # the last may have been cut short
-    os.truncate(where.journal, sum(map(len, whole)))
+    complete = [line for line in lines if line.endswith(b"\n")]  # the last may be cut short
+    os.truncate(where.journal, sum(map(len, complete)))
     os.truncate(where.partial, total_bytes)
-    noted = list(filter(None, map(_parse, whole[1:])))
+    recorded = [decoded for decoded in map(_parse, complete[1:]) if decoded is not None]
     with where.partial.open("rb") as pixels:
         return {
             decoded.first_row: decoded
-            for decoded in noted
+            for decoded in recorded
             if _are_written(pixels, decoded, settings.image_size**2)
         }
-
-
-def _parse(line: bytes) -> Optional[DecodedChunk]:
-    """Read a line of the journal; None for one that a loss of power has damaged."""
-    try:
-        return DecodedChunk(*json.loads(line))
-    except (ValueError, TypeError):
-        return None
 
 
 def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
@@ -322,34 +215,51 @@ def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
     where.journal.write_text(plan + "\n", encoding="utf-8")
 
 
+def _parse(line: bytes) -> Optional[DecodedChunk]:
+    """Read a line of the journal; None if a power loss damaged it."""
+    try:
+        return DecodedChunk(*json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
 def _are_written(pixels: IO[bytes], decoded: DecodedChunk, image_bytes: int) -> bool:
-    stored = stored_checksums(pixels, decoded.first_row, len(decoded.crc32), image_bytes)
-    return all(noted in (None, there) for noted, there in zip(decoded.crc32, stored))
+    stored = _stored_checksums(pixels, decoded.first_row, len(decoded.crc32), image_bytes)
+    return all(crc in (None, there) for crc, there in zip(decoded.crc32, stored))
 
 
-def stored_checksums(
+def _stored_checksums(
     pixels: IO[bytes], first_row: int, num_images: int, image_bytes: int
 ) -> List[int]:
-    """Return the CRC-32 of images next to each other in an open store."""
+    """Return the CRC-32 of consecutive images of an open store."""
     pixels.seek(first_row * image_bytes)
     return [zlib.crc32(pixels.read(image_bytes)) for _ in range(num_images)]
 
 
+def _replace_store(where: StorePaths, index: StoreIndex) -> None:
+    """Rename the new pixels over an older store's; the index is written last."""
+    with where.partial.open("rb") as file:
+        os.fsync(file.fileno())
+    where.index.unlink(missing_ok=True)
+    where.partial.replace(where.pixels)
+    index.save(where.index)
+    where.journal.unlink()
+
+
 def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> DecodedChunk:
-    """Decode a chunk and, if there is a file of pixels, write it in its place."""
+    """Decode a chunk and, if a file of pixels is given, write it there at its rows."""
     size = settings.image_size
     images = np.zeros((len(chunk.paths), size, size), dtype=np.uint8)
-    crc32: List[Optional[int]] = []
-    reasons: List[Optional[str]] = []
-    for place, path in enumerate(chunk.paths):
+    decoded = DecodedChunk(chunk.first_row, [], [])
+    for position, path in enumerate(chunk.paths):
         image = gray_or_reason(path, size, max_megapixels=settings.max_megapixels)
         if isinstance(image, str):
-            crc32.append(None)
-            reasons.append(image)
+            decoded.crc32.append(None)
+            decoded.reasons.append(image)
         else:
-            images[place] = image
-            crc32.append(zlib.crc32(image.tobytes()))
-            reasons.append(None)
+            images[position] = image
+            decoded.crc32.append(zlib.crc32(image.tobytes()))
+            decoded.reasons.append(None)
     if pixels is not None:
         try:
             with pixels.open("r+b") as file:
@@ -357,104 +267,153 @@ def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path
                 file.write(images.tobytes())
         except OSError as error:
             raise DataError(
-                f"{pixels}: {error.strerror}. Mend that and run the command again: it goes on"
-                " where it stopped."
+                f"{pixels}: {error.strerror}. Fix this and run the command again; the build"
+                " resumes."
             ) from error
-    return DecodedChunk(chunk.first_row, crc32, reasons)
-
-
-def _finish(
-    where: StorePaths,
-    settings: StoreSettings,
-    names: List[str],
-    sizes: List[int],
-    finished: Mapping[int, DecodedChunk],
-) -> StoreIndex:
-    """Put the new store in the place of an older one; its index comes last."""
-    in_order = [finished[first_row] for first_row in sorted(finished)]
-    reasons = [reason for decoded in in_order for reason in decoded.reasons]
-    index = StoreIndex(
-        settings,
-        library_versions(),
-        names,
-        sizes,
-        [crc for decoded in in_order for crc in decoded.crc32],
-        {name: reason for name, reason in zip(names, reasons) if reason is not None},
-    )
-    with where.partial.open("rb") as file:
-        os.fsync(file.fileno())
-    where.index.unlink(missing_ok=True)
-    where.partial.replace(where.pixels)
-    index.save(where.index)
-    where.journal.unlink()
-    return index
+    return decoded
 
 
 def check_images(
-    paths: Mapping[str, str], settings: StoreSettings, *, workers: int
+    paths: Mapping[str, str], settings: StoreSettings, *, workers: Optional[int]
 ) -> Dict[str, str]:
-    """Decode images without keeping them; return file name -> reason of those of no use.
-
-    Parameters
-    ----------
-    paths
-        File name -> path of the images.
-    settings
-        How images are read.
-    workers
-        Processes.
-    """
+    """Decode images without storing them; return the reason for each unusable one by file name."""
     names = sorted(paths)
-    unusable: Dict[str, str] = {}
     decode = partial(decode_chunk, settings=settings, pixels=None)
-    chunks = in_chunks([paths[name] for name in names])
-    with progress("checking images", done=0, total=len(names)) as advance:
-        for decoded in in_parallel(decode, chunks, workers=workers):
-            for row, reason in enumerate(decoded.reasons, start=decoded.first_row):
-                if reason is not None:
-                    unusable[names[row]] = reason
-            advance(len(decoded.reasons))
-    return dict(sorted(unusable.items()))
+    chunks = _in_chunks([paths[name] for name in names])
+    results = sorted(in_parallel("checking images", decode, chunks, workers=workers))
+    return _unusable(names, results)
+
+
+def _unusable(names: Sequence[str], in_order: Sequence[DecodedChunk]) -> Dict[str, str]:
+    reasons = [reason for decoded in in_order for reason in decoded.reasons]
+    return {name: reason for name, reason in zip(names, reasons) if reason is not None}
 
 
 def verify_store(
-    index: StoreIndex, where: StorePaths, paths: Mapping[str, str], *, workers: int
+    index: StoreIndex, where: StorePaths, paths: Mapping[str, str], *, workers: Optional[int]
 ) -> Dict[str, str]:
-    """Check every image of a store against its checksum and against its file, decoded anew.
+    """Compare every image of a store with its checksum, and with its file, decoded again.
 
-    Parameters
-    ----------
-    index, where
-        The store.
-    paths
-        File name -> path, of the files that are there; the others are only checked for damage.
-    workers
-        Processes.
-
-    Returns
-    -------
-    dict
-        File name -> what is wrong.
+    `paths` maps file names to the paths of files that exist; other images are only checked for
+    damage. Returns what is wrong by file name.
     """
     wrong: Dict[str, str] = {}
     verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
-    chunks = in_chunks([paths.get(name, "") for name in index.images])
-    with progress("verifying images", done=0, total=len(index.images)) as advance:
-        for first_row, stored, decoded in in_parallel(verify, chunks, workers=workers):
-            for row, (there, anew) in enumerate(zip(stored, decoded), start=first_row):
-                noted, name = index.crc32[row], index.images[row]
-                if noted is not None and there != noted:
-                    wrong[name] = "its pixels in the cache are damaged"
-                elif name in paths and anew != noted:
-                    wrong[name] = "the cache does not hold what its file holds now"
-            advance(len(stored))
+    chunks = _in_chunks([paths.get(name, "") for name in index.images])
+    for stored, decoded in in_parallel("verifying images", verify, chunks, workers=workers):
+        for row, (in_store, in_file) in enumerate(zip(stored, decoded.crc32), decoded.first_row):
+            crc, name = index.crc32[row], index.images[row]
+            if crc is not None and in_store != crc:
+                wrong[name] = "its pixels in the cache are damaged"
+            elif name in paths and in_file != crc:
+                wrong[name] = "the cache does not hold what its file holds now"
     return dict(sorted(wrong.items()))
 
 
 def _verify_chunk(
     chunk: Chunk, *, settings: StoreSettings, pixels: Path
-) -> Tuple[int, List[int], List[Optional[int]]]:
-    """Return the first row, the checksums of the pixels stored, and those of the files."""
+) -> Tuple[List[int], DecodedChunk]:
+    """Return the checksums of the pixels in the store, and the chunk decoded from its files."""
     with pixels.open("rb") as file:
-        stored = stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
-    return chunk.first_row, stored, decode_chunk(chunk, settings=settings, pixels=None).crc32
+        stored = _stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
+    return stored, decode_chunk(chunk, settings=settings, pixels=None)
+
+
+def _in_chunks(paths: Sequence[str]) -> List[Chunk]:
+    return [
+        Chunk(start, list(paths[start : start + _CHUNK_IMAGES]))
+        for start in range(0, len(paths), _CHUNK_IMAGES)
+    ]
+
+
+def in_parallel(
+    label: str,
+    function: Callable[[Chunk], Result],
+    chunks: Sequence[Chunk],
+    *,
+    workers: Optional[int],
+    done: int = 0,
+) -> Iterator[Result]:
+    """Yield the result of a function on each chunk, in any order, and show progress.
+
+    Parameters
+    ----------
+    label
+        What is being done, for the progress bar.
+    function
+        Picklable: a module-level function, or a partial of one.
+    chunks
+        The work.
+    workers
+        Processes; None uses one per available core. With 1, or few images, this process does it.
+    done
+        Images finished earlier, for the progress bar.
+
+    Raises
+    ------
+    DataError
+        If a process ends before its work.
+    """
+    if workers is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    left = sum(len(chunk.paths) for chunk in chunks)
+    with progress(label, done=done, total=done + left) as advance:
+        if workers == 1 or left <= _FEW_IMAGES:
+            results = ((chunk, function(chunk)) for chunk in chunks)
+        else:
+            results = _in_processes(function, chunks, workers)
+        for chunk, result in results:
+            yield result
+            advance(len(chunk.paths))
+
+
+def _in_processes(
+    function: Callable[[Chunk], Result], chunks: Sequence[Chunk], workers: int
+) -> Iterator[Tuple[Chunk, Result]]:
+    # Spawned, not forked: this process may have threads (torch's, a progress bar's).
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    futures: Dict[Future[Result], Chunk] = {}
+    try:
+        with _sigint_blocked():
+            # No comprehension: after a signal, the futures submitted so far must be cancelled.
+            for chunk in chunks:
+                futures[pool.submit(function, chunk)] = chunk
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:  # it has ended all futures
+        raise DataError(
+            "a process that decodes images ended before its work: killed, out of memory, or started"
+            ' from a script without `if __name__ == "__main__":`. Run the command again; the build'
+            " resumes. data.cache_workers=1 decodes in the main process."
+        ) from error
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    finally:
+        pool.shutdown()
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C: they inherit the mask, and the parent handles it."""
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process when the parent ends, even if that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()

@@ -130,10 +130,10 @@ def test_a_store_that_fits_is_not_refused(store: Store) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"image_size": 24}, "it was made with image_size=16, and 24 is wanted"),
-        ({"max_megapixels": 64}, "it was made with max_megapixels=5, and 64 is wanted"),
-        ({"resize": "nearest"}, f"it was made with resize={RESIZE_FILTER}, and nearest is wanted"),
-        ({"format": 2}, "it was made with format=1, and 2 is wanted"),
+        ({"image_size": 24}, "it was built with image_size=16, and 24 is needed"),
+        ({"max_megapixels": 64}, "it was built with max_megapixels=5, and 64 is needed"),
+        ({"resize": "nearest"}, f"it was built with resize={RESIZE_FILTER}, and nearest is needed"),
+        ({"format": 2}, "it was built with format=1, and 2 is needed"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -80,7 +80,7 @@ def build(where: StorePaths, paths: Dict[str, str]) -> int:
         yield lambda count: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "image_progress", noted)
+        patch.setattr(cache_build, "progress", noted)
         build_store(where, SETTINGS, paths, workers=1)
     return found[0]
 
@@ -99,7 +99,7 @@ def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) ->
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "image_progress", ends)
+        patch.setattr(cache_build, "progress", ends)
         with pytest.raises(KeyboardInterrupt):
             build_store(where, SETTINGS, paths, workers=1)
 
@@ -158,7 +158,7 @@ def test_an_interrupted_store_may_be_finished_by_more_processes(
         patch.setattr(decoding, "_FEW_IMAGES", 0)
         build_store(where, SETTINGS, reference.paths, workers=2)
     assert_whole(where, reference)
-    assert "going on with an interrupted cache: 64 of 300 images are in it" in caplog.text
+    assert "resuming an interrupted cache: 64 of 300 images are in it" in caplog.text
     assert "cached 299 images in" in caplog.text
 
 
@@ -316,7 +316,7 @@ def test_no_room_is_said_before_anything_is_decoded(
 
 def test_a_disk_that_fills_up_says_how_to_go_on(reference: Reference) -> None:
     chunk = Chunk(0, [reference.paths[name_of(0)]])
-    with pytest.raises(DataError, match=r"No space left on device.*goes on where it stopped"):
+    with pytest.raises(DataError, match=r"No space left on device.*the build resumes"):
         cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
 
 

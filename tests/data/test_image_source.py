@@ -16,8 +16,8 @@ from PIL import Image
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule, prepare
 from cxr_vit.data.image_source import ImageSource, open_image_source, store_paths, verify
-from cxr_vit.data.images import find_images, read_gray
-from cxr_vit.data.store import FileReader, StoreReader
+from cxr_vit.data.images import FileReader, find_images, read_gray
+from cxr_vit.data.store import StoreReader
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -61,7 +61,7 @@ def source_of(root: Path, *, renew: bool = False, **changes: object) -> ImageSou
 
 def images_of(source: ImageSource, names: List[str]) -> np.ndarray:
     out = np.empty((len(names), 16, 16), dtype=np.uint8)
-    source.images.select(names).read(np.arange(len(names)), out)
+    source.reader.select(names).read(np.arange(len(names)), out)
     return out
 
 
@@ -93,8 +93,8 @@ def test_auto_builds_the_cache_on_first_use_and_only_then(
     first = source_of(root)
     where = store_paths(section(root))
     assert where.pixels == root / "cxr_vit_cache" / "films_16.u8"
-    assert isinstance(first.images, StoreReader)
-    assert first.place == str(where.pixels)
+    assert isinstance(first.reader, StoreReader)
+    assert first.origin == str(where.pixels)
     assert log.text.count("cached 40 images in") == 1
     made = where.pixels.stat()
     second = source_of(root)
@@ -107,7 +107,7 @@ def test_auto_builds_the_cache_on_first_use_and_only_then(
 
 def test_each_image_size_has_a_store_of_its_own(root: Path) -> None:
     source_of(root)
-    assert source_of(root, image_size=12).images.image_size == 12
+    assert source_of(root, image_size=12).reader.image_size == 12
     assert_all_images(source_of(root, cache="require"), root)
 
 
@@ -121,7 +121,7 @@ def test_require_without_a_cache_says_how_to_build_it(root: Path) -> None:
 def test_require_uses_a_cache_that_is_there(root: Path) -> None:
     source_of(root)
     source = source_of(root, cache="require")
-    assert isinstance(source.images, StoreReader)
+    assert isinstance(source.reader, StoreReader)
     assert_all_images(source, root)
 
 
@@ -135,8 +135,8 @@ def test_require_does_not_take_an_interrupted_cache(root: Path) -> None:
 
 def test_off_reads_the_files_and_writes_nothing(root: Path) -> None:
     source = source_of(root, cache="off")
-    assert isinstance(source.images, FileReader)
-    assert "decoded each time" in source.place
+    assert isinstance(source.reader, FileReader)
+    assert "decoded each time" in source.origin
     assert_all_images(source, root)
     assert {path.name for path in root.iterdir()} == {"images", CSV}
 
@@ -144,7 +144,7 @@ def test_off_reads_the_files_and_writes_nothing(root: Path) -> None:
 def test_the_cache_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "fast" / "disk"
     source = source_of(root, cache_dir=str(elsewhere))
-    assert source.place == str(elsewhere / "films_16.u8")
+    assert source.origin == str(elsewhere / "films_16.u8")
     assert_all_images(source, root)
     assert not (root / "cxr_vit_cache").exists()
 
@@ -367,7 +367,7 @@ def test_a_store_is_never_replaced_by_one_that_lacks_its_images(root: Path, kept
     with pytest.raises(DataError, match=rf"would lose images .*\({IMAGES - kept}, first"):
         source_of(root, renew=True, max_megapixels=32)
     assert where.pixels.read_bytes() == before
-    assert len(source_of(root).images) == IMAGES  # it still serves those it was made for
+    assert len(source_of(root).reader) == IMAGES  # it still serves those it was made for
 
 
 def test_a_damaged_index_without_a_file_to_begin_anew_with_is_left_alone(root: Path) -> None:
@@ -398,7 +398,7 @@ def test_other_pictures_under_the_root_may_share_a_name(root: Path) -> None:
         (root / folder).mkdir()
         write_image(root / folder / "figure.png", 0)
     names = set(NAMES)
-    assert len(source_of(root).images) == len(find_images(root, names)) == IMAGES
+    assert len(source_of(root).reader) == len(find_images(root, names)) == IMAGES
 
 
 def test_a_store_made_with_other_libraries_is_used_and_said_so(
@@ -415,6 +415,6 @@ def test_a_store_made_with_other_libraries_is_used_and_said_so(
 def test_a_store_of_another_csvs_images_may_be_replaced(root: Path) -> None:
     source_of(root)
     data = section(root, max_megapixels=32)
-    assert len(open_image_source(data, NAMES[:10], renew=True).images) == 10
+    assert len(open_image_source(data, NAMES[:10], renew=True).reader) == 10
     with pytest.raises(DataError, match="30 of 40 images are not in it"):
         open_image_source(data, NAMES)

@@ -21,10 +21,10 @@ from conftest import SMALL
 from PIL import Image
 
 from cxr_vit.cli import main
-from cxr_vit.data import store_build as decoding
+from cxr_vit.console import progress
 from cxr_vit.data.images import find_images
 from cxr_vit.data.store import StorePaths, StoreSettings
-from cxr_vit.data.store_build import Chunk, build_store, image_progress, in_parallel
+from cxr_vit.data.store_build import Chunk, build_store, in_parallel
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -143,7 +143,7 @@ def test_a_store_that_was_killed_again_and_again_is_the_same_to_the_byte(
         assert run.where.journal.exists() and not run.where.index.exists()
     last = Prepare(root, tmp_path / "cache")
     assert last.end() == 0, last.text()
-    assert "going on with an interrupted cache" in last.text()
+    assert "resuming an interrupted cache" in last.text()
     assert_whole(last.where, in_one_go)
 
 
@@ -176,7 +176,7 @@ def test_control_c_stops_it_without_a_traceback_and_it_goes_on_later(
     assert run.where.journal.exists() and not run.where.index.exists()
     again = Prepare(root, tmp_path / "cache")
     assert again.end() == 0, again.text()
-    assert "going on with an interrupted cache" in again.text()
+    assert "resuming an interrupted cache" in again.text()
     assert_whole(again.where, in_one_go)
 
 
@@ -308,23 +308,23 @@ CHUNKS = [Chunk(start, [""] * 50) for start in range(0, 500, 50)]
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_chunk_gives_its_result_once(workers: int) -> None:
-    results = list(in_parallel(rows_of, CHUNKS, workers=workers))
+    results = list(in_parallel("", rows_of, CHUNKS, workers=workers))
     assert sorted(row for rows in results for row in rows) == list(range(500))
 
 
 def test_no_chunks_are_no_results() -> None:
-    assert list(in_parallel(rows_of, [], workers=2)) == []
+    assert list(in_parallel("", rows_of, [], workers=2)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_process_comes_through(workers: int) -> None:
     with pytest.raises(DataError, match="row 100 has no end"):
-        list(in_parallel(stumble, CHUNKS, workers=workers))
+        list(in_parallel("", stumble, CHUNKS, workers=workers))
 
 
 def test_a_process_that_dies_is_told_in_words() -> None:
     with pytest.raises(DataError, match=r"ended before its work.*data\.cache_workers=1"):
-        list(in_parallel(end_at_once, CHUNKS, workers=2))
+        list(in_parallel("", end_at_once, CHUNKS, workers=2))
 
 
 # Progress
@@ -334,13 +334,13 @@ def test_without_a_terminal_a_line_is_logged_when_one_is_due(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO, logger="cxr_vit")
-    with image_progress("decoding images", done=100, total=1000) as advance:
+    with progress("decoding images", done=100, total=1000) as advance:
         for seconds in (0, 10, 10, 11, 5):
             clock[0] += seconds
             advance(60)
-    assert caplog.messages == ["decoding images: 340 of 1000, 8 a second, 85 s left"]
+    assert caplog.messages == ["decoding images: 340 of 1000, 8/s, 85 s left"]
 
 
 @pytest.mark.parametrize(("done", "total"), [(0, 300), (100, 300), (300, 300)])
@@ -348,7 +348,7 @@ def test_on_a_terminal_a_bar_counts_the_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: int, total: int
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    with image_progress("decoding images", done=done, total=total) as advance:
+    with progress("decoding images", done=done, total=total) as advance:
         for _ in range(done, total, 50):
             advance(50)
     assert "decoding images" in capsys.readouterr().err

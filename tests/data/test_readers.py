@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data.images import find_images, read_gray
+from cxr_vit.data.images import FileReader, ImageReader, find_images, read_gray
 from cxr_vit.data.store import (
-    FileReader,
-    ImageReader,
     StoreMap,
     StorePaths,
     StoreReader,
@@ -263,7 +261,7 @@ def test_images_opened_before_their_store_was_built_anew_are_never_mixed_up(
     state = pickle.dumps(opened)
     build(tmp_path / "store", find_images(images))
     if travels:
-        with pytest.raises(DataError, match="was built anew during the run"):
+        with pytest.raises(DataError, match="was rebuilt during the run"):
             pickle.loads(state)
         return
     got = read_all(opened)
