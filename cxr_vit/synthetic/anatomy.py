@@ -1,7 +1,7 @@
-"""Draws one synthetic frontal chest image: the anatomy, and one sign per finding.
+"""Draw a synthetic frontal chest image: the anatomy, and one sign per finding.
 
-Pixels come from ``+ - * /``, minima and comparisons only, which are exact to the last bit, while
-``sin``, ``exp`` and BLAS differ between numpy builds: an image is the same everywhere. Scalars are
+Only ``+ - * /``, minima and comparisons make pixels. They are exact to the last bit, while ``sin``,
+``exp`` and BLAS differ between numpy builds, so that an image is the same everywhere. Scalars are
 Python floats, because numpy 1.x and 2.x promote ``np.float64`` scalars differently.
 
 Body coordinates: `across` runs from -1 (the patient's right, the viewer's left) to 1, `down` from
@@ -17,38 +17,32 @@ import numpy as np
 
 from cxr_vit.data.labels import FINDINGS
 
-BOX_SPACE = 1024  # NIH gives its boxes in pixels of the 1024 x 1024 images
-
+BOX_SPACE = 1024  # NIH's boxes are in pixels of the 1024 x 1024 images
 MIDLINE = 0.12  # half the width of the mediastinum
-
 FLUID = 0.78  # brightness of tissue or fluid that has displaced the air
-
-RIGHT_SHARE = 0.65  # how often a one-sided finding is on the patient's right
-
-MASK_EDGE = 0.25  # how much of a sign must show at a pixel for the pixel to count as its region
+RIGHT_SHARE = 0.65  # of one-sided findings, on the patient's right
+MASK_EDGE = 0.25  # a pixel belongs to a sign's region if more than this share of the sign shows
 
 Box = Tuple[float, float, float, float]
-
 Regions = List[np.ndarray]
-
 Stream = np.random.Generator
 
 
-class Image(NamedTuple):
-    """A drawn image, and where its findings are."""
+class DrawnImage(NamedTuple):
+    """An image and the boxes of its findings."""
 
     pixels: np.ndarray  # uint8 [size, size], 0 is black
     boxes: Dict[str, List[Box]]  # by finding; x, y, width, height on an image of 1024 x 1024
 
 
 class Anatomy(NamedTuple):
-    """One patient's build as it shows on one image, in body coordinates."""
+    """A patient's build on one image, in body coordinates."""
 
     apex: float  # down, top of the lungs
     width: float  # across, from the midline to the chest wall
     dome_right: float  # down, top of the diaphragm on the patient's right (the viewer's left)
     dome_left: float
-    curvature: float  # of the domes: 0 is flat
+    curvature: float  # of the domes; 0 is flat
     heart_across: float  # centre of the heart
     heart_radius: float  # half its width
     lung: float  # brightness of air-filled lung
@@ -56,7 +50,7 @@ class Anatomy(NamedTuple):
 
 
 class Scene:
-    """The canvas of one image and the fields that the signs are made of, float32 [size, size]."""
+    """An image being drawn, and the fields that its signs are made of, float32 ``[size, size]``."""
 
     def __init__(self, size: int, anatomy: Anatomy, pose: Sequence[float]) -> None:
         shift_across, shift_down, turn, growth = pose
@@ -69,9 +63,9 @@ class Scene:
         self.lateral = np.abs(self.across)
         self.half = {-1: self.across <= 0, 1: self.across > 0}  # the patient's right and left
         taper = np.maximum(0.25 - self.down, 0) / (0.25 - anatomy.apex)
-        self.wall = anatomy.width * (1 - 0.42 * taper * taper)  # where the chest wall stands
+        self.wall = anatomy.width * (1 - 0.42 * taper * taper)  # position of the chest wall
         bow = (self.lateral - 0.30) * (self.lateral - 0.30)
-        # Depth is how far inside the ribs, lift how far above the diaphragm.
+        # Depth is the distance inside the ribs, lift the distance above the diaphragm.
         self.depth = np.minimum(self.wall - self.lateral, self.down - anatomy.apex - 1.2 * bow)
         dome = np.where(self.half[1], np.float32(anatomy.dome_left), np.float32(anatomy.dome_right))
         self.lift = dome + anatomy.curvature * bow - self.down
@@ -82,24 +76,24 @@ class Scene:
         self.image = np.zeros((size, size), dtype=np.float32)
 
     def ramp(self, distance: np.ndarray, width: float = 0.04) -> np.ndarray:
-        """0 where `distance` is well below zero, 1 well above, smooth over `width`."""
+        """Step smoothly from 0 to 1 over `width`, centred where `distance` is 0."""
         step = np.clip(distance / max(width, 1.5 * self.pixel) + 0.5, 0, 1)
         return step * step * (3 - 2 * step)
 
     def blob(
         self, across: float, down: float, radius: float, height: float, edge: float = 1.0
     ) -> np.ndarray:
-        """A filled ellipse; its edge is sharp near 0, and at 1 so soft that it is a cloud."""
+        """Return a filled ellipse; `edge` 0 is sharp, 1 is as soft as a cloud."""
         x, y = (self.across - across) / radius, (self.down - down) / height
         return self.ramp(1 - x * x - y * y, 2 * edge)
 
     def blend(self, mask: np.ndarray, brightness: float, strength: float = 1.0) -> Regions:
-        """Move the image towards `brightness` where `mask` is 1; return the mask as the region."""
+        """Blend the image with `brightness` where `mask` is 1; return the mask as the region."""
         self.image += strength * mask * (brightness - self.image)
         return [mask]
 
     def box(self, mask: np.ndarray) -> Box:
-        """The bounds of a region that is not empty, in the 1024 x 1024 space."""
+        """Return the bounds of a region that is not empty, on an image of 1024 x 1024."""
         columns, rows = (np.flatnonzero((mask > MASK_EDGE).any(axis=axis)) for axis in (0, 1))
         unit = BOX_SPACE / mask.shape[0]
         left, top = int(columns[0]) * unit, int(rows[0]) * unit
@@ -107,13 +101,13 @@ class Scene:
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
-    """A smooth wave of period 1 between 0 and 1: parabolas, as ``sin`` is not exact everywhere."""
+    """Return a smooth wave of period 1 between 0 and 1, without ``sin`` (see the module)."""
     fold = np.abs(phase - np.floor(phase) - 0.5) * 2  # 1, 0, 1
     return fold * fold * (3 - 2 * fold)
 
 
 def _build(patient: Stream, view: str, extent: Dict[str, float], sides: Dict[str, int]) -> Anatomy:
-    """The patient's build, and what the findings do to it (`extent` in 0..1, `sides` -1 or 1)."""
+    """Draw a patient's build at random and change it as the findings do."""
     dome = patient.uniform(0.42, 0.50) - (0.04 if view == "AP" else 0.0)
     build = {
         "apex": patient.uniform(-0.76, -0.70),
@@ -141,7 +135,7 @@ def _build(patient: Stream, view: str, extent: Dict[str, float], sides: Dict[str
 
 
 def _draw_body(scene: Scene) -> None:
-    """Soft tissue, lungs, ribs, heart, spine, clavicles: the image without any finding."""
+    """Draw soft tissue, lungs, ribs, heart, spine and clavicles."""
     anatomy, image = scene.anatomy, scene.image
     trunk = scene.ramp(scene.down + 0.80 - 0.30 * scene.lateral * scene.lateral, 0.1)
     trunk *= scene.ramp(0.97 - scene.lateral, 0.06)
@@ -162,10 +156,10 @@ def _draw_body(scene: Scene) -> None:
     image -= 0.12 * scene.blob(0.36, anatomy.dome_left + 0.17, 0.13, 0.07, 0.3)  # stomach air
 
 
-# One function a finding: draws the sign and returns the regions it fills, float32 [size, size].
-# `extent` in 0..1 is how far the disease has gone; `side` is -1 on the patient's right, 1 left.
+# One function per finding: it draws the sign and returns its regions, float32 [size, size].
+# `extent` in 0..1 is the severity; `side` is -1 on the patient's right, 1 on the left.
 def _edema(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """A haze around both hila, as wide as a bat's wings."""
+    """A haze around both hila, in the shape of a bat's wings."""
     down, wide = random.uniform(-0.10, 0.0), random.uniform(0.25, 0.28)
     right, left = (scene.blob(across, down, wide, 0.30) for across in (-0.26, 0.26))
     wings = scene.air * np.maximum(left, right)
@@ -174,7 +168,7 @@ def _edema(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
 
 
 def _infiltration(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """Faint patches in the mid zone, on one side or on both."""
+    """Faint patches in the middle zone, on one side or both."""
     cloud = np.zeros_like(scene.image)
     for current in (side, -side) if random.random() < 0.4 else (side,):
         for _ in range(6):
@@ -206,14 +200,14 @@ def _pneumonia(scene: Scene, random: Stream, side: int, extent: float) -> Region
 
 
 def _consolidation(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """A lobe without air: dense, and cut off straight at the fissure."""
+    """A dense lobe without air, with a straight edge at the fissure."""
     bottom = random.uniform(-0.32, -0.24) + 0.10 * extent
     lobe = scene.air * scene.half[side] * scene.ramp(bottom - scene.down + 0.15 * scene.lateral)
     return scene.blend(lobe, 0.68, 0.92)
 
 
 def _effusion(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """Fluid in the lower angle: it climbs up the chest wall, and hides the diaphragm."""
+    """Fluid in the lower angle that rises along the chest wall and hides the diaphragm."""
     dome = scene.anatomy.dome_left if side > 0 else scene.anatomy.dome_right
     climb = scene.lateral / scene.wall
     surface = dome - 0.02 - 0.16 * extent - 0.34 * climb * climb * climb
@@ -222,7 +216,7 @@ def _effusion(scene: Scene, random: Stream, side: int, extent: float) -> Regions
 
 
 def _pneumothorax(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """Air between the lung and the ribs: a black rim, then the bright line of the pleura."""
+    """Air between lung and ribs: a black rim and the bright line of the pleura."""
     edge = 0.15 + 0.08 * extent
     upper = scene.half[side] * scene.ramp(0.15 + 0.15 * extent - scene.down, 0.2)
     rim = scene.blend(scene.cavity * upper * scene.ramp(edge - scene.depth), 0.02)
@@ -238,7 +232,7 @@ def _pleural_thickening(scene: Scene, random: Stream, side: int, extent: float) 
 
 
 def _atelectasis(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """A plate of collapsed lung across the lower zone, over the diaphragm that it pulls up."""
+    """A plate of collapsed lung across the lower zone, above a raised diaphragm."""
     height, slope = random.uniform(0.12, 0.18), random.uniform(-0.2, 0.2)
     above = np.abs(scene.lift - height - slope * (scene.lateral - 0.4))
     plate = scene.ramp(0.045 + 0.02 * extent - above, 0.03) * scene.air * scene.half[side]
@@ -265,7 +259,7 @@ def _nodule(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
 
 
 def _hernia(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
-    """A bubble behind the heart: gas above, fluid below, the level between them straight."""
+    """A bubble behind the heart: gas above, fluid below, with a straight level between."""
     across, down = random.uniform(0.02, 0.08), random.uniform(0.20, 0.28)
     radius = 0.25 + 0.05 * extent
     bubble = scene.blend(scene.blob(across, down, radius, radius, 0.15), 0.95)
@@ -274,10 +268,10 @@ def _hernia(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
     return bubble
 
 
-# Drawn in this order: clouds first, then what displaces the air, then what is small and sharp.
+# In drawing order: clouds, then signs that displace the air, then small and sharp signs.
 SIGNS: Dict[str, Callable[[Scene, Stream, int, float], Regions]] = {
     "Cardiomegaly": lambda scene, *_: [scene.heart * scene.ramp(scene.lift + 0.1)],
-    "Emphysema": lambda scene, *_: [scene.cavity],  # these two are drawn with the body
+    "Emphysema": lambda scene, *_: [scene.cavity],  # _build shapes these two
     "Edema": _edema,
     "Infiltration": _infiltration,
     "Fibrosis": _fibrosis,
@@ -295,25 +289,22 @@ SIGNS: Dict[str, Callable[[Scene, Stream, int, float], Regions]] = {
 
 def draw_image(
     findings: Sequence[str], *, size: int, seed: int, patient: int, follow_up: int, view: str = "PA"
-) -> Image:
-    """Draw one image; the same arguments always give the same image.
+) -> DrawnImage:
+    """Draw one image; the same arguments always draw the same image.
 
-    Each sign has its own random stream: an image with and without a finding differ by the sign
-    alone. A patient keeps the build, and the side of each disease, between follow-ups.
+    Each sign has its own random stream: the same image with and without a finding differs in its
+    sign only. A patient keeps the build, and the side of each finding, between follow-ups.
 
     Parameters
     ----------
     findings
         Any of the 14 NIH findings, or none.
-    size, seed, patient, follow_up
-        Pixels along each side, and what the image hangs on; none negative.
+    size
+        Height and width, pixels; boxes are on an image of 1024 x 1024 whatever the size.
+    seed, patient, follow_up
+        Seeds of the random streams, not negative.
     view
         "PA" or "AP"; AP shows the heart larger and the diaphragm higher.
-
-    Returns
-    -------
-    Image
-        uint8 [size, size], and the boxes in pixels of a 1024 x 1024 image whatever `size` is.
 
     Raises
     ------
@@ -336,11 +327,11 @@ def draw_image(
     for name, stream in streams.items():
         regions = SIGNS[name](scene, stream, sides[name], extent[name])
         boxes[name] = [scene.box(region) for region in regions if (region > MASK_EDGE).any()]
-    return Image(_expose(scene.image, random), boxes)
+    return DrawnImage(_expose(scene.image, random), boxes)
 
 
 def _expose(image: np.ndarray, random: Stream) -> np.ndarray:
-    """Marker, exposure and grain; brightness float32 to uint8."""
+    """Add marker, exposure and noise; convert float32 brightness to uint8."""
     size = image.shape[0]
     top, left, arm, stroke = size // 16, size - size // 8, max(size // 20, 2), max(size // 64, 1)
     image[top : top + arm, left : left + stroke] = 0.9  # the letter L on the patient's left

@@ -1,7 +1,7 @@
-"""A synthetic data set in NIH ChestX-ray14's own layout, for the demo and the tests.
+"""Write a synthetic data set in the layout of NIH ChestX-ray14, for the demo and the tests.
 
-`plan_images` decides who has what, `cxr_vit.synthetic.anatomy` draws, `write_sample` puts the
-files where NIH has them. Nothing in it is medical data.
+`plan_images` chooses patients and findings, `cxr_vit.synthetic.anatomy` draws the images. Nothing
+in it is medical data.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from PIL import Image
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.labels import FINDINGS, NO_FINDING
 from cxr_vit.errors import ConfigError, DataError
-from cxr_vit.files import lock
+from cxr_vit.files import lock, remove
 from cxr_vit.synthetic.anatomy import BOX_SPACE, draw_image
 
 __all__ = ["PREVALENCE", "PlannedImage", "plan_images", "write_sample", "write_sample_if_absent"]
 
 logger = logging.getLogger(__name__)
 
-
 CSV_NAME = "Data_Entry_2017_v2020.csv"
-
 BOX_NAME = "BBox_List_2017.csv"
 
 CSV_HEADER = (
@@ -37,8 +35,8 @@ CSV_HEADER = (
 
 BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 
-# The order is that of the real data; the rare ones are more frequent here, so that a small set
-# still has some of each. Commonest first.
+# Most frequent first, in the order of the real data. Rare findings are more frequent here, so that
+# a small set has some of each.
 PREVALENCE: Dict[str, float] = {
     "Infiltration": 0.19,
     "Effusion": 0.13,
@@ -56,7 +54,7 @@ PREVALENCE: Dict[str, float] = {
     "Hernia": 0.02,
 }
 
-# NIH boxed eight findings, and writes one of them in another way.
+# The eight findings with boxes, in NIH's order, and their names in NIH's list of boxes.
 BOXED: Dict[str, str] = {
     "Atelectasis": "Atelectasis",
     "Effusion": "Effusion",
@@ -68,7 +66,7 @@ BOXED: Dict[str, str] = {
     "Nodule": "Nodule",
 }
 
-# Diseases that come together more often than chance.
+# Findings that occur together more often than by chance.
 COMPANIONS: Dict[str, Sequence[str]] = {
     "Effusion": ("Atelectasis", "Cardiomegaly", "Consolidation"),
     "Edema": ("Cardiomegaly", "Infiltration"),
@@ -78,25 +76,21 @@ COMPANIONS: Dict[str, Sequence[str]] = {
     "Mass": ("Nodule",),
 }
 
-# Width, height and pixel spacing in mm as the CSV has them, by view.
+# Width, height and pixel spacing in mm of the original images, by view.
 PLATES: Dict[str, Sequence[Tuple[int, int, float]]] = {
     "PA": ((2682, 2749, 0.143), (2992, 2991, 0.143), (2500, 2048, 0.168)),
     "AP": ((2500, 2048, 0.168), (2048, 2500, 0.168), (3056, 2544, 0.139)),
 }
 
 SICK_SHARE = 0.5
-
 MAX_FINDINGS = 5
-
-MAX_FOLLOW_UPS = 12
-
+MAX_IMAGES_PER_PATIENT = 12
 TEST_SHARE = 0.25
-
-BOXED_SHARE = 0.5  # of the test images
+BOXED_SHARE = 0.5  # of the test images with a finding that has boxes
 
 
 class PlannedImage(NamedTuple):
-    """One row of the CSV, before anything is drawn."""
+    """A row of the CSV."""
 
     patient: int
     follow_up: int
@@ -111,55 +105,34 @@ class PlannedImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The file name, as NIH has it."""
+        """The file name."""
         return f"{self.patient:08d}_{self.follow_up:03d}.png"
 
     def csv_row(self) -> str:
-        """The image's line of `Data_Entry_2017_v2020.csv`, eleven fields."""
-        fields = (
-            self.name,
-            "|".join(self.findings) or NO_FINDING,
-            self.follow_up,
-            self.patient,
-            self.age,
-            self.gender,
-            self.view,
-            self.width,
-            self.height,
-            self.spacing,
-            self.spacing,
+        """Return the image's line of `Data_Entry_2017_v2020.csv`."""
+        labels = "|".join(self.findings) or NO_FINDING
+        return (
+            f"{self.name},{labels},{self.follow_up},{self.patient},{self.age},{self.gender},"
+            f"{self.view},{self.width},{self.height},{self.spacing},{self.spacing}"
         )
-        return ",".join(str(field) for field in fields)
 
 
 def plan_images(num_images: int, seed: int) -> List[PlannedImage]:
-    """Decide patients, split and findings, without drawing.
+    """Choose patients, split and findings.
 
-    Each finding gets a fixed number of images in each part of the split, its prevalence rounded and
-    at least one, so that counts do not hang on luck.
-
-    Parameters
-    ----------
-    num_images
-        How many images, at least 20.
-    seed
-        Not negative; the same seed gives the same plan.
-
-    Returns
-    -------
-    list of PlannedImage
-        Sorted by patient and follow-up.
+    Each finding gets a fixed number of images in each part of the split: its prevalence, rounded,
+    and at least one. The same seed returns the same plan, sorted by patient and follow-up.
 
     Raises
     ------
     ConfigError
-        If `num_images` or `seed` is too small.
+        If `num_images` is less than 20 or `seed` is negative.
     """
     problems = []
     if num_images < 20:
         problems.append(
-            f"num_images is {num_images}; at least 20 are needed to have every finding "
-            "in both lists."
+            f"num_images is {num_images}; at least 20 are needed for every finding to be in both"
+            " lists."
         )
     if seed < 0:
         problems.append(f"seed is {seed}; it must be 0 or more.")
@@ -182,8 +155,8 @@ def plan_images(num_images: int, seed: int) -> List[PlannedImage]:
 
 
 def _images_per_patient(num_images: int, random: np.random.Generator) -> np.ndarray:
-    """Follow-ups of each patient, int64: about half have one image, the mean is near 3."""
-    most = min(MAX_FOLLOW_UPS, num_images // 5)
+    """Return int64 ``[patients]``: about half have one image, the mean is near 3."""
+    most = min(MAX_IMAGES_PER_PATIENT, num_images // 5)
     counts: List[int] = []
     while sum(counts) < num_images:
         count = 1 if random.random() < 0.52 else 1 + int(random.geometric(0.25))
@@ -192,7 +165,7 @@ def _images_per_patient(num_images: int, random: np.random.Generator) -> np.ndar
 
 
 def _test_patients(counts: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Whole patients, bool [patients], until a quarter of the images is reached, never passed."""
+    """Choose test patients, bool ``[patients]``, with at most a quarter of all images."""
     room = max(round(TEST_SHARE * int(counts.sum())), 1)
     in_test = np.zeros(len(counts), dtype=bool)
     for patient in random.permutation(len(counts)):
@@ -203,36 +176,27 @@ def _test_patients(counts: np.ndarray, random: np.random.Generator) -> np.ndarra
 
 
 def _assign_findings(patients: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Give the findings of one part of the split to its images.
+    """Assign the findings of one part of the split.
 
-    Parameters
-    ----------
-    patients
-        int64 [n], the patient of each image.
-    random
-        The plan's stream.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool [n, 14]; each column has exactly its quota of images, no row more than five findings.
+    `patients`, int64 ``[n]``, is the patient of each image. Returns bool ``[n, 14]``: each column
+    has exactly its quota of images, each row at most five findings.
     """
     number = len(patients)
     quota = {name: max(round(share * number), 1) for name, share in PREVALENCE.items()}
-    # Images of one patient draw near each other: the patient's part weighs more than the image's.
+    # The patient's part weighs more than the image's: a patient's images share findings.
     chance = random.random((patients.max() + 1, len(FINDINGS) + 1))[patients]
     chance = 0.7 * chance + 0.3 * random.random(chance.shape)
     sick = max(round(SICK_SHARE * number), -(-sum(quota.values()) // (MAX_FINDINGS - 1)))
     healthy = np.argsort(chance[:, -1], kind="stable")[: max(number - sick, 0)]
     labels = np.zeros((number, len(FINDINGS)), dtype=bool)
-    for name in reversed(list(PREVALENCE)):  # the rare first, the common fill what is left
+    for name in reversed(list(PREVALENCE)):  # rare findings first
         column = FINDINGS.index(name)
         load = labels.sum(axis=1)
         score = chance[:, column] - 0.05 * load
         for other in FINDINGS:
             if other in COMPANIONS.get(name, ()) or name in COMPANIONS.get(other, ()):
                 score += 0.2 * labels[:, FINDINGS.index(other)]
-        score[load == 0] += 0.25  # else too few of the sick images would get a finding at all
+        score[load == 0] += 0.25  # otherwise too few sick images would get any finding
         score[load >= MAX_FINDINGS] = -2.0
         score[healthy] = -1.0
         labels[np.argsort(-score, kind="stable")[: quota[name]], column] = True
@@ -242,7 +206,7 @@ def _assign_findings(patients: np.ndarray, random: np.random.Generator) -> np.nd
 def _history(
     patient: int, labels: np.ndarray, test: bool, random: np.random.Generator
 ) -> List[PlannedImage]:
-    """The images of one patient in order of time; `labels` is bool [images, 14]."""
+    """Plan the images of one patient in order of time; `labels` is bool ``[images, 14]``."""
     age = int(np.clip(round(48 + 17 * float(random.standard_normal())), 4, 88))
     gender = "M" if random.random() < 0.56 else "F"
     images = []
@@ -260,42 +224,40 @@ def _history(
 
 
 def write_sample(out: Path, *, num_images: int = 2000, image_size: int = 128, seed: int = 0) -> int:
-    """Write a synthetic set in NIH's layout; an interrupted run leaves nothing at `out`.
-
-    The boxes in `BBox_List_2017.csv` are in pixels of NIH's 1024 x 1024 images whatever
-    `image_size` is, for half of the test images.
+    """Write a synthetic data set; an interrupted call leaves nothing at `out`.
 
     Parameters
     ----------
     out
-        The folder to make. It may exist if it is empty.
+        A new or an empty folder.
     num_images
-        How many images, at least 20. With 2000 or more, each finding has eight images in either list.
+        At least 20. With 2000 or more, each finding has at least eight images in each list.
     image_size
-        Width and height of the images in pixels, at least 32.
+        Height and width in pixels, at least 32. Boxes are in pixels of NIH's 1024 x 1024 images
+        whatever the size.
     seed
-        Not negative. The same seed writes the same lists and the same pixels.
+        Not negative. The same seed writes the same files.
 
     Returns
     -------
     int
-        The number of images written.
+        Number of images.
 
     Raises
     ------
     ConfigError
         If a number is too small.
     DataError
-        If `out` is a file or a folder with something in it.
+        If `out` is a file, or a folder that is not empty.
     """
     if image_size < 32:
-        raise ConfigError(f"image_size is {image_size}; signs show from 32 pixels on.")
+        raise ConfigError(f"image_size is {image_size}; at least 32 pixels are needed.")
     images = plan_images(num_images, seed)
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(
-            f"{out} exists and is not an empty folder. Name a new folder, or remove "
-            "this one: the sample is never mixed with other files."
+            f"{out} exists and is not an empty folder. Give a new folder, or remove this one: the"
+            " sample is never mixed with other files."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -314,25 +276,26 @@ def write_sample(out: Path, *, num_images: int = 2000, image_size: int = 128, se
 
 
 def write_sample_if_absent(data: DataSection) -> None:
-    """Write the synthetic data set of `data.sample_images` where `data.root` does not exist.
+    """Write a synthetic data set of `data.sample_images` images if `data.root` does not exist.
 
-    Processes that call it at once write one data set.
+    If several processes call it at once, one of them writes.
     """
     root = Path(data.root)
     if data.sample_images is None or root.exists():
         return
     folder = root.resolve().parent
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / f".{root.name}.lock"):
-        if root.exists():  # written by another process meanwhile
-            return
-        logger.warning(
-            "data.root=%s does not exist: writing a synthetic data set there (%d images, none of"
-            " them real; data.sample_images)",
-            root,
-            data.sample_images,
-        )
-        write_sample(root, num_images=data.sample_images)
+    lock_file = folder / f".{root.name}.lock"
+    with lock(lock_file):
+        if not root.exists():  # otherwise another process has written it
+            logger.warning(
+                "data.root=%s does not exist: writing a synthetic data set there (%d images, none"
+                " of them real; data.sample_images)",
+                root,
+                data.sample_images,
+            )
+            write_sample(root, num_images=data.sample_images)
+        remove(lock_file)  # later processes find the root
 
 
 def _write_lists(folder: Path, images: Sequence[PlannedImage], seed: int) -> None:
@@ -342,16 +305,16 @@ def _write_lists(folder: Path, images: Sequence[PlannedImage], seed: int) -> Non
     _write_lines(
         folder / "README.txt",
         [
-            "Synthetic images in the layout of NIH ChestX-ray14. Not medical data, and of no use to",
-            "medicine: shapes drawn by a program, to try cxr_vit without the real set.",
+            "Synthetic images in the layout of NIH ChestX-ray14, to try cxr_vit without the real",
+            "data. Not medical data: a program has drawn the shapes. Do not use in medicine.",
             f"Made by cxr_vit.synthetic.dataset.write_sample, {len(images)} images, seed {seed}.",
-            f"Boxes are in pixels of a {BOX_SPACE} x {BOX_SPACE} image, as NIH's are.",
+            f"Boxes are in pixels of a {BOX_SPACE} x {BOX_SPACE} image, as in NIH's list.",
         ],
     )
 
 
 def _boxed_images(images: Sequence[PlannedImage], seed: int) -> Set[str]:
-    """Names of the test images whose boxes are given."""
+    """Choose the test images whose boxes are listed."""
     random = np.random.default_rng((seed, 0, 0, 1))
     candidates = [image.name for image in images if image.test and set(image.findings) & set(BOXED)]
     order = random.permutation(len(candidates))
@@ -361,7 +324,7 @@ def _boxed_images(images: Sequence[PlannedImage], seed: int) -> Set[str]:
 def _write_images(
     folder: Path, images: Sequence[PlannedImage], image_size: int, seed: int
 ) -> List[str]:
-    """Draw and write the images; return the rows of the box list, by finding as NIH has them."""
+    """Draw and write the images; return the rows of the list of boxes, grouped by finding."""
     folder.mkdir()
     boxed = _boxed_images(images, seed)
     rows: Dict[str, List[str]] = {name: [] for name in BOXED}
@@ -378,7 +341,7 @@ def _write_images(
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W] as an 8-bit grayscale PNG; little compression, as grain packs badly."""
+    """Write uint8 ``[H, W]`` as a gray PNG; more compression gains little on the image's noise."""
     Image.fromarray(pixels).save(path, compress_level=1)
 
 

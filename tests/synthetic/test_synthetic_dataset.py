@@ -1,4 +1,4 @@
-"""The synthetic set: NIH's layout to the letter, one set a seed, signs where they claim to be."""
+"""The synthetic data set: NIH's layout, the same files for the same seed, signs in their boxes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_names(path: Path) -> list:
     return path.read_text().splitlines()
 
 
-def test_layout_is_that_of_nih(folder: Path) -> None:
+def test_layout_matches_nih(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "BBox_List_2017.csv",
         "Data_Entry_2017_v2020.csv",
@@ -66,7 +66,7 @@ def test_layout_is_that_of_nih(folder: Path) -> None:
     assert "synthetic" in (folder / "README.txt").read_text().lower()
 
 
-def test_rows_hold_what_nih_rows_hold(folder: Path) -> None:
+def test_rows_have_the_fields_of_nih(folder: Path) -> None:
     for name, labels, follow_up, patient, age, gender, view, *plate in read_rows(folder):
         assert re.match(r"^\d{8}_\d{3}\.png$", name)
         assert int(name[:8]) == int(patient) and int(name[9:12]) == int(follow_up)
@@ -82,7 +82,7 @@ def test_images_are_square_gray_and_eight_bit(folder: Path) -> None:
             assert np.asarray(image).std() > 20  # a picture, not a flat field
 
 
-def test_follow_ups_are_of_one_person(folder: Path) -> None:
+def test_follow_ups_belong_to_one_patient(folder: Path) -> None:
     rows = read_rows(folder)
     by_patient: dict = {}
     for row in rows:
@@ -94,7 +94,7 @@ def test_follow_ups_are_of_one_person(folder: Path) -> None:
         assert ages == sorted(ages) and len({row[5] for row in images}) == 1
 
 
-def test_follow_ups_share_findings_more_than_strangers() -> None:
+def test_images_of_a_patient_share_more_findings_than_images_of_two() -> None:
     images = plan_images(2000, 0)
     sick = [image for image in images if image.findings]
 
@@ -112,7 +112,7 @@ def test_lists_split_by_patient(folder: Path) -> None:
     assert 0.2 * NUM_IMAGES <= len(test) <= 0.25 * NUM_IMAGES
 
 
-def test_same_seed_same_set(folder: Path, tmp_path: Path) -> None:
+def test_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
     write_sample(tmp_path / "again", num_images=NUM_IMAGES, image_size=64, seed=3)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     again = tmp_path / "again"
@@ -121,13 +121,13 @@ def test_same_seed_same_set(folder: Path, tmp_path: Path) -> None:
         assert (folder / path).read_bytes() == (again / path).read_bytes(), path
 
 
-def test_other_seed_other_set() -> None:
+def test_other_seed_draws_another_set() -> None:
     assert plan_images(NUM_IMAGES, 3) != plan_images(NUM_IMAGES, 4)
     images = [draw_image((), size=32, seed=seed, patient=1, follow_up=0).pixels for seed in (3, 4)]
     assert not np.array_equal(*images)
 
 
-def test_a_image_does_not_depend_on_the_others() -> None:
+def test_image_does_not_depend_on_other_images() -> None:
     def draw() -> np.ndarray:
         return draw_image(("Mass",), size=32, seed=0, patient=5, follow_up=1).pixels
 
@@ -137,7 +137,7 @@ def test_a_image_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_prevalence(seed: int) -> None:
+def test_plan_matches_the_prevalence(seed: int) -> None:
     images = plan_images(2000, seed)
     counts = Counter(name for image in images for name in image.findings)
     in_order = [counts[name] for name in PREVALENCE]
@@ -175,11 +175,11 @@ def test_sign_changes_its_region(finding: str) -> None:
             assert width > 0 and height > 0
             left, top = round(x / 16), round(y / 16)
             claimed[top : top + round(height / 16), left : left + round(width / 16)] = True
-        assert change[claimed].mean() > 8, patient  # gray levels; the grain is the same in both
+        assert change[claimed].mean() > 8, patient  # gray levels; the noise is the same in both
         assert change[claimed].mean() > 8 * change[~claimed].mean(), patient
 
 
-# Where the middle of a sign lies, as shares of the height, and whether it reaches both lungs.
+# The highest and lowest middle of a sign, as shares of the height, and whether it is in both lungs.
 PLACES = {
     "Effusion": (0.5, 0.9, False),
     "Consolidation": (0.1, 0.45, False),
@@ -196,7 +196,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("finding", PLACES)
-def test_sign_lies_where_the_disease_does(finding: str) -> None:
+def test_sign_lies_in_the_zone_of_its_disease(finding: str) -> None:
     highest, lowest, both = PLACES[finding]
     left_edges = set()
     for patient in range(1, 13):
@@ -208,8 +208,8 @@ def test_sign_lies_where_the_disease_does(finding: str) -> None:
     assert left_edges == ({False} if both else {False, True})  # one-sided: on either side
 
 
-@pytest.mark.parametrize("finding", sorted(set(FINDINGS) - {"Hernia"}))  # it has gas and fluid
-def test_air_is_darker_and_the_rest_brighter(finding: str) -> None:
+@pytest.mark.parametrize("finding", sorted(set(FINDINGS) - {"Hernia"}))  # has both gas and fluid
+def test_signs_of_air_are_darker_and_others_brighter(finding: str) -> None:
     keys = {"size": 64, "seed": 0, "patient": 1, "follow_up": 0}
     change = draw_image((finding,), **keys).pixels.astype(int) - draw_image(
         (), **keys
@@ -230,7 +230,7 @@ def test_masses_are_larger_than_nodules() -> None:
     assert min(widths["Mass"]) > 1.5 * max(widths["Nodule"])
 
 
-def test_follow_ups_are_taken_anew() -> None:
+def test_follow_ups_have_different_pixels() -> None:
     first, second = (
         draw_image((), size=64, seed=0, patient=1, follow_up=follow_up).pixels
         for follow_up in (0, 1)
@@ -238,7 +238,7 @@ def test_follow_ups_are_taken_anew() -> None:
     assert (first != second).mean() > 0.5
 
 
-def test_boxes(folder: Path) -> None:
+def test_boxes_are_listed_as_nih_lists_them(folder: Path) -> None:
     lines = (folder / "BBox_List_2017.csv").read_text().splitlines()
     assert lines[0] == "Image Index,Finding Label,Bbox [x,y,w,h],,," and len(lines) > 5
     findings = {row[0]: row[1].split("|") for row in read_rows(folder)}
@@ -252,10 +252,10 @@ def test_boxes(folder: Path) -> None:
         assert float(x) >= 0 and float(y) >= 0 and float(width) > 0 and float(height) > 0
         assert float(x) + float(width) <= 1024 and float(y) + float(height) <= 1024
         boxed.add(name)
-    assert boxed < test_names  # a part of them only
+    assert boxed < test_names  # only some of them
 
 
-def test_boxes_do_not_depend_on_the_size() -> None:
+def test_boxes_do_not_depend_on_the_image_size() -> None:
     small, large = (
         draw_image(("Mass",), size=size, seed=0, patient=2, follow_up=0).boxes["Mass"][0]
         for size in (64, 256)
@@ -263,7 +263,7 @@ def test_boxes_do_not_depend_on_the_size() -> None:
     assert small == pytest.approx(large, abs=2 * 1024 / 64)
 
 
-def test_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
+def test_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(DataError, match="not an empty folder"):
         write_sample(tmp_path, num_images=20, image_size=32)
@@ -272,7 +272,7 @@ def test_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_takes_an_empty_folder(tmp_path: Path) -> None:
+def test_empty_folder_is_filled(tmp_path: Path) -> None:
     out = tmp_path / "set"
     out.mkdir()
     assert write_sample(out, num_images=20, image_size=32) == 20
@@ -281,7 +281,7 @@ def test_takes_an_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_interrupted_leaves_nothing(
+def test_interrupted_call_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     written = []
@@ -299,13 +299,13 @@ def test_interrupted_leaves_nothing(
 
 
 @pytest.mark.parametrize("wrong", [{"num_images": 19}, {"image_size": 31}, {"seed": -1}])
-def test_wrong_numbers(tmp_path: Path, wrong: dict) -> None:
+def test_number_that_is_too_small_is_refused(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         write_sample(tmp_path / "set", **{"num_images": 20, "image_size": 32, **wrong})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_finding() -> None:
+def test_unknown_finding_is_refused() -> None:
     with pytest.raises(KeyError, match="Cough"):
         draw_image(("Cough",), size=32, seed=0, patient=1, follow_up=0)
 
@@ -318,6 +318,7 @@ def test_write_sample_if_absent_writes_a_readable_data_set_and_warns(
     (warning,) = caplog.messages
     assert f"data.root={tmp_path / 'new' / 'set'} does not exist" in warning
     assert "synthetic" in warning and "20 images" in warning
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["set"]  # no lock file
     module = ChestXrayDataModule(data)
     assert len(module.records) == 20
     assert module.splits.kind == "official"
@@ -325,7 +326,7 @@ def test_write_sample_if_absent_writes_a_readable_data_set_and_warns(
 
 
 @pytest.mark.parametrize(("there", "sample_images"), [(True, 20), (False, None)])
-def test_write_sample_if_absent_writes_nothing_over_a_root_or_unasked(
+def test_write_sample_if_absent_writes_nothing_if_the_root_exists_or_no_sample_is_set(
     tmp_path: Path, there: bool, sample_images: Optional[int]
 ) -> None:
     root = tmp_path / "set"
