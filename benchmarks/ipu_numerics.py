@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
-from cxr_vit.config import Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.engines.choice import build_engine
+from cxr_vit.engines.choice import build_engine, choose_engine
+from cxr_vit.engines.processes import Launch
 from cxr_vit.evaluation.metrics import flat_scores
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
@@ -44,7 +45,9 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
         model = config.model.model_copy(update={"hidden_act": form})
         changed: Config = with_weights_of(config.model_copy(update={"model": model}), checkpoint)
         staged = StagedViT.from_config(changed, names=data.names, prevalence=None)
-        with build_engine(changed, staged) as engine:
+        batch, launch = BatchPlan.from_section(changed.batch), Launch()
+        choice = choose_engine(changed, launch)
+        with build_engine(changed, staged, choice, batch, launch) as engine:
             logits[form], labels = engine.predict_dataset(dataset)
         scores[form] = flat_scores(logits[form], labels, data.names)["auroc_macro"]
     exact, tanh = logits.values()

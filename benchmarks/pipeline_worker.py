@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from cxr_vit.cli import run
-from cxr_vit.config import Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines import pipeline_engine
-from cxr_vit.engines.choice import build_engine
+from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 
@@ -37,6 +37,7 @@ class PlainStage(PipelineStage):
     """torch's own stage, as it is."""
 
     awaited: Dict[Any, str] = {}  # noqa: RUF012  (what it waits for is not known)
+    last_send = ""
 
 
 class Memory:
@@ -90,14 +91,16 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
     activations, gradients, the optimizer's state. Weights and images were there before.
     """
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(len(FINDINGS), 0.5))
-    with build_engine(config, model) as engine:
+    launch = Launch.from_environment()
+    choice, plan = choose_engine(config, launch), BatchPlan.from_section(config.batch)
+    with build_engine(config, model, choice, plan, launch) as engine:
         assert isinstance(engine, pipeline_engine.PipelineEngine)
         for index in engine.own_stages:
             sleep_ms = arguments.stage_ms[index % len(arguments.stage_ms)]
             if sleep_ms:
                 sleep_in(engine.model.stage(index), sleep_ms / 1000)
         batch = make_batch(config, reads_images=engine.reads_images)
-        memory = Memory(engine.placement.device)
+        memory = Memory(engine.device)
         engine.compile(batch)
         seconds = []
         for _ in range(arguments.warm_steps + arguments.steps):
@@ -105,7 +108,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
             engine.train_step(batch, lr=LEARNING_RATE)  # ends with an exchange between all
             seconds.append(time.perf_counter() - start)
         own = torch.tensor([[memory.held_mb, memory.peak_mb()]], dtype=torch.float64)
-        (stages,) = engine.processes.concatenate((own,))
+        (stages,) = engine.group.concatenate((own,))
     return {
         "schedule": config.pipeline.schedule,
         "micro_batches": config.batch.gradient_accumulation,

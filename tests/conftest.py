@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Callable, List
+from typing import TYPE_CHECKING, Any, Callable, List, Optional
 
 import pytest
 
-from cxr_vit.config import Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.engines.processes import Launch
+
+if TYPE_CHECKING:
+    from cxr_vit.engines.base import Engine
 
 # Two cores: torch's threads and the test's processes would fight for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +36,15 @@ SMALL = (
     "engine.device=cpu",
     "engine.precision=fp32",
 )
+
+
+def engine_of(config: Config, model: Any, launch: Optional[Launch] = None) -> "Engine":
+    """Build the engine that the configuration chooses, as train.py does."""
+    from cxr_vit.engines.choice import build_engine, choose_engine
+
+    launch = launch or Launch()
+    choice = choose_engine(config, launch)
+    return build_engine(config, model, choice, BatchPlan.from_section(config.batch), launch)
 
 
 @pytest.fixture(scope="session")

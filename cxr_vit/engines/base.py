@@ -1,4 +1,4 @@
-"""Engine: what every back end does. One operation is common: a host batch in, its updates out."""
+"""Interface of the engines: a host batch in, its weight updates out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import signal
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -23,22 +22,28 @@ __all__ = [
     "Engine",
     "EngineState",
     "StepOutput",
-    "in_one_line",
+    "check_batch",
     "leave_the_process_group",
     "process_peak_gib",
-    "start_fork_server",
+    "with_user_errors",
 ]
-
 
 EngineType = TypeVar("EngineType", bound="Engine")
 
 
 class StepOutput(NamedTuple):
-    """What the updates of one host batch gave.
+    """Result of the weight updates of one host batch.
 
-    `losses` float32 ``[device_iterations]`` on the CPU, each the mean over every micro-batch of its
-    update; `grad_norm` float32 ``[device_iterations]`` before clipping (0 for a skipped update),
-    None where the device cannot report it.
+    Attributes
+    ----------
+    losses
+        float32 ``[device_iterations]`` on the CPU, each the mean over all micro-batches of one
+        update.
+    grad_norm
+        float32 ``[device_iterations]`` before clipping, 0 for a skipped update; None where the
+        device cannot report it.
+    num_samples
+        Samples of all processes.
     """
 
     losses: Tensor
@@ -48,7 +53,7 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class EngineState:
-    """All an engine needs to go on: by hub name, so that any engine can take it up.
+    """State of a training, by hub name so that any engine can load it.
 
     Attributes
     ----------
@@ -57,11 +62,12 @@ class EngineState:
     optimizer
         Hub name -> slot (`exp_avg`, `exp_avg_sq`, `step`) -> tensor.
     optimizer_kind
-        Which optimizer's slots these are; empty: weights only, the optimizer starts anew.
+        The optimizer that the slots belong to; empty for weights only.
     scalars
-        The rest as JSON numbers (update count, loss scale).
+        Numbers for JSON: update count, loss scale.
     rng
-        The device's random generator, int64; None where dropout is a function of the update.
+        State of the device's random generator, int64; None where dropout is a function of the
+        update.
     """
 
     weights: Dict[str, Tensor]
@@ -72,23 +78,20 @@ class EngineState:
 
 
 class Engine(ABC):
-    """A back end. Public methods check, underscored hooks work; a context manager.
-
-    Parameters
-    ----------
-    batch
-        The batch arithmetic.
+    """Train and score a model on one kind of device; a context manager.
 
     Attributes
     ----------
+    batch
+        Batch arithmetic of the run.
     local_batch
-        The part of it that this process reads and computes: all, where there is one process.
+        The part of it that this process reads and computes.
     is_main
-        Whether this process is the one that writes and prints.
+        Whether this process writes the run.
     place
-        What a stage runs on, in a word.
+        Word for what a stage runs on.
     failed
-        Whether the engine is closed because of an error.
+        Whether the engine was closed because of an error.
     """
 
     def __init__(self, batch: BatchPlan) -> None:
@@ -101,13 +104,23 @@ class Engine(ABC):
     def __enter__(self: EngineType) -> EngineType:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.failed = exception[0] is not None
+    def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
+        self.failed = error is not None
         self.close()
+        if _is_dead_worker(error):  # torch's handler of SIGCHLD raises it in any line
+            raise _dead_worker_error(error) from error
 
     @abstractmethod
     def describe(self) -> str:
-        """Say in a line what computes, in which arithmetic, and why."""
+        """Return a line about the device, the precision and the reason for both."""
+
+    @abstractmethod
+    def facts(self) -> Dict[str, Any]:
+        """Return what `describe` tells as JSON-able fields.
+
+        They are `name`, `device` (``"CPU"``, the GPU's name or ``"IPU"``), `precision`,
+        `processes`, `replicas` and `stages`.
+        """
 
     @abstractmethod
     def loader(
@@ -117,35 +130,55 @@ class Engine(ABC):
         *,
         training: bool,
     ) -> Iterable[Batch]:
-        """Return the host batches of `dataset` in the order of `sampler`."""
+        """Return this process's host batches of `dataset` in the order of `sampler`."""
 
+    @abstractmethod
     def compile(self, example: Batch) -> float:
-        """Do what happens once before the first step; return the seconds it took."""
-        self._check(example, self.local_batch.global_batch_size)
-        return self._compile(example)
+        """Prepare the first step; return the seconds that took."""
 
+    @abstractmethod
     def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
-        """Make the weight updates of one host batch.
+        """Make the weight updates of one host batch, all with learning rate `lr`.
 
-        Parameters
-        ----------
-        batch
-            A whole number of global batches (this process's part of them), in the order of the
-            updates.
-        lr
-            The learning rate of all of them.
+        `batch` holds a whole number of global batches (this process's part of them) in order.
         """
-        self._check(batch, self.local_batch.global_batch_size)
-        return self._train_step(batch, lr)
 
+    @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a host batch, float32 ``[B, C]`` on the CPU, padding included."""
-        self._check(batch, self.batch.eval_micro_batch_size)
-        return self._predict(batch)
 
+    @abstractmethod
     def agree(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them must ask at the same time."""
-        return flag
+        """Whether the flag is set in any process; all processes must call this together."""
+
+    @abstractmethod
+    def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Concatenate the rows that the processes have of each part."""
+
+    @abstractmethod
+    def state_dict(self) -> EngineState:
+        """Return copies of the training state on the CPU.
+
+        All processes must call this together; the main process gets the whole state.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: EngineState) -> None:
+        """Load the training state.
+
+        Raises
+        ------
+        CheckpointError
+            If it belongs to another model or optimizer.
+        """
+
+    @abstractmethod
+    def device_stats(self) -> Dict[str, float]:
+        """Return statistics of the device by tag, such as peak memory in GiB (2**30 bytes)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the device."""
 
     def predict_dataset(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
         """Score every image of a split exactly once.
@@ -165,87 +198,66 @@ class Engine(ABC):
             labels.append(batch.labels[real].clone())
             indices.append(batch.indices[real].clone())
         parts = (torch.cat(part) for part in (logits, labels, indices))
-        all_logits, all_labels, scored = self._gather(*parts)
+        all_logits, all_labels, scored = self.gather(*parts)
         order = scored.argsort()
         assert torch.equal(scored[order], torch.arange(len(dataset))), "each image once"
         return all_logits[order], all_labels[order]
 
-    @abstractmethod
-    def state_dict(self) -> EngineState:
-        """Return copies of all that is needed to go on, on the CPU.
 
-        All processes must ask at the same time; the one that `is_main` gets the whole.
-        """
-
-    @abstractmethod
-    def load_state_dict(self, state: EngineState) -> None:
-        """Take up where `state` was taken.
-
-        Raises
-        ------
-        CheckpointError
-            If it is of another model or optimizer.
-        """
-
-    @abstractmethod
-    def device_stats(self) -> Dict[str, float]:
-        """Return what the device says of itself, tag -> value: peak memory in GiB (2**30 bytes)."""
-
-    def close(self) -> None:  # noqa: B027  (most back ends hold nothing)
-        """Give the device back."""
-
-    @abstractmethod
-    def _compile(self, example: Batch) -> float: ...
-
-    @abstractmethod
-    def _train_step(self, batch: Batch, lr: float) -> StepOutput: ...
-
-    @abstractmethod
-    def _predict(self, batch: Batch) -> Tensor: ...
-
-    def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
-        """Put together what the processes have of something; one process has all."""
-        return parts
-
-    def _check(self, batch: Batch, unit: int) -> None:
-        assert batch.images.dtype == torch.uint8, batch.images.dtype
-        assert batch.images.dim() == 4 and batch.images.shape[1] == 1, batch.images.shape
-        size = len(batch.images)
-        assert size > 0 and size % unit == 0, f"{size} samples are no multiple of {unit}"
-        assert len(batch.labels) == len(batch.indices) == size
+def check_batch(batch: Batch, unit: int) -> None:
+    """Assert the layout of a batch whose size is a multiple of `unit`."""
+    assert batch.images.dtype == torch.uint8, batch.images.dtype
+    assert batch.images.dim() == 4 and batch.images.shape[1] == 1, batch.images.shape
+    size = len(batch.images)
+    assert size > 0 and size % unit == 0, f"{size} samples are no multiple of {unit}"
+    assert len(batch.labels) == len(batch.indices) == size
 
 
 def leave_the_process_group(worker: int = 0) -> None:
-    """Let a signal to the whole group (Ctrl-C, `timeout`) reach only the process that saves.
+    """Keep a signal to the whole group (Ctrl-C, `timeout`) from a loader worker.
 
-    To ignore signals instead would also ignore the main process's own, which ends its workers.
+    The main process saves the run and then ends its workers. Ignoring signals here would also
+    ignore those of the main process.
     """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def start_fork_server() -> None:
-    """Start the process that an asynchronous loader's process is forked from, deaf to SIGTERM.
-
-    It stays in the group, and with it a signal to the group would end the loader. What is forked
-    from it listens again (`leave_the_process_group`).
-    """
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass batches on; a worker process's DataError loses the traceback torch wraps it in."""
+def with_user_errors(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches; raise a failure of a loader worker as a short DataError."""
     try:
         yield from loader
     except DataError as error:
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        raise DataError(_original_message(error)) from None
+    except RuntimeError as error:
+        if not _is_dead_worker(error):
+            raise
+        raise _dead_worker_error(error) from error
+
+
+def _original_message(error: DataError) -> str:
+    """Return the message without the traceback that torch adds to a worker's error.
+
+    torch sends only the exception's class and its formatted traceback from a worker, and raises
+    the class with that text (`torch._utils.ExceptionWrapper`): no attribute survives. The original
+    message follows the last occurrence of the class's name.
+    """
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).rpartition(name)[2].strip()
+
+
+def _is_dead_worker(error: Optional[BaseException]) -> bool:
+    """Whether torch reports that a loader worker died; it raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _dead_worker_error(error: Optional[BaseException]) -> DataError:
+    return DataError(
+        f"{error}\nOut of memory, or of /dev/shm? Lower data.num_workers and resume with --resume."
+    )
 
 
 def process_peak_gib() -> float:
-    """Return the most memory this process has held, in GiB (2**30 bytes)."""
+    """Return the peak memory of this process in GiB (2**30 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

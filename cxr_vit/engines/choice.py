@@ -1,4 +1,4 @@
-"""Chooses and builds the engine a config asks for."""
+"""Choose and build the engine of a configuration."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from cxr_vit.config.ipu_rules import check_ipu
+from cxr_vit.config.ipu_rules import check_ipu, eval_layers
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
-from cxr_vit.engines.devices import Placement, choose
+from cxr_vit.engines.devices import DeviceChoice, choose_device
 from cxr_vit.engines.ipu.engine import PopTorchEngine
-from cxr_vit.engines.ipu.instances import Instances
 from cxr_vit.engines.ipu.options import poptorch_problem
-from cxr_vit.engines.process_group import Processes, same_everywhere
+from cxr_vit.engines.process_group import ProcessGroup, run_store
 from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
@@ -22,21 +22,16 @@ from cxr_vit.model.stages import StagedViT
 
 __all__ = ["EngineChoice", "build_engine", "choose_engine"]
 
-
-#: The oldest torch that works here: 2.6 does not wait for all that 1F1B sends over
-#: gloo, and 2.8 cannot score several stages a process.
+#: The oldest torch for the pipeline engine: 2.6 does not wait for all that 1F1B sends over gloo,
+#: and 2.8 cannot score several stages per process.
 _PIPELINING = (2, 10)
 
 
 class EngineChoice(NamedTuple):
-    """Which engine, and why in words; the model is built for it.
-
-    `local_replicas` are those of this process under poprun.
-    """
+    """An engine's name and the reason for it."""
 
     name: str
     reason: str
-    local_replicas: Optional[int] = None
 
     @property
     def is_ipu(self) -> bool:
@@ -44,29 +39,26 @@ class EngineChoice(NamedTuple):
         return self.name == "poptorch"
 
 
-def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
+def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> EngineChoice:
     """Choose the engine of `engine.name`.
 
-    `auto` takes IPUs where PopTorch imports and enough of them answer, else torch's devices. Who
-    names a torch device (`engine.device`) means that one.
+    `auto` chooses IPUs where PopTorch imports and enough IPUs answer, else a torch device. An
+    explicit `engine.device` wins.
 
     Parameters
     ----------
-    config
-        The configuration.
     offline
-        Whether only to compile for IPUs.
+        Whether to compile only, for IPUs.
 
     Raises
     ------
     EngineUnavailable
-        If the IPUs asked for cannot be had.
+        If the requested IPUs are not available.
     ConfigError
-        If IPUs are there, but PopTorch would refuse the configuration; if torchrun started another
-        number of processes than the configuration needs.
+        If IPUs are available but PopTorch refuses the configuration, or if torchrun started a
+        number of processes that does not fit it.
     """
-    choice = _choose(config, offline)
-    launch = Launch.from_environment()
+    choice = _choose(config, launch.local_replicas, offline)
     if not choice.is_ipu:
         check_processes(config, choice.name, launch.world_size if launch.is_connected else 1)
     elif launch.is_connected:
@@ -77,7 +69,7 @@ def choose_engine(config: Config, *, offline: bool = False) -> EngineChoice:
     return choice
 
 
-def _choose(config: Config, offline: bool) -> EngineChoice:
+def _choose(config: Config, local_replicas: Optional[int], offline: bool) -> EngineChoice:
     engine = config.engine
     if engine.name == "pipeline" and not offline:
         _check_pipelining()
@@ -86,14 +78,13 @@ def _choose(config: Config, offline: bool) -> EngineChoice:
         return EngineChoice("torch", "engine.name=torch")
     if engine.name == "auto" and engine.device != "auto" and not offline:
         return EngineChoice("torch", "engine.device is one of torch's")
-    problem = poptorch_problem(config, offline=offline)
+    problem = poptorch_problem(config, local_replicas=local_replicas, offline=offline)
     if problem is None:
         hint = " (IPUs answer here; engine.name=torch leaves them alone.)"
         hint = hint if engine.name == "auto" and not offline else ""
-        replicas = Instances.from_environment().local_replicas
-        check_ipu(config, hint, replicas=replicas)
+        check_ipu(config, hint, replicas=local_replicas)
         why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
-        return EngineChoice("poptorch", "--compile-only" if offline else why, replicas)
+        return EngineChoice("poptorch", "--compile-only" if offline else why)
     if engine.name == "poptorch" or offline:
         raise EngineUnavailable(str(problem))
     return EngineChoice("torch", f"no IPU: {problem.found}")
@@ -102,7 +93,9 @@ def _choose(config: Config, offline: bool) -> EngineChoice:
 def build_engine(
     config: Config,
     model: StagedViT,
-    choice: Optional[EngineChoice] = None,
+    choice: EngineChoice,
+    batch: BatchPlan,
+    launch: Launch,
     *,
     offline: bool = False,
 ) -> Engine:
@@ -110,48 +103,73 @@ def build_engine(
 
     Parameters
     ----------
-    config
-        The configuration.
     model
         Built `for_ipu` if the choice is.
-    choice
-        Of `choose_engine`; None to choose here.
     offline
-        Whether only to compile for IPUs.
+        Whether to compile only, for IPUs.
 
     Raises
     ------
     EngineUnavailable
         If it cannot run here.
+    ConfigError
+        If the processes that torchrun or poprun started do not fit the configuration.
     """
-    choice = choice or choose_engine(config)
     if choice.is_ipu:
-        return PopTorchEngine(model, config, reason=choice.reason, offline=offline)
-    placement = choose(config.engine, Launch.from_environment().local_rank)
-    _check_alike(choice, placement)
-    placement = placement._replace(reason=f"{choice.reason}; {placement.reason}")
-    processes = Processes(placement.device, config.engine.timeout_s)
+        _check_poprun(config, launch)
+        return PopTorchEngine(model, config, batch, launch, reason=choice.reason, offline=offline)
+    device = choose_device(config.engine, launch)
+    _check_same_device(choice, device, launch)
+    device = device._replace(reason=f"{choice.reason}; {device.reason}")
+    group = ProcessGroup(launch, device.device, config.engine.timeout_s)
     if choice.name == "pipeline":
+        # Needs a newer torch than PopTorch's.
         from cxr_vit.engines.pipeline_engine import PipelineEngine
 
-        return PipelineEngine(model, config, placement, processes)
-    return TorchEngine(model, config, placement, processes)
+        return PipelineEngine(model, config, batch, device, group)
+    return TorchEngine(model, config, batch, device, group)
 
 
-def _check_alike(choice: EngineChoice, placement: Placement) -> None:
-    """Raise unless all processes compute on the same kind of device in the same arithmetic."""
-    differing = same_everywhere(
-        "placement",
+def _check_poprun(config: Config, launch: Launch) -> None:
+    """Raise unless the replicas and IPUs that poprun reserves fit the configuration."""
+    local, count = launch.local_replicas, launch.world_size
+    if local is None:
+        return
+    if local * count != config.batch.replicas:
+        raise ConfigError(
+            f"batch.replicas={config.batch.replicas}, but poprun started {count} instances"
+            f" x {local} replicas. Give the same number to both: poprun"
+            f" --num-replicas {config.batch.replicas}."
+        )
+    stages, eval_stages = config.pipeline.layers_per_stage, eval_layers(config)
+    if len(stages) != len(eval_stages):
+        raise ConfigError(
+            f"pipeline.eval_layers_per_stage={eval_stages} needs {len(eval_stages)} IPUs per"
+            f" replica, training {len(stages)}; poprun reserves one number of IPUs per replica."
+            " Use the same number of stages for both."
+        )
+    if local == 1 and config.engine.replicated_tensor_sharding:
+        raise ConfigError(
+            "engine.replicated_tensor_sharding=true shards over the replicas of a process, and"
+            f" each of the {count} processes has one. Set it to false, or start fewer: poprun"
+            f" --num-instances {max(1, count // 2)}."
+        )
+
+
+def _check_same_device(choice: EngineChoice, device: DeviceChoice, launch: Launch) -> None:
+    """Raise unless all processes use the same engine, kind of device and precision."""
+    differing = run_store(launch).differences(
+        "device",
         {
             "engine.name": choice.name,
-            "engine.device": placement.device.type,
-            "engine.precision": placement.precision,
+            "engine.device": device.device.type,
+            "engine.precision": device.precision,
         },
     )
     if differing:
         raise ConfigError(
-            f"this host computes otherwise than the first process's: {'; '.join(differing)}. Set"
-            " them instead of auto."
+            f"this host's device differs from that of the first process: {'; '.join(differing)}."
+            " Set these fields explicitly instead of auto."
         )
 
 

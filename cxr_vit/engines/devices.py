@@ -1,8 +1,7 @@
-"""Which device and arithmetic a config gets on this machine, and why."""
+"""The torch device and the precision of a process."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Dict, NamedTuple
@@ -10,9 +9,10 @@ from typing import Dict, NamedTuple
 import torch
 
 from cxr_vit.config.schema import EngineSection
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import EngineUnavailable
 
-__all__ = ["Placement", "choose", "cpu_has_bf16"]
+__all__ = ["DeviceChoice", "choose_device", "cpu_has_bf16"]
 
 DTYPES: Dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -22,8 +22,8 @@ DTYPES: Dict[str, torch.dtype] = {
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-class Placement(NamedTuple):
-    """A device, an arithmetic and the reason in words."""
+class DeviceChoice(NamedTuple):
+    """A torch device, a precision, and the reason for the device."""
 
     device: torch.device
     precision: str
@@ -31,24 +31,24 @@ class Placement(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The arithmetic as a torch dtype."""
+        """The precision as a torch dtype."""
         return DTYPES[self.precision]
 
+    @property
+    def name(self) -> str:
+        """``"CPU"`` or the GPU's name."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return "CPU"
 
-def choose(engine: EngineSection, local_rank: int = 0) -> Placement:
-    """Choose the device and the arithmetic of this process.
 
-    Parameters
-    ----------
-    engine
-        The `engine` section.
-    local_rank
-        Which of its host's processes this is: each has a GPU of its own.
+def choose_device(engine: EngineSection, launch: Launch) -> DeviceChoice:
+    """Choose the device and the precision of this process; each process has its own GPU.
 
     Raises
     ------
     EngineUnavailable
-        If the device or the arithmetic asked for is not to be had.
+        If the requested device or precision is not available.
     """
     has_cuda = torch.cuda.is_available()
     if engine.device == "cuda" and not has_cuda:
@@ -57,11 +57,12 @@ def choose(engine: EngineSection, local_rank: int = 0) -> Placement:
             " install a CUDA build of torch and check `nvidia-smi`."
         )
     device: str = engine.device
-    if has_cuda and torch.cuda.device_count() == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-        local_rank = 0  # a scheduler that shows each process its own
-    if device != "cpu" and has_cuda and local_rank >= torch.cuda.device_count():
+    index = launch.local_rank
+    if has_cuda and torch.cuda.device_count() == 1 and launch.local_world_size is None:
+        index = 0  # a scheduler that shows each process only its own GPU
+    if device != "cpu" and has_cuda and index >= torch.cuda.device_count():
         raise EngineUnavailable(
-            f"process {local_rank + 1} of this host has no CUDA device: there are"
+            f"process {index + 1} of this host has no CUDA device: there are"
             f" {torch.cuda.device_count()}. Start fewer processes (torchrun --nproc-per-node), or"
             " set engine.device=cpu."
         )
@@ -72,29 +73,30 @@ def choose(engine: EngineSection, local_rank: int = 0) -> Placement:
         why = f"engine.device={device}"
     precision: str = engine.precision
     if precision == "auto":
-        precision = _cuda_default() if device == "cuda" else _cpu_default()
+        precision = _cuda_precision() if device == "cuda" else _cpu_precision()
     if precision == "fp16" and device == "cpu" and not hasattr(torch.amp, "GradScaler"):
         raise EngineUnavailable(
             f"engine.precision=fp16 on a CPU needs torch 2.3 or later; this is {torch.__version__}."
             " Set engine.precision=bf16 or fp32."
         )
-    place = f"cuda:{local_rank}" if device == "cuda" else device
-    return Placement(torch.device(place), precision, why)
+    return DeviceChoice(
+        torch.device(f"cuda:{index}" if device == "cuda" else device), precision, why
+    )
 
 
-def _cuda_default() -> str:
-    # Ampere and later multiply bf16 themselves; torch.cuda.is_bf16_supported counts emulation too.
+def _cuda_precision() -> str:
+    # Ampere and later have bf16 units; torch.cuda.is_bf16_supported counts emulation too.
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
-def _cpu_default() -> str:
+def _cpu_precision() -> str:
     return "bf16" if cpu_has_bf16() else "fp32"
 
 
 def cpu_has_bf16(cpu_info: Path = _CPU_INFO) -> bool:
-    """Whether the processor multiplies bf16 itself (AVX512-BF16, AMX, Arm BF16).
+    """Whether the processor has bf16 instructions (AVX512-BF16, AMX, Arm BF16).
 
-    Emulated bf16 is slower than fp32. Where the system does not say, the answer is no.
+    Emulated bf16 is slower than fp32. False where the system does not say.
     """
     try:
         text = cpu_info.read_text(encoding="utf-8", errors="replace")

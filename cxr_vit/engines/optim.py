@@ -1,23 +1,26 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups, torch's optimizers, and their state by hub name."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import CheckpointError, ConfigError
 
-__all__ = ["build_optimizer", "is_decayed", "parameter_groups"]
+__all__ = ["build_optimizer", "check_kind", "is_decayed", "parameter_groups", "torch_slots"]
+
+#: Optimizers whose states mean the same.
+_SAME_STATE = {"torch.AdamW", "poptorch.AdamW"}
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay should touch a parameter: matrices, yes; the rest, no.
+    """Whether weight decay applies to a parameter: to the matrices of the layers only.
 
-    Biases and norms are vectors; the class token and the position embeddings are neither weights
-    of a layer nor vectors, and are told by their hub names.
+    Biases and norms are vectors. The class token and the position embeddings have more dimensions,
+    but are no weights of a layer; they are recognised by their hub names.
     """
     return parameter.dim() > 1 and not name.endswith(("cls_token", "position_embeddings"))
 
@@ -25,10 +28,7 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(
     parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
 ) -> List[Dict[str, Any]]:
-    """Split parameters (hub name, parameter) into those decayed and those not.
-
-    Groups without a parameter are left out.
-    """
+    """Split (hub name, parameter) pairs into non-empty groups with and without weight decay."""
     decayed: List[nn.Parameter] = []
     kept: List[nn.Parameter] = []
     for name, parameter in parameters:
@@ -43,7 +43,7 @@ def parameter_groups(
 def build_optimizer(
     parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
 ) -> torch.optim.Optimizer:
-    """Make torch's AdamW (Loshchilov and Hutter, 2019) or SGD with this project's groups.
+    """Build torch's AdamW (Loshchilov and Hutter, 2019) or SGD.
 
     Raises
     ------
@@ -57,6 +57,35 @@ def build_optimizer(
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     raise ConfigError(
-        f"optim.name={optim.name} is PopTorch's own; torch has adamw and sgd. Set"
+        f"optim.name={optim.name} exists only in PopTorch; torch has adamw and sgd. Set"
         " optim.name, or engine.name=poptorch on a machine with IPUs."
     )
+
+
+def check_kind(given: str, own: str) -> None:
+    """Refuse the state of another optimizer.
+
+    Parameters
+    ----------
+    given
+        `EngineState.optimizer_kind`; empty for weights only.
+    own
+        The engine's.
+
+    Raises
+    ------
+    CheckpointError
+        If the engine cannot continue from it.
+    """
+    if given in ("", own) or {given, own} <= _SAME_STATE:
+        return
+    raise CheckpointError(
+        f"the checkpoint holds the optimizer state of {given}; this engine has {own}. Resume with"
+        " the engine and optimizer that wrote it, or from the weights alone with a new optimizer:"
+        " train.resume_weights_only=true."
+    )
+
+
+def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Return the slots that torch knows, without those of PopTorch only."""
+    return {slot: value for slot, value in slots.items() if not slot.startswith("ipu_")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
@@ -19,12 +18,14 @@ from torch.distributed.pipelining import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch
-from cxr_vit.engines.base import EngineState
-from cxr_vit.engines.devices import Placement
-from cxr_vit.engines.process_group import Processes
-from cxr_vit.engines.torch_engine import TorchBase
+from cxr_vit.engines.base import EngineState, check_batch
+from cxr_vit.engines.devices import DeviceChoice
+from cxr_vit.engines.process_group import ProcessGroup
+from cxr_vit.engines.torch_engine import TorchEngineBase
+from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import Stage, StagedViT
 
 __all__ = ["AutocastStage", "LeanStage", "PipelineEngine"]
@@ -71,7 +72,7 @@ class LeanStage(PipelineStage):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.awaited: Dict[Tuple[str, int], str] = {}
-        self.offered = ""
+        self.last_send = ""
 
     def _prepare_forward_infra(self, *arguments: Any, **named: Any) -> Any:
         result = super()._prepare_forward_infra(*arguments, **named)
@@ -123,7 +124,7 @@ class LeanStage(PipelineStage):
         """Return the sends of a micro-batch's output."""
         operations = super().get_fwd_send_ops(fwd_chunk_id)
         if operations:
-            self.offered = f"stage {self.stage_index + 1} to take micro-batch {fwd_chunk_id}"
+            self.last_send = f"stage {self.stage_index + 1} to take micro-batch {fwd_chunk_id}"
         return operations
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
@@ -131,7 +132,7 @@ class LeanStage(PipelineStage):
         operations = super().get_bwd_send_ops(bwd_chunk_id)
         if operations:
             words = f"stage {self.stage_index - 1} to take the gradient of"
-            self.offered = f"{words} micro-batch {bwd_chunk_id}"
+            self.last_send = f"{words} micro-batch {bwd_chunk_id}"
         return operations
 
     def _fill(self, infos: Iterable[Any]) -> None:
@@ -154,101 +155,111 @@ def _is_received(info: Any) -> bool:
     return isinstance(getattr(info, "buffer", None), Tensor)
 
 
-_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+class PipelineEngine(TorchEngineBase):
+    """Train and score with the stages of a replica on several processes.
 
-
-class PipelineEngine(TorchBase):
-    """Train and score with the stages on the processes of a replica.
-
-    Stage `i` is on process ``i % n`` of the `n` of its replica, and only there are its weights and
-    its optimizer's state.
-
-    Parameters
-    ----------
-    model
-        The staged model; the stages of other processes are let go of.
-    config
-        The configuration; `check_processes` must have passed.
-    placement
-        Device and arithmetic.
-    processes
-        The processes of the run.
+    Stage `i` is on process ``i % n`` of the `n` of its replica. Only that process holds its
+    weights and its optimizer state. `check_processes` must have passed.
     """
 
     def __init__(
-        self, model: StagedViT, config: Config, placement: Placement, processes: Processes
+        self,
+        model: StagedViT,
+        config: Config,
+        batch: BatchPlan,
+        device: DeviceChoice,
+        group: ProcessGroup,
     ) -> None:
-        self.replicas = config.batch.replicas
-        self.num_stages = model.plan.num_stages
-        self.mesh = _make_mesh(processes, placement.device.type, self.replicas)
-        per_replica = processes.size // self.replicas
-        self.replica, position = divmod(processes.rank, per_replica)
-        self.own_stages = range(position, self.num_stages, per_replica)
-        processes.roles = _roles(self.num_stages, per_replica, self.replicas)
-        own = range(self.replica, self.replica + 1)
-        super().__init__(model.keep(self.own_stages), config, placement, processes, own)
-        self.reads_images = 0 in self.own_stages
-        self.has_head = self.num_stages - 1 in self.own_stages
-        self._last = self.replica * per_replica + (self.num_stages - 1) % per_replica
-        self._parameters = [parameter for _, parameter in self.model.hub_parameters()]
-        # Alone in a world of its own it would not know of an overflow elsewhere.
-        self._scaler = ShardedGradScaler(
-            placement.device.type,
-            enabled=placement.precision == "fp16",
-            process_group=dist.group.WORLD,
+        num_stages, replicas = model.plan.num_stages, batch.replicas
+        per_replica = group.size // replicas
+        replica, position = divmod(group.rank, per_replica)
+        own_stages = range(position, num_stages, per_replica)
+        group.roles = _roles(num_stages, per_replica, replicas)
+        mesh = _make_mesh(group, device.device.type, replicas)
+        super().__init__(
+            model.keep(own_stages),
+            config,
+            batch,
+            device,
+            group,
+            own_replicas=range(replica, replica + 1),
+            # A scaler per process would not see an overflow in another one.
+            scaler=ShardedGradScaler(
+                device.device.type,
+                enabled=device.precision == "fp16",
+                process_group=dist.group.WORLD,
+            ),
+            compile_size=batch.micro_batch_size * batch.gradient_accumulation,
         )
+        self.num_stages = num_stages
+        self.replica = replica
+        self.own_stages = own_stages
+        self.reads_images = 0 in own_stages
+        self.has_head = num_stages - 1 in own_stages
         self.schedule_name = config.pipeline.schedule
+        self._stage_group = mesh.get_group("stage")
+        self._replica_group = mesh.get_group("replica")
+        self._head_rank = replica * per_replica + (num_stages - 1) % per_replica
+        self._parameters = [parameter for _, parameter in self.model.hub_parameters()]
         self._losses: List[Tensor] = []
-        self._modules: Dict[int, AutocastStage] = {
-            index: AutocastStage(model.stage(index), self._autocast) for index in self.own_stages
-        }
-        self._training_stages = self._make_stages(self.batch.micro_batch_size, training=True)
-        self._scoring_stages = self._make_stages(self.batch.eval_micro_batch_size, training=False)
+        modules = {index: AutocastStage(model.stage(index), self.autocast) for index in own_stages}
+        self._training_stages = self._make_stages(modules, batch.micro_batch_size, training=True)
+        self._scoring_stages = self._make_stages(
+            modules, batch.eval_micro_batch_size, training=False
+        )
         self._training: Any = self._make_training_schedule()
         self._scoring: Any = self._make_scoring_schedule()
 
     def describe(self) -> str:
-        """Say in a line what computes, in which arithmetic, and why."""
-        device = self.placement.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        several = len(self.own_stages)
-        shared = f", {several} a process" if several > 1 else ""
+        """Return a line about the device, the precision and the reason for both."""
+        count = len(self.own_stages)
+        shared = f", {count} per process" if count > 1 else ""
         return (
-            f"pipeline engine on {name} in {self.processes.size} processes ({self.replicas} x"
-            f" {self.num_stages} stages{shared}, {self.schedule_name}) in"
-            f" {self.placement.precision} ({self.placement.reason}; choose with"
+            f"pipeline engine on {self.device_choice.name} in {self.group.size} processes"
+            f" ({self.batch.replicas} x {self.num_stages} stages{shared}, {self.schedule_name}) in"
+            f" {self.device_choice.precision} ({self.device_choice.reason}; choose with"
             " pipeline.schedule=gpipe|1f1b|interleaved_1f1b, engine.device=cpu|cuda,"
             " engine.precision=fp32|bf16|fp16)"
         )
 
-    # Stages and schedules
+    def facts(self) -> Dict[str, Any]:
+        """Return what `describe` tells as fields."""
+        return {
+            "name": "pipeline",
+            "device": self.device_choice.name,
+            "precision": self.device_choice.precision,
+            "processes": self.group.size,
+            "replicas": self.batch.replicas,
+            "stages": self.num_stages,
+        }
 
-    def _make_stages(self, micro_batch_size: int, *, training: bool) -> List[Any]:
-        """Wrap this process's stages for torch's schedules, with the shapes that pass by."""
-        device = self.placement.device
+    def _make_stages(
+        self, modules: Dict[int, AutocastStage], micro_batch_size: int, *, training: bool
+    ) -> List[Any]:
+        """Wrap this process's stages for torch's schedules, with the shapes between them."""
         size, classes = self.model.config.image_size, self.model.config.num_labels
-        pixels = torch.empty(micro_batch_size, 1, size, size, dtype=torch.uint8, device=device)
-        hidden = torch.empty(micro_batch_size, *self.model.hidden_shape, device=device)
+        pixels = torch.empty(micro_batch_size, 1, size, size, dtype=torch.uint8, device=self.device)
+        hidden = torch.empty(micro_batch_size, *self.model.hidden_shape, device=self.device)
         hidden.requires_grad_(training)
-        logits = torch.empty(micro_batch_size, classes, dtype=self.placement.dtype, device=device)
+        logits = torch.empty(
+            micro_batch_size, classes, dtype=self.device_choice.dtype, device=self.device
+        )
         stages: List[Any] = []
-        for index, module in self._modules.items():
+        for index, module in modules.items():
             parallel: Any = module
-            if training and self.replicas > 1:
+            if training and self.batch.replicas > 1:
                 parallel = DistributedDataParallel(
-                    module,
-                    process_group=self.mesh.get_group("replica"),
-                    gradient_as_bucket_view=True,
+                    module, process_group=self._replica_group, gradient_as_bucket_view=True
                 )
             stages.append(
                 LeanStage(
                     parallel,
                     index,
                     self.num_stages,
-                    device,
+                    self.device,
                     input_args=pixels if index == 0 else hidden,
                     output_args=logits if index == self.num_stages - 1 else hidden,
-                    group=self.mesh.get_group("stage"),
+                    group=self._stage_group,
                 )
             )
         return stages
@@ -257,102 +268,91 @@ class PipelineEngine(TorchBase):
         stages, count = self._training_stages, self.batch.gradient_accumulation
         if self.schedule_name == "interleaved_1f1b":
             return ScheduleInterleaved1F1B(stages, count, loss_fn=self._scaled_loss)
-        return _SCHEDULES[self.schedule_name](stages[0], count, loss_fn=self._scaled_loss)
+        schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[self.schedule_name]
+        return schedule(stages[0], count, loss_fn=self._scaled_loss)
 
     def _make_scoring_schedule(self) -> Any:
-        """Return a schedule without a loss: of GPipe and its like the forward half is left."""
+        """Return a schedule without a loss, which leaves only the forward half of GPipe."""
         stages, count = self._scoring_stages, self.batch.eval_device_iterations
         if len(stages) > 1:
             return ScheduleLoopedBFS(stages, count)
         return ScheduleGPipe(stages[0], count)
 
     def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss(logits, labels)
+        loss = multi_label_loss(logits, labels)
         self._losses.append(loss.detach())
-        scaled: Tensor = self._scaler.scale(loss)
+        scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
-    # Computation
-
-    def _compile(self, example: Batch) -> float:
-        """Run a global batch forward and backward without an update; connections are made."""
-        start = time.perf_counter()
-        self.model.train()
-        size = self.local_batch.global_batch_size
-        images, labels = self._to_device(example.images[:size], example.labels[:size])
-        self._accumulate(images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._synchronise()
-        return time.perf_counter() - start
-
-    def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Run the schedule over the micro-batches of this replica."""
         self._losses.clear()
-        # The last stage alone scales a loss; the others take part in what follows from it.
-        self._scaler.scale(torch.zeros((), device=self.placement.device))
+        # Only the last stage scales a loss; the first call of `scale` prepares the scaler.
+        self.scaler.scale(torch.zeros((), device=self.device))
         inputs = (images,) if self.reads_images else ()
-        with self.processes.waiting("its neighbours", lambda: _awaited(self._training_stages)):
+        with self.group.waiting_for("its neighbours", lambda: _awaited(self._training_stages)):
             self._training.step(*inputs, target=labels if self.has_head else None)
         if not self._losses:
-            return torch.zeros((), device=self.placement.device)
-        return torch.stack(self._losses).mean() / self.replicas
+            return torch.zeros((), device=self.device)
+        return torch.stack(self._losses).mean() / self.batch.replicas
 
-    def _clip(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
+        """Clip by the norm over all stages; the replicas of a stage have the same gradients."""
         gradients = [weight.grad for weight in self._parameters if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        # The replicas of a stage have the same gradient: its stages are all there is to add up.
-        squares = norm.square()
-        with self.processes.waiting("the gradient norms of the other stages"):
-            dist.all_reduce(squares, group=self.mesh.get_group("stage"))
+        squares = torch.nn.utils.get_total_norm(gradients).square()
+        with self.group.waiting_for("the gradient norms of the other stages"):
+            dist.all_reduce(squares, group=self._stage_group)
         norm = squares.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         return norm
 
-    def _predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a host batch, which the last stage sends to the others."""
+        check_batch(batch, self.batch.eval_micro_batch_size)
         self.model.eval()
-        inputs = tuple(self._to_device(batch.images)) if self.reads_images else ()
-        with self.processes.waiting("its neighbours", lambda: _awaited(self._scoring_stages)):
+        inputs = self.to_device(batch.images) if self.reads_images else ()
+        with self.group.waiting_for("its neighbours", lambda: _awaited(self._scoring_stages)):
             with torch.no_grad():
                 output: Optional[Tensor] = self._scoring.step(*inputs)
             logits = torch.empty(batch.labels.shape) if output is None else output.float().cpu()
-            dist.broadcast(logits, src=self._last, group=self.mesh.get_group("stage"))
+            dist.broadcast(logits, src=self._head_rank, group=self._stage_group)
         return logits
 
-    def _gather(self, *parts: Tensor) -> Any:
-        return self.processes.concatenate(parts, group=self.mesh.get_group("replica"))
-
-    # State
+    def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Concatenate the rows of all replicas."""
+        return self.group.concatenate(parts, group=self._replica_group)
 
     def state_dict(self) -> EngineState:
-        """Return copies of all stages' state in the first process, of its own in every other."""
+        """Return the state of all stages in the main process, of the own stages elsewhere."""
         own = super().state_dict()
         if self.replica > 0:
             return own
-        every: Optional[List[Any]] = None
+        gathered: Optional[List[Any]] = None
         if self.is_main:
-            every = [None] * dist.get_world_size(self.mesh.get_group("stage"))
-        with self.processes.waiting("the weights of the other stages"):
+            gathered = [None] * dist.get_world_size(self._stage_group)
+        with self.group.waiting_for("the weights of the other stages"):
             dist.gather_object(
-                (own.weights, own.optimizer), every, dst=0, group=self.mesh.get_group("stage")
+                (own.weights, own.optimizer), gathered, dst=0, group=self._stage_group
             )
-        for weights, slots in every or []:
+        for weights, slots in gathered or []:
             own.weights.update(weights)
             own.optimizer.update(slots)
         return own
 
 
-def _make_mesh(processes: Processes, device: str, replicas: int) -> DeviceMesh:
+def _make_mesh(group: ProcessGroup, device: str, replicas: int) -> DeviceMesh:
     """Arrange the processes as replica x stage; neighbours in a pipeline have neighbouring ranks.
 
-    (torch's init_device_mesh would make the groups without our timeout.)
+    torch's init_device_mesh would create the groups without our timeout.
     """
-    ranks = torch.arange(processes.size).reshape(replicas, -1)
-    with processes.waiting("the other processes to form the mesh"):
-        groups = [processes.groups(ranks.T.tolist()), processes.groups(ranks.tolist())]
+    ranks = torch.arange(group.size).reshape(replicas, -1)
+    with group.waiting_for("the other processes to form the mesh"):
+        groups = [group.new_group(ranks.T.tolist()), group.new_group(ranks.tolist())]
     return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replica", "stage"))
 
 
 def _roles(num_stages: int, per_replica: int, replicas: int) -> List[str]:
-    """Name what each process does."""
+    """Return each process's name in messages."""
     roles = []
     for rank in range(per_replica * replicas):
         replica, position = divmod(rank, per_replica)
@@ -364,6 +364,6 @@ def _roles(num_stages: int, per_replica: int, replicas: int) -> List[str]:
 
 
 def _awaited(stages: List[Any]) -> str:
-    """Say what was asked for first and has not come; if all came, what was last offered."""
+    """Return the oldest receive that is not done; if all are, the last send."""
     awaited = [words for stage in stages for words in stage.awaited.values()]
-    return next(iter(awaited), stages[-1].offered)
+    return next(iter(awaited), stages[-1].last_send)

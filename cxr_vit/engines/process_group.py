@@ -1,12 +1,8 @@
-"""What the processes of a run say and do once for all, over a table that every one of them reaches.
-
-The table is torch's store. With torchrun it is the agent's, and outlives the processes.
-"""
+"""Communication between the processes of a run that torchrun started."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import threading
@@ -14,7 +10,7 @@ import time
 import uuid
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Callable, Counter, Dict, Iterator, List, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Counter, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,73 +21,203 @@ from torch.distributed.rendezvous import rendezvous
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ProcessLost
 
-__all__ = [
-    "Processes",
-    "another_connection",
-    "call_once",
-    "holds",
-    "if_answered",
-    "launch_store",
-    "leave_last",
-    "main_first",
-    "put",
-    "same_everywhere",
-    "somebody_spoke",
-    "speaks_for_all",
-    "spoken_for_all",
-    "start_store",
-    "wait_for",
-]
+__all__ = ["ProcessGroup", "RunStore", "run_store"]
 
+T = TypeVar("T")
 
-#: How long all processes of a start may take to begin, seconds.
-_BEGIN_S = 300.0
-
-#: How long one process waits to hear from the others before it speaks for itself, seconds.
-_HEARING_S = 10.0
-
-#: How long the table may take to answer, seconds.
+#: Time for all processes to start, seconds.
+_START_S = 300.0
+#: Time to wait for another process's error report before this process prints its own, seconds.
+_REPORT_S = 10.0
+#: Time for the store to answer, seconds.
 _ANSWER_S = 3.0
+#: Time for the other processes to answer a roll call, seconds.
+_ROLL_CALL_S = 3.0
+#: Interval at which a process looks for a roll call, seconds.
+_ROLL_CALL_INTERVAL_S = 0.5
+#: Time for gloo's threads to free the tensors of the last exchange, seconds.
+_FREE_S = 0.3
+#: Interval between two queries of the store, seconds.
+_POLL_S = 0.05
 
-_T = TypeVar("_T")
+_ROLL_CALL = "roll call"
 
-_opening = threading.Lock()
+#: Messages of gloo, NCCL and the store where a process does not answer, and where it has ended.
+_TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout")
+_BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
 
-_uses: Counter[str] = Counter()
+
+@lru_cache(maxsize=None)
+def run_store(launch: Launch) -> RunStore:
+    """Return this process's `RunStore`; all callers share one."""
+    return RunStore(launch)
 
 
-def start_store() -> Any:
-    """Return the table of the processes started together.
+class RunStore:
+    """Key-value store that all processes of a run share; opened by the first use.
 
-    Raises
-    ------
-    ProcessLost
-        If some of them do not begin.
+    It is torch's store. With torchrun the agent holds it, so it outlives the processes. Where
+    there are no other processes to connect to, the methods do nothing or act locally.
     """
-    with _opening:  # two threads would name the start twice
-        return _open_start_store()
 
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._lock = threading.Lock()
+        self._connection: Any = None
+        self._start = ""
+        self._store: Any = None
+        self._uses: Counter[str] = Counter()
 
-def another_connection() -> Any:
-    """Return the start's table over a connection of its own, for a thread."""
-    start_store()
-    return PrefixStore(_start_name(), _connect())
+    def open(self) -> Any:
+        """Return torch's store with the keys of this start of the processes.
 
+        Raises
+        ------
+        ProcessLost
+            If not all processes start in time.
+        """
+        with self._lock:  # two threads would agree on two names
+            if self._store is None:
+                # With torch 2.0 the first connection may be the store itself: it is kept.
+                self._connection = self._connection or _connect()
+                self._start = _agree_on_name(self._connection, self.launch)
+                self._store = PrefixStore(self._start, self._connection)
+            return self._store
 
-@lru_cache(maxsize=None)
-def _open_start_store() -> Any:
-    return PrefixStore(_start_name(), _table())
+    def connect_again(self) -> Any:
+        """Return the same store over a separate connection, for use in a thread."""
+        self.open()
+        return PrefixStore(self._start, _connect())
 
+    def set_key(self, key: str, value: str = "") -> None:
+        """Set a key that `has_key` can query."""
+        _set_key(self.open(), key, value)
 
-@lru_cache(maxsize=None)
-def _start_name() -> str:
-    return _name_the_start(_table())
+    def has_key(self, key: str) -> bool:
+        """Whether a key was set by `set_key`."""
+        return _has_key(self.open(), key)
 
+    def wait_for_key(self, key: str) -> None:
+        """Wait until a key is set, without a time limit.
 
-@lru_cache(maxsize=None)
-def _table() -> Any:
-    """Return the first connection: with torch 2.0 the table itself, which goes with it."""
-    return _connect()
+        Raises
+        ------
+        ProcessLost
+            If another process reports an error meanwhile.
+        """
+        while not self.has_key(key):
+            if self.has_error():
+                raise ProcessLost("another process failed; its host's output says why.")
+            time.sleep(_POLL_S)
+
+    def load_across_restarts(self, key: str) -> Optional[str]:
+        """Return a value that is kept when torchrun restarts the processes; None if not set."""
+        store = self._restart_store()
+        return str(store.get(key).decode()) if _has_key(store, key) else None
+
+    def save_across_restarts(self, key: str, value: str) -> None:
+        """Set a value that is kept when torchrun restarts the processes."""
+        _set_key(self._restart_store(), key, value)
+
+    def _restart_store(self) -> Any:
+        store = self.open()
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        return PrefixStore("cxr_vit/launch", store)
+
+    def call_once(self, name: str, function: Callable[[], Any]) -> Any:
+        """Call a function in the main process only; return its JSON-able result in all.
+
+        All processes must use the same names in the same order.
+        """
+        if not self.launch.is_connected:
+            return function()
+        key = f"made/{self.unique(name)}"
+        if self.launch.is_main:
+            value = function()
+            self.set_key(key, json.dumps(value))
+            return value
+        self.wait_for_key(key)
+        return json.loads(self.open().get(key))
+
+    @contextlib.contextmanager
+    def main_first(self, name: str) -> Iterator[None]:
+        """Run the body in the main process before the others begin it.
+
+        They then find the files that it writes, and only the main process reports progress. All
+        processes must use the same names in the same order.
+        """
+        key = f"done/{self.unique(name)}"
+        if self.launch.is_connected and not self.launch.is_main:
+            self.wait_for_key(key)
+        yield
+        if self.launch.is_connected and self.launch.is_main:
+            self.set_key(key)
+
+    def differences(self, name: str, facts: Dict[str, Any]) -> List[str]:
+        """Compare JSON-able facts with those of the main process.
+
+        Returns
+        -------
+        list of str
+            What differs, each as ``"<fact>=<here> here, <there> there"``.
+        """
+        main: Dict[str, Any] = self.call_once(name, lambda: facts)
+        return [
+            f"{fact}={value} here, {main.get(fact)} there"
+            for fact, value in facts.items()
+            if main.get(fact) != value
+        ]
+
+    def unique(self, name: str) -> str:
+        """Return a new key for each use of a name: keys of earlier uses stay in the store."""
+        self._uses[name] += 1
+        return f"{name} {self._uses[name]}"
+
+    def wait_for_all_to_finish(self) -> None:
+        """Wait until all processes are done; the main process ends last.
+
+        It writes the run and may hold the store, and torchrun terminates the others as soon as one
+        process ends with a status other than 0.
+        """
+        if not self.launch.is_connected:
+            return
+        if self.launch.is_main:
+            self.set_key("written")
+            for rank in range(1, self.launch.world_size):
+                self.wait_for_key(f"leaves/{rank}")
+        else:
+            self.wait_for_key("written")
+            self.set_key(f"leaves/{self.launch.rank}")
+
+    def has_error(self) -> bool:
+        """Whether a process has claimed the error report."""
+        return bool(self.open().add("speakers", 0) > 0)
+
+    def claim_error_report(self) -> bool:
+        """Whether this process is the first to fail and so prints its error.
+
+        The others fail because of it: they wait here until it has printed.
+        """
+        if not self.launch.is_connected:
+            return True
+
+        def is_first() -> bool:
+            return bool(self.open().add("speakers", 1) == 1)
+
+        def wait_for_report() -> bool:
+            self.open().wait(["spoken"], timedelta(seconds=_REPORT_S))
+            return False
+
+        # Without a store each process prints: twice is better than never.
+        return _with_timeout(is_first, True, _REPORT_S) or _with_timeout(
+            wait_for_report, True, _REPORT_S
+        )
+
+    def finish_error_report(self) -> None:
+        """Let the other processes end after the error is printed."""
+        if self.launch.is_connected:
+            _with_timeout(lambda: self.open().set("spoken", ""), None, _ANSWER_S)
 
 
 def _connect() -> Any:
@@ -99,328 +225,149 @@ def _connect() -> Any:
     return PrefixStore("cxr_vit/starts", store)
 
 
-def _name_the_start(store: Any) -> str:
-    """Agree on a name with the processes started together, and with no earlier ones.
+def _agree_on_name(store: Any, launch: Launch) -> str:
+    """Agree on a name for this start of the processes.
 
-    torchrun keeps its table when it starts the processes anew, and each host counts the starts for
-    itself (TORCHELASTIC_RESTART_COUNT): what was left there cannot be told from what is new. So
-    each process asks the first one with a word of its own, and that one answers until all know.
+    torchrun keeps the store when it restarts the processes, and each host counts its own restarts
+    (TORCHELASTIC_RESTART_COUNT), so old and new keys cannot be told apart. Each process therefore
+    sends the main process a random word, and the main process answers until all have the name.
     """
-    launch = Launch.from_environment()
     if not launch.is_main:
         word = uuid.uuid4().hex
-        put(store, f"asked by {launch.rank}", word)
-        store.wait([f"answer to {word}"], timedelta(seconds=_BEGIN_S))
+        _set_key(store, f"asked by {launch.rank}", word)
+        store.wait([f"answer to {word}"], timedelta(seconds=_START_S))
         name: str = store.get(f"answer to {word}").decode()
-        put(store, f"{name} is known to {launch.rank}")
+        _set_key(store, f"{name} is known to {launch.rank}")
         return name
     name = uuid.uuid4().hex
     missing = set(range(1, launch.world_size))
-    deadline = time.monotonic() + _BEGIN_S
+    deadline = time.monotonic() + _START_S
     while missing and time.monotonic() < deadline:
         for rank in missing:
-            if holds(store, f"asked by {rank}"):
+            if _has_key(store, f"asked by {rank}"):
                 store.set(f"answer to {store.get(f'asked by {rank}').decode()}", name)
-        missing = {r for r in missing if not holds(store, f"{name} is known to {r}")}
-        time.sleep(0.05)
+        missing = {rank for rank in missing if not _has_key(store, f"{name} is known to {rank}")}
+        time.sleep(_POLL_S)
     if missing:
         raise ProcessLost(
-            f"processes {sorted(missing)} of {launch.world_size} have not begun in {_BEGIN_S:g} s."
+            f"processes {sorted(missing)} of {launch.world_size} did not start in {_START_S:g} s."
         )
     return name
 
 
-def put(store: Any, key: str, value: str = "") -> None:
-    """Enter something in a table, so that it can be asked for without waiting."""
+def _set_key(store: Any, key: str, value: str = "") -> None:
     store.set(key, value)
     store.add(f"{key} is there", 1)
 
 
-def holds(store: Any, key: str) -> bool:
-    """Whether a table has an entry that was `put`; torch 2.0 has no `check`."""
-    return bool(store.add(f"{key} is there", 0) > 0)
+def _has_key(store: Any, key: str) -> bool:
+    return bool(store.add(f"{key} is there", 0) > 0)  # torch 2.0 has no `check`
 
 
-def wait_for(key: str) -> None:
-    """Wait for an entry of the start's table, however long it takes.
+def _with_timeout(query: Callable[[], T], default: T, seconds: float) -> T:
+    """Query the store; return `default` on RuntimeError or after `seconds`.
 
-    Raises
-    ------
-    ProcessLost
-        If a process has failed meanwhile.
+    If the store's host is gone, torch itself would block forever.
     """
-    store = start_store()
-    while not holds(store, key):
-        if somebody_spoke():
-            raise ProcessLost("another process failed; its host's output says why.")
-        time.sleep(0.05)
+    answers = [default]
 
-
-def launch_store() -> Any:
-    """Return the table that torchrun keeps when it starts its processes anew."""
-    store = start_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return PrefixStore("cxr_vit/launch", store)
-
-
-def call_once(name: str, make: Callable[[], Any]) -> Any:
-    """Let the first process do something; return to all what came of it.
-
-    Parameters
-    ----------
-    name
-        Of the thing; all processes do things of a name in the same order.
-    make
-        Returns something JSON can hold.
-    """
-    launch = Launch.from_environment()
-    if not launch.is_connected:
-        return make()
-    store, name = start_store(), _nth(name)
-    if launch.is_main:
-        value = make()
-        put(store, f"made/{name}", json.dumps(value))
-        return value
-    wait_for(f"made/{name}")
-    return json.loads(store.get(f"made/{name}"))
-
-
-def _nth(name: str) -> str:
-    """Return another name at each use of one: what an earlier use left stays in the table."""
-    _uses[name] += 1
-    return f"{name} {_uses[name]}"
-
-
-@contextlib.contextmanager
-def main_first(name: str) -> Iterator[None]:
-    """Let the first process be done with something before the others begin it.
-
-    What it leaves in files they then find, and it alone says what takes long.
-
-    Parameters
-    ----------
-    name
-        Of the thing; all processes do things of a name in the same order.
-    """
-    launch, name = Launch.from_environment(), _nth(name)
-    if launch.is_connected and not launch.is_main:
-        wait_for(f"done/{name}")
-    yield
-    if launch.is_connected and launch.is_main:
-        put(start_store(), f"done/{name}")
-
-
-def same_everywhere(name: str, facts: Dict[str, Any]) -> List[str]:
-    """Compare what this process found with what the first one found.
-
-    Parameters
-    ----------
-    name
-        As in `call_once`.
-    facts
-        JSON-able.
-
-    Returns
-    -------
-    list of str
-        What differs, each as ``"<fact>=<here> here, <there> there"``.
-    """
-    first: Dict[str, Any] = call_once(name, lambda: facts)
-    return [
-        f"{fact}={value} here, {first.get(fact)} there"
-        for fact, value in facts.items()
-        if first.get(fact) != value
-    ]
-
-
-def leave_last() -> None:
-    """Let all processes come to their end, the first one last: it writes, and may keep the table.
-
-    torchrun ends the others as soon as one leaves with another status than 0.
-    """
-    launch = Launch.from_environment()
-    if not launch.is_connected:
-        return
-    if launch.is_main:
-        put(start_store(), "written")
-        for rank in range(1, launch.world_size):
-            wait_for(f"leaves/{rank}")
-    else:
-        wait_for("written")
-        put(start_store(), f"leaves/{launch.rank}")
-
-
-def speaks_for_all() -> bool:
-    """Whether this process is the first that has an error to tell; the others wait until it did.
-
-    Of several processes that fail, all but one fail because that one did.
-    """
-    if not Launch.from_environment().is_connected:
-        return True
-
-    def is_first() -> bool:
-        return bool(start_store().add("speakers", 1) == 1)
-
-    def hear() -> bool:
-        start_store().wait(["spoken"], timedelta(seconds=_HEARING_S))
-        return False
-
-    # Without a table rather twice than never.
-    if if_answered(is_first, True, _HEARING_S):
-        return True
-    return if_answered(hear, True, _HEARING_S)
-
-
-def spoken_for_all() -> None:
-    """Let the others end, now that the error is told."""
-    if Launch.from_environment().is_connected:
-        if_answered(lambda: start_store().set("spoken", ""), None, _ANSWER_S)
-
-
-def if_answered(ask: Callable[[], _T], otherwise: _T, seconds: float) -> _T:
-    """Ask the table, which may be gone with the first host: torch would wait for it for ever.
-
-    Parameters
-    ----------
-    ask
-        Asks it; a RuntimeError counts as no answer.
-    otherwise
-        What is returned without an answer.
-    seconds
-        How long to wait for one.
-    """
-    answers = [otherwise]
-
-    def listen() -> None:
+    def run() -> None:
         with contextlib.suppress(RuntimeError):
-            answers.append(ask())
+            answers.append(query())
 
-    thread = threading.Thread(target=listen, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     return answers[-1]
 
 
-def somebody_spoke() -> bool:
-    """Whether a process has an error to tell."""
-    return bool(start_store().add("speakers", 0) > 0)
-
-
-#: What gloo, NCCL and the store say where a process is silent, and where it is gone.
-_TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout")
-
-_BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
-
-#: How long the others are asked for a sign of life before one is called lost, seconds.
-_ROLL_CALL_S = 3.0
-
-#: How often a process looks whether it is asked for one, seconds.
-_LOOKS_EVERY_S = 0.5
-
-#: How long the threads of a group may take to let go of what was exchanged last, seconds.
-_LETS_GO_S = 0.3
-
-_ROLL_CALL = "roll call"
-
-_count = itertools.count()
-
-
-class Processes:
-    """The processes of a run, as one of them sees them; alone, all methods are trivial.
+class ProcessGroup:
+    """torch's process group for one engine; without other processes the methods are trivial.
 
     Parameters
     ----------
+    launch
+        This process.
     device
-        What tensors are exchanged on: `cpu` by gloo, `cuda` by NCCL and gloo.
+        Where tensors are exchanged: `cpu` with gloo, `cuda` with NCCL and gloo.
     timeout_s
-        How long to wait for another process, seconds.
+        Time to wait for another process, seconds.
 
     Attributes
     ----------
-    rank, size
-        Which process this is of how many.
+    launch
+        This process among those that torch connects; alone where there are no others.
     roles
-        What to call each process in a message.
+        Name of each process in messages.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
-        launch = Launch.from_environment()
+    def __init__(self, launch: Launch, device: torch.device, timeout_s: float) -> None:
         self.is_connected = launch.is_connected
+        self.launch = launch if self.is_connected else Launch()
+        self.rank, self.size = self.launch.rank, self.launch.world_size
         self.uses_nccl = device.type == "cuda"
-        self.rank, self.size = (launch.rank, launch.world_size) if self.is_connected else (0, 1)
         self.timeout = timedelta(seconds=timeout_s)
-        self._leaves = threading.Event()
-        self._answering = threading.Thread(target=self._answer, daemon=True)
         self.roles: List[str] = [f"process {rank}" for rank in range(self.size)]
+        self._store = run_store(launch)
+        self._closed = threading.Event()
+        self._answering = threading.Thread(target=self._answer_roll_call, daemon=True)
         if not self.is_connected:
             return
         if self.uses_nccl:
             torch.cuda.set_device(device)
         self._answering.start()
-        name = f"engine{next(_count)}"  # of an earlier group in this process addresses are stale
-        put(start_store(), f"{name}/begins/{self.rank}")
+        # Addresses of an earlier group of this process are stale.
+        name = self._store.unique("engine")
+        self._store.set_key(f"{name}/begins/{self.rank}")
         for rank in range(self.size):
-            wait_for(f"{name}/begins/{rank}")
-        with self.waiting("the other processes to begin"):
+            self._store.wait_for_key(f"{name}/begins/{rank}")
+        with self.waiting_for("the other processes to begin"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.uses_nccl else "gloo",
-                store=PrefixStore(name, start_store()),
+                store=PrefixStore(name, self._store.open()),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self.timeout,
             )
 
-    def _answer(self) -> None:
-        """Answer a roll call, in a thread: this process may itself be waiting for another."""
-        with contextlib.suppress(RuntimeError, ProcessLost):  # the table is gone
-            store = another_connection()
-            while not self._leaves.wait(_LOOKS_EVERY_S):
-                if holds(store, _ROLL_CALL):
-                    put(store, f"alive/{self.rank}")
-                    return
-
-    def own(self, count: int) -> range:
-        """Return which of `count` things, dealt out evenly, are this process's."""
-        share = count // self.size
-        return range(self.rank * share, (self.rank + 1) * share)
-
-    def groups(self, ranks: Sequence[Sequence[int]]) -> Any:
-        """Make groups that share out the processes; return this process's."""
-        every = [list(group) for group in ranks]
-        group, _ = dist.new_subgroups_by_enumeration(every, timeout=self.timeout)
+    def new_group(self, ranks: Sequence[Sequence[int]]) -> Any:
+        """Divide the processes into groups; return the group of this process."""
+        lists = [list(group) for group in ranks]
+        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
         return group
 
-    def add_up(self, values: Tensor, what: str = "the losses of all processes") -> Tensor:
-        """Return the sum over all processes."""
+    def sum(self, values: Tensor, what: str = "the losses of all processes") -> Tensor:
+        """Return the sum over all processes, computed in place."""
         if self.is_connected:
-            with self.waiting(what):
+            with self.waiting_for(what):
                 dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return bool(self.add_up(torch.tensor([float(flag)]), "the end of everyone's step") > 0)
+        if not self.is_connected:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)]), "the end of everyone's step") > 0)
 
     def concatenate(self, parts: Tuple[Tensor, ...], group: Any = None) -> Tuple[Tensor, ...]:
-        """Put the rows of the processes of a group one after another, on the CPU."""
+        """Concatenate the rows of all processes of a group, on the CPU."""
         if not self.is_connected:
             return parts
-        every: List[Any] = [None] * dist.get_world_size(group)
-        with self.waiting("the scores of the other replicas"):
-            dist.all_gather_object(every, parts, group=group)
-        return tuple(torch.cat(column) for column in zip(*every))
+        gathered: List[Any] = [None] * dist.get_world_size(group)
+        with self.waiting_for("the scores of the other replicas"):
+            dist.all_gather_object(gathered, parts, group=group)
+        return tuple(torch.cat(column) for column in zip(*gathered))
 
     @contextlib.contextmanager
-    def waiting(self, what: str, detail: Callable[[], str] = str) -> Iterator[None]:
-        """Turn an error of the connection into a message that names who is missing.
+    def waiting_for(self, what: str, detail: Callable[[], str] = str) -> Iterator[None]:
+        """Turn a connection error into a message that names the missing process.
 
         Parameters
         ----------
         what
-            What is waited for, in words.
+            Words for what this process waits for.
         detail
-            Says more, where more is known when it fails.
+            Called on failure; returns more exact words, or an empty string.
 
         Raises
         ------
@@ -431,44 +378,57 @@ class Processes:
             yield
         except RuntimeError as error:
             text = str(error)
-            if not self.is_connected or not (_TIMEOUT.search(text) or _BROKEN.search(text)):
+            timed_out = bool(_TIMEOUT.search(text))
+            if not self.is_connected or not (timed_out or _BROKEN.search(text)):
                 raise
-            in_time = not _TIMEOUT.search(text)
-            raise ProcessLost(self._who_is_missing(detail() or what, in_time)) from error
+            raise ProcessLost(self._loss_message(detail() or what, timed_out)) from error
 
-    def _who_is_missing(self, what: str, in_time: bool) -> str:
-        """Ask all processes for a sign of life; those that give none are the cause."""
-        silent = set(range(self.size)) - {self.rank}
-
-        def call_the_roll() -> None:
-            store = start_store()
-            put(store, _ROLL_CALL)
-            deadline = time.monotonic() + _ROLL_CALL_S
-            while silent and time.monotonic() < deadline and not somebody_spoke():
-                silent.difference_update(r for r in list(silent) if holds(store, f"alive/{r}"))
-                time.sleep(0.05)
-
-        if_answered(call_the_roll, None, 2 * _ROLL_CALL_S)
-        lost = ", ".join(self.roles[rank] for rank in sorted(silent)) or "none of them"
-        if in_time:
+    def _loss_message(self, what: str, timed_out: bool) -> str:
+        missing = ", ".join(self.roles[rank] for rank in self._call_roll()) or "none of them"
+        if timed_out:
             return (
-                f"{self.roles[self.rank]} lost the connection while it waited for {what}. No sign"
-                f" of life from: {lost}. Was it killed, or its host out of memory? Go on from the"
-                " last checkpoint with --resume (torchrun --max-restarts does so by itself)."
+                f"{self.roles[self.rank]} waited longer than engine.timeout_s="
+                f"{self.timeout.total_seconds():g} for {what}. No sign of life from: {missing}."
+                " Raise engine.timeout_s if that process was working, and resume with --resume."
             )
         return (
-            f"{self.roles[self.rank]} waited longer than engine.timeout_s="
-            f"{self.timeout.total_seconds():g} for {what}. No sign of life from: {lost}. Raise"
-            " engine.timeout_s if that was at work, and go on with --resume."
+            f"{self.roles[self.rank]} lost the connection while it waited for {what}. No sign"
+            f" of life from: {missing}. Was it killed, or its host out of memory? Resume from the"
+            " last checkpoint with --resume (torchrun --max-restarts does so automatically)."
         )
 
+    def _call_roll(self) -> List[int]:
+        """Ask all processes for a sign of life; return the ranks that give none."""
+        silent = set(range(self.size)) - {self.rank}
+
+        def call() -> None:
+            self._store.set_key(_ROLL_CALL)
+            deadline = time.monotonic() + _ROLL_CALL_S
+            while silent and time.monotonic() < deadline and not self._store.has_error():
+                for rank in list(silent):
+                    if self._store.has_key(f"alive/{rank}"):
+                        silent.discard(rank)
+                time.sleep(_POLL_S)
+
+        _with_timeout(call, None, 2 * _ROLL_CALL_S)
+        return sorted(silent)
+
+    def _answer_roll_call(self) -> None:
+        """Run in a thread: the main thread may be waiting for another process."""
+        with contextlib.suppress(RuntimeError, ProcessLost):  # the store is gone
+            store = self._store.connect_again()
+            while not self._closed.wait(_ROLL_CALL_INTERVAL_S):
+                if _has_key(store, _ROLL_CALL):
+                    _set_key(store, f"alive/{self.rank}")
+                    return
+
     def close(self, *, failed: bool = False) -> None:
-        """Leave the group; after a failure NCCL's is left to the process's end, lest it waits."""
+        """Leave the group. After a failure NCCL's group is kept so that shutdown does not block."""
         if self._answering.is_alive():
-            self._leaves.set()
-            self._answering.join(_LOOKS_EVERY_S)  # it may be asking a table out of reach
+            self._closed.set()
+            self._answering.join(_ROLL_CALL_INTERVAL_S)  # the store may be out of reach
         if self.is_connected and dist.is_initialized() and not (failed and self.uses_nccl):
-            # A thread of gloo frees the last tensor, for which it needs the interpreter; torch 2.0
-            # holds the interpreter while it waits for that thread to end, and would for ever.
-            time.sleep(_LETS_GO_S)
+            # A thread of gloo needs the interpreter to free the last tensor. torch 2.0 holds the
+            # interpreter while it waits for that thread to end, which would block forever.
+            time.sleep(_FREE_S)
             dist.destroy_process_group()

@@ -1,62 +1,95 @@
-"""Which of a run's processes this is, as the launcher's environment variables say.
-
-`torchrun` (or a scheduler that sets the same variables) starts the processes of the torch and
-pipeline engines, `poprun` those of the poptorch engine. Imports no torch.
-"""
+"""Which of a run's processes this is, from the launcher's environment variables."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Optional
 
 __all__ = ["Launch"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes of a run, and this one among them.
+    """Rank of this process among the processes of a run; by default it is the only one.
 
     Attributes
     ----------
     rank, world_size
-        Which process this is of how many, over all hosts.
-    local_rank
-        Which it is on its host.
-    by_torchrun
-        Whether torch can connect the processes; poprun's are connected by popdist.
+        Over all hosts.
+    local_rank, local_world_size
+        On this host; `local_world_size` is None where the launcher does not set it.
+    launcher
+        ``"torchrun"`` (or a scheduler that sets the same variables), ``"poprun"`` (or another
+        caller of mpirun), or empty.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    by_torchrun: bool = False
+    local_world_size: Optional[int] = None
+    launcher: str = ""
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read the variables of torchrun, else of poprun (mpirun); one process without either."""
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        """Read the variables of torchrun, else those of Open MPI, which poprun starts."""
+        variables = os.environ
+        if "RANK" in variables and "WORLD_SIZE" in variables:
+            local = variables.get("LOCAL_WORLD_SIZE")
             return cls(
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
-                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-                by_torchrun=True,
+                rank=int(variables["RANK"]),
+                world_size=int(variables["WORLD_SIZE"]),
+                local_rank=int(variables.get("LOCAL_RANK", "0")),
+                local_world_size=None if local is None else int(local),
+                launcher="torchrun",
             )
-        return cls(
-            rank=int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")),
-            world_size=int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")),
-        )
+        if "OMPI_COMM_WORLD_SIZE" in variables:
+            return cls(
+                rank=int(variables.get("OMPI_COMM_WORLD_RANK", "0")),
+                world_size=int(variables["OMPI_COMM_WORLD_SIZE"]),
+                launcher="poprun",
+            )
+        return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run and speaks for all."""
+        """Whether this process writes the run and prints for all."""
         return self.rank == 0
 
     @property
     def has_others(self) -> bool:
-        """Whether there are other processes, whoever connects them."""
+        """Whether there are other processes, however they are connected."""
         return self.world_size > 1
 
     @property
     def is_connected(self) -> bool:
-        """Whether there are other processes that torch can reach."""
-        return self.by_torchrun and self.world_size > 1
+        """Whether there are other processes that torch.distributed can reach."""
+        return self.launcher == "torchrun" and self.world_size > 1
+
+    @property
+    def local_replicas(self) -> Optional[int]:
+        """Replicas that poprun assigns to this process; None where poprun did not start it."""
+        if self.launcher != "poprun":
+            return None
+        try:
+            import popdist
+        except ImportError:
+            return None
+        if not popdist.isPopdistEnvSet():
+            return None
+        _init_popdist()
+        replicas: int = popdist.getNumLocalReplicas()
+        return replicas
+
+    def own(self, replicas: int) -> range:
+        """Return the replicas of this process if they are divided evenly over all processes."""
+        share = replicas // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+
+@lru_cache(maxsize=None)
+def _init_popdist() -> None:
+    import popdist
+
+    popdist.init()

@@ -1,4 +1,4 @@
-"""What the engines on torch's own devices share: data, updates, mixed precision, state."""
+"""Training on torch's devices: the updates of all torch engines, and the data-parallel engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterable, List, Tuple, Union
 
 import numpy as np
 import torch
@@ -22,77 +22,74 @@ from cxr_vit.engines.base import (
     Engine,
     EngineState,
     StepOutput,
-    in_one_line,
+    check_batch,
     leave_the_process_group,
     process_peak_gib,
+    with_user_errors,
 )
-from cxr_vit.engines.devices import Placement
-from cxr_vit.engines.ipu.optimizer import check_kind, torch_slots
-from cxr_vit.engines.optim import build_optimizer
-from cxr_vit.engines.process_group import Processes
+from cxr_vit.engines.devices import DeviceChoice
+from cxr_vit.engines.optim import build_optimizer, check_kind, torch_slots
+from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 
-__all__ = ["TorchBase", "TorchEngine"]
+__all__ = ["TorchEngine", "TorchEngineBase"]
 
 
-_GIB = 2**30
-
-
-class TorchBase(Engine):
-    """An engine that computes with torch in this process, alone or beside others.
+class TorchEngineBase(Engine):
+    """Everything but the forward and backward pass: data, updates, mixed precision, state.
 
     Parameters
     ----------
     model
-        The staged model; what it holds is moved to the device.
-    config
-        The configuration.
-    placement
-        Device and arithmetic.
-    processes
-        The processes of the run.
-    own
-        Which replicas this process computes, or takes part in.
+        What it holds is moved to the device.
+    own_replicas
+        The replicas that this process computes or takes part in.
+    scaler
+        Loss scaler, disabled unless the precision is fp16.
+    compile_size
+        Samples of the pass that `compile` makes.
 
     Attributes
     ----------
     reads_images
-        Whether this process needs their pixels.
+        Whether this process needs the pixels.
     """
 
     def __init__(
         self,
         model: StagedViT,
         config: Config,
-        placement: Placement,
-        processes: Processes,
-        own: range,
+        batch: BatchPlan,
+        device: DeviceChoice,
+        group: ProcessGroup,
+        *,
+        own_replicas: range,
+        scaler: Any,
+        compile_size: int,
     ) -> None:
-        super().__init__(BatchPlan.from_section(config.batch))
-        self.placement = placement
-        self.processes = processes
-        self.own = own
-        self.local_batch = replace(self.batch, replicas=len(own))
-        self.is_main = processes.rank == 0
+        super().__init__(batch)
+        self.local_batch = replace(batch, replicas=len(own_replicas))
+        self.own_replicas = own_replicas
+        self.is_main = group.rank == 0
+        self.group = group
+        self.device = device.device
+        self.device_choice = device
         self.reads_images = True
-        self.model = model.place(placement.device)
+        self.model = model.to_device(self.device)
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = build_optimizer(self.model.hub_parameters(), config.optim)
         self.optimizer_kind = f"torch.{type(self.optimizer).__name__}"
-        if placement.precision == "fp32":
-            # Else cuDNN runs the patch embedding in TF32, with 10 bits of mantissa.
-            torch.backends.cudnn.allow_tf32 = False
+        self.scaler = scaler
+        self.compile_size = compile_size
         self.seed = config.run.seed
         self.num_workers = config.data.num_workers
         self.updates = 0
-        self._scaler: Any
-
-    def agree(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return self.processes.any(flag) if self.processes.is_connected else flag
+        if device.precision == "fp32":
+            # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
+            torch.backends.cudnn.allow_tf32 = False
 
     def loader(
         self,
@@ -101,103 +98,105 @@ class TorchBase(Engine):
         *,
         training: bool,
     ) -> Iterable[Batch]:
-        """Return the host batches, the last one of an evaluation filled up with padding."""
+        """Return the host batches; the last one of an evaluation is padded."""
         batch = self.batch
         draws = ReplicaSampler(
             sampler,
             host_batch_size=None if training else batch.eval_host_batch_size,
             micro_batch_size=batch.micro_batch_size if training else batch.eval_micro_batch_size,
             replicas=batch.replicas,
-            own=self.own,
+            own=self.own_replicas,
         )
         loader: DataLoader[Any] = DataLoader(
             dataset if self.reads_images else dataset.without_images(),
             batch_sampler=draws,
             num_workers=self.num_workers if self.reads_images else 0,
             collate_fn=collate,
-            pin_memory=self.placement.device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_the_process_group,
         )
-        return in_one_line(loader)
+        return with_user_errors(loader)
 
-    def _train_step(self, batch: Batch, lr: float) -> StepOutput:
+    def compile(self, example: Batch) -> float:
+        """Run one forward and backward pass without an update, which allocates and connects."""
+        check_batch(example, self.local_batch.global_batch_size)
+        start = time.perf_counter()
+        size = self.compile_size
+        self.model.train()
+        images, labels = self.to_device(example.images[:size], example.labels[:size])
+        self.forward_backward(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
+        """Make the weight updates of one host batch."""
+        size = self.local_batch.global_batch_size
+        check_batch(batch, size)
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images, labels = self._to_device(batch.images, batch.labels)
-        size = self.local_batch.global_batch_size
+        images, labels = self.to_device(batch.images, batch.labels)
         losses: List[Tensor] = []
         norms: List[Tensor] = []
         for start in range(0, len(labels), size):
             update = slice(start, start + size)
             self._seed_dropout()
-            losses.append(self._accumulate(images[update], labels[update]))
-            norms.append(self._update())
-        # The one synchronisation of a host call.
-        both = torch.stack([*losses, *norms]).float().cpu()
-        shares, norm = both.split(len(losses))
-        num_samples = len(losses) * self.batch.global_batch_size
-        return StepOutput(self.processes.add_up(shares), norm, num_samples)
+            losses.append(self.forward_backward(images[update], labels[update]))
+            with self.group.waiting_for("the gradients of all processes"):
+                self.scaler.unscale_(self.optimizer)
+            norm = self.clip_gradients()
+            if self.scaler.is_enabled():  # which skips an update where fp16 overflows
+                norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
+            norms.append(norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.updates += 1
+        # The only synchronisation of a host call.
+        shares, norm = torch.stack([*losses, *norms]).float().cpu().split(len(losses))
+        return StepOutput(self.group.sum(shares), norm, len(losses) * self.batch.global_batch_size)
 
     @abstractmethod
-    def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Add up the gradients of one global batch, or of this process's part of it.
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradients of this process's part of one global batch.
 
         Returns
         -------
         Tensor
-            This process's share of the batch's mean loss, a scalar still on the device: the sum
-            over the processes is the mean.
+            This process's share of the batch's mean loss, a scalar on the device. The sum over
+            the processes is the mean.
         """
 
     @abstractmethod
-    def _clip(self) -> Tensor:
-        """Clip the gradient to `max_grad_norm`; return its norm before, still on the device."""
-
-    def _update(self) -> Tensor:
-        """Clip, step, clear; return the gradient norm before clipping, still on the device.
-
-        It is 0 for an update that the loss scaler skips, as fp16 now and then overflows.
-        """
-        with self.processes.waiting("the gradients of all processes"):
-            self._scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        if self._scaler.is_enabled():
-            norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        return norm
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to `max_grad_norm`; return their norm before, on the device."""
 
     def _seed_dropout(self) -> None:
-        """Make dropout a pure function of the update, so that a resumed run repeats it unsaved.
+        """Make dropout a function of the update, so that a resumed run repeats it without state.
 
-        Each process has its own, as each computes other samples or other layers.
+        Each process has its own seed: it computes other samples or other layers.
         """
-        seeds = (self.seed, self.updates, self.processes.rank)
+        seeds = (self.seed, self.updates, self.group.rank)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return multi_label_loss(logits, labels)
-
-    def _autocast(self) -> ContextManager[Any]:
-        if self.placement.precision == "fp32":
+    def autocast(self) -> ContextManager[Any]:
+        """Return the context of a forward pass."""
+        if self.device_choice.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.placement.device.type, dtype=self.placement.dtype)
+        return torch.autocast(self.device.type, dtype=self.device_choice.dtype)
 
-    def _to_device(self, *tensors: Tensor) -> Iterator[Tensor]:
-        return (tensor.to(self.placement.device, non_blocking=True) for tensor in tensors)
+    def to_device(self, *tensors: Tensor) -> Tuple[Tensor, ...]:
+        """Copy to the device without waiting."""
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
-    def _synchronise(self) -> None:
-        if self.placement.device.type == "cuda":
-            torch.cuda.synchronize(self.placement.device)
-
-    def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
-        return self.processes.concatenate(parts)
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.group.any(flag)
 
     def state_dict(self) -> EngineState:
-        """Return copies of weights, optimizer slots and counters held here, on the CPU."""
+        """Return copies of the weights, optimizer slots and counters of this process."""
         slots = {
             name: {
                 slot: torch.as_tensor(value).detach().cpu().clone()
@@ -206,11 +205,11 @@ class TorchBase(Engine):
             for name, parameter in self.model.hub_parameters()
             if parameter in self.optimizer.state
         }
-        scalars = {"updates": float(self.updates), **self._scaler.state_dict()}
+        scalars = {"updates": float(self.updates), **self.scaler.state_dict()}
         return EngineState(self.model.weights(), slots, self.optimizer_kind, scalars)
 
     def load_state_dict(self, state: EngineState) -> None:
-        """Take up weights, optimizer slots and counters."""
+        """Load weights, optimizer slots and counters."""
         check_kind(state.optimizer_kind, self.optimizer_kind)
         self.model.load_weights(state.weights)
         self.optimizer.state.clear()
@@ -219,116 +218,118 @@ class TorchBase(Engine):
                 raise CheckpointError(f"the checkpoint lacks the optimizer state of {name}.")
             if name in state.optimizer:
                 self.optimizer.state[parameter] = {
-                    # AdamW keeps its step count on the CPU, whatever the parameter's device.
+                    # AdamW keeps its step count on the CPU for parameters on any device.
                     slot: value.clone() if slot == "step" else value.to(parameter, copy=True)
                     for slot, value in torch_slots(state.optimizer[name]).items()
                 }
         self.updates = int(state.scalars.get("updates", 0))
-        scaler = {key: state.scalars.get(key) for key in self._scaler.state_dict()}
-        if None not in scaler.values():  # else from an engine that had no such scaler
-            self._scaler.load_state_dict(scaler)
+        scaler = {key: state.scalars.get(key) for key in self.scaler.state_dict()}
+        if None not in scaler.values():  # else it is of an engine without such a scaler
+            self.scaler.load_state_dict(scaler)
 
     def device_stats(self) -> Dict[str, float]:
-        """Return the peak memory: the device's on a GPU, the process's on a CPU."""
-        if self.placement.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.placement.device) / _GIB
+        """Return the peak memory of the GPU, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
         else:
             peak = process_peak_gib()
         return {"perf/peak_memory_gib": peak}
 
     def close(self) -> None:
-        """Leave the other processes."""
-        self.processes.close(failed=self.failed)
+        """Leave the process group."""
+        self.group.close(failed=self.failed)
 
 
-class TorchEngine(TorchBase):
-    """Train and score on one torch device a process.
-
-    Parameters
-    ----------
-    model
-        The staged model; moved to the device.
-    config
-        The configuration.
-    placement
-        Device and arithmetic.
-    processes
-        The processes of the run; they share the replicas out.
-    """
+class TorchEngine(TorchEngineBase):
+    """Train and score the whole model on one device per process; processes share the replicas."""
 
     def __init__(
-        self, model: StagedViT, config: Config, placement: Placement, processes: Processes
+        self,
+        model: StagedViT,
+        config: Config,
+        batch: BatchPlan,
+        device: DeviceChoice,
+        group: ProcessGroup,
     ) -> None:
-        own = processes.own(config.batch.replicas)
-        super().__init__(model, config, placement, processes, own)
-        self._scaler = _grad_scaler(placement)
-        self._synchronised: Any = self.model
-        if processes.is_connected:
-            self._synchronised = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        super().__init__(
+            model,
+            config,
+            batch,
+            device,
+            group,
+            own_replicas=group.launch.own(batch.replicas),
+            scaler=_grad_scaler(device),
+            compile_size=batch.micro_batch_size,
+        )
+        self._parallel: Any = self.model
+        if group.is_connected:
+            self._parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def describe(self) -> str:
-        """Say in a line what computes, in which arithmetic, and why."""
-        device = self.placement.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        count = self.processes.size
+        """Return a line about the device, the precision and the reason for both."""
+        choice, count = self.device_choice, self.group.size
         processes = f" in {count} processes" if count > 1 else ""
         return (
-            f"torch engine on {name}{processes} in {self.placement.precision}"
-            f" ({self.placement.reason}; choose with engine.device=cpu|cuda and"
-            " engine.precision=fp32|bf16|fp16)"
+            f"torch engine on {choice.name}{processes} in {choice.precision} ({choice.reason};"
+            " choose with engine.device=cpu|cuda and engine.precision=fp32|bf16|fp16)"
         )
 
-    def _compile(self, example: Batch) -> float:
-        """Run one forward and backward pass without an update, so that allocations are done."""
-        start = time.perf_counter()
-        size = self.batch.micro_batch_size
-        self.model.train()
-        images, labels = self._to_device(example.images[:size], example.labels[:size])
-        with self.processes.waiting("the other replicas' first pass"):
-            self._forward_loss(images, labels).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._synchronise()
-        return time.perf_counter() - start
+    def facts(self) -> Dict[str, Any]:
+        """Return what `describe` tells as fields; the model is one stage."""
+        return {
+            "name": "torch",
+            "device": self.device_choice.name,
+            "precision": self.device_choice.precision,
+            "processes": self.group.size,
+            "replicas": self.batch.replicas,
+            "stages": 1,
+        }
 
-    def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
-        total = torch.zeros((), device=self.placement.device)
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradients micro-batch by micro-batch; exchange them with the last one."""
+        total = torch.zeros((), device=self.device)
         size = self.batch.micro_batch_size
         starts = range(0, len(images), size)
-        with self.processes.waiting("the gradients of the other replicas"):
+        with self.group.waiting_for("the gradients of the other replicas"):
             for start in starts:
+                part = slice(start, start + size)
                 with self._no_exchange() if start != starts[-1] else contextlib.nullcontext():
-                    loss = self._forward_loss(
-                        images[start : start + size], labels[start : start + size]
-                    )
-                    self._scaler.scale(loss / len(starts)).backward()
+                    loss = self._loss(images[part], labels[part])
+                    self.scaler.scale(loss / len(starts)).backward()
                 total += loss.detach()
-        return total / (len(starts) * self.processes.size)
+        return total / (len(starts) * self.group.size)
 
     def _no_exchange(self) -> Any:
-        """Return a context in which gradients are only added up here."""
-        if self.processes.is_connected:
-            return self._synchronised.no_sync()
+        if self.group.is_connected:
+            return self._parallel.no_sync()
         return contextlib.nullcontext()
 
-    def _clip(self) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            logits = self._parallel(images)
+        return multi_label_loss(logits, labels)
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients, which are the same in all processes."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
 
-    def _forward_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast():
-            logits = self._synchronised(images)
-        return self._loss(logits, labels)
-
-    def _predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a host batch, computed micro-batch by micro-batch."""
+        size = self.batch.eval_micro_batch_size
+        check_batch(batch, size)
         self.model.eval()
-        images = batch.images.to(self.placement.device, non_blocking=True)
-        with torch.inference_mode(), self._autocast():
-            logits = [self.model(part) for part in images.split(self.batch.eval_micro_batch_size)]
+        (images,) = self.to_device(batch.images)
+        with torch.inference_mode(), self.autocast():
+            logits = [self.model(part) for part in images.split(size)]
         return torch.cat(logits).float().cpu()
 
+    def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Concatenate the rows of all processes."""
+        return self.group.concatenate(parts)
 
-def _grad_scaler(placement: Placement) -> Any:
-    """Return a loss scaler, which does nothing unless the arithmetic is fp16."""
-    enabled = placement.precision == "fp16"
+
+def _grad_scaler(device: DeviceChoice) -> Any:
+    enabled = device.precision == "fp16"
     if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(placement.device.type, enabled=enabled)
+        return torch.amp.GradScaler(device.device.type, enabled=enabled)
     return torch.cuda.amp.GradScaler(enabled=enabled)

@@ -12,7 +12,6 @@ from cxr_vit.config import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.choice import build_engine
 from cxr_vit.model.stages import StagedViT
 
 STEPS = 16  # of 10 images of 48: three epochs, the changes of which lie inside a batch
@@ -48,7 +47,7 @@ def stream(
         start_step=start_step,
         total_steps=STEPS,
     )
-    with build_engine(config, model) as engine:
+    with engine_of(config, model) as engine:
         engine.num_workers = num_workers
         return list(engine.loader(training, sampler, training=True))
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import engine_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.choice import build_engine
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import hub_name
 from cxr_vit.training.schedule import LearningRate
@@ -33,7 +33,7 @@ def run(config):
     model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     rate = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
     losses, step = [], 0
-    with build_engine(config, model) as engine:
+    with engine_of(config, model) as engine:
         for batch in engine.loader(
             data.dataset("train"), host_batches(config, data), training=True
         ):

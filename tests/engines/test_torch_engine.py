@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import engine_of as build
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.base import EngineState
-from cxr_vit.engines.choice import build_engine
 from cxr_vit.errors import CheckpointError, ConfigError, DataError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
@@ -18,7 +18,7 @@ needs_scaler = pytest.mark.skipif(
 
 def engine_of(config):
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1))
-    return build_engine(config, model)
+    return build(config, model)
 
 
 def random_batch(size, seed=0):
@@ -153,10 +153,10 @@ def test_fp16_keeps_its_loss_scale_in_the_state(make_config):
     config = make_config("engine.precision=fp16")
     engine = engine_of(config)
     train(engine)
-    engine._scaler.update(1024.0)
+    engine.scaler.update(1024.0)
     other = engine_of(config)
     other.load_state_dict(engine.state_dict())
-    assert other._scaler.get_scale() == 1024.0
+    assert other.scaler.get_scale() == 1024.0
 
 
 def test_state_of_an_engine_goes_on_in_another_bit_for_bit(make_config):
@@ -211,7 +211,7 @@ def test_sgd_with_momentum_goes_on_bit_for_bit(make_config):
 
 
 def test_lamb_is_refused(make_config):
-    with pytest.raises(ConfigError, match=r"optim\.name=lamb is PopTorch's own"):
+    with pytest.raises(ConfigError, match=r"optim\.name=lamb exists only in PopTorch"):
         engine_of(make_config("optim.name=lamb"))
 
 

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
+from conftest import engine_of
 
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.engines.choice import build_engine
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.checkpoint import CheckpointStore
@@ -57,7 +57,7 @@ def make_trainer(make_config, tmp_path):
         durations = Durations.from_section(config.train, batch, len(training))
         upcoming = iter(scores)
         return Trainer(
-            engine=build_engine(config, model),
+            engine=engine_of(config, model),
             train=training,
             val=data.dataset("val"),
             durations=durations,

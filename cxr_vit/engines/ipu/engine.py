@@ -24,10 +24,10 @@ from cxr_vit.engines.base import (
     Engine,
     EngineState,
     StepOutput,
-    in_one_line,
+    check_batch,
     leave_the_process_group,
     process_peak_gib,
-    start_fork_server,
+    with_user_errors,
 )
 from cxr_vit.engines.ipu.graphs import (
     ExecutableCache,
@@ -35,15 +35,16 @@ from cxr_vit.engines.ipu.graphs import (
     cast_weights_to_input,
     graph_shape,
 )
-from cxr_vit.engines.ipu.instances import Instances
-from cxr_vit.engines.ipu.loader import LoaderProcessDataset, RowSampler
-from cxr_vit.engines.ipu.optimizer import check_kind, from_poptorch, to_poptorch
+from cxr_vit.engines.ipu.loader import LoaderProcessDataset, RowSampler, start_fork_server
+from cxr_vit.engines.ipu.optimizer import from_poptorch, to_poptorch
 from cxr_vit.engines.ipu.options import (
     inference_options,
     moment_dtypes,
     poptorch_optimizer,
     training_options,
 )
+from cxr_vit.engines.optim import check_kind
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.model.stages import StagedViT
 
@@ -72,18 +73,26 @@ class PopTorchEngine(Engine):
     """
 
     def __init__(
-        self, model: StagedViT, config: Config, *, reason: str, offline: bool = False
+        self,
+        model: StagedViT,
+        config: Config,
+        batch: BatchPlan,
+        launch: Launch,
+        *,
+        reason: str,
+        offline: bool = False,
     ) -> None:
-        super().__init__(BatchPlan.from_section(config.batch))
+        super().__init__(batch)
         self.config = config
         self.reason = reason
         self.place = "IPU"
         self.precision = "fp16" if config.engine.precision == "auto" else config.engine.precision
-        self.instances = Instances.from_environment()
-        self.instances.check(config)
-        self.is_main = self.instances.index == 0
-        own = self.instances.own(self.batch.replicas)
-        self.local_batch = replace(self.batch, replicas=len(own))
+        # popdist connects the processes of poprun; without it this process computes all replicas.
+        self.by_poprun = launch.local_replicas is not None
+        self.launch = launch if self.by_poprun else Launch()
+        self.is_main = self.launch.is_main
+        self.own = self.launch.own(batch.replicas)
+        self.local_batch = replace(batch, replicas=len(self.own))
         self.model = model.half() if config.engine.weights == "fp16" else model
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
@@ -105,7 +114,12 @@ class PopTorchEngine(Engine):
         config = self.config
         cache = ExecutableCache(config.engine.executable_cache, graph_shape(config, self.model))
         path = None if cache.path is None else str(cache.path)
-        settings: Dict[str, Any] = {"precision": self.precision, "cache": path, "offline": offline}
+        settings: Dict[str, Any] = {
+            "precision": self.precision,
+            "cache": path,
+            "offline": offline,
+            "by_poprun": self.by_poprun,
+        }
         return IpuGraphs(
             self.model,
             self.model.recut(StagePlan.from_list(eval_layers(config))),
@@ -123,12 +137,24 @@ class PopTorchEngine(Engine):
         stages = max(self.model.plan.num_stages, len(eval_layers(self.config)))
         reserved = reserved_ipus(stages, replicas)
         weights = f"{self.precision} with {self.config.engine.weights} weights"
-        processes = "" if self.instances.count == 1 else f" by {self.instances.count} processes"
+        count = self.launch.world_size
+        processes = f" by {count} processes" if count > 1 else ""
         return (
             f"poptorch engine on {stages * replicas} IPUs ({replicas} x {stages} stages"
             f"{processes}, {reserved} reserved) in {weights} ({self.reason}; choose with"
             " engine.name=torch|poptorch, engine.precision=fp16|fp32, engine.weights=fp32|fp16)"
         )
+
+    def facts(self) -> Dict[str, Any]:
+        """Return what `describe` tells as fields."""
+        return {
+            "name": "poptorch",
+            "device": "IPU",
+            "precision": self.precision,
+            "processes": self.launch.world_size,
+            "replicas": self.batch.replicas,
+            "stages": self.model.plan.num_stages,
+        }
 
     # Data
 
@@ -158,7 +184,7 @@ class PopTorchEngine(Engine):
             host_batch_size=batch.host_batch_size if training else batch.eval_host_batch_size,
             micro_batch_size=micro_batch,
             replicas=batch.replicas,
-            own=self.instances.own(batch.replicas),
+            own=self.own,
         )
         workers = self.config.data.num_workers
         # A validation is over sooner than an asynchronous loader's process has started.
@@ -189,7 +215,7 @@ class PopTorchEngine(Engine):
         )
         loader = self.graphs.guarded("starting the loader", make_loader)
         self._loaders.append(loader)
-        return in_one_line(self._batches(loader, mode))
+        return with_user_errors(self._batches(loader, mode))
 
     def _check_whole_calls(self, sampler: TrainingSampler) -> None:
         left, iterations = sampler.total_steps - sampler.start_step, sampler.device_iterations
@@ -220,8 +246,9 @@ class PopTorchEngine(Engine):
 
     # Computation
 
-    def _compile(self, example: Batch) -> float:
+    def compile(self, example: Batch) -> float:
         """Compile both graphs, inference first: training then keeps the device."""
+        check_batch(example, self.local_batch.global_batch_size)
         start = time.perf_counter()
         size = self.local_batch.eval_host_batch_size
         self.graphs.inference(example.images.new_zeros(size, *example.images.shape[1:]))
@@ -242,7 +269,9 @@ class PopTorchEngine(Engine):
             return []
         return [layer for kept in plan.kept_layers(pipeline.recompute) for layer in kept]
 
-    def _train_step(self, batch: Batch, lr: float) -> StepOutput:
+    def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
+        """Make the weight updates of one host batch."""
+        check_batch(batch, self.local_batch.global_batch_size)
         executor = self._training(batch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -252,21 +281,30 @@ class PopTorchEngine(Engine):
         self.updates += iterations
         # [device iteration][accumulation][replica], one loss a micro-batch
         means = losses.float().reshape(iterations, -1).mean(dim=1)
-        num_samples = len(batch.images) * self.instances.count
-        return StepOutput(self.instances.mean(means), None, num_samples)
+        num_samples = len(batch.images) * self.launch.world_size
+        (every,) = self.gather(means.unsqueeze(0))
+        return StepOutput(every.mean(dim=0), None, num_samples)
 
-    def _predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the logits of a host batch."""
+        check_batch(batch, self.batch.eval_micro_batch_size)
         executor = self.graphs.inference(batch.images)
         logits: Tensor = self.graphs.guarded("scoring", executor, batch.images)
         return logits.float()
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        (flags,) = self.instances.gather(torch.tensor([float(flag)]))
+        (flags,) = self.gather(torch.tensor([float(flag)]))
         return bool(flags.any())
 
-    def _gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
-        return self.instances.gather(*parts)
+    def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
+        """Concatenate the rows of all processes; they may have unequal numbers of them."""
+        if not self.launch.has_others:
+            return parts
+        import horovod.torch as horovod
+
+        horovod.init()
+        return tuple(horovod.allgather(part) for part in parts)
 
     # State
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+from multiprocessing import forkserver
 from typing import Any, Dict, Iterator, Sequence
 
 from torch.utils.data import Dataset
@@ -11,7 +13,20 @@ from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample
 from cxr_vit.data.sampler import ReplicaSampler
 from cxr_vit.engines.base import leave_the_process_group
 
-__all__ = ["LoaderProcessDataset", "RowSampler"]
+__all__ = ["LoaderProcessDataset", "RowSampler", "start_fork_server"]
+
+
+def start_fork_server() -> None:
+    """Start the process that an asynchronous loader's process is forked from, SIGTERM ignored.
+
+    It stays in the process group, where a signal to the group would end the loader. Its children
+    restore the signal (`leave_the_process_group`).
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LoaderProcessDataset(Dataset[Sample]):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from cxr_vit.config.ipu_rules import check_ipu
+from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import label_names
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.ipu.engine import PopTorchEngine
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DeviceError
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.planner.estimate import preflight
 
 __all__ = ["compile_offline"]
 
 
-def compile_offline(config: Config) -> str:
+def compile_offline(config: Config, launch: Launch) -> str:
     """Compile both graphs into `engine.executable_cache`; say in a line what was done.
 
     Weights are sent when a graph is attached, so neither data nor a trained head is needed.
@@ -38,12 +39,12 @@ def compile_offline(config: Config) -> str:
         )
     if config.engine.log_cycles:
         raise ConfigError("engine.log_cycles=true takes an IPU: leave it out with --compile-only.")
-    preflight(config, "poptorch")
     names = label_names(include_no_finding=config.data.include_no_finding)
-    choice = choose_engine(config, offline=True)
+    choice = choose_engine(config, launch, offline=True)
     prevalence = np.full(len(names), 0.5)
     model = StagedViT.from_config(config, names=names, prevalence=prevalence, for_ipu=True)
-    with build_engine(config, model, choice, offline=True) as engine:
+    batch = BatchPlan.from_section(config.batch)
+    with build_engine(config, model, choice, batch, launch, offline=True) as engine:
         size = engine.local_batch.host_batch_size
         example = Batch.zeros(size, image_size=config.data.image_size, num_classes=len(names))
         seconds = engine.compile(example)

@@ -12,15 +12,10 @@ from typing import Any, Dict, Mapping
 import torch
 from torch import Tensor
 
-from cxr_vit.errors import CheckpointError
-
-__all__ = ["check_kind", "from_poptorch", "to_poptorch", "torch_slots"]
+__all__ = ["from_poptorch", "to_poptorch"]
 
 
 Slots = Dict[str, Dict[str, Tensor]]
-
-#: Optimizers whose moments another's can be taken for.
-_SAME = {"torch.AdamW", "poptorch.AdamW"}
 
 #: Slots of PopART's AdamW -> torch's.
 _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
@@ -29,35 +24,6 @@ _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
 _WHOLE = "*"
 
 _KEY = "___"
-
-
-def check_kind(given: str, own: str) -> None:
-    """Refuse a state that means something else.
-
-    Parameters
-    ----------
-    given
-        `EngineState.optimizer_kind`; empty for weights only.
-    own
-        The engine's.
-
-    Raises
-    ------
-    CheckpointError
-        If the engine cannot go on from it.
-    """
-    if given in ("", own) or {given, own} <= _SAME:
-        return
-    raise CheckpointError(
-        f"the checkpoint holds the optimizer state of {given}; this engine has {own}. Resume with"
-        " the engine and optimizer that wrote it, or go on from the weights alone, with a new"
-        " optimizer: train.resume_weights_only=true."
-    )
-
-
-def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Leave out what only PopTorch knows."""
-    return {slot: value for slot, value in slots.items() if not slot.startswith("ipu_")}
 
 
 def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: str) -> Slots:

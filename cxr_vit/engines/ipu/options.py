@@ -15,7 +15,6 @@ from torch import nn
 from cxr_vit.config.ipu_rules import eval_layers, process_problem, reserved_ipus
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
-from cxr_vit.engines.ipu.instances import Instances
 from cxr_vit.engines.optim import parameter_groups
 
 if TYPE_CHECKING:
@@ -51,13 +50,17 @@ class Problem(NamedTuple):
         return f"{self.found}. {self.remedy}."
 
 
-def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[Problem]:
+def poptorch_problem(
+    config: Config, *, local_replicas: Optional[int] = None, offline: bool = False
+) -> Optional[Problem]:
     """Say why the poptorch engine cannot run here and what to do, or return None.
 
     Parameters
     ----------
     config
         The number of IPUs follows from it.
+    local_replicas
+        Replicas of this process under poprun; None for all.
     offline
         Whether only to compile, which takes the SDK and no IPU.
     """
@@ -74,10 +77,10 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[Probl
             f" source <sdk>/enable (docs/ipu.md), or {elsewhere}",
         )
     stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
-    replicas = Instances.from_environment().local_replicas or config.batch.replicas
+    replicas = local_replicas or config.batch.replicas
     too_many = process_problem(config, replicas)
     if too_many:
-        found, _, remedy = too_many.partition(". ")
+        found, _, remedy = str(too_many).partition(". ")
         return Problem(found, remedy.rstrip("."))
     if offline:
         return None
@@ -104,7 +107,12 @@ def poptorch_problem(config: Config, *, offline: bool = False) -> Optional[Probl
 
 
 def training_options(
-    config: Config, *, precision: str, cache: Optional[str], offline: bool = False
+    config: Config,
+    *,
+    precision: str,
+    cache: Optional[str],
+    offline: bool = False,
+    by_poprun: bool = False,
 ) -> poptorch.Options:
     """Make the options of the training graph.
 
@@ -118,11 +126,14 @@ def training_options(
         Folder of compiled graphs.
     offline
         Whether only to compile.
+    by_poprun
+        Whether poprun started this process.
     """
     import poptorch
 
     batch, engine = BatchPlan.from_section(config.batch), config.engine
-    options = _shared(config, config.pipeline.layers_per_stage, precision, cache, offline)
+    layers = config.pipeline.layers_per_stage
+    options = _shared(config, layers, precision, cache, offline, by_poprun)
     options.deviceIterations(batch.device_iterations)
     options.Training.gradientAccumulation(batch.gradient_accumulation)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
@@ -147,12 +158,17 @@ def training_options(
 
 
 def inference_options(
-    config: Config, *, precision: str, cache: Optional[str], offline: bool = False
+    config: Config,
+    *,
+    precision: str,
+    cache: Optional[str],
+    offline: bool = False,
+    by_poprun: bool = False,
 ) -> poptorch.Options:
     """Make the options of the inference graph; parameters as for `training_options`."""
     import poptorch
 
-    options = _shared(config, eval_layers(config), precision, cache, offline)
+    options = _shared(config, eval_layers(config), precision, cache, offline, by_poprun)
     options.deviceIterations(config.batch.eval_device_iterations)
     options.outputMode(poptorch.OutputMode.All)
     options.setExecutionStrategy(_strategy(config.pipeline.eval_execution))
@@ -163,11 +179,16 @@ def inference_options(
 
 
 def _shared(
-    config: Config, layers: List[int], precision: str, cache: Optional[str], offline: bool
+    config: Config,
+    layers: List[int],
+    precision: str,
+    cache: Optional[str],
+    offline: bool,
+    by_poprun: bool,
 ) -> poptorch.Options:
     """Make options with what training and inference have in common."""
     engine = config.engine
-    options = _new_options(config, stages=len(layers))
+    options = _new_options(config, stages=len(layers), by_poprun=by_poprun)
     options.autoRoundNumIPUs(True)
     options.randomSeed(config.run.seed)
     partials = engine.partials if precision == "fp16" else "fp32"
@@ -198,11 +219,11 @@ def _shared(
     return options
 
 
-def _new_options(config: Config, *, stages: int) -> poptorch.Options:
+def _new_options(config: Config, *, stages: int, by_poprun: bool) -> poptorch.Options:
     """Make empty options; under `poprun` popdist's, which know the replicas themselves."""
     import poptorch
 
-    if Instances.from_environment().local_replicas is not None:
+    if by_poprun:
         import popdist.poptorch
 
         return popdist.poptorch.Options(ipus_per_replica=stages)

@@ -12,11 +12,13 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import pytest
 from torch import Tensor
 
-from cxr_vit.config import Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.base import Engine
 from cxr_vit.engines.choice import EngineChoice, build_engine
 from cxr_vit.engines.ipu.engine import PopTorchEngine
+from cxr_vit.engines.processes import Launch
+from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.model.stages import StagedViT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,13 +81,16 @@ class Commands:
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Write down every update's loss and every scored split."""
-        step, predict = Engine.train_step, Engine.predict_dataset
+        predict = Engine.predict_dataset
 
-        def train_step(engine: Engine, *arguments: Any, **settings: Any) -> Any:
-            output = step(engine, *arguments, **settings)
-            if self._running:
-                self._running.losses.extend(output.losses.tolist())
-            return output
+        def watched(step: Any) -> Any:
+            def train_step(engine: Engine, *arguments: Any, **settings: Any) -> Any:
+                output = step(engine, *arguments, **settings)
+                if self._running:
+                    self._running.losses.extend(output.losses.tolist())
+                return output
+
+            return train_step
 
         def predict_dataset(engine: Engine, *arguments: Any) -> Any:
             logits, labels = predict(engine, *arguments)
@@ -93,7 +98,8 @@ class Commands:
                 self._running.logits.append(logits)
             return logits, labels
 
-        monkeypatch.setattr(Engine, "train_step", train_step)
+        for kind in (PopTorchEngine, TorchEngine):
+            monkeypatch.setattr(kind, "train_step", watched(kind.train_step))
         monkeypatch.setattr(Engine, "predict_dataset", predict_dataset)
 
     def overrides(self, *more: str) -> List[str]:
@@ -146,7 +152,9 @@ def make_engine(config: Config, *, offline: bool = False) -> PopTorchEngine:
     model = StagedViT.from_config(
         config, names=data.names, prevalence=data.prevalence(), for_ipu=True
     )
-    engine = build_engine(config, model, EngineChoice("poptorch", "a test"), offline=offline)
+    batch, launch = BatchPlan.from_section(config.batch), Launch.from_environment()
+    choice = EngineChoice("poptorch", "a test")
+    engine = build_engine(config, model, choice, batch, launch, offline=offline)
     assert isinstance(engine, PopTorchEngine)
     return engine
 

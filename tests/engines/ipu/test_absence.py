@@ -8,6 +8,7 @@ import pytest
 
 from cxr_vit.engines.choice import choose_engine
 from cxr_vit.engines.ipu.graphs import explained
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DeviceError, EngineUnavailable
 
 from .commands import messages
@@ -17,9 +18,9 @@ SDK = "PopTorch is not installed or its SDK is not enabled"
 
 def choices(commands, *overrides):
     """What auto comes to, and what poptorch is refused with."""
-    auto = choose_engine(commands.config("engine.name=auto", *overrides))
+    auto = choose_engine(commands.config("engine.name=auto", *overrides), Launch())
     with pytest.raises(EngineUnavailable) as refused:
-        choose_engine(commands.config("engine.name=poptorch", *overrides))
+        choose_engine(commands.config("engine.name=poptorch", *overrides), Launch())
     assert auto.name == "torch"
     assert "\n" not in str(refused.value)
     return auto.reason, str(refused.value)
@@ -81,16 +82,16 @@ def test_with_too_few_ipus(ipu, commands, there, overrides, wanted):
 def test_a_process_has_64_ipus(ipu, commands):
     ipu[1].config().available_ipus = 256
     sixteen = ["batch.replicas=16", "engine.name=poptorch"]
-    assert choose_engine(commands.config(*sixteen)).is_ipu
+    assert choose_engine(commands.config(*sixteen), Launch()).is_ipu
     with pytest.raises(EngineUnavailable, match=r"68 IPUs.*at most 64\..*poprun.*=16 or fewer"):
-        choose_engine(commands.config("batch.replicas=17", "engine.name=poptorch"))
+        choose_engine(commands.config("batch.replicas=17", "engine.name=poptorch"), Launch())
 
 
 def test_enough_ipus_are_enough(ipu, commands):
     ipu[1].config().available_ipus = 4
-    choice = choose_engine(commands.config("engine.name=auto"))
+    choice = choose_engine(commands.config("engine.name=auto"), Launch())
     assert (choice.name, choice.reason) == ("poptorch", "IPUs answer")
-    assert choose_engine(commands.config("engine.name=poptorch")).is_ipu
+    assert choose_engine(commands.config("engine.name=poptorch"), Launch()).is_ipu
 
 
 def test_the_ipu_model_is_not_trained_on(ipu, commands, monkeypatch):
@@ -99,20 +100,20 @@ def test_the_ipu_model_is_not_trained_on(ipu, commands, monkeypatch):
     assert "POPTORCH_IPU_MODEL asks for the IPU Model" in reason
     assert "Unset it" in message
     monkeypatch.setenv("POPTORCH_IPU_MODEL", "0")
-    assert choose_engine(commands.config("engine.name=auto")).is_ipu
+    assert choose_engine(commands.config("engine.name=auto"), Launch()).is_ipu
 
 
 def test_who_names_a_torch_device_means_it(ipu, commands):
-    choice = choose_engine(commands.config("engine.name=auto", "engine.device=cpu"))
+    choice = choose_engine(commands.config("engine.name=auto", "engine.device=cpu"), Launch())
     assert not choice.is_ipu
 
 
 def test_auto_on_ipus_does_not_hide_what_poptorch_would_refuse(ipu, commands):
     config = commands.config("engine.name=auto", "batch.gradient_accumulation=4")
     with pytest.raises(ConfigError, match=r"less than the 7 pipeline stages"):
-        choose_engine(config)
+        choose_engine(config, Launch())
     ipu[1].config().hardware_version = 0
-    assert choose_engine(config).name == "torch", "which has no such rule"
+    assert choose_engine(config, Launch()).name == "torch", "which has no such rule"
 
 
 def test_auto_trains_on_torch_and_says_why(ipu, commands, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cxr_vit.engines.ipu.offline import compile_offline
+import train
 from cxr_vit.errors import ConfigError
 
 from .commands import IPU, messages
@@ -26,8 +26,9 @@ def test_a_strict_run_stops_before_anything_is_read_or_compiled(ipu, commands, s
 
 def test_offline_a_strict_run_stops_before_half_an_hour_of_compiling(ipu, commands, said):
     cache = f"engine.executable_cache={commands.folder / 'cache'}"
+    words = commands.overrides(*IPU, *TOO_LARGE, cache, "planner.strict=true")
     with pytest.raises(ConfigError, match=r"planner\.strict=true stops here"):
-        compile_offline(commands.config(*IPU, *TOO_LARGE, cache, "planner.strict=true"))
+        train.main(["--config", str(commands.file), *words, "--compile-only"])
     assert ipu[1].log().calls("compiled") == []
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from fakes import loading
 
-from cxr_vit.engines.ipu.options import Instances, inference_options, training_options
+from cxr_vit.engines.ipu.options import inference_options, training_options
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError
 
 from .commands import Run, make_engine
@@ -184,10 +185,11 @@ def instance(monkeypatch):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_has_its_own_replicas(instance, commands, index):
     instance(index, 2, 4)
-    assert Instances.from_environment() == Instances(index, 2, 2)
+    launch = Launch.from_environment()
+    assert (launch.rank, launch.world_size, launch.local_replicas) == (index, 2, 2)
     config = commands.config("batch.replicas=4", "batch.micro_batch_size=3")
     for make in (training_options, inference_options):
-        options = make(config, precision="fp32", cache=None).toDict()
+        options = make(config, precision="fp32", cache=None, by_poprun=True).toDict()
         assert options["replication_factor"] == 2
         assert options["num_distributed_processes"] == 2
         assert options["distributed_process_id"] == index

@@ -20,16 +20,16 @@ from cxr_vit import cli
 
 def bug() -> None:
     """Raise what nobody expects, in the fourth update."""
-    from cxr_vit.engines.torch_engine import TorchBase
+    from cxr_vit.engines.pipeline_engine import PipelineEngine
 
-    update = TorchBase._update
+    clip = PipelineEngine.clip_gradients
 
     def broken(engine):
         if engine.updates == 3:
             raise ZeroDivisionError("a bug of ours")
-        return update(engine)
+        return clip(engine)
 
-    TorchBase._update = broken
+    PipelineEngine.clip_gradients = broken
 
 
 def silence() -> None:

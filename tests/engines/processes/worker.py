@@ -15,9 +15,11 @@ import weakref
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+from conftest import engine_of
 from torch import Tensor
 
 from cxr_vit.config import BatchPlan, Config, check, load_config
@@ -25,8 +27,7 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.engines.base import EngineState, StepOutput
-from cxr_vit.engines.choice import build_engine
-from cxr_vit.engines.process_group import call_once
+from cxr_vit.engines.process_group import run_store
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.schedule import LearningRate
@@ -70,6 +71,7 @@ def has_gradient(name: str) -> bool:
 def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     """Train as train.py does, then score the test split; return what this process saw."""
     del opened_images[:]
+    launch = Launch.from_environment()
     config, data, model = make(overrides)
     dataset, batches, outputs = data.dataset("train"), [], []
     rate = LearningRate.from_section(
@@ -77,7 +79,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     )
     start = EngineState(model.weights(), scalars={**EAGER_SCALER, "scale": scale})
     built = [(name, weakref.ref(weight)) for name, weight in model.named_parameters()]
-    with build_engine(config, model) as engine:
+    with engine_of(config, model, launch) as engine:
         engine.load_state_dict(start)
         engine.compile(_example(dataset, engine.local_batch.host_batch_size))
         step = 0
@@ -115,7 +117,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
 def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
     """Return the logits of the test split, for given weights."""
     config, data, model = make(overrides)
-    with build_engine(config, model) as engine:
+    with engine_of(config, model, Launch.from_environment()) as engine:
         engine.load_state_dict(EngineState(weights))
         return engine.predict_dataset(data.dataset("test"))[0]
 
@@ -123,7 +125,7 @@ def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
 def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, StagedViT]:
     """Put together what an engine is built of."""
     config = check(load_config([CONFIG], overrides))
-    data = ChestXrayDataModule(config.data, once=call_once)
+    data = ChestXrayDataModule(config.data, once=run_store(Launch.from_environment()).call_once)
     model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     return config, data, model
 
