@@ -1,6 +1,6 @@
-"""Import poptorch for a test: the stand-in of this folder, or PopTorch's own front end.
+"""Import PopTorch for a test: the stand-in of this folder, or PopTorch's real front end.
 
-Both are taken out of sys.modules afterwards, so that no other test sees them.
+Both are removed from sys.modules afterwards, so that no other test sees them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 FAKES = Path(__file__).resolve().parent
 ROOT = FAKES.parents[1]
 
-# The harness can be installed once a process: its modules are kept from use to use.
+# The harness can be installed only once per process, so its modules are kept between uses.
 _kept: Dict[str, Any] = {}
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[Tuple[Any, Any]]:
-    """Within, `import poptorch` gives the stand-in.
+    """Make `import poptorch` import the stand-in.
 
     Yields
     ------
@@ -48,12 +48,12 @@ def stand_in() -> Iterator[Tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def frontend() -> Iterator[Tuple[Any, Any]]:
-    """Within, `import poptorch` gives PopTorch's front end; yields it and the harness."""
+    """Make `import poptorch` import PopTorch's front end; yield it and the harness."""
     before = _take_modules()
     path, search_path, hook = list(sys.path), os.environ.get("PYTHONPATH"), sys.excepthook
     try:
         with warnings.catch_warnings():
-            # As old as the torch that it is made for.
+            # Deprecations of a torch newer than the one the front end is written for.
             warnings.filterwarnings("ignore", "Positional args are being deprecated")
             warnings.filterwarnings("ignore", category=ResourceWarning)
             yield _install()
@@ -77,11 +77,11 @@ def _install() -> Tuple[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             poptorch_harness.install()
-        # It would print a traceback of every thread at SIGTERM, and go on.
+        # Otherwise SIGTERM prints the traceback of every thread and does not end the process.
         faulthandler.unregister(signal.SIGTERM)
         _kept["path"] = [sys.path[0], str(harness())]
         _kept["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    # For the processes of its asynchronous loaders.
+    # For the processes of asynchronous loaders.
     os.environ["PYTHONPATH"] = _kept["PYTHONPATH"]
     poptorch_harness.log().clear()
     config = poptorch_harness.config()
@@ -90,13 +90,13 @@ def _install() -> Tuple[Any, Any]:
 
 
 def harness() -> Path:
-    """Where the harness of the front end is, or would be."""
+    """Return the folder of the front end's harness, which may not exist."""
     default = ROOT.parent / "shared" / "tools" / "poptorch_frontend"
     return Path(os.environ.get("POPTORCH_FRONTEND", str(default)))
 
 
 def available() -> Optional[str]:
-    """Why `frontend()` cannot be used here; None if it can."""
+    """Return why `frontend()` cannot be used, or None if it can."""
     source = os.environ.get("POPTORCH_SRC")
     if not source:
         return "POPTORCH_SRC is not set to a checkout of graphcore/poptorch"
@@ -105,13 +105,13 @@ def available() -> Optional[str]:
     if not (harness() / "poptorch_harness.py").is_file():
         return f"{harness()} has no poptorch_harness.py (POPTORCH_FRONTEND)"
     if issubclass(torch.optim.AdamW, torch.optim.Adam):
-        # Since torch 2.7: it would train with another optimizer than asked.
+        # Since torch 2.7. The front end would train with another optimizer than the given one.
         return f"PopTorch's front end takes AdamW for Adam on torch {torch.__version__}"
     return None
 
 
 def _take_modules() -> Dict[str, Any]:
-    """Take poptorch and popdist out of sys.modules and return them."""
+    """Remove poptorch and popdist from sys.modules and return them."""
     names = [name for name in sys.modules if _is_ours(name)]
     return {name: sys.modules.pop(name) for name in names}
 

@@ -1,4 +1,4 @@
-"""A stand-in for Graphcore's popdist: what poprun tells a process, without collectives."""
+"""A stand-in for Graphcore's popdist: the environment of poprun, without collectives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _initialised = False
 
 
 def isPopdistEnvSet() -> bool:
-    """Whether poprun started this process."""
+    """Return whether poprun started this process."""
     return "POPDIST_NUM_TOTAL_REPLICAS" in os.environ
 
 

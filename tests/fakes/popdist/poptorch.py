@@ -1,14 +1,13 @@
-"""popdist.poptorch.Options: poptorch's, with replicas and processes as poprun says."""
+"""popdist.poptorch.Options: the options of poptorch, with replicas and processes from poprun."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import popdist
 import poptorch
 from poptorch.option_groups import DistributedOptions
 from poptorch.option_values import OptionValues
-
-import popdist
 
 
 def _refuse(name: str) -> NoReturn:
@@ -17,7 +16,7 @@ def _refuse(name: str) -> NoReturn:
 
 class _Distributed(DistributedOptions):
     def __init__(self) -> None:
-        # Not the parent's constructor, which calls what is refused here.
+        # Not the parent's constructor, which calls the methods that are refused here.
         OptionValues.__init__(
             self,
             num_distributed_processes=popdist.getNumInstances(),
@@ -36,12 +35,12 @@ class _Distributed(DistributedOptions):
 
 
 class Options(poptorch.Options):
-    """The options of one instance; poprun's replicas cannot be changed.
+    """The options of one instance; the number of replicas is fixed by poprun.
 
     Parameters
     ----------
     ipus_per_replica
-        As on poprun's command line.
+        As on the command line of poprun.
     """
 
     def __init__(self, ipus_per_replica: int = 1) -> None:

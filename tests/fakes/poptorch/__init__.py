@@ -1,8 +1,4 @@
-"""A stand-in for PopTorch 3.4 on the CPU: for tests, on machines without Poplar.
-
-It has what the engine uses, computes micro-batch by micro-batch with torch, and is strict where
-PopTorch is: see tests/test_fake_poptorch.py. `inspection` shows what crossed to the device.
-"""
+"""A stand-in for PopTorch 3.4 that computes on the CPU; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -88,7 +84,7 @@ def trainingModel(
     options: Optional[Options] = None,
     optimizer: Optional[Any] = None,
 ) -> PoplarExecutor:
-    """Wrap a model that is trained on the IPU."""
+    """Wrap a model for training on the IPU."""
     if isinstance(model, PoplarExecutor):
         model = model._user_model
     if is_wrapped(model):
@@ -108,7 +104,7 @@ def trainingModel(
 def inferenceModel(
     model: Union[torch.nn.Module, PoplarExecutor], options: Optional[Options] = None
 ) -> PoplarExecutor:
-    """Wrap a model that only computes; of a training model, it follows the weights."""
+    """Wrap a model for inference; given a training model, use its weights."""
     if isinstance(model, PoplarExecutor):
         model = model._user_model
     return PoplarExecutor(model=copy.copy(model), options=options, training=False)

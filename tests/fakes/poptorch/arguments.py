@@ -1,4 +1,4 @@
-"""The arguments of a wrapped model: bound to its forward, fixed once it is compiled."""
+"""The arguments of a wrapped model: bound to its forward, and fixed by compilation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ADVICE = (
 
 
 class Arguments:
-    """Positional arguments with their names, and named ones."""
+    """Positional arguments with their names, and keyword arguments."""
 
     def __init__(self, args: List[Any], names: List[str], kwargs: Dict[str, Any]) -> None:
         self.args, self.names, self.kwargs = args, names, kwargs
@@ -31,7 +31,7 @@ class Arguments:
         return tensors_of((self.args, self.kwargs))
 
     def with_tensors(self, tensors: List[torch.Tensor]) -> Tuple[List[Any], Dict[str, Any]]:
-        """Arguments of the same structure with other tensors."""
+        """Return arguments of the same structure with other tensors."""
         return rebuild((self.args, self.kwargs), tensors)
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
@@ -39,7 +39,7 @@ class Arguments:
         return Arguments(args, self.names, kwargs)
 
     def check_same(self, given: Arguments) -> None:
-        """Raise unless `given` could be run by what was compiled for these."""
+        """Raise unless a graph compiled for these arguments can run with `given`."""
         if len(given.args) != len(self.args):
             raise python_error(
                 f"Number of positional arguments mismatch: expected {len(self.args)} arguments but"
@@ -68,12 +68,12 @@ def _check_same(name: str, compiled: Any, given: Any) -> None:
         for key, expected in compiled.items():
             _check_same(f"{name}[{key}]", expected, given[key])
     else:
-        # Compiled in as a constant.
+        # a constant of the compiled graph
         differs("Value mismatch", compiled, given)
 
 
 class ArgumentsParser:
-    """Binds the arguments of a call to a model's forward."""
+    """Binds the arguments of a call to the forward of a model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters = list(inspect.signature(model.forward).parameters.values())

@@ -1,4 +1,4 @@
-"""Where a model is cut, and the operations that exist only on the device."""
+"""Blocks of a model, and the operations that exist only on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .inspection import log
 
 
 def begin_ipu_block(stage: int, phase: int, ipu: int) -> None:
-    """What follows runs on `ipu`, in `stage`."""
+    """Assign the following operations to `ipu` and `stage`."""
     for value in (stage, phase, ipu):
         if not isinstance(value, int):
             raise TypeError(f"begin_ipu_block expects ints, got {value!r}")
@@ -29,7 +29,7 @@ def end_ipu_block() -> None:
 
 
 class Block(torch.nn.Module):
-    """A context: the operations within belong to the block. Nothing on the CPU."""
+    """A context manager that assigns the operations within to the block; no effect on the CPU."""
 
     # Set by the execution strategy while a model is traced.
     _stages_manager: Any = None
@@ -57,7 +57,7 @@ class Block(torch.nn.Module):
 
 
 class BlockHook:
-    """The hook of a BeginBlock: the module and all that runs after it belong to the block."""
+    """The hook of a BeginBlock: the module and all later operations belong to the block."""
 
     def __init__(self, user_id: Optional[str], ipu_id: Optional[int]) -> None:
         self.user_id = user_id
@@ -71,7 +71,7 @@ class BlockHook:
             manager.beginStage(self.user_id, self.ipu_id)
 
     def __deepcopy__(self, memory: Any) -> BlockHook:
-        # An automatic id that tracing gives is the same in the model and its device copy.
+        # An automatic id given during tracing must be the same in the model and its device copy.
         return self
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class BlockHook:
 def BeginBlock(
     layer_to_call: torch.nn.Module, user_id: Optional[str] = None, ipu_id: Optional[int] = None
 ) -> torch.nn.Module:
-    """Begin a block where `layer_to_call` is called; the module itself is returned."""
+    """Begin a block where `layer_to_call` is called; return the module itself."""
     if not isinstance(layer_to_call, torch.nn.Module):
         raise python_error("module is not an instance of torch.nn.Module or function.")
     if any(isinstance(hook, BlockHook) for hook in layer_to_call._forward_pre_hooks.values()):
@@ -91,7 +91,7 @@ def BeginBlock(
 
 
 def removeBlocks(module: torch.nn.Module) -> None:
-    """Take the BeginBlocks of a model away."""
+    """Remove the BeginBlocks of a model."""
     assert isinstance(module, torch.nn.Module)
     for part in module.modules():
         part._forward_pre_hooks = OrderedDict(
@@ -102,7 +102,7 @@ def removeBlocks(module: torch.nn.Module) -> None:
 
 
 def recomputationCheckpoint(*tensors: Any) -> Any:
-    """Keep these activations instead of computing them again in the backward pass."""
+    """Store these activations instead of recomputing them in the backward pass."""
     if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)):
         return type(tensors[0])(recomputationCheckpoint(*tensors[0]))
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
@@ -115,10 +115,10 @@ def recomputationCheckpoint(*tensors: Any) -> Any:
 
 
 def identity_loss(x: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Mark what the backward pass starts from."""
+    """Mark the start of the backward pass."""
     assert reduction in ("sum", "mean", "none"), "Unsupported reduction type!"
     log().record("identity_loss", x, ("sum", "mean", "none").index(reduction))
-    # A new node of the graph even for "none": the mark must be told from what it marks.
+    # A new node of the graph also for "none", to distinguish the mark from the marked loss.
     result = {"sum": torch.sum, "mean": torch.mean, "none": lambda loss: loss * 1}[reduction](x)
     tracing.mark_loss(result)
     return result

@@ -1,4 +1,4 @@
-"""The cache of executables: a file for each, named by what it was compiled from."""
+"""The executable cache: one file per executable, named by a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IGNORED = ("cachePath", "random_seed")
 
 
 def read_or_write(executable: Any) -> Tuple[Optional[Path], bool]:
-    """Look `executable` up in the cache and add it; return its file and whether it was there."""
+    """Look `executable` up in the cache, add it, and return its file and whether it was there."""
     options = executable.options
     folder = options.get("cachePath")
     if not folder or not options.get("enableEngineCaching") or device.is_model(options):

@@ -1,4 +1,4 @@
-"""From a model to an executable: one micro-batch is traced on the device's own copy."""
+"""Compilation: trace one micro-batch on the device's copy of the model."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _placing(trace: Trace, name: str) -> Any:
 
 
 def _error_of(function: Any) -> Optional[Exception]:
-    """The error of a check that the compiler makes only after tracing."""
+    """Return the error of a check that the compiler makes only after tracing."""
     try:
         function()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The IPUs of the machine: how many there are and which executables hold them."""
+"""The IPUs of the machine: their number, and the executables that hold them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Mapping
 from .errors import compiler_error
 from .inspection import config
 
-#: A process may hold this many.
+#: Limit per process.
 MAX_IPUS = 64
 
 _ALWAYS, _NEVER = 0, 2
 
-# Weak: an executable that is gone has given its IPUs back.
+# Weak references: an executable that is deleted has released its IPUs.
 _holders: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
@@ -23,14 +23,14 @@ def release_all() -> None:
 
 
 def is_model(options: Mapping[str, Any]) -> bool:
-    """Whether the IPU model computes; the option beats the environment."""
+    """Return whether the IPU Model computes; the option overrides the environment."""
     if "use_model" in options:
         return bool(options["use_model"])
     return os.environ.get("POPTORCH_IPU_MODEL", "0") not in ("", "0")
 
 
 def number_of_ipus(used: int, options: Mapping[str, Any]) -> int:
-    """How many IPUs an executable takes that needs `used`, replicas included."""
+    """Return the number of IPUs that an executable for `used` IPUs reserves, replicas included."""
     _check_count(used)
     if is_model(options):
         if options["connection_type"] == _NEVER:
@@ -73,7 +73,7 @@ def _check_cycles(options: Mapping[str, Any]) -> None:
 
 
 def acquire(executable: Any, count: int, options: Mapping[str, Any]) -> None:
-    """Hold `count` IPUs for `executable`; an IPU works for one executable at a time."""
+    """Reserve `count` IPUs for `executable`; an IPU belongs to one executable at a time."""
     if is_model(options):
         _holders[executable] = 0
         return
@@ -84,7 +84,7 @@ def acquire(executable: Any, count: int, options: Mapping[str, Any]) -> None:
 
 
 def check_present(count: int, options: Mapping[str, Any]) -> None:
-    """Raise if so many IPUs do not exist, whoever holds them (ConnectionType.OnDemand)."""
+    """Raise if fewer than `count` IPUs exist, reserved or not (ConnectionType.OnDemand)."""
     present = config().available_ipus if config().hardware_version else 0
     if not is_model(options) and count > present:
         raise compiler_error(f"Failed to acquire {count} IPU(s)")
@@ -99,5 +99,5 @@ def holds(executable: Any) -> bool:
 
 
 def hardware_version(count: int = 1) -> int:
-    """0 where there are not so many IPUs."""
+    """Return the version of the hardware, or 0 if there are fewer than `num_ipus` IPUs."""
     return config().hardware_version if count <= config().available_ipus else 0

@@ -1,4 +1,4 @@
-"""The optimizer on the device: driven only by the dictionary that was sent to it."""
+"""The optimizer on the device, which reads only the dictionary sent to it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class DeviceOptimizer:
     Parameters
     ----------
     dictionary
-        As `optimizer_dictionary` makes it.
+        Result of `optimizer_dictionary`.
     groups
-        Name -> device weight, one dictionary a parameter group.
+        Name -> device weight, one dictionary per parameter group.
     """
 
     def __init__(self, dictionary: Dict[str, Any], groups: List[Dict[str, Tensor]]) -> None:
@@ -63,7 +63,7 @@ class DeviceOptimizer:
         return self._dtype("accumType")
 
     def update(self, dictionary: Dict[str, Any]) -> None:
-        """Take new values; those compiled in as constants must be the same."""
+        """Set new values; those compiled in as constants must be unchanged."""
         if dictionary["optimizer_type"] != self.type:
             raise compiler_error("popart: cannot change the type of a compiled optimizer")
         if len(dictionary["groups"]) != len(self.dict["groups"]):
@@ -100,7 +100,7 @@ class DeviceOptimizer:
         self.updates += 1
 
     def read(self) -> Dict[str, Dict[str, Tensor]]:
-        """The state as `optimizer.state_dict()` gives it."""
+        """Return the state in the form of `optimizer.state_dict()`."""
         state: Dict[str, Tensor] = {}
         values: Dict[str, Tensor] = {}
         for (name, _, _), (numbers, group) in zip(self._weights(), self._values()):
@@ -113,7 +113,7 @@ class DeviceOptimizer:
         return {"ipu_state": state, "ipu_param": values}
 
     def write(self, state: Dict[str, Any]) -> None:
-        """Take up a state that was read; what it lacks stays, with a warning in the log."""
+        """Set a state that `read` returned; missing entries keep their value and log a warning."""
         given = state["ipu_state"] or {}
         for name, slots in self._states.items():
             for slot, tensor in slots.items():
@@ -124,7 +124,7 @@ class DeviceOptimizer:
                     log().record("warning", f"writeOptimizerState: ignoring missing state {key}")
 
     def _specific(self, values: Dict[str, Any], group: Dict[str, Any]) -> Dict[str, float]:
-        """The values of a weight that are tensors on the device: those that may change."""
+        """Return the values of a weight that are tensors on the device: the variable ones."""
         if self.type not in (*_ADAM, *_LAMB):
             kept = 1 - group["dampening"]
             return {
@@ -173,7 +173,7 @@ def _hyperparameters(values: Dict[str, Any]) -> Dict[str, Any]:
 def _moments(
     gradient: Tensor, state: Dict[str, Tensor], group: Dict[str, Any], corrected: bool
 ) -> Tuple[Tensor, Tensor, float, float]:
-    """Advance both moments; return them in fp32, and how far they are from unbiased."""
+    """Update both moments; return them in fp32 with their bias corrections."""
     state["Step"] += 1
     step = float(state["Step"])
     beta1, beta2 = group["betas"]
@@ -189,7 +189,7 @@ def _moments(
 def _adamw(
     weight: Tensor, gradient: Tensor, state: Dict[str, Tensor], group: Any, corrected: bool
 ) -> None:
-    # Unbiased even with bias_correction=False: PopTorch 3.4 compiles both alike.
+    # Also with bias_correction=False: PopTorch 3.4 compiles both to the same operation.
     first, second, bias1, bias2 = _moments(gradient.float(), state, group, True)
     new = weight.float() * (1 - group["lr"] * group["weight_decay"])
     denominator = (second.sqrt() / math.sqrt(bias2)).add_(group["eps"])
@@ -215,7 +215,7 @@ def _sgd(
     direction = gradient.float() + group["weight_decay"] * old
     if "Accl1" in state:
         velocity = state["Accl1"].float()
-        # The first update has nothing to dampen.
+        # The first update is not dampened.
         kept = 1 - group["dampening"] if float(velocity.abs().sum()) else 1.0
         velocity = velocity * group["momentum"] + direction * kept
         state["Accl1"].copy_(velocity)

@@ -1,4 +1,4 @@
-"""Weights, optimizer state and random state: what is where, and when it is copied."""
+"""Weights, optimizer state and random state, and their copies between host and device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_COMPILED = "Model has not been compiled or has been destroyed."
 
 
 class DeviceState:
-    """The part of an executor that keeps host and device in step; each copy is in the log."""
+    """The part of an executor that synchronises host and device; every copy is logged."""
 
     def __init__(
         self, model: torch.nn.Module, user_model: torch.nn.Module, options: Options
@@ -48,8 +48,6 @@ class DeviceState:
             raise python_error(_NOT_COMPILED)
         return self._executable
 
-    # Weights.
-
     def copyWeightsToHostIfNeeded(self) -> bool:
         if self._dirty_host_weights:
             self.copyWeightsToHost()
@@ -58,7 +56,7 @@ class DeviceState:
 
     def copyWeightsToHost(self) -> None:
         executable = self._compiled()
-        # First: the parameters below are touched, which must not bring us back here.
+        # First, because reading the parameters below must not call this function again.
         self._dirty_host_weights = False
         names, tensors = self._host_weights()
         log().record("copyWeightsToHost_impl", executable, len(names))
@@ -69,7 +67,7 @@ class DeviceState:
         executable = self._compiled()
         self._dirty_host_weights = False
         if self._optimizer:
-            # Fetches the optimizer's state first: the device loses it.
+            # Reads the state of the optimizer first, which the device would lose.
             self._optimizer.state_dict()
         names, tensors = self._host_weights()
         log().record("copyWeightsToDevice_impl", executable, len(names))
@@ -85,13 +83,11 @@ class DeviceState:
             self.copyWeightsToDevice()
         return result
 
-    # The optimizer.
-
     def setOptimizer(self, optimizer: Any) -> None:
         ours = isinstance(optimizer, optim.Optimizer)
         if self.isCompiled() and optimizer is not self._optimizer:
             if isinstance(self._optimizer, optim.Optimizer):
-                # The old one keeps its state and asks the device no more.
+                # The old optimizer keeps its state and no longer reads it from the device.
                 self._read_optimizer_state_if_needed()
                 self._optimizer.state_dict = self._optimizer.get_state_dict
             if ours:
@@ -150,8 +146,6 @@ class DeviceState:
             log().record("writeOptimizerState", executable)
             executable.optimizer.write(state)
         optimizer.ipu_state_is_dirty = False
-
-    # The random generator.
 
     @property
     def rng_state(self) -> Optional[List[int]]:

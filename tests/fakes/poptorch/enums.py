@@ -1,4 +1,4 @@
-"""The enumerations, with the values that cross to the compiler."""
+"""The enumerations, with the values that the compiler receives."""
 
 from __future__ import annotations
 

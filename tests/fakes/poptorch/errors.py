@@ -1,10 +1,10 @@
-"""poptorch.Error and how its messages are put together."""
+"""poptorch.Error and the form of its messages."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """What PopTorch raises; the front end's own carry the type `poptorch_py_error`."""
+    """Base of PopTorch's errors; those of the front end have the type `poptorch_py_error`."""
 
     message = ""
     type = ""
@@ -20,12 +20,12 @@ class UnrecoverableError(Error):
 
 
 def python_error(message: str) -> Error:
-    """An error of PopTorch's Python side."""
+    """An error raised by PopTorch's Python code."""
     return _make(message, "poptorch_py_error")
 
 
 def compiler_error(message: str) -> Error:
-    """An error of PopTorch's C++ side: at compile time or on the device."""
+    """An error raised by PopTorch's C++ code, at compile time or on the device."""
     return _make(message, "poptorch_cpp_error")
 
 

@@ -1,4 +1,4 @@
-"""What a model is compiled to: a private copy that runs micro-batch by micro-batch."""
+"""The result of a compilation: a private copy of the model that runs micro-batch by micro-batch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Executable:
     Parameters
     ----------
     model
-        The device's own copy of the model.
+        The device's copy of the model.
     trace
-        What ran where.
+        Which operation ran where.
     inputs
         The `Arguments` of a whole call, for their structure.
     options
@@ -105,8 +105,6 @@ class Executable:
             if len({ipu for _, ipu in places}) > 1:
                 log().record("warning", f"parameter {name} used on several IPUs {sorted(places)}")
 
-    # The device.
-
     def attach(self) -> None:
         if self.attached:
             raise compiler_error("Already attached to a device")
@@ -123,8 +121,6 @@ class Executable:
         device.release(self)
         self.attached = False
 
-    # Weights and random state.
-
     def weights(self) -> Dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
@@ -138,7 +134,7 @@ class Executable:
         own = self.weights()
         with torch.no_grad():
             for name, tensor in zip(names, tensors):
-                # Buffers of integers are constants of the compiled graph.
+                # Integer buffers are constants of the compiled graph.
                 if name in own and own[name].is_floating_point():
                     if to_device:
                         own[name].data.copy_(tensor.data)
@@ -157,8 +153,6 @@ class Executable:
         self.optimizer = DeviceOptimizer(
             dictionary, [{name: own[name] for name in group} for group in groups]
         )
-
-    # Running.
 
     def run(self, inputs: Sequence[Tensor]) -> List[Tensor]:
         """Run [device iteration][accumulation][replica]; return the tensors of the outputs."""
@@ -204,7 +198,7 @@ class Executable:
         return [_to_host(tensor) for tensor in tensors_of(output)]
 
     def _output(self, sequence: List[Tensor]) -> Tensor:
-        """Choose from one tensor a micro-batch what the output mode returns."""
+        """Select from one tensor per micro-batch what the output mode returns."""
         mode, replicas = self.options["output_mode"], self.R
         if mode == OutputMode.All:
             chosen = sequence
@@ -228,7 +222,7 @@ class Executable:
 
 
 class _Accumulator:
-    """Sums up or averages the gradients of one update, in the accumulator's type."""
+    """Accumulates the gradients of one update, summed or averaged, in the accumulator's dtype."""
 
     def __init__(self, executable: Executable) -> None:
         self._executable = executable
@@ -240,7 +234,7 @@ class _Accumulator:
         self._sums: Dict[str, Tensor] = {}
 
     def take(self) -> None:
-        """Add the gradients of the micro-batch that has just run."""
+        """Add the gradients of the last micro-batch."""
         self._count += 1
         dtype = self._executable.optimizer.accumulator_dtype
         for name, weight in self._executable.model.named_parameters():
@@ -256,7 +250,7 @@ class _Accumulator:
                 self._sums[name] += gradient
 
     def reduced(self) -> Dict[str, Tensor]:
-        """Name -> gradient in fp32, without the loss scaling."""
+        """Return name -> gradient in fp32, without the loss scaling."""
         divisor = self._executable.optimizer.loss_scaling
         if self._mean and not self._running:
             divisor *= self._count
@@ -269,7 +263,7 @@ def _on_device(inputs: Sequence[Tensor]) -> List[Tensor]:
 
 
 def _rows(tensor: Tensor, number: int, total: int) -> Tensor:
-    """The rows of micro-batch `number`."""
+    """Return the rows of micro-batch `number`."""
     if tensor.dim() == 0:
         return tensor
     size = len(tensor) // total

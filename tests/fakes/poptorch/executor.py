@@ -1,4 +1,4 @@
-"""PoplarExecutor: a wrapped model, from tracing to the weights' way back."""
+"""PoplarExecutor: a wrapped model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger("poptorch::python")
 
 
 class PoplarExecutor(DeviceState):
-    """Made by trainingModel and inferenceModel; called like the model."""
+    """Result of trainingModel and inferenceModel; called like the model."""
 
     def __init__(
         self,
@@ -67,8 +67,6 @@ class PoplarExecutor(DeviceState):
     @property
     def options(self) -> Options:
         return self._options
-
-    # Compiling and running.
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         inputs = self._parse(args, kwargs)
@@ -121,7 +119,7 @@ class PoplarExecutor(DeviceState):
             self._on_device_attach()
 
     def _narrow(self, tensor: Tensor) -> Tensor:
-        """The first micro-batch of a whole input."""
+        """Return the first micro-batch of a host batch."""
         options = self._options
         total = (
             options.device_iterations
@@ -141,7 +139,7 @@ class PoplarExecutor(DeviceState):
         return tensor.narrow(0, 0, size // total) if tensor.dim() else tensor
 
     def _take_weights_of_training(self) -> None:
-        """Fetch the weights of a model that is being trained on other IPUs, if they are newer."""
+        """Copy newer weights from the executor that trains the same model on other IPUs."""
         refresh = getattr(self._user_model, "copyWeightsToHostIfNeeded", None)
         if callable(refresh):
             refresh()
@@ -149,8 +147,6 @@ class PoplarExecutor(DeviceState):
             if self._host_weights_version != version:
                 self.copyWeightsToDevice()
                 self._host_weights_version = version
-
-    # The device.
 
     def attachToDevice(self) -> None:
         executable = self._compiled()
@@ -204,8 +200,6 @@ class PoplarExecutor(DeviceState):
                 raise python_error("model was never wrapped")
             unwrap(self._user_model)
 
-    # Measurements.
-
     def cycleCount(self) -> int:
         if not self._options._Popart.options["instrumentWithHardwareCycleCounter"]:
             raise python_error(
@@ -230,7 +224,7 @@ class PoplarExecutor(DeviceState):
 
 
 def _own_options(options: Optional[Options], training: bool) -> Options:
-    """Freeze the user's options and return a copy with the output mode chosen."""
+    """Freeze the user's options and return a copy with the default output mode resolved."""
     if options is None:
         own = Options()
     elif isinstance(options, Options):

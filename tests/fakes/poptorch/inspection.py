@@ -1,6 +1,6 @@
-"""What a test may look at: the calls that crossed to the device, the executables, the hardware.
+"""What tests can inspect: calls into the device, executables, and the simulated hardware.
 
-The same functions as those of the front end's harness, so that one test file runs on both.
+The harness of the front end has the same functions, so that one test file runs on both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclasses.dataclass
 class Config:
-    """The hardware that is pretended. `hardware_version` 0: there is no IPU."""
+    """The simulated hardware. `hardware_version` 0 means that there is no IPU."""
 
     hardware_version: int = 2
     available_ipus: int = 16
@@ -42,7 +42,7 @@ class CallLog(List[Call]):
 
 
 def _brief(argument: Any) -> Any:
-    """Tensors as their shapes: a log must not keep weights alive, nor look at wrapped ones."""
+    """Replace tensors by their shapes: the log must not keep weights alive or read wrapped ones."""
     if isinstance(argument, torch.Tensor):
         return f"Tensor{tuple(argument.shape)}"
     if isinstance(argument, (list, tuple)) and not hasattr(argument, "_fields"):
@@ -65,12 +65,12 @@ def log() -> CallLog:
 
 
 def executable(poptorch_model: Any) -> Any:
-    """What a wrapped model was compiled to; None before."""
+    """Return the executable of a wrapped model, or None before compilation."""
     return poptorch_model._executable
 
 
 def annotations(model: torch.nn.Module) -> Dict[str, Tuple[Any, Any]]:
-    """Module name -> (user_id, ipu_id) of its BeginBlock."""
+    """Return module name -> (user_id, ipu_id) of its BeginBlock."""
     from .blocks import BlockHook
 
     return {
@@ -82,7 +82,7 @@ def annotations(model: torch.nn.Module) -> Dict[str, Tuple[Any, Any]]:
 
 
 def reset() -> None:
-    """Forget all calls, give every IPU back, pretend the usual hardware."""
+    """Clear the log, release every IPU and restore the default hardware."""
     from . import device
 
     _log.clear()

@@ -1,4 +1,4 @@
-"""DataLoader: torch's, with combined batches, a process's share and asynchronous loading."""
+"""DataLoader: torch's, with combined batches, distributed processes and asynchronous loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = logging.getLogger("poptorch::python")
 
 
 class DataLoader(torch.utils.data.DataLoader):
-    """Gives combined batches: all the micro-batches of a call of the model."""
+    """Yields combined batches: all micro-batches of one call of the model."""
 
     _accessor: Optional[AsynchronousDataAccessor] = None
 
@@ -101,7 +101,7 @@ class DataLoader(torch.utils.data.DataLoader):
             self._combined_batch_size = batch_size * self._num_batches
 
     def _share(self, dataset: Any, shuffle: bool) -> Any:
-        """This process's part of the dataset."""
+        """Return this process's part of the dataset."""
         assert not isinstance(dataset, torch.utils.data.IterableDataset), (
             "auto_distributed_partitioning not supported for IterableDataset"
         )
@@ -160,7 +160,7 @@ class DataLoader(torch.utils.data.DataLoader):
         return super().__iter__()
 
     def _combined(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Put the batches of a user's own sampler together."""
+        """Combine the batches of a user's batch sampler."""
         waiting: List[Any] = []
         for batch in batches:
             waiting.append(batch)
@@ -179,7 +179,7 @@ class DataLoader(torch.utils.data.DataLoader):
         self.terminate()
 
     def __getstate__(self) -> Dict[str, Any]:
-        # What crosses to a worker loads by itself, and takes no running workers along.
+        # A copy for a worker loads by itself and has no running workers.
         return {**self.__dict__, "_accessor": None, "_iterator": None}
 
 

@@ -1,4 +1,4 @@
-"""The optimizers on the host: their hyperparameters and, between uses, the device's state.
+"""The optimizers on the host: hyperparameters, and between uses the state of the device.
 
 They are never stepped in training: the device updates from the dictionary that
 `optimizer_dictionary` makes of them.
@@ -16,7 +16,7 @@ _ACCUMULATION_TYPES = (torch.float16, torch.float32)
 
 
 class VariableAttributes:
-    """Which attributes may change after compilation: those given to the constructor."""
+    """Records which attributes can change after compilation: those passed to the constructor."""
 
     def __init__(self, variable_attributes: List[str], allowed_attributes: List[str]) -> None:
         self._variable_attributes = variable_attributes
@@ -42,14 +42,14 @@ class VariableAttributes:
 class Optimizer:
     """What PopTorch adds to an optimizer: the state on the device."""
 
-    # Attributes of the whole optimizer that torch's own class does not have.
+    # Attributes of the whole optimizer that torch's class does not have.
     _own: Tuple[str, ...] = ()
     # Attributes of a parameter group.
     _group_attributes: Tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._state_dict: Dict[str, Any] = {"ipu_state": None, "ipu_param": None}
-        # The device must take up the state kept here / the state kept here is out of date.
+        # The device must receive the state kept here / the state kept here is out of date.
         self.ipu_state_is_dirty = False
         self.host_state_is_dirty = False
 
@@ -61,7 +61,7 @@ class Optimizer:
         self.set_state_dict(state)
 
     def get_state_dict(self) -> Dict[str, Any]:
-        # torch's part too, for the learning rate schedulers.
+        # torch's part too, for the learning rate schedulers
         return {**self._state_dict, **torch.optim.Optimizer.state_dict(self)}  # type: ignore
 
     def set_state_dict(self, state: Dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Optimizer:
         return state
 
     def _set_own(self, given: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-        """Set the attributes that torch's class does not have, and who may change."""
+        """Set the attributes that torch's class does not have, and record which are variable."""
         for name, default in defaults.items():
             value = default if given.get(name) is None else given[name]
             if name.endswith("accum_type"):
@@ -108,7 +108,7 @@ def _arguments(local_variables: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _for_torch(given: Dict[str, Any], own: Tuple[str, ...]) -> Dict[str, Any]:
-    """The arguments that torch's constructor takes, and only those the user gave."""
+    """Return the arguments of torch's constructor, and only those the user passed."""
     return {name: value for name, value in given.items() if value is not None and name not in own}
 
 
@@ -212,7 +212,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
 
 
 class LAMB(Optimizer, torch.optim.Optimizer):
-    # The real one keeps max_weight_norm twice: in the groups and, for its own step, here.
+    # PopTorch keeps max_weight_norm twice: in the groups, and here for its own step.
     _own = ("loss_scaling", "bias_correction", "max_weight_norm", *_MOMENT_TYPES)
     _group_attributes = ("lr", "weight_decay", "betas", "eps", "max_weight_norm")
 

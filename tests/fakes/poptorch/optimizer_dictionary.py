@@ -1,4 +1,4 @@
-"""What crosses to the device of an optimizer: values, and whether they may change."""
+"""The dictionary of an optimizer that the device receives: values, and whether they may change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OptimizerType(enum.IntEnum):
     LAMB_NO_BIAS = 8
 
 
-# What an attribute must equal to be constant in an optimizer of torch's own.
+# Values at which an attribute of an optimizer of torch is constant.
 _TORCH_DEFAULTS = {
     "weight_decay": 0.0,
     "momentum": 0.0,
@@ -36,7 +36,7 @@ _TORCH_DEFAULTS = {
 
 
 def optimizer_dictionary(optimizer: Any, options: Any, is_compiled: bool) -> Dict[str, Any]:
-    """Make the dictionary of an optimizer; may change how `options` reduce gradients."""
+    """Return the dictionary of an optimizer; this may change how `options` reduce gradients."""
     kind, cls = _kind(optimizer)
     _choose_reduction(optimizer, options, is_compiled)
     variable = getattr(optimizer, "variable_attrs", None)
@@ -65,7 +65,7 @@ def optimizer_dictionary(optimizer: Any, options: Any, is_compiled: bool) -> Dic
 
 
 def _kind(optimizer: Any) -> Tuple[OptimizerType, Any]:
-    """The type, and whose attributes it has."""
+    """Return the type of the optimizer and the optimizer whose attributes apply."""
     if isinstance(optimizer, torch.optim.SGD):
         combined = getattr(optimizer, "use_combined_accum", False)
         return (OptimizerType.SGD1 if combined else OptimizerType.SGD2), optim.SGD

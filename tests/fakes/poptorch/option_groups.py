@@ -13,7 +13,7 @@ from .option_values import OptionValues
 
 
 class PopartOptions:
-    """Options of the compiler by their own names; only compiling checks names and types."""
+    """Options of the compiler by their own names; names and types are checked at compilation."""
 
     def __init__(self) -> None:
         self._is_frozen = False
@@ -203,6 +203,6 @@ class TensorLocationOptions(OptionValues):
 
     def _location(self, name: str, location: TensorLocationSettings) -> TensorLocationOptions:
         assert isinstance(location, TensorLocationSettings)
-        # Taken now: a later change of the settings is not seen.
+        # A copy: later changes of the settings have no effect.
         self.createOrSet(**{name: location.toDict()})
         return self

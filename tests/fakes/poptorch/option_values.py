@@ -7,10 +7,10 @@ from typing import Any, Dict
 
 
 class OptionValues:
-    """Values by name; only names given to the constructor exist, and they keep their type.
+    """Values by name. Only names passed to the constructor exist, and they keep their type.
 
-    Public attributes are the values, private ones belong to the object and must be there before
-    `_values`.
+    Public attributes are the values. Private attributes belong to the object and must be set
+    before `_values`.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -48,7 +48,7 @@ class OptionValues:
         self._values.pop(option, None)
 
     def update(self, other: Dict[str, Any]) -> Dict[str, Any]:
-        """Add the values to `other`, which must have none of the names."""
+        """Add the values to `other`, which must not have any of the names."""
         assert not set(self._values).intersection(other), (
             "Can't merge dictionaries, they have some keys in common"
         )
@@ -91,7 +91,7 @@ class OptionValues:
         return values[name]
 
     def __deepcopy__(self, memory: Dict[int, Any]) -> Any:
-        # A copy can be modified again.
+        # A copy is not frozen.
         other = self.__class__.__new__(self.__class__)
         memory[id(self)] = other
         for name, value in self.__dict__.items():

@@ -28,7 +28,7 @@ _logger = logging.getLogger("poptorch::python")
 
 
 class ProgressBar:
-    """Called while a model is compiled; shows nothing, keeps the time."""
+    """Progress callback of the compiler; shows nothing and measures the time."""
 
     def __init__(self) -> None:
         self.compilation_time: Optional[datetime.timedelta] = None
@@ -192,7 +192,7 @@ class Options(OptionValues):
 
     def randomSeed(self, random_seed: int) -> Options:
         assert isinstance(random_seed, int)
-        # The host's generator too, as the real one does.
+        # Seeds the host's generator too, as PopTorch does.
         torch.manual_seed(random_seed)
         self.createOrSet(random_seed=random_seed)
         return self
@@ -226,7 +226,7 @@ class Options(OptionValues):
         return self
 
     def toDict(self) -> Dict[str, Any]:
-        """All that goes to the compiler, in one dictionary."""
+        """Return everything the compiler receives, in one dictionary."""
         assert not self.defaultOutputMode(), "An output mode must be picked before serialisation"
         merged = self._execution_strategy.backendOptions()
         merged.update(self._popart.options)

@@ -1,7 +1,8 @@
-"""AsynchronousDataAccessor: a ring of buffers that are filled ahead and used again.
+"""AsynchronousDataAccessor: a ring of buffers that are filled ahead of time and reused.
 
-PopTorch fills them in a process of its own. Here it happens in this one, with a copy of the loader
-and of its random generator, so that what could not cross to that process does not.
+PopTorch fills them in another process. Here it happens in the same process, with a copy of the
+loader and of its random generator, so that objects which cannot be sent to a process fail here
+too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _END = -1
 
 
 class AsynchronousDataAccessor:
-    """Iterates over buffers: what was given is overwritten once the next one is asked for."""
+    """Iterates over buffers: each is overwritten once the next one is requested."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class AsynchronousDataAccessor:
         return list(data)
 
     def _fill(self) -> None:
-        """Fill every buffer that is free, at the end of the data with those of the next round."""
+        """Fill every free buffer, after the end of the data with those of the next round."""
         while self._free and self._iterator is not None:
             data, self._first = (self._pull(), None) if self._first is None else (self._first, None)
             if data is not None:
@@ -127,7 +128,7 @@ class AsynchronousDataAccessor:
                     buffer[: len(tensor)].copy_(tensor) if buffer.dim() else buffer.copy_(tensor)
                 self._ready.append((number, [_rows(tensor) for tensor in tensors]))
             elif _END in self._ready:
-                return  # A second end waits until the first one was seen.
+                return  # The second end waits until the first one is consumed.
             else:
                 self._ready.append(_END)
                 self._iterator = None
@@ -137,7 +138,7 @@ class AsynchronousDataAccessor:
     def __iter__(self) -> AsynchronousDataAccessor:
         assert self._source is not None
         if self._used:
-            # In the middle of the data: start again.
+            # in the middle of the data: start again
             self._release()
             self._ready.clear()
             self._free = collections.deque(range(self._buffer_size))
@@ -181,7 +182,7 @@ class AsynchronousDataAccessor:
 
 
 class _Random:
-    """The other process's random generator in place of this one's."""
+    """Use the other process's random generator instead of this one's."""
 
     def __init__(self, accessor: AsynchronousDataAccessor) -> None:
         self._accessor = accessor
@@ -196,7 +197,7 @@ class _Random:
 
 
 def _transfer(dataset: Any, forked: bool) -> Any:
-    """What the other process has of `dataset`: a copy, pickled unless it is forked."""
+    """Return the other process's copy of `dataset`, pickled unless the process is forked."""
     if forked:
         return copy.deepcopy(dataset)
     return pickle.loads(pickle.dumps(dataset))

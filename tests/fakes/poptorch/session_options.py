@@ -1,4 +1,4 @@
-"""Which options the compiler knows, and of what type they must be."""
+"""Which options the compiler knows, and their types."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Dict, List, Mapping, Optional
 from .errors import compiler_error
 from .inspection import config
 
-# Name -> kinds, recorded from PopTorch's sources by tests/fakes/record_api.py.
+# Name -> kinds, recorded from PopTorch's sources by tests/fakes/conformance/record_api.py.
 _KINDS_FILE = Path(__file__).with_name("session_options.json")
 
-# Handled apart: they are no names of the tables.
+# Handled separately: they are not in the tables.
 _SPECIAL = (
     "anchored_tensors",
     "available_memory_proportion",
@@ -41,7 +41,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check(name: str, value: Any, known: List[str]) -> None:
-    # The Python type chooses the table in which the name is looked up. bool is an int in Python.
+    # The Python type selects the table in which the name is looked up. bool is an int in Python.
     if isinstance(value, (set, list, tuple, dict)):
         if not value:
             return  # The name is looked up for each element.

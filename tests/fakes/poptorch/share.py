@@ -1,4 +1,4 @@
-"""A process's share of a dataset, under poprun or mpirun."""
+"""The part of a dataset that one process reads, under poprun or mpirun."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 
 
 class ProcessShare:
-    """One contiguous block of the dataset a process; all have the same number of batches.
+    """One contiguous block of the dataset per process; all have the same number of batches.
 
     Parameters
     ----------
     dataset
         The whole dataset.
     options
-        They say which process this is.
+        Give the index of this process and the number of processes.
     size
         Samples of a combined batch.
     drop_last
-        Whether what fills no batch in every process is left over.
+        Whether to drop the samples that do not fill a batch in every process.
     """
 
     def __init__(self, dataset: Any, options: Any, size: int, drop_last: bool) -> None:
@@ -53,13 +53,13 @@ class ProcessShare:
             self._generator = torch.Generator().manual_seed(self._seed)
         order = torch.randperm(len(self._dataset), generator=self._generator)
         if self._order is None:
-            # Shared: worker processes that live on must see the next order.
+            # In shared memory: persistent workers must see the next order.
             self._order = order.share_memory_()
         else:
             self._order.copy_(order)
 
     def swap_range(self) -> None:
-        """Leave out others of the samples than last time."""
+        """Leave out other samples than last time."""
         first = self._offset == self._first_offset
         self._offset = self._first_offset + (self._leftovers if first else 0)
 

@@ -1,4 +1,4 @@
-"""Stages and the strategies that give a block its stage."""
+"""Stages, and the strategies that assign blocks to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stage:
 
 
 class _StageManager:
-    """Says, while a model is traced, where a block runs."""
+    """Determines where a block runs, while a model is traced."""
 
     def __init__(self, stages: Dict[str, Stage], auto_stage: AutoStage) -> None:
         self._stages = dict(stages)
@@ -80,7 +80,7 @@ class _StageManager:
 
 
 class PipelinedExecution:
-    """Stages in a pipeline: all work at once, each on another micro-batch."""
+    """Stages of a pipeline: all work at the same time, each on another micro-batch."""
 
     def __init__(self, *args: Any) -> None:
         auto_stage = AutoStage.SameAsIpu

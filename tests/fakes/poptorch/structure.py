@@ -8,7 +8,7 @@ import torch
 
 
 def tensors_of(structure: Any) -> List[torch.Tensor]:
-    """The tensors of nested dicts, lists and tuples; anything else is passed over."""
+    """Return the tensors of nested dicts, lists and tuples; skip anything else."""
     return list(_walk(structure))
 
 
@@ -24,7 +24,7 @@ def _walk(structure: Any) -> Iterator[torch.Tensor]:
 
 
 def rebuild(structure: Any, tensors: Iterable[torch.Tensor]) -> Any:
-    """`structure` with its tensors replaced, in order, by `tensors`."""
+    """Return `structure` with its tensors replaced, in order, by `tensors`."""
     return _rebuild(structure, iter(tensors))
 
 

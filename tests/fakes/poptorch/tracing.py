@@ -1,4 +1,4 @@
-"""What runs where, which loss counts, and fp16 on a CPU: torch's modes around a model."""
+"""Which operation runs where, which loss counts, and fp16 on a CPU: torch modes around a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOSSES = frozenset(
     ]
 )
 
-#: Without a device, PopTorch forces what they make onto the IPU.
+#: Without a device argument, PopTorch places the result on the IPU.
 _FACTORIES = frozenset(
     [
         torch.arange,
@@ -62,7 +62,7 @@ _on_ipu = False
 
 
 def current() -> Any:
-    """The trace in progress, None outside compilation."""
+    """Return the trace in progress, or None outside compilation."""
     return _current
 
 
@@ -76,7 +76,7 @@ def mark_loss(loss: torch.Tensor) -> None:
 
 
 class Trace:
-    """One compilation: the blocks as they come, what runs in them."""
+    """One compilation: its blocks in order, and their operations."""
 
     def __init__(self, parameters: Dict[str, torch.Tensor]) -> None:
         self.blocks: List[Tuple[int, int, int]] = []
@@ -133,7 +133,7 @@ class Trace:
 class ForwardMode(TorchFunctionMode):
     """Collects the marked losses.
 
-    Weights are not cast to their input's type: PopTorch does so for some layers only.
+    Weights are not cast to the type of their input: PopTorch does so for some layers only.
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class ForwardMode(TorchFunctionMode):
         return super().__exit__(*exception)
 
     def loss(self) -> torch.Tensor:
-        """The one marked loss that feeds no other marked loss."""
+        """Return the one marked loss that is no input of another marked loss."""
         if not self.marks:
             raise compiler_error("Couldn't find a loss in graph!")
         final = [mark for mark in self.marks if not any(_feeds(mark, o) for o in self.marks)]
@@ -197,7 +197,7 @@ _missing_in_half: Set[Any] = set()
 
 
 class HalfMode(TorchDispatchMode):
-    """Runs in fp32 the fp16 operations that torch lacks on the CPU."""
+    """Runs fp16 operations that torch lacks on the CPU in fp32."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -214,7 +214,7 @@ class HalfMode(TorchDispatchMode):
                 _missing_in_half.add(function)
         result = tree_map(_down, function(*tree_map(_up, args), **tree_map(_up, kwargs)))
         if function._schema.is_mutable:
-            # In place: what was written is a copy.
+            # In-place operation: the result was written to a copy.
             return args[0].copy_(result)
         return result
 
@@ -248,12 +248,12 @@ def _down(leaf: Any) -> Any:
 
 
 class Tracing:
-    """Makes a trace the one in progress; the host's random generator stays where it is."""
+    """Sets the trace in progress; preserves the state of the host's random generator."""
 
     def __init__(self, trace: Trace, strategy: Any) -> None:
         self._trace, self._strategy = trace, strategy
         self._random = torch.random.fork_rng(devices=[])
-        # Also where the host says no_grad: the losses are told apart by their graph.
+        # Also under no_grad on the host: losses are distinguished by their graph.
         self._grad = torch.enable_grad()
         self.forward, self._dispatch = ForwardMode(), TraceMode()
 

@@ -1,6 +1,6 @@
-"""The classes that a training model, its parameters and its buffers get while it is wrapped.
+"""The classes that a training model, its parameters and its buffers have while it is wrapped.
 
-Whoever touches them gets the device's newest weights first.
+Every access to them first copies newer weights from the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_wrapped(thing: Any) -> bool:
 
 def wrap(model: torch.nn.Module, executor: Any) -> None:
     """Give `model`, its parameters and buffers classes that refresh them from `executor`."""
-    # Weak: the user's model must not keep the executor, and with it the IPUs.
+    # Weak: the user's model must not keep the executor alive, and with it the IPUs.
     reference = weakref.ref(executor)
     parameter_type = _tensor_type(torch.nn.Parameter, "PoptorchParameter", reference)
     buffer_type = _tensor_type(torch.Tensor, "PoptorchBuffer", reference)
@@ -48,7 +48,7 @@ def unwrap(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def unwrapped(model: torch.nn.Module) -> Iterator[None]:
-    """Within, `model` is what it was before it was wrapped."""
+    """Restore the original classes of `model` within the context."""
     things = [thing for thing in (*_tensors(model), model) if is_wrapped(thing)]
     types = [type(thing) for thing in things]
     for thing, wrapper in zip(things, types):
@@ -74,7 +74,7 @@ def _tensor_type(base: Type[Any], name: str, reference: Any) -> Type[Any]:
         _refresh(reference)
         return base.__getattribute__(self, attribute)
 
-    # torch asks for this attribute wherever the tensor is an argument, and so refreshes it.
+    # torch reads this attribute if the tensor is an argument; reading it refreshes the tensor.
     def torch_function(cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         _refresh(reference)
         with torch._C.DisableTorchFunctionSubclass():

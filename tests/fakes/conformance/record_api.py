@@ -1,10 +1,11 @@
-"""Record PopTorch's public surface, and the options its compiler knows, from its sources.
+"""Record the public surface of PopTorch from its sources.
 
-    POPTORCH_SRC=<checkout of graphcore/poptorch> POPTORCH_FRONTEND=<the front end's harness> \
-        python tests/fakes/record_api.py
+    POPTORCH_SRC=<checkout of graphcore/poptorch> POPTORCH_FRONTEND=<folder of the harness> \
+        python tests/fakes/conformance/record_api.py
 
-It writes `api.json`, to which the stand-in is held, and `poptorch/session_options.json`, which the
-stand-in reads. `--print` prints the first instead.
+This writes `api.json`, which the tests compare with the stand-in, and
+`poptorch/session_options.json`, the options that the compiler knows, which the stand-in reads.
+`--print` prints the former instead.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Set
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fakes import loading
 
-API_FILE = loading.FAKES / "api.json"
+API_FILE = loading.FAKES / "conformance" / "api.json"
 OPTIONS_FILE = loading.FAKES / "poptorch" / "session_options.json"
 
 _ENUMS = [
@@ -52,7 +53,7 @@ _FUNCTIONS = [
 
 _ERRORS = ["Error", "RecoverableError", "UnrecoverableError"]
 
-# Class (a path from poptorch; "()" makes an instance) -> its methods and properties.
+# Path in poptorch of a class, or with "()" of an instance -> methods and properties.
 _CLASSES = {
     "AsynchronousDataAccessor": "__init__ __iter__ __len__ __next__ terminate",
     "Block": "__init__ start useAutoId",
@@ -95,7 +96,7 @@ _CLASSES = {
 
 
 def describe(poptorch: Any) -> Dict[str, Any]:
-    """The surface of a poptorch, as api.json holds it."""
+    """Return the surface of a poptorch module in the form of api.json."""
     return {
         "classes": {name: _class(poptorch, name, _CLASSES[name].split()) for name in _CLASSES},
         "enums": {name: _members(getattr(poptorch, name)) for name in _ENUMS},
@@ -124,7 +125,7 @@ def _property(member: property) -> str:
 
 
 def _signature(function: Any) -> str:
-    """Names, kinds and defaults of the parameters; no annotations."""
+    """Return names, kinds and defaults of the parameters, without annotations."""
     prefix = "static " if isinstance(function, staticmethod) else ""
     function = getattr(function, "__func__", function)
     parameters = [
@@ -140,14 +141,14 @@ def _members(cls: Any) -> Dict[str, Any]:
 
 
 def session_options(source: Path) -> Dict[str, List[str]]:
-    """Name -> kinds of value, of every option that the compiler registers."""
+    """Return every option that the compiler registers: name -> kinds of values."""
     text = (source / "popart_compiler" / "source" / "SessionOptions.cpp").read_text("utf-8")
     found = re.findall(r'registerSetter\(\s*(\w+)_options,\s*"([^"]+)"', text)
     found += [("string", name) for name in re.findall(r'string_options\["(\w+)"\]', text)]
     found += [
         ("uint64" if kind == "ENUM" else kind.lower(), name)
         for kind, name in re.findall(r"ADD_POPART_([A-Z0-9]+)_OPTION\(\s*([\w.]+)\s*[,)]", text)
-        if name != "name"  # The macro's own definition.
+        if name != "name"  # the definition of the macro
     ]
     kinds: Dict[str, Set[str]] = {}
     for kind, name in found:
@@ -170,7 +171,7 @@ def main() -> None:
         return
     API_FILE.write_text(api, encoding="utf-8")
     kinds = session_options(Path(os.environ["POPTORCH_SRC"]))
-    # One option a line.
+    # One option per line.
     lines = [f"{json.dumps(name)}: {json.dumps(kinds[name])}" for name in kinds]
     OPTIONS_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

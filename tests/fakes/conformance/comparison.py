@@ -1,6 +1,6 @@
-"""The same calls on the stand-in and on PopTorch's front end; as JSON, to compare.
+"""Make the same calls on the stand-in and on the front end, and return the results as JSON.
 
-Run as a script, it prints what the front end makes of them.
+Run as a script, it prints the results of the front end.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+
 from fakes import loading
 
 
 def everything(poptorch: Any, inspection: Any) -> Dict[str, Any]:
-    # To JSON and back: enumerations become numbers, tuples lists.
+    # Convert enumerations to numbers and tuples to lists.
     content = {
         "options": [_dictionary(options) for options in _options(poptorch)],
         "optimizers": _optimizers(poptorch),
@@ -69,7 +70,7 @@ def _options(poptorch: Any) -> List[Any]:
 
 
 def _optimizers(poptorch: Any) -> List[Any]:
-    """The dictionaries that reach the device."""
+    """Return the dictionaries that are sent to the device."""
     optim = poptorch.optim
     half, single = torch.float16, torch.float32
 
@@ -103,7 +104,7 @@ def _optimizers(poptorch: Any) -> List[Any]:
 
 
 class Net(torch.nn.Module):
-    """Two blocks on two IPUs; a sum as the second parameter, for parameter groups."""
+    """Two blocks on two IPUs, with two parameters for two parameter groups."""
 
     def __init__(self, poptorch: Any) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Net(torch.nn.Module):
 
 
 def _training(poptorch: Any, inspection: Any) -> Dict[str, Any]:
-    """Two device iterations of training, a score, more training, a resumed optimizer."""
+    """Train, run inference, train again, and resume with the state of the optimizer."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(24, 6, generator=generator)
     labels = torch.rand(24, 3, generator=generator).round()
@@ -134,7 +135,7 @@ def _training(poptorch: Any, inspection: Any) -> Dict[str, Any]:
     options.Training.gradientAccumulation(3)
     options.outputMode(poptorch.OutputMode.Sum)
     model = Net(poptorch).train()
-    # Constants too: an attribute that is not given here cannot change.
+    # Includes constants: an attribute that is not passed here cannot change.
     optimizer = poptorch.optim.AdamW(
         model.parameters(), lr=0.1, weight_decay=0.3, loss_scaling=2.0, max_grad_norm=0.5
     )

@@ -1,0 +1,1 @@
+"""Stand-ins for software that the tests do without: PopTorch and popdist."""
