@@ -1,1 +1,1 @@
-"""The model: Hugging Face's ViT cut into stages. Importing this package imports no torch."""
+"""The model: Hugging Face's ViT, split into stages."""

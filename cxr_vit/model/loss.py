@@ -1,4 +1,4 @@
-"""Multi-label losses."""
+"""Multi-label loss."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ __all__ = ["multi_label_loss"]
 
 
 def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the binary cross-entropy of logits, the mean over samples and labels.
+    """Compute the mean binary cross-entropy over samples and labels, in fp32.
+
+    The divisor is constant, so the mean over equal micro-batches is the mean over the batch.
 
     Parameters
     ----------
     logits
-        Any float dtype ``[B, C]``; computed in fp32.
+        ``[B, C]``, any float dtype.
     labels
         float32 ``[B, C]``, 0 or 1.
 
     Returns
     -------
     Tensor
-        float32, a scalar. It divides by a constant, so the mean over equal micro-batches is the
-        mean over the batch.
+        float32 scalar.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), labels)

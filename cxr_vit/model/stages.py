@@ -1,8 +1,8 @@
-"""The stages as modules, and the whole as one state dict under the hub's names.
+"""The stages of the pipeline as modules, and the whole model with its weights by hub name.
 
-A stage holds Hugging Face's own submodules under Hugging Face's own paths, so that its parameter
-names are those of the uncut model: PopTorch wraps stage i in a block on IPU i, the pipeline engine
-gives rank i stage i, the torch engine calls them in order, and all share one checkpoint.
+A stage holds Hugging Face's own submodules at Hugging Face's own paths, so its parameters have the
+names of the undivided model. PopTorch places stage i on IPU i, the pipeline engine on rank i, and
+the torch engine calls the stages in order. All of them share one checkpoint format.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ __all__ = ["Normalise", "Stage", "StagedViT"]
 
 
 class Normalise(nn.Module):
-    """uint8 gray -> float with the given mean and deviation, copied to the model's channels.
+    """Convert gray uint8 images to the model's input.
 
-    Runs on the device: a third of the pixels and a quarter of the bytes cross to it.
+    This runs on the device, so that a third of the values, of a quarter of the size, are
+    transferred.
+
+    Parameters
+    ----------
+    mean, std
+        Mean and standard deviation of the gray levels, which are scaled to 0..1.
     """
 
     def __init__(self, *, mean: float, std: float, num_channels: int) -> None:
         super().__init__()
         self.num_channels = num_channels
-        # (x / 255 - mean) / std as one multiplication and one addition. Plain numbers: a model in
-        # fp16 would round buffers.
+        # (x / 255 - mean) / std as one multiplication and one addition. Not buffers: those would
+        # be rounded in an fp16 model.
         self.scale = 1.0 / (255.0 * std)
         self.offset = -mean / std
 
@@ -45,24 +51,20 @@ class Normalise(nn.Module):
 class Stage(nn.Module):
     """Consecutive parts of a ViT.
 
-    The first stage takes uint8 ``[B, 1, H, W]``, the last gives logits ``[B, C]``; between them
-    pass hidden states ``[B, tokens, width]``.
+    The first stage takes uint8 ``[B, 1, H, W]``, the last returns logits ``[B, C]``. Between
+    stages, hidden states are ``[B, tokens, width]``.
 
     Parameters
     ----------
     model
-        The uncut model; its submodules are shared, not copied.
-    plan
-        The cut.
-    index
-        Which stage this is.
+        The undivided model. Its submodules are shared, not copied.
     mean, std
-        Normalisation of the gray levels, of 0..1.
+        As for `Normalise`.
 
     Attributes
     ----------
     dtype
-        What the hidden states are held in, whatever the weights are.
+        The dtype of the hidden states, which may differ from that of the weights.
     """
 
     def __init__(
@@ -75,21 +77,21 @@ class Stage(nn.Module):
         std: float,
     ) -> None:
         super().__init__()
-        whole = VitParts(model)
+        parts = VitParts(model)
         self.dtype = torch.float32
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
-        # Lists, not attributes: torch registers a module once, and that is at its own path.
+        # In lists, which torch does not search: each module is registered once, at its own path.
         self._embedding: List[nn.Module] = []
         self._layers: List[nn.Module] = []
         self._head: List[nn.Module] = []
         if self.has_embedding:
             self.normalise = Normalise(mean=mean, std=std, num_channels=model.config.num_channels)
-            self._embedding.append(_graft(self, *whole.embedding))
+            self._embedding.append(_register(self, *parts.embedding))
         for layer in plan.layers(index):
-            self._layers.append(_graft(self, *whole.layers[layer]))
+            self._layers.append(_register(self, *parts.layers[layer]))
         if self.has_head:
-            self._head += [_graft(self, *whole.norm), _graft(self, *whole.head)]
+            self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
 
     @property
     def layers(self) -> List[nn.Module]:
@@ -97,10 +99,10 @@ class Stage(nn.Module):
         return self._layers
 
     def forward(self, value: Tensor) -> Tensor:
-        """Run this stage's parts on pixels or hidden states."""
+        """Map images or hidden states to hidden states or logits."""
         for embedding in self._embedding:
             pixels = self.normalise(value).to(self.dtype)
-            # Class token and positions, where they are fp32, widen what they are added to.
+            # Class token and position embeddings in fp32 promote the sum to fp32.
             value = embedding(pixels).to(self.dtype)
         for layer in self._layers:
             value = layer_output(layer(value))
@@ -110,15 +112,15 @@ class Stage(nn.Module):
         return value
 
 
-def _graft(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Register `module` in `stage` under a dotted path, with empty modules in between."""
-    *folders, name = path.split(".")
-    place = stage
-    for folder in folders:
-        if not hasattr(place, folder):
-            place.add_module(folder, nn.Module())
-        place = getattr(place, folder)
-    place.add_module(name, module)
+def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Register `module` in `stage` at a dotted path, creating empty modules in between."""
+    *parents, name = path.split(".")
+    parent = stage
+    for part in parents:
+        if not hasattr(parent, part):
+            parent.add_module(part, nn.Module())
+        parent = getattr(parent, part)
+    parent.add_module(name, module)
     return module
 
 
@@ -128,11 +130,9 @@ class StagedViT(nn.Module):
     Parameters
     ----------
     model
-        The uncut model; shared, not copied.
-    plan
-        The cut.
+        The undivided model. Its submodules are shared, not copied.
     mean, std
-        Normalisation of the gray levels, of 0..1.
+        As for `Normalise`.
     """
 
     def __init__(
@@ -140,7 +140,8 @@ class StagedViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = model.config
-        self._whole = (model,)  # in a tuple: no second path to its parameters
+        # In a tuple, so that its parameters are not registered a second time.
+        self._undivided = (model,)
         self.dtype = torch.float32
         self.plan = plan
         self.mean = mean
@@ -149,7 +150,8 @@ class StagedViT(nn.Module):
             Stage(model, plan, index, mean=mean, std=std) for index in range(plan.num_stages)
         )
         self.stages = nn.ModuleList(self._stages)
-        self._held = list(range(plan.num_stages))
+        #: Stages whose weights this process has.
+        self._local_stages = list(range(plan.num_stages))
 
     @classmethod
     def from_config(
@@ -160,17 +162,18 @@ class StagedViT(nn.Module):
         prevalence: Optional[np.ndarray],
         for_ipu: bool = False,
     ) -> StagedViT:
-        """Build the model of a configuration and cut it; see `build_vit`."""
+        """Build the configured model and split it; see `build_vit`."""
+        layers_per_stage = config.pipeline.layers_per_stage
         vit = build_vit(
             config.model,
             names=names,
             image_size=config.data.image_size,
-            layers_per_stage=config.pipeline.layers_per_stage,
+            layers_per_stage=layers_per_stage,
             seed=config.run.seed,
             prevalence=prevalence,
             for_ipu=for_ipu,
         )
-        plan = StagePlan.from_list(config.pipeline.layers_per_stage)
+        plan = StagePlan.from_list(layers_per_stage)
         return cls(vit, plan, mean=config.model.image_mean, std=config.model.image_std)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -186,67 +189,67 @@ class StagedViT(nn.Module):
         return [layer for stage in self._stages for layer in stage.layers]
 
     def stage(self, index: int) -> Stage:
-        """Return one of the stages."""
+        """Return one stage."""
         return self._stages[index]
 
     @property
     def hidden_shape(self) -> Tuple[int, int]:
-        """Tokens and width of the hidden states between two stages."""
+        """Number of tokens and width of the hidden states between two stages."""
         return hidden_shape(self.config)
 
     def keep(self, stages: Collection[int]) -> StagedViT:
-        """Let go of the weights of all other stages; their names and shapes stay known."""
-        self._held = [index for index in self._held if index in stages]
+        """Drop the weights of all other stages; their names and shapes remain."""
+        self._local_stages = [index for index in self._local_stages if index in stages]
         for index, stage in enumerate(self.stages):
-            if index not in self._held:
+            if index not in self._local_stages:
                 stage.to("meta")
         return self
 
-    def place(self, device: torch.device) -> StagedViT:
-        """Move the stages held here to a device."""
-        for index in self._held:
+    def to_device(self, device: torch.device) -> StagedViT:
+        """Move the stages of this process to a device."""
+        for index in self._local_stages:
             self.stages[index].to(device)
         return self
 
     def recut(self, plan: StagePlan) -> StagedViT:
-        """Return the same parts, shared, cut otherwise."""
-        other = StagedViT(self._whole[0], plan, mean=self.mean, std=self.std)
+        """Return a model with the same weights, shared, split by another plan."""
+        other = StagedViT(self._undivided[0], plan, mean=self.mean, std=self.std)
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
-        """Compute in `dtype`; the weights stay what they are, and are cast where they are used."""
+        """Set the dtype of the computation; the weights keep theirs."""
         self.dtype = dtype
         for stage in self._stages:
             stage.dtype = dtype
         return self
 
     def hub_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]:
-        """Yield every parameter held here with the name it has in the hub's checkpoints."""
+        """Yield the parameters of this process's stages with their hub names."""
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
-                yield _uncut(name), parameter
+                yield _without_stage(name), parameter
 
     def weights(self) -> Dict[str, Tensor]:
-        """Return copies of the weights held here on the CPU in fp32, by hub name."""
+        """Return copies of the weights of this process's stages: hub name -> fp32, on the CPU."""
         return {
-            # PopTorch's parameters have a class of their own, which copies would keep.
+            # PopTorch gives parameters a class of its own, which copies would keep.
             name: parameter.detach().as_subclass(Tensor).cpu().float().clone()
             for name, parameter in self.hub_parameters()
         }
 
     def hub_files(self) -> Dict[str, str]:
-        """Return the files that make a folder of the weights loadable by `from_pretrained`."""
+        """Return the files that `from_pretrained` needs beside the weights: name -> text."""
         return hub_files(self.config, mean=self.mean, std=self.std)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in by hub name; those of stages let go of are only compared by shape.
+        """Copy weights in by hub name; those of dropped stages are only checked.
 
         Raises
         ------
         CheckpointError
             If a weight is missing, unexpected or of another shape.
         """
-        own = {_uncut(name): parameter for name, parameter in self.named_parameters()}
+        own = {_without_stage(name): parameter for name, parameter in self.named_parameters()}
         problems = [f"missing {name}" for name in own if name not in weights]
         problems += [f"unexpected {name}" for name in weights if name not in own]
         problems += [
@@ -265,6 +268,6 @@ class StagedViT(nn.Module):
                 parameter.copy_(weights[name])
 
 
-def _uncut(name: str) -> str:
-    """Turn ``stages.<i>.<path>`` into the hub's name of the path."""
+def _without_stage(name: str) -> str:
+    """Convert ``stages.<i>.<path>`` to the hub name of the path."""
     return hub_name(name.split(".", 2)[2])

@@ -1,8 +1,9 @@
-"""Builds ViTForImageClassification; the only file that knows Hugging Face's attribute names.
+"""Build `ViTForImageClassification`.
 
-transformers 4.x has `vit.encoder.layer.<i>.attention.attention.query`, layers that return tuples;
-5.x has `vit.layers.<i>.attention.q_proj`, layers that return tensors. The hub's checkpoints spell
-the former, and so does everything this project stores or logs ("hub names").
+This is the only file that knows Hugging Face's attribute names. transformers 4.x has
+`vit.encoder.layer.<i>.attention.attention.query`, and its layers return tuples; 5.x has
+`vit.layers.<i>.attention.q_proj`, and its layers return tensors. The hub's checkpoints use the
+names of 4.x. These "hub names" are used for everything that this project stores or logs.
 """
 
 from __future__ import annotations
@@ -24,18 +25,11 @@ from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
-__all__ = [
-    "VitParts",
-    "build_vit",
-    "hidden_shape",
-    "hub_files",
-    "hub_name",
-    "layer_output",
-]
+__all__ = ["VitParts", "build_vit", "hidden_shape", "hub_files", "hub_name", "layer_output"]
 
 logger = logging.getLogger(__name__)
 
-#: Memory names of transformers 5.x -> hub names. In order: `mlp.fc2` has no prefix to tell it by.
+#: Parameter names of transformers 5.x -> hub names.
 _RENAMES: Tuple[Tuple[str, str], ...] = (
     (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
@@ -46,26 +40,21 @@ _RENAMES: Tuple[Tuple[str, str], ...] = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 _HEAD = "classifier."
-#: In the hub's in21k checkpoint, used by no classifier.
+#: Part of the hub's in21k checkpoint; the classifier does not use it.
 _POOLER = re.compile(r"^(vit\.)?pooler\.")
 
 
 def hub_name(name: str) -> str:
-    """Return the name a parameter has in the hub's checkpoints, whatever transformers calls it."""
+    """Return the hub name of a parameter of either version of transformers."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 class VitParts:
-    """Hugging Face's submodules with their paths, in the order of the forward pass.
+    """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass.
 
-    Attributes
-    ----------
-    embedding, norm, head
-        ``(path, module)``, e.g. ``("vit.embeddings", ViTEmbeddings)``.
-    layers
-        The same, one an encoder layer.
+    For example ``("vit.embeddings", ViTEmbeddings)``.
     """
 
     def __init__(self, model: ViTForImageClassification) -> None:
@@ -83,13 +72,13 @@ class VitParts:
 
 
 def layer_output(output: Any) -> Tensor:
-    """Return the hidden states of an encoder layer's output, a tuple in 4.x and a tensor in 5.x."""
+    """Return the hidden states from the output of an encoder layer (4.x: tuple, 5.x: tensor)."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def hidden_shape(config: ViTConfig) -> Tuple[int, int]:
-    """Return tokens and width of the hidden states between two layers."""
+    """Return the number of tokens and the width of the hidden states."""
     patches: int = (config.image_size // config.patch_size) ** 2
     return patches + 1, config.hidden_size
 
@@ -104,31 +93,30 @@ def build_vit(
     prevalence: Optional[np.ndarray] = None,
     for_ipu: bool = False,
 ) -> ViTForImageClassification:
-    """Build the model: random weights of a named size, a local folder's, or the hub's.
+    """Build the model in fp32 with random weights, or with those of a local folder or the hub.
 
     Parameters
     ----------
-    model
-        The `model` section.
     names
-        The label names, in the order of the logits.
+        Label names, in the order of the logits.
     image_size
-        Side of the images, pixels.
+        Side of the images in pixels.
     layers_per_stage
-        The cut; must place every layer.
+        The stages must hold every layer.
     seed
         Seed of random weights and of a new head.
     prevalence
-        float64 ``[C]``, the part of the training images with each label, for a new head's bias;
-        None where no new head may be made (evaluation).
+        float64 ``[C]``, fraction of the training images with each label, for the bias of a new
+        head. None if the head must be trained already (evaluation).
     for_ipu
-        Build what PopTorch can run: attention in its plain form, and GELU in its tanh form, which
-        is the one an IPU has; the model's config then says so.
+        Build what PopTorch can run: eager attention, and GELU in its tanh form, which is the only
+        one an IPU has. The model's config records it.
 
     Raises
     ------
     ModelError
-        If the weights cannot be had, are missing or unexpected, or are of another image size.
+        If the weights cannot be loaded, are incomplete or unexpected, or are made for another
+        image size.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -140,15 +128,15 @@ def build_vit(
             vit, head_is_new = _from_pretrained(model, names, image_size, for_ipu)
     problem = depth_problem(list(layers_per_stage), vit.config.num_hidden_layers)
     if problem:
-        raise ModelError(problem)
+        raise ModelError(str(problem))
     if head_is_new:
         if prevalence is None:
             raise ModelError(
-                f"{model.name} has no trained head for the labels {', '.join(names)};"
-                " give the checkpoint of a finished run."
+                f"{model.name} has no trained head for the labels {', '.join(names)}."
+                " Use a checkpoint of a finished run."
             )
         if model.head_bias == "prior":
-            _start_at_prior(vit.classifier, prevalence)
+            _set_prior(vit.classifier, prevalence)
     vit.config.architectures = ["ViTForImageClassification"]
     return vit.float()
 
@@ -156,14 +144,15 @@ def build_vit(
 def _settings(
     model: ModelSection, names: Sequence[str], for_ipu: bool, hidden_act: str
 ) -> Dict[str, Any]:
-    """Settings that hold whatever the weights come from; `hidden_act` is what they were made with.
+    """Return the settings that do not depend on the source of the weights.
 
-    On an IPU every GELU is the tanh form (poptorch.md, rule 9): to say so keeps the weights and
-    what computes with them together wherever they go.
+    `hidden_act` is the activation the weights were trained with. An IPU computes every GELU in its
+    tanh form (docs/ipu.md, section 6). The config records that form, so that the same function is
+    computed from the checkpoint everywhere.
     """
     hidden_act = model.hidden_act or hidden_act
     if for_ipu and hidden_act == "gelu":
-        logger.info("GELU in its tanh form, as the IPU computes it; the checkpoints will say so")
+        logger.info("using the tanh form of GELU, as the IPU does; checkpoints record it")
         hidden_act = "gelu_pytorch_tanh"
     return {
         **({"attn_implementation": "eager"} if for_ipu else {}),
@@ -198,48 +187,48 @@ def _from_pretrained(
 ) -> Tuple[ViTForImageClassification, bool]:
     """Load weights; return the model and whether its head is new."""
     try:
-        theirs = AutoConfig.from_pretrained(model.name)
-        _check_kind(model, theirs, image_size)
+        saved = AutoConfig.from_pretrained(model.name)
+        _check_config(model, saved, image_size)
         vit, info = ViTForImageClassification.from_pretrained(
             model.name,
             config=ViTConfig.from_pretrained(
-                model.name, **_settings(model, names, for_ipu, theirs.hidden_act)
+                model.name, **_settings(model, names, for_ipu, saved.hidden_act)
             ),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by us below, all at once
+            ignore_mismatched_sizes=True,  # reported by _check_weights, all at once
             use_safetensors=True,  # a pickle can run code
         )
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"cannot load model.name={model.name!r}: {first_line} Give a folder with"
-            " config.json and model.safetensors, a hub name this machine can reach, or a size:"
-            f" {', '.join(SIZES)}."
+            f"cannot load model.name={model.name!r}: {first_line} Set it to a folder with"
+            " config.json and model.safetensors, to a hub name this machine can reach, or to a"
+            f" size: {', '.join(SIZES)}."
         ) from error
     head_is_new = _check_weights(model.name, info)
-    their_names = [str(name) for _, name in sorted(theirs.id2label.items())]
-    if not head_is_new and their_names != list(names):
-        logger.warning("%s has other labels (%s): its head is replaced", model.name, their_names)
+    saved_names = [str(name) for _, name in sorted(saved.id2label.items())]
+    if not head_is_new and saved_names != list(names):
+        logger.warning("%s has other labels (%s): its head is replaced", model.name, saved_names)
         torch.nn.init.normal_(vit.classifier.weight, std=vit.config.initializer_range)
         torch.nn.init.zeros_(vit.classifier.bias)
         head_is_new = True
     return vit, head_is_new
 
 
-def _check_kind(model: ModelSection, theirs: Any, image_size: int) -> None:
-    if theirs.model_type != "vit":
+def _check_config(model: ModelSection, saved: Any, image_size: int) -> None:
+    if saved.model_type != "vit":
         raise ModelError(
-            f"model.name={model.name!r} is a {theirs.model_type!r} model; only 'vit' is known."
+            f"model.name={model.name!r} is a {saved.model_type!r} model; only 'vit' is supported."
         )
-    if theirs.image_size != image_size:
+    if saved.image_size != image_size:
         raise ModelError(
-            f"model.name={model.name!r} takes images of {theirs.image_size} pixels, but"
-            f" data.image_size={image_size}. Set data.image_size={theirs.image_size}."
+            f"model.name={model.name!r} takes images of {saved.image_size} pixels, but"
+            f" data.image_size={image_size}. Set data.image_size={saved.image_size}."
         )
 
 
 def _check_weights(name: str, info: Dict[str, Any]) -> bool:
-    """Refuse weights that do not fit but for the head's; return whether the head is new."""
+    """Refuse weights that do not fit, except the head's; return whether the head is new."""
     missing = _hub_names(info["missing_keys"])
     mismatched = _hub_names(
         key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]
@@ -269,13 +258,14 @@ def _hub_names(keys: Iterable[str]) -> Set[str]:
     return {hub_name(key) for key in keys}
 
 
-def _start_at_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
-    """Make the head predict the prevalence: bias log-odds, weights a tenth of Hugging Face's.
+def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
+    """Initialise the head to predict the prevalence.
 
-    The first loss is then the prior's cross-entropy (0.164 on NIH) and not log 2 = 0.693, and the
-    first steps need not be spent on learning that most findings are rare. Full weights would add
-    up to 0.01 to it in a wide model; weights of zero would give the trunk no gradient at first, and
-    AdamW then scales rounding noise up to whole steps.
+    The bias is the log-odds, so that the first loss is the entropy of the labels (0.164 on NIH)
+    instead of log 2 = 0.693, and no steps are spent on learning that most findings are rare. The
+    weights are a tenth of Hugging Face's: full weights would add up to 0.01 to that loss in a wide
+    model. With zero weights the trunk would get no gradient at first, and AdamW would scale
+    rounding noise up to full steps.
     """
     with torch.no_grad():
         head.weight.mul_(0.1)
@@ -285,8 +275,8 @@ def _start_at_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
 def hub_files(config: ViTConfig, *, mean: float, std: float) -> Dict[str, str]:
     """Return config.json and preprocessor_config.json as transformers writes them.
 
-    The latter by hand: 5.x writes it only where torchvision is installed, and both versions read
-    these keys.
+    The latter is written by hand: 5.x writes it only if torchvision is installed. Both versions
+    read these keys.
     """
     size = config.image_size
     preprocessor = {

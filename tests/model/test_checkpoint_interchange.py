@@ -1,4 +1,4 @@
-"""Checkpoints written under transformers 4.46 and 5.x, each read by whichever is installed here."""
+"""Checkpoints written by transformers 4.46 and 5.x, read by the installed version."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from cxr_vit.training.checkpoint import load_checkpoint
 
 @pytest.fixture(params=["transformers_4", "transformers_5"])
 def written(request, repository):
-    """A checkpoint folder of one version, and the images and logits it was written with."""
+    """A checkpoint folder of one version, with the images and logits saved beside it."""
     folder = repository / "tests" / "fixtures" / request.param
     return folder / "checkpoint", load_file(str(folder / "expected.safetensors"))
 
 
-def test_plain_transformers_gives_the_same_logits(written):
+def test_plain_transformers_computes_the_same_logits(written):
     checkpoint, expected = written
     model = ViTForImageClassification.from_pretrained(checkpoint).float().eval()
     pixels = ((expected["images"].float() / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1)
@@ -31,7 +31,7 @@ def test_plain_transformers_gives_the_same_logits(written):
     assert model.config.problem_type == "multi_label_classification"
 
 
-def test_evaluation_gives_the_same_logits(written):
+def test_evaluation_computes_the_same_logits(written):
     checkpoint, expected = written
     vit = build_vit(
         ModelSection(name=str(checkpoint)),
@@ -45,7 +45,7 @@ def test_evaluation_gives_the_same_logits(written):
         assert torch.allclose(model(expected["images"]), expected["logits"], atol=1e-6)
 
 
-def test_resume_takes_up_the_weights(written):
+def test_resume_loads_the_weights(written):
     checkpoint, expected = written
     state, _ = load_checkpoint(checkpoint)
     vit = build_vit(

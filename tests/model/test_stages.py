@@ -31,21 +31,21 @@ def images():
     return torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
 
 
-def staged(whole, cut):
-    return StagedViT(whole, StagePlan.from_list(cut), mean=0.5, std=0.5).eval()
+def staged(whole, layers):
+    return StagedViT(whole, StagePlan.from_list(layers), mean=0.5, std=0.5).eval()
 
 
-@pytest.mark.parametrize("cut", [[4], [1, 1, 1, 1], [0, 3, 1], [2, 2, 0]])
-def test_stages_in_order_give_the_uncut_models_logits(whole, images, cut):
+@pytest.mark.parametrize("layers", [[4], [1, 1, 1, 1], [0, 3, 1], [2, 2, 0]])
+def test_stages_compute_the_logits_of_the_undivided_model(whole, images, layers):
     pixels = ((images.float() / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1)
     with torch.no_grad():
-        assert torch.allclose(staged(whole, cut)(images), whole(pixels).logits, atol=1e-6)
+        assert torch.allclose(staged(whole, layers)(images), whole(pixels).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [[4], [1, 1, 1, 1], [0, 3, 1]])
-def test_parameter_names_do_not_depend_on_the_cut(whole, cut):
+@pytest.mark.parametrize("layers", [[4], [1, 1, 1, 1], [0, 3, 1]])
+def test_parameter_names_do_not_depend_on_the_split(whole, layers):
     expected = {hub_name(name) for name in whole.state_dict()}
-    assert {name for name, _ in staged(whole, cut).hub_parameters()} == expected
+    assert {name for name, _ in staged(whole, layers).hub_parameters()} == expected
 
 
 def test_each_stage_holds_only_its_own_layers(whole):
@@ -56,7 +56,7 @@ def test_each_stage_holds_only_its_own_layers(whole):
     assert not any(name.startswith(("vit.encoder.layer.1.", "classifier")) for name in names)
 
 
-def test_stages_share_the_uncut_models_parameters(whole):
+def test_stages_share_the_parameters_of_the_undivided_model(whole):
     model = staged(whole, [2, 2])
     assert {id(p) for p in model.parameters()} == {id(p) for p in whole.parameters()}
 
@@ -84,7 +84,7 @@ def test_input_equals_that_of_the_saved_image_processor(whole, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_weights_go_out_and_come_back(whole, images):
+def test_weights_are_restored(whole, images):
     model = staged(whole, [2, 2])
     weights = model.weights()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_recut_shares_every_parameter(whole, images):
         assert torch.equal(model(images), other(images))
 
 
-def test_hidden_states_are_held_in_the_dtype_asked_for(whole, images):
+def test_hidden_states_have_the_dtype_of_the_computation(whole, images):
     seen = []
     model = staged(whole, [2, 2]).compute_in(torch.bfloat16)
     model.to(torch.bfloat16)
@@ -138,7 +138,7 @@ def test_hidden_states_are_held_in_the_dtype_asked_for(whole, images):
     assert model.recut(StagePlan.from_list([4])).dtype == torch.bfloat16
 
 
-def test_half_weights_are_stored_in_full(whole):
+def test_half_weights_are_stored_in_fp32(whole):
     model = staged(whole, [4]).half()
     weights = model.weights()
     assert {weight.dtype for weight in weights.values()} == {torch.float32}

@@ -42,7 +42,7 @@ def build(name, *, image_size=32, layers=(1, 1), prevalence=0.1, names=FINDINGS,
 
 @pytest.fixture
 def trunk(tmp_path):
-    """A checkpoint as the hub's in21k one: a trunk with a pooler, no head, no `vit.` prefix."""
+    """A checkpoint like the hub's in21k one: with a pooler, without head and `vit.` prefix."""
     folder = tmp_path / "in21k"
     ViTModel(ViTConfig(**TINY)).save_pretrained(folder)
     weights = load_file(str(folder / "model.safetensors"))
@@ -89,7 +89,7 @@ def test_problem_type_and_labels_are_set():
     assert [config.id2label[index] for index in range(14)] == list(FINDINGS)
 
 
-def test_prior_bias_starts_at_the_loss_of_the_prior():
+def test_prior_bias_starts_at_the_entropy_of_the_labels():
     prevalence = np.array(NIH_POSITIVES) / NIH_TRAINING_IMAGES
     model = build_vit(
         ModelSection(name="vit-micro", patch_size=8, head_bias="prior"),
@@ -101,7 +101,7 @@ def test_prior_bias_starts_at_the_loss_of_the_prior():
     )
     with torch.no_grad():
         logits = model(torch.randn(2, 3, 32, 32)).logits
-    # The mean loss over the training images, from the counts: no image is needed for it.
+    # The mean loss over the training images follows from the counts; no image is needed.
     expected = torch.tensor(prevalence, dtype=torch.float32)
     loss = multi_label_loss(logits[:1], expected[None])
     assert float(loss) == pytest.approx(0.1637, abs=2e-4)
@@ -110,7 +110,7 @@ def test_prior_bias_starts_at_the_loss_of_the_prior():
 def test_zero_bias_starts_near_log_2():
     model = build("vit-micro", layers=(4,), patch_size=8, head_bias="zero")
     assert torch.count_nonzero(model.classifier.bias) == 0
-    # Of two images drawn by chance the loss may be as far off as 0.8.
+    # With only two random images the loss can deviate by 0.8.
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(images).logits
@@ -163,12 +163,12 @@ def test_weights_of_another_shape_are_listed(trunk):
         build(trunk)
 
 
-def test_another_image_size_says_which_to_set(trunk):
+def test_another_image_size_names_the_one_to_set(trunk):
     with pytest.raises(ModelError, match=r"takes images of 32 pixels.*Set data\.image_size=32"):
         build(trunk, image_size=64)
 
 
-def test_another_depth_says_both_numbers(trunk):
+def test_another_depth_names_both_numbers(trunk):
     with pytest.raises(ModelError, match=r"places 3 layers; the model has 2"):
         build(trunk, layers=(1, 2))
 
@@ -181,12 +181,12 @@ def test_another_architecture_is_refused(trunk):
 
 
 @pytest.mark.parametrize("name", ["nobody/vit-nowhere", "/no/such/folder"])
-def test_weights_that_cannot_be_had_say_what_may_be_given(name):
+def test_missing_source_names_the_alternatives(name):
     with pytest.raises(ModelError, match=r"cannot load model\.name=.*vit-tiny"):
         build(name)
 
 
-def test_pickled_weights_are_not_read(trunk):
+def test_pickled_weights_are_not_loaded(trunk):
     (trunk / "model.safetensors").unlink()
     torch.save({}, str(trunk / "pytorch_model.bin"))
     with pytest.raises(ModelError, match="cannot load"):
@@ -210,7 +210,7 @@ def test_head_of_other_labels_is_replaced(tmp_path, caplog):
     assert torch.allclose(model.classifier.bias, torch.full((14,), float(np.log(0.1 / 0.9))))
 
 
-def test_a_replaced_head_starts_as_hugging_faces(tmp_path):
+def test_replaced_head_starts_like_hugging_faces(tmp_path):
     other = {"id2label": dict(enumerate(reversed(FINDINGS))), "label2id": {}}
     ViTForImageClassification(ViTConfig(**TINY, **other)).save_pretrained(tmp_path)
     head = build(tmp_path, head_bias="zero").classifier
@@ -218,7 +218,7 @@ def test_a_replaced_head_starts_as_hugging_faces(tmp_path):
     assert float(head.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
 
 
-def test_damaged_weights_are_told(trunk):
+def test_damaged_weights_are_reported(trunk):
     path = trunk / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot load"):
@@ -230,9 +230,6 @@ def test_evaluation_refuses_a_model_without_a_trained_head(trunk):
         build(trunk, prevalence=None)
 
 
-# What an IPU needs
-
-
 def test_activation_of_random_weights():
     def act(**settings):
         return build("vit-micro", layers=(4,), patch_size=8, **settings).config.hidden_act
@@ -241,7 +238,7 @@ def test_activation_of_random_weights():
     assert act(hidden_act="gelu_pytorch_tanh") == "gelu_pytorch_tanh"
 
 
-def test_activation_is_the_checkpoints_unless_it_is_set(trunk):
+def test_activation_is_that_of_the_checkpoint_unless_set(trunk):
     config = json.loads((trunk / "config.json").read_text())
     (trunk / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu_pytorch_tanh"}))
     assert build(trunk).config.hidden_act == "gelu_pytorch_tanh"
@@ -249,7 +246,7 @@ def test_activation_is_the_checkpoints_unless_it_is_set(trunk):
 
 
 @pytest.mark.parametrize("source", ["size", "folder"])
-def test_model_for_an_ipu_says_what_it_computes(source, trunk, caplog):
+def test_model_for_an_ipu_records_its_activation(source, trunk, caplog):
     name, more = ("vit-micro", {"patch_size": 8}) if source == "size" else (trunk, {})
     model = build_vit(
         ModelSection(name=str(name), **more),
