@@ -84,12 +84,12 @@ def prose(label: str, text: str) -> List[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=f"{label:8}", subsequent_indent=" " * 8)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> List[str]:
-    """Align rows in columns: the first to the left, the others to the right."""
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> List[str]:
+    """Align rows in columns: the first `left` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
+            cell.ljust(width) if index < left else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows

@@ -359,6 +359,7 @@ def in_parallel(
         workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     left = sum(len(chunk.paths) for chunk in chunks)
     with progress(label, done=done, total=done + left) as advance:
+        results: Iterator[Tuple[Chunk, Result]]
         if workers == 1 or left <= _FEW_IMAGES:
             results = ((chunk, function(chunk)) for chunk in chunks)
         else:

@@ -1,8 +1,7 @@
-"""Sections of tables and notes, written as text for a terminal and as one HTML page.
+"""Render sections of tables, notes and figures as text for a terminal and as one HTML page.
 
-The page needs nothing but itself: its style is inside, its pictures are data URIs, and its policy
-forbids scripts and every address. It is well-formed XML too, so that any parser can check it.
-Imports no torch.
+The page is self-contained: its style is inline, its images are data URIs, and its content security
+policy forbids scripts and external addresses. It is also well-formed XML.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cxr_vit.console import columns
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.nih import IMAGE_PIXELS
 from cxr_vit.data.splits import SPLIT_NAMES
 
 __all__ = [
-    "Section",
-    "Table",
+    "ReportSection",
+    "ReportTable",
     "age_figure",
     "choose_images",
     "figure_html",
@@ -39,9 +40,15 @@ __all__ = [
     "text_report",
 ]
 
+_TEXT_WIDTH = 110
 
-#: Width of the text, characters.
-TEXT_WIDTH = 110
+#: Bins of the figures: images per patient (the last has no upper edge), and ages in years.
+_IMAGE_COUNTS = (1, 2, 3, 5, 10, 20, 50)
+_YEARS = np.arange(0, 126, 5)
+
+#: Images on the page: larger ones are shrunk, and this many have no finding.
+_LARGEST_SIDE = 256
+_WITHOUT_FINDING = 6
 
 _PAGE = Template("""\
 <!DOCTYPE html>
@@ -92,12 +99,12 @@ $sections
 """)
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """A table of texts.
 
-    `header` may be empty. `groups` are headings over the columns after the text columns: each its
-    text and its number of columns. The first `text_columns` columns are aligned left, the others
-    are numbers. `shades`, float ``[rows, numbers]`` in 0..1, colours the page's cells.
+    The first `text_columns` columns are aligned left, the others are numbers. `header` may be
+    empty. `groups` are headings over the columns of numbers, each with its number of columns.
+    `shades`, float ``[rows, number columns]`` in 0..1, colours the cells on the page.
     """
 
     caption: str
@@ -108,27 +115,27 @@ class Table(NamedTuple):
     shades: Optional[np.ndarray] = None
 
 
-class Section(NamedTuple):
-    """A heading, what to look out for, tables and notes; `markup` is HTML for the page alone."""
+class ReportSection(NamedTuple):
+    """A heading with tables, warnings and notes; `markup` is HTML for the page only."""
 
     title: str
-    tables: Sequence[Table] = ()
+    tables: Sequence[ReportTable] = ()
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     markup: str = ""
 
 
 def printable(text: str) -> str:
-    """Write what no page and no terminal should get (controls, lone surrogates) as escapes."""
+    """Escape characters that no page or terminal should get: controls, lone surrogates."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in text
     )
 
 
-def text_report(title: str, notice: str, sections: Sequence[Section]) -> str:
-    """Write the sections as plain text, lines of at most 110 characters where words allow."""
-    lines = [title, "=" * min(len(title), TEXT_WIDTH), *_wrapped(notice)]
+def text_report(title: str, notice: str, sections: Sequence[ReportSection]) -> str:
+    """Render plain text, in lines of at most 110 characters where words allow."""
+    lines = [title, "=" * min(len(title), _TEXT_WIDTH), *_wrapped(notice)]
     for section in sections:
         lines += ["", section.title, "-" * len(section.title)]
         for warning in section.warnings:
@@ -136,7 +143,7 @@ def text_report(title: str, notice: str, sections: Sequence[Section]) -> str:
         for note in section.notes:
             lines += _wrapped(note)
         for position, table in enumerate(section.tables):
-            # A blank line and its caption tell a table from what stands above it.
+            # The first table of a section needs no caption if nothing is above it.
             above = position or section.warnings or section.notes
             lines += ["", *_wrapped(table.caption)] if above else []
             lines += _text_table(table)
@@ -146,44 +153,38 @@ def text_report(title: str, notice: str, sections: Sequence[Section]) -> str:
 def _wrapped(text: str, indent: str = "") -> List[str]:
     return textwrap.wrap(
         printable(text),
-        TEXT_WIDTH,
+        _TEXT_WIDTH,
         subsequent_indent=indent,
-        break_long_words=False,  # a path or a hash is there to be copied
+        break_long_words=False,  # paths and hashes stay whole
         break_on_hyphens=False,
     )
 
 
-def _text_table(table: Table) -> List[str]:
-    rows = [[printable(cell) for cell in row] for row in table.rows]
-    cells = [list(table.header), *rows] if table.header else rows
+def _text_table(table: ReportTable) -> List[str]:
+    rows = [table.header, *table.rows] if table.header else table.rows
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if table.text_columns == len(cells[0]):  # the last column is text and may be long
+        beginnings = columns([row[:-1] for row in cells], left=table.text_columns)
+        width = max(map(len, beginnings)) + 2
+        lines = []
+        for beginning, row in zip(beginnings, cells):
+            lines += _wrapped(beginning.ljust(width) + row[-1], indent=" " * width) or [beginning]
+        return lines
+    lines = columns(cells, left=table.text_columns)
+    if not table.groups:
+        return lines
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [_group_line(table, widths)] if table.groups else []
-    for row in cells:
-        aligned = [
-            cell.ljust(width) if column < table.text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ]
-        if table.text_columns == len(row):  # the last text may be long
-            left = "  ".join(aligned[:-1]) + "  "
-            aligned = _wrapped(left + row[-1], indent=" " * len(left)) or [left]
-            lines += aligned
-        else:
-            lines.append("  ".join(aligned))
-    return lines
-
-
-def _group_line(table: Table, widths: Sequence[int]) -> str:
     start = table.text_columns
     parts = [" " * width for width in widths[:start]]
     for text, count in table.groups:
         width = sum(widths[start : start + count]) + 2 * (count - 1)
         parts.append(f" {text} ".center(width, "-"))
         start += count
-    return "  ".join(parts)
+    return ["  ".join(parts), *lines]
 
 
-def html_page(title: str, notice: str, sections: Sequence[Section]) -> str:
-    """Write the sections as one HTML5 page; all texts but `markup` are escaped here."""
+def html_page(title: str, notice: str, sections: Sequence[ReportSection]) -> str:
+    """Render an HTML5 page; all texts except `markup` are escaped here."""
     return _PAGE.substitute(
         title=_escaped(title),
         notice=_escaped(notice),
@@ -191,7 +192,7 @@ def html_page(title: str, notice: str, sections: Sequence[Section]) -> str:
     )
 
 
-def _section_html(section: Section) -> str:
+def _section_html(section: ReportSection) -> str:
     parts = ["<section>", f"<h2>{_escaped(section.title)}</h2>"]
     parts += [f'<p class="warning">{_escaped(text)}</p>' for text in section.warnings]
     parts += [f"<p>{_escaped(text)}</p>" for text in section.notes]
@@ -199,9 +200,9 @@ def _section_html(section: Section) -> str:
     return "\n".join([*parts, section.markup, "</section>"])
 
 
-def table_html(table: Table) -> str:
-    """Write a table as HTML, in a box of its own that scrolls where the screen is narrow."""
-    # The caption stands above the box: in the table it would be as wide as that, and scroll away.
+def table_html(table: ReportTable) -> str:
+    """Render a table in a box that scrolls on a narrow screen."""
+    # The caption is above the box; inside the table it would scroll with it.
     caption = _escaped(table.caption)
     name = ' class="heat"' if table.shades is not None else ""
     lines = [
@@ -225,7 +226,7 @@ def table_html(table: Table) -> str:
     return "\n".join([*lines, "</table></div>"])
 
 
-def _row_html(table: Table, row: int) -> str:
+def _row_html(table: ReportTable, row: int) -> str:
     first, *others = table.rows[row]
     cells = [f'<th class="text" scope="row">{_escaped(first)}</th>']
     for column, text in enumerate(others, start=1):
@@ -237,14 +238,14 @@ def _row_html(table: Table, row: int) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _text_class(table: Table, column: int) -> str:
+def _text_class(table: ReportTable, column: int) -> str:
     return ' class="text"' if column < table.text_columns else ""
 
 
 def figure_html(figure: Figure, caption: str) -> str:
-    """Write a figure as an HTML `figure`: an SVG that no other on the page can disturb."""
+    """Render a figure as an HTML `figure` with an SVG image."""
     buffer = io.BytesIO()
-    # A fixed salt and no date: the same data give the same page, byte by byte.
+    # With a fixed salt and without a date, the same data make the same page, byte for byte.
     with matplotlib.rc_context({"svg.hashsalt": "cxr_vit"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -259,28 +260,9 @@ def _escaped(text: str) -> str:
     return escape(printable(text))
 
 
-_IMAGE_COUNTS = (1, 2, 3, 5, 10, 20, 50)
-
-_YEARS = np.arange(0, 126, 5)
-
-#: Larger images are shrunk for the page.
-_LARGEST_SIDE = 256
-
-_WITHOUT_FINDING = 6
-
-
 def prevalence_figure(percent: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
-    """Draw how common each finding is in each split.
-
-    Parameters
-    ----------
-    percent
-        Split -> float ``[C]``, percent of its images.
-    names
-        The C findings.
-    """
-    figure = Figure(figsize=(5.2, 6.0), layout="constrained")
-    axis = figure.subplots()
+    """Draw the prevalence of the C findings by split, float ``[C]`` in percent of its images."""
+    figure, axis = _figure(height=6.0)
     height = 0.8 / max(1, len(percent))
     for position, (split, values) in enumerate(percent.items()):
         places = np.arange(len(names)) - 0.4 + height * (position + 0.5)
@@ -294,15 +276,8 @@ def prevalence_figure(percent: Mapping[str, np.ndarray], names: Sequence[str]) -
 
 
 def age_figure(ages: Mapping[str, np.ndarray]) -> Figure:
-    """Draw the ages in each split, in steps of five years.
-
-    Parameters
-    ----------
-    ages
-        Split -> float ``[n]``, years, 0 to 125, none unknown and at least one.
-    """
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axis = figure.subplots()
+    """Draw the known ages by split, float ``[n]`` in years, 0 to 125, at least one per split."""
+    figure, axis = _figure(height=3.6)
     for split, years in ages.items():
         counts, edges = np.histogram(years, bins=_YEARS)
         axis.stairs(100 * counts / len(years), edges, label=split, color=_colour(split), lw=1.6)
@@ -316,15 +291,8 @@ def age_figure(ages: Mapping[str, np.ndarray]) -> Figure:
 
 
 def images_per_patient_figure(counts: Mapping[str, np.ndarray]) -> Figure:
-    """Draw how many images a patient has in each split.
-
-    Parameters
-    ----------
-    counts
-        Split -> int ``[patients]``, images of each, at least 1.
-    """
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axis = figure.subplots()
+    """Draw the number of images of each patient by split, int ``[patients]``, at least 1."""
+    figure, axis = _figure(height=3.6)
     edges = [*_IMAGE_COUNTS, np.inf]
     labels = [
         str(low) if high == low + 1 else f"{low}-{high - 1:.0f}"
@@ -337,10 +305,15 @@ def images_per_patient_figure(counts: Mapping[str, np.ndarray]) -> Figure:
         places = np.arange(len(labels)) - 0.4 + width * (position + 0.5)
         axis.bar(places, share, width, label=split, color=_colour(split))
     axis.set_xticks(np.arange(len(labels)), labels=labels)
-    axis.set_xlabel("images of a patient", fontsize=9)
+    axis.set_xlabel("images per patient", fontsize=9)
     axis.set_ylabel("% of the split's patients", fontsize=9)
     axis.legend(fontsize=9)
     return figure
+
+
+def _figure(*, height: float) -> Tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _colour(split: str) -> str:
@@ -348,27 +321,20 @@ def _colour(split: str) -> str:
 
 
 def choose_images(
-    labels: np.ndarray,
-    rows: np.ndarray,
-    names: Sequence[str],
-    boxes: pd.DataFrame,
-    *,
-    seed: int,
+    labels: np.ndarray, rows: np.ndarray, names: Sequence[str], boxes: pd.DataFrame, *, seed: int
 ) -> List[int]:
-    """Draw images to show: for each label one at random and one with its box, no image twice.
+    """Choose images at random: for each label one, and one with its box; no image twice.
 
     Parameters
     ----------
     labels
         bool ``[N, C]``.
     rows
-        int64 ``[n]``, the rows of `labels` to draw from.
+        int64 ``[n]``, the rows of `labels` to choose from.
     names
-        The C label names, the last one No Finding: six images have none.
+        The C label names; the last is No Finding, of which six images are chosen.
     boxes
         `Records.boxes`.
-    seed
-        Seed of the draw.
 
     Returns
     -------
@@ -380,20 +346,20 @@ def choose_images(
     for column, name in enumerate(names):
         candidates = shuffled[labels[shuffled, column]]
         count = _WITHOUT_FINDING if column == len(names) - 1 else 1
-        chosen += _not_yet(candidates, chosen)[:count]
+        chosen += _without(candidates, chosen)[:count]
         boxed = boxes["row"][boxes["finding"] == name].to_numpy()
-        chosen += _not_yet(candidates[np.isin(candidates, boxed)], chosen)[:1]
+        chosen += _without(candidates[np.isin(candidates, boxed)], chosen)[:1]
     return chosen
 
 
-def _not_yet(candidates: np.ndarray, chosen: Sequence[int]) -> List[int]:
+def _without(candidates: np.ndarray, chosen: Sequence[int]) -> List[int]:
     return [int(row) for row in candidates[~np.isin(candidates, chosen)]]
 
 
 def image_cards(
     module: ChestXrayDataModule, rows: Sequence[int], findings: Mapping[int, Sequence[str]]
 ) -> str:
-    """Write images with their boxes and what is known of them as HTML.
+    """Render images with their boxes and facts as HTML.
 
     Parameters
     ----------
@@ -410,44 +376,42 @@ def image_cards(
         If an image cannot be read.
     """
     pixels = _read_images(module, rows)
-    table = module.records.table
     boxes = module.records.boxes
     cards = []
     for row in rows:
         split, image = pixels[row]
-        record = table.iloc[row]
+        record = module.records.table.iloc[row]
         years = "age unknown" if np.isnan(record["age"]) else f"{record['age']:.0f} years"
-        known = [split, years, record["sex"] or "sex unknown", record["view"] or "view unknown"]
-        title = ", ".join(findings[row]) or "No Finding"
-        lines = [", ".join(known), record["image"]]
+        facts = [split, years, record["sex"] or "sex unknown", record["view"] or "view unknown"]
+        lines = [", ".join(facts), record["image"]]
         drawn = list(boxes[boxes["row"] == row].itertuples())
         if drawn:
             lines.append("box: " + ", ".join(dict.fromkeys(box.finding for box in drawn)))
-        cards.append(_card(image, title, lines, drawn))
+        cards.append(_card(image, ", ".join(findings[row]) or "No Finding", lines, drawn))
     return '<div class="images">\n' + "\n".join(cards) + "\n</div>"
 
 
 def _read_images(
     module: ChestXrayDataModule, rows: Sequence[int]
 ) -> Dict[int, Tuple[str, np.ndarray]]:
-    """Read the images, a split at a time: row -> (split, uint8 [H, W])."""
+    """Read the images of each split at once: row -> (split, uint8 ``[H, W]``)."""
     found: Dict[int, Tuple[str, np.ndarray]] = {}
     for split in SPLIT_NAMES:
         of_split = getattr(module.splits, split)
         wanted = np.intersect1d(np.array(rows, dtype=np.int64), of_split)
         if len(wanted):
-            places = np.searchsorted(of_split, wanted)  # a split's rows ascend
-            images = module.dataset(split).images(places)
+            positions = np.searchsorted(of_split, wanted)  # the rows of a split ascend
+            images = module.dataset(split).read_images(positions)
             found.update((int(row), (split, image)) for row, image in zip(wanted, images))
     return found
 
 
 def _card(image: np.ndarray, title: str, lines: Sequence[str], boxes: Sequence[Any]) -> str:
-    """Draw an image; the SVG's units are those of the boxes, whatever the size of the image."""
-    title, *lines = (escape(printable(text)) for text in (title, *lines))
+    """Render an image; the SVG uses the units of the boxes, whatever the size of the image."""
+    title, *lines = (_escaped(text) for text in (title, *lines))
     shapes = "".join(
         f'<rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}">'
-        f"<title>{escape(printable(box.finding))}</title></rect>"
+        f"<title>{_escaped(box.finding)}</title></rect>"
         for box in boxes
     )
     return (

@@ -1,4 +1,4 @@
-"""The data report: its page through a parser, its numbers against pandas on the CSV."""
+"""The data report: its page in a parser, its numbers compared with pandas on the CSV."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.dataset_report import report as data_report
 from cxr_vit.dataset_report.page import (
-    Section,
-    Table,
+    ReportSection,
+    ReportTable,
     choose_images,
     html_page,
     printable,
@@ -31,12 +31,13 @@ from cxr_vit.dataset_report.report import write_data_report
 
 COUNTS = "Images and patients with each finding"
 PEOPLE = "Patients and images by split; percent of the split's images"
+EXAMPLES = "Examples, at most three per reason, rare reasons first"
 PARTS = ["train", "val", "test", "all"]
 HOSTILE = "<script>&\"'.png"
 
 
 class Report(NamedTuple):
-    """A report that was written, and what it is of."""
+    """A written report and its data."""
 
     module: ChestXrayDataModule
     text: str
@@ -47,7 +48,7 @@ class Report(NamedTuple):
         return ElementTree.fromstring(self.page)
 
     def tables(self) -> Dict[str, List[List[str]]]:
-        """Caption -> rows of texts, the header's among them."""
+        """Caption -> rows of texts, with the header."""
         found = {}
         for section in self.root.iter("section"):
             captions = [p.text for p in section.iter("p") if p.get("class") == "caption"]
@@ -87,7 +88,7 @@ HEADER = (
 
 
 def write_hand_made(root: Path) -> None:
-    """40 images of 20 patients, the last ten patients' for the test; one missing, one damaged."""
+    """Write 40 images of 20 patients; one is missing, one damaged."""
     (root / "images").mkdir(parents=True)
     names, rows = [], []
     for row in range(40):
@@ -122,7 +123,7 @@ def hand_made(tmp_path):
 
 
 class Tags(HTMLParser):
-    """All elements of a page, and whether each is closed in its turn."""
+    """All elements of a page; asserts that each is closed in order."""
 
     VOID = ("meta", "br", "img")
 
@@ -146,7 +147,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report):
+def test_page_is_complete_and_self_contained(report):
     assert report.page.startswith("<!DOCTYPE html>\n")
     tags = Tags()
     tags.feed(report.page)
@@ -160,13 +161,13 @@ def test_the_page_is_whole_and_needs_nothing_else(report):
     assert "http://" not in report.page and "https://" not in report.page
 
 
-def test_the_page_has_a_language_a_title_and_fits_a_phone(report):
+def test_page_has_a_language_a_title_and_fits_a_phone(report):
     root = report.root
     assert root.get("lang") == "en"
     assert root.findtext("head/title") == f"Data report: {report.module.csv.name}"
     metas = {meta.get("name"): meta.get("content") for meta in root.iter("meta")}
     assert metas["viewport"] == "width=device-width, initial-scale=1"
-    # a heading for each section, a name for each table and picture
+    # Each section has a heading, each table and picture a name.
     assert all(section.findtext("h2") for section in root.iter("section"))
     assert all(image.get("alt") for image in root.iter("img"))
     assert all(drawing.get("aria-label") for drawing in root.iter("svg"))
@@ -179,18 +180,18 @@ def test_every_figure_is_a_picture(report):
     assert all(b"<svg" in base64.b64decode(figure) for figure in figures)
 
 
-def test_what_the_page_is_for_stands_on_top(report):
+def test_page_begins_with_the_notice(report):
     for words in ("research only; not a medical device", "the page shows patients' images"):
         assert words in " ".join(report.root.find("body/p").itertext())
         assert words in " ".join(report.text.split())
 
 
-def test_same_data_and_seed_give_the_same_page_and_another_seed_other_images(report, tmp_path):
+def test_same_data_and_seed_make_the_same_page_and_another_seed_another(report, tmp_path):
     assert report_of(report.module, tmp_path).page == report.page
     assert report_of(report.module, tmp_path, seed=1).page != report.page
 
 
-def test_the_page_is_written_aside(report, tmp_path, monkeypatch):
+def test_page_is_replaced_atomically(report, tmp_path, monkeypatch):
     out = tmp_path / "new" / "folder" / "page.html"
     write_data_report(report.module, out)
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
@@ -208,14 +209,14 @@ def test_the_page_is_written_aside(report, tmp_path, monkeypatch):
 # The numbers
 
 
-def test_it_says_what_the_data_are(report):
-    facts = report.tables()["What was read"]
+def test_facts_describe_the_data_set(report):
+    facts = report.tables()["Files and sizes"]
     prints = report.module.fingerprint()
-    given = dict(facts[:2] + facts[3:4] + facts[5:7])
+    given = dict(facts)
     assert given["label CSV"] == str(report.module.csv)
-    assert given["its form"] == report.module.records.variant
-    assert facts[2] == ["its SHA-256", prints["csv_sha256"]]
-    assert facts[4] == ["its SHA-256", prints["split_sha256"]]
+    assert given["CSV format"] == report.module.records.variant
+    assert given["CSV SHA-256"] == prints["csv_sha256"]
+    assert given["split SHA-256"] == prints["split_sha256"]
     assert given["split"].startswith("official")
     sizes = {part: len(rows) for part, rows in report.raw().items()}
     assert given["images"] == "{all} (train {train}, val {val}, test {test})".format(**sizes)
@@ -224,7 +225,7 @@ def test_it_says_what_the_data_are(report):
     assert prints["csv_sha256"] in report.text and prints["split_sha256"] in report.text
 
 
-def test_findings_are_counted_as_pandas_counts_them(report):
+def test_counts_of_findings_match_pandas(report):
     rows = report.rows(COUNTS)
     assert list(rows)[2:] == [*FINDINGS, "No Finding"]
     raw = report.raw()
@@ -239,7 +240,7 @@ def test_findings_are_counted_as_pandas_counts_them(report):
         assert rows[name] == [*map(str, images), *map(str, patients), *shares]
 
 
-def test_pairs_are_counted_as_pandas_counts_them(report):
+def test_counts_of_pairs_match_pandas(report):
     names = report.raw()["all"]["Finding Labels"].str.split("|")
     caption = next(caption for caption in report.tables() if caption.startswith("Images with both"))
     rows = report.rows(caption)
@@ -260,7 +261,7 @@ def test_pairs_are_counted_as_pandas_counts_them(report):
         assert chance == f"{int(images) / expected:.1f}"
 
 
-def test_the_darker_the_cell_the_larger_the_share(report):
+def test_cells_are_shaded_by_their_share_of_the_row(report):
     table = next(table for table in report.root.iter("table") if table.get("class") == "heat")
     for place, row in enumerate(table.find("tbody").iter("tr")):
         counts = [int(cell.text) for cell in row.iter("td")]
@@ -272,7 +273,7 @@ def test_the_darker_the_cell_the_larger_the_share(report):
         assert np.allclose(shades, expected, atol=1e-3)
 
 
-def test_patients_are_described_as_pandas_describes_them(report):
+def test_facts_of_patients_match_pandas(report):
     rows = report.rows(PEOPLE)
     for column, (part, images) in enumerate((part, report.raw()[part]) for part in PARTS):
         cells = {name: values[column] for name, values in rows.items()}
@@ -311,7 +312,7 @@ def test_boxes_are_counted_and_drawn(report):
     assert "boxes on" in report.text
 
 
-def test_relabels_are_compared_with_the_csvs_labels(report, tmp_path):
+def test_relabels_are_compared_with_the_labels_of_the_csv(report, tmp_path):
     records = report.module.records
     images = records.table["image"]
     again = images.iloc[:30]
@@ -323,7 +324,7 @@ def test_relabels_are_compared_with_the_csvs_labels(report, tmp_path):
     relabels = str(tmp_path / "second_reading.csv")
     data = report.module.data.model_copy(update={"relabels": relabels})
     second = report_of(ChestXrayDataModule(data), tmp_path)
-    rows = second.rows("The CSV's labels against the radiologists' (Google, 2019)")
+    rows = second.rows("The CSV's labels compared with the radiologists' (Google, 2019)")
     csv = records.table["findings"].iloc[:30].str.contains("Nodule|Mass").to_numpy()
     read = (answers["Nodule or mass"] == "YES").to_numpy()
     counts = [30, read.sum(), (csv & read).sum(), (csv & ~read).sum(), (~csv & read).sum()]
@@ -343,7 +344,7 @@ def test_no_finding_as_a_class_changes_no_number(report, tmp_path):
 # The text
 
 
-def test_the_text_fits_a_terminal_and_its_columns_align(report):
+def test_text_fits_a_terminal_and_its_columns_align(report):
     lines = report.text.splitlines()
     paths = str(report.module.csv)
     assert all(len(line) <= 110 or paths in line for line in lines)
@@ -354,24 +355,24 @@ def test_the_text_fits_a_terminal_and_its_columns_align(report):
     assert table[-1].split()[:2] == ["No", "Finding"]
 
 
-def test_the_text_has_the_pages_numbers(report):
+def test_text_has_the_numbers_of_the_page(report):
     for name, cells in report.rows(COUNTS).items():
         if name in FINDINGS:
             line = next(line for line in report.text.splitlines() if line.startswith(f"{name} "))
             assert line.split() == [name, *cells]
 
 
-def test_a_long_last_column_goes_on_below_itself():
-    table = Table("names", ["image", "reason"], [["a.png", "word " * 40]], text_columns=2)
-    lines = text_report("title", "notice", [Section("section", [table])]).splitlines()
+def test_long_last_column_is_wrapped_below_itself():
+    table = ReportTable("names", ["image", "reason"], [["a.png", "word " * 40]], text_columns=2)
+    lines = text_report("title", "notice", [ReportSection("section", [table])]).splitlines()
     beginning = lines.index("a.png  " + " ".join(["word"] * 20))
     assert lines[beginning + 1] == " " * 7 + " ".join(["word"] * 20)
 
 
-# What people put into data
+# Unusual data
 
 
-def test_what_a_split_cannot_score_is_pointed_out(hand_made, tmp_path):
+def test_finding_that_a_split_cannot_score_is_warned_of(hand_made, tmp_path):
     report = report_of(ChestXrayDataModule(hand_made), tmp_path)
     warnings = [p.text for p in report.root.iter("p") if p.get("class") == "warning"]
     absent = next(text for text in warnings if text.startswith("val: no image with"))
@@ -379,18 +380,18 @@ def test_what_a_split_cannot_score_is_pointed_out(hand_made, tmp_path):
     assert any(text.startswith("train: no image with") and "Hernia" in text for text in warnings)
     few = next(text for text in warnings if text.startswith("test: fewer than 10 patients"))
     patients = report.rows(COUNTS)["Mass"][6]
-    assert f"Mass ({patients})" in few and "nearly noise" in few
+    assert f"Mass ({patients})" in few and "mostly noise" in few
     assert "! val: no image with" in report.text
 
 
-def test_a_finding_that_all_images_have_is_pointed_out(hand_made, tmp_path):
+def test_finding_that_all_images_have_is_warned_of(hand_made, tmp_path):
     module = ChestXrayDataModule(hand_made)
     module.records.labels[module.splits.val, FINDINGS.index("Edema")] = 1
     report = report_of(module, tmp_path)
     assert "! val: no image without Edema: the score is undefined." in report.text
 
 
-def test_a_split_without_images_and_shared_patients_are_pointed_out(hand_made, tmp_path):
+def test_split_without_images_and_shared_patients_are_warned_of(hand_made, tmp_path):
     data = hand_made.model_copy(update={"split": "random", "test_fraction": 0.0})
     report = report_of(ChestXrayDataModule(data), tmp_path)
     assert "! test: no images." in report.text
@@ -399,44 +400,53 @@ def test_a_split_without_images_and_shared_patients_are_pointed_out(hand_made, t
     assert report.rows(PEOPLE)["patients"][2] == "-"
 
 
-def test_images_left_out_are_counted_and_named(hand_made, tmp_path):
+def test_skipped_images_are_counted_and_named(hand_made, tmp_path):
     report = report_of(ChestXrayDataModule(hand_made), tmp_path)
     skipped = report.module.skipped
     assert len(skipped) == 2
-    assert "were left out: 2." in report.text
-    reasons = report.tables()["How many and why"][1:]
+    assert "were skipped: 2." in report.text
+    reasons = report.tables()["Reasons"][1:]
     assert sorted(reason for _, reason in reasons) == sorted(skipped["reason"])
-    some = report.tables()["Ten of them, rare reasons first"][1:]
+    some = report.tables()[EXAMPLES][1:]
     assert some == skipped[["image", "reason"]].to_numpy().tolist()
 
 
-def test_rare_reasons_come_first_and_many_are_summed_up(report, tmp_path, monkeypatch):
+def test_rare_reasons_come_first_and_the_remaining_ones_are_summed(report, tmp_path, monkeypatch):
     reasons = ["missing"] * 20 + [f"reason {number}" for number in range(12)]
     names = [f"{number}.png" for number in range(32)]
     skipped = pd.DataFrame({"image": names, "reason": reasons})
     monkeypatch.setattr(report.module, "skipped", skipped)
     changed = report_of(report.module, tmp_path)
-    counts = changed.tables()["How many and why"][1:]
+    counts = changed.tables()["Reasons"][1:]
     assert counts[0] == ["20", "missing"]
-    assert counts[-1] == ["3", "for other reasons"]
+    assert counts[-1] == ["3", "other reasons"]
     assert sum(int(count) for count, _ in counts) == 32
-    some = changed.tables()["Ten of them, rare reasons first"][1:]
+    some = changed.tables()[EXAMPLES][1:]
     assert [name for name, _ in some] == names[20:30]
 
 
-def test_nothing_left_out_is_said(report):
+def test_three_images_of_each_reason_are_named(report, tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(15)]
+    reasons = ["missing"] * 10 + ["empty"] * 5
+    skipped = pd.DataFrame({"image": names, "reason": reasons})
+    monkeypatch.setattr(report.module, "skipped", skipped)
+    some = report_of(report.module, tmp_path).tables()[EXAMPLES][1:]
+    assert [name for name, _ in some] == [*names[10:13], *names[:3]]
+
+
+def test_no_skipped_images_are_reported_as_none(report):
     assert report.module.skipped.empty
     assert "None." in report.text
 
 
-def test_names_are_text_whatever_they_hold(hand_made, tmp_path, monkeypatch):
+def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
     module = ChestXrayDataModule(hand_made)
     bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
     monkeypatch.setattr(module, "skipped", bell)
     monkeypatch.setattr(data_report, "choose_images", lambda *_, **__: [0])
     report = report_of(module, tmp_path)
     assert "<script" not in report.page and "<b>&lt;" not in report.page
-    assert report.tables()["Ten of them, rare reasons first"][1] == [
+    assert report.tables()[EXAMPLES][1] == [
         f"\\x1b[31m{HOSTILE}",
         "\\udc80 <b>",
     ]
@@ -446,7 +456,7 @@ def test_names_are_text_whatever_they_hold(hand_made, tmp_path, monkeypatch):
     assert any(HOSTILE in caption and "age unknown, <i>" in caption for caption in captions)
 
 
-def test_unknown_ages_and_views_are_counted_and_not_drawn(hand_made, tmp_path):
+def test_unknown_ages_and_views_are_counted_but_not_drawn(hand_made, tmp_path):
     report = report_of(ChestXrayDataModule(hand_made), tmp_path)
     rows = report.rows(PEOPLE)
     assert rows["age unknown"][3] == rows["view unknown"][3] == "38 (100.0 %)"
@@ -454,20 +464,20 @@ def test_unknown_ages_and_views_are_counted_and_not_drawn(hand_made, tmp_path):
     assert not [image for image in report.root.iter("img") if "Age" in image.get("alt")]
 
 
-def test_printable_keeps_what_people_read():
+def test_printable_escapes_control_characters_only():
     assert printable("Pleural_Thickening é 胸 <b>") == "Pleural_Thickening é 胸 <b>"
     assert printable("a\x1b\n\udcff") == "a\\x1b\\n\\udcff"
 
 
-def test_texts_with_dollars_are_left_alone():
-    page = html_page("$title", "$notice ${sections}", [Section("$x", notes=["$y"])])
+def test_texts_with_dollar_signs_are_not_substituted():
+    page = html_page("$title", "$notice ${sections}", [ReportSection("$x", notes=["$y"])])
     assert "<title>$title</title>" in page and "$notice ${sections}" in page
 
 
 # The images
 
 
-def test_each_finding_is_shown_once_at_least_and_no_image_twice(report):
+def test_each_finding_is_shown_at_least_once_and_no_image_twice(report):
     cards = [figure for figure in report.root.iter("figure") if figure.find("svg") is not None]
     titles = [figure.findtext("figcaption/b").split(", ") for figure in cards]
     counts = report.rows(COUNTS)
@@ -479,7 +489,7 @@ def test_each_finding_is_shown_once_at_least_and_no_image_twice(report):
     assert len(set(images)) == len(images)
 
 
-def test_a_card_shows_its_own_image_and_what_is_known_of_it(report):
+def test_card_shows_its_own_image_and_facts(report):
     table = report.module.records.table
     split_of = {
         table["image"][row]: part
@@ -498,12 +508,12 @@ def test_a_card_shows_its_own_image_and_what_is_known_of_it(report):
         age = f"{record['age']:.0f} years"
         assert known == f"{split_of[name]}, {age}, {record['sex']}, {record['view']}"
         split = report.module.dataset(split_of[name])
-        image = split.images([split.image_names.index(name)])[0]
+        image = split.read_images([split.image_names.index(name)])[0]
         data = base64.b64decode(picture.get("href").split(",")[1])
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
 
 
-def test_a_image_with_a_box_is_preferred_where_there_are_boxes():
+def test_image_with_a_box_is_chosen_if_there_are_boxes():
     labels = np.ones((100, 2), dtype=bool)
     labels[:, 1] = ~labels[:, 0]
     boxes = pd.DataFrame({"row": [77], "finding": ["Mass"]})
