@@ -1,7 +1,7 @@
 """User-facing errors.
 
-Each message says where, what was given, what is allowed and what to do. The command line prints it
-without a traceback and exits with status 2.
+A message states where the error is, what was given, what is allowed and what to do. The command
+line prints it without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ __all__ = [
 
 
 class CxrVitError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all user-facing errors."""
 
 
 class ConfigError(CxrVitError):
-    """The configuration is wrong; the message lists every problem found."""
+    """The configuration is invalid; the message lists every problem."""
 
 
 class DataError(CxrVitError):
-    """The CSV, the list files or the images are missing or not what they should be."""
+    """The CSV, the list files or the images are missing or invalid."""
 
 
 class ModelError(CxrVitError):
-    """The pretrained weights cannot be had or do not fit the model."""
+    """The pretrained weights cannot be loaded or do not fit the model."""
 
 
 class EngineUnavailable(CxrVitError):
-    """The engine or the precision asked for cannot run on this machine."""
+    """The requested engine or precision is not available on this machine."""
 
 
 class DeviceError(CxrVitError):
-    """The device or its compiler gave up; the message holds its words and what to do."""
+    """The device or its compiler failed; the message quotes it and gives advice."""
 
 
 class CheckpointError(CxrVitError):
-    """A checkpoint is missing, incomplete, damaged or of another model."""
+    """A checkpoint is missing, incomplete, damaged or from another model."""
 
 
 class NonFiniteLoss(CxrVitError):
@@ -57,22 +57,22 @@ class NonFiniteLoss(CxrVitError):
 
 
 class ProcessLost(CxrVitError):
-    """Another process of the run ended or does not answer; the message names it."""
+    """Another process of the run ended or does not respond; the message names it."""
 
 
 class Problem(NamedTuple):
-    """One broken rule, for a message or for code that reacts to it.
+    """A broken rule; ``str()`` joins the parts to a message.
 
     Attributes
     ----------
     given
-        The setting and its value: ``"batch.gradient_accumulation=4"``.
+        The setting and its value, e.g. ``"batch.gradient_accumulation=4"``.
     rule
-        What is wrong with it, continuing the sentence: ``"is less than the 7 pipeline stages."``.
+        What is wrong with it, e.g. ``"is less than the 7 pipeline stages."``.
     allowed
-        Legal values, a whole sentence; may be empty.
+        Sentence with the legal values; may be empty.
     advice
-        What else to do, a whole sentence; may be empty.
+        Sentence with other remedies; may be empty.
     """
 
     given: str
@@ -85,6 +85,6 @@ class Problem(NamedTuple):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:
-    """Return the known word nearest to `word`, or None where none is near."""
+    """Return the known word nearest to `word`, or None if none is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

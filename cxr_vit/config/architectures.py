@@ -1,7 +1,7 @@
-"""The sizes of ViT as the literature names them, and the shape of a model known without torch.
+"""Sizes of ViT from the literature, and the shape of a model without loading it.
 
-Tiny, small and base are those of Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021 (ViT), who
-also name large and huge; `vit-micro` is ours, for the demo and the tests.
+Tiny, small and base are from Touvron et al. 2021 (DeiT); base, large and huge from Dosovitskiy et
+al. 2021 (ViT); `vit-micro` is our own, for the demo and the tests.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["SIZES", "Architecture", "known_architecture", "known_depth"]
 
 
 class Architecture(NamedTuple):
-    """Width, depth, number of attention heads and spread of random weights.
+    """Shape of a ViT and the standard deviation of its random weights.
 
-    The MLP is four times as wide, where `intermediate_size` does not say otherwise; `patch_size` is
-    None where `model.patch_size` says it. A narrow model learns faster from wider weights: at a
-    width of 96, 0.02 (ViT's, made for 768) leaves the first layers nearly silent.
+    `intermediate_size` None means an MLP four times as wide as the model; `patch_size` None means
+    `model.patch_size`. A narrow model learns faster from wider weights: at a width of 96, ViT's
+    0.02 (made for 768) leaves the first layers nearly silent.
     """
 
     hidden_size: int
@@ -47,10 +47,10 @@ SIZES: Dict[str, Architecture] = {
 
 
 def known_architecture(name: str) -> Optional[Architecture]:
-    """Return the shape of `model.name`, or None where only loading tells.
+    """Return the shape of `model.name`, or None if it is known only after loading.
 
-    A size has its own; a local folder's stands in its config.json; a hub name such as
-    ``google/vit-base-patch16-224-in21k`` says its size and its patches.
+    It comes from `SIZES`, from the config.json of a local folder, or from the size and the patches
+    in a hub name such as ``google/vit-base-patch16-224-in21k``.
     """
     if name in SIZES:
         return SIZES[name]
@@ -62,7 +62,7 @@ def known_architecture(name: str) -> Optional[Architecture]:
 
 
 def known_depth(name: str) -> Optional[int]:
-    """Return the number of encoder layers of `model.name`, or None where only loading tells."""
+    """Return the number of encoder layers of `model.name`, or None if known only after loading."""
     config = _local_config(name)
     if config is not None:
         layers = config.get("num_hidden_layers")
@@ -72,7 +72,7 @@ def known_depth(name: str) -> Optional[int]:
 
 
 def _local_config(name: str) -> Optional[Dict[str, Any]]:
-    """Read a folder's config.json; {} where it cannot be: loading the model says what is wrong."""
+    """Read a folder's config.json; {} if it is invalid, which loading the model then reports."""
     file = Path(name) / "config.json"
     if name in SIZES or not file.is_file():
         return None
@@ -85,12 +85,9 @@ def _local_config(name: str) -> Optional[Dict[str, Any]]:
 
 def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    sizes: List[int] = []
-    for key in (*keys, "patch_size", "num_channels"):
-        value = config.get(key)
-        if not isinstance(value, int) or value < 1:
-            return None
-        sizes.append(value)
+    sizes: List[Any] = [config.get(key) for key in (*keys, "patch_size", "num_channels")]
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        return None
     width, depth, heads, mlp, patch, channels = sizes
     return Architecture(
         width, depth, heads, intermediate_size=mlp, patch_size=patch, num_channels=channels

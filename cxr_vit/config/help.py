@@ -1,4 +1,4 @@
-"""What a field allows, in words: for `--help` and for the error messages. Imports no torch."""
+"""Text about fields: what each allows, for `--help` and for error messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from cxr_vit.errors import did_you_mean
 
 __all__ = ["allowed", "explain", "help_text"]
 
-
-_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+_TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
-#: What people write who come from other code bases -> what it is called here.
+#: Names in other code bases -> our key.
 _SYNONYMS = {
     "learning_rate": "optim.lr",
     "batch_size": "batch.micro_batch_size",
@@ -44,14 +43,14 @@ _SYNONYMS = {
 
 
 def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
-    """Put one of pydantic's error details into a line: where, what was given, what is allowed.
+    """Convert an error of pydantic into a line: where, what was given, what is allowed.
 
     Parameters
     ----------
     detail
         One item of `ValidationError.errors()`.
     places
-        Dotted key -> file and line it was given at.
+        Dotted key -> file and line where it was given.
     """
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location[:2])
@@ -72,14 +71,15 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
 
 
 def _given(value: Any) -> str:
-    """Write a value as a person gave it; quoted only where it could be overlooked."""
+    """Return a value as the user wrote it; quoted only if it could be overlooked."""
     if value is None:
         return "null"
     text = str(value)
-    return text if text and not text[0].isspace() and text == text.strip() else repr(text)
+    return text if text and text == text.strip() else repr(text)
 
 
 def _unknown(location: List[str]) -> str:
+    """Return the message for an unknown key, with the nearest known one."""
     key = ".".join(location)
     section, name = location[0], location[-1]
     near = None
@@ -98,13 +98,13 @@ def _unknown(location: List[str]) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Say what a field takes, e.g. ``"integer >= 1"`` or ``"one of auto, official, patient"``."""
+    """Return what a field allows, e.g. ``"integer >= 1"`` or ``"one of auto, official"``."""
     words = _type_words(field.annotation, field.metadata)
     return words + (" or null" if type(None) in get_args(field.annotation) else "")
 
 
 def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
-    """Say a type with its bounds, which stand beside it or inside its Annotated."""
+    """Describe a type with its bounds, which are beside it or inside its Annotated."""
     for note in metadata:
         if isinstance(note, Words):
             return note.text
@@ -120,7 +120,7 @@ def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
     if get_origin(annotation) is list:
         items = re.sub(r"^(integer|number)", r"\1s", _type_words(get_args(annotation)[0], []))
         return f"a list of {items}{_bounds(metadata)}"
-    return f"{_WORDS[annotation]}{_bounds(metadata)}"
+    return f"{_TYPES[annotation]}{_bounds(metadata)}"
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
@@ -140,14 +140,14 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _choices(annotation: Any) -> List[str]:
-    """Return the words of a Literal, also inside a Union or a list."""
+    """Return the values of a Literal, also inside a Union or a list."""
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def help_text() -> str:
-    """List all sections and fields with type, range, default and meaning."""
+    """Return all sections and fields with type, range, default and description."""
     lines: List[str] = []
     for name, section in SECTIONS.items():
         lines.append(f"{name}: {(section.__doc__ or '').strip()}")
@@ -159,6 +159,6 @@ def help_text() -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    special: Dict[Any, str] = {None: "null", True: "true", False: "false"}
+    words: Dict[Any, str] = {None: "null", True: "true", False: "false"}
     default = field.default
-    return special[default] if default is None or isinstance(default, bool) else str(default)
+    return words[default] if default is None or isinstance(default, bool) else str(default)

@@ -1,8 +1,8 @@
-"""YAML files, left to right, then `section.key=value` overrides -> Config.
+"""Load a Config from YAML files, left to right, and `section.key=value` overrides.
 
 PyYAML reads `1e-3` as a string, `010` as 8 and `no` as False. Here every scalar stays text (or
-null) until the declared type of its field turns it into a number, so a file and an override mean
-the same. Each value remembers its file and line for the error messages. Imports no torch.
+null) until pydantic converts it to the type of its field, so that files and overrides mean the
+same. File and line of each key are kept for error messages.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ __all__ = ["dump_config", "load_config"]
 _COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
 
-#: Dotted key -> where it was given, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
+#: Dotted key -> file and line, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
 Places = Dict[str, str]
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Read and merge configuration files and overrides, and validate the result.
+    """Merge configuration files and overrides, and validate the result.
 
     Parameters
     ----------
     files
-        YAML files; a later one wins over an earlier one, lists are replaced whole.
+        YAML files; later files win, lists are replaced whole.
     overrides
-        ``section.key=value`` texts; the value is YAML and wins over every file.
+        ``section.key=value``, where the value is YAML; they win over every file.
 
     Raises
     ------
     ConfigError
-        Listing every unknown or duplicate key, wrong type and value out of range at once.
+        Listing every unknown or duplicate key, wrong type and value out of range.
     """
     merged: Dict[str, Any] = {}
     places: Places = {}
@@ -51,7 +51,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config(**merged)
     except ValidationError as error:
-        # A field of several types is refused once by each of them: the first refusal says it.
+        # A field of several types has one error per type: keep the first.
         first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
         problems += [explain(detail, places) for detail in reversed(list(first.values()))]
     if problems or config is None:
@@ -60,7 +60,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Write a config as YAML that `load_config` reads back to an equal one."""
+    """Return the configuration as YAML that `load_config` reads back unchanged."""
     return str(yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None))
 
 
@@ -83,7 +83,7 @@ def _read_file(file: Path, places: Places, problems: List[str]) -> Dict[str, Any
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(
-            f"{file}: a configuration is sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
+            f"{file}: a configuration has sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
         )
     try:
         layer = _plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}", places, problems)
@@ -97,7 +97,7 @@ def _read_file(file: Path, places: Places, problems: List[str]) -> Dict[str, Any
 def _read_overrides(
     overrides: Sequence[str], places: Places, problems: List[str]
 ) -> Dict[str, Any]:
-    """Read the command line's overrides as one layer; the last of a key counts."""
+    """Read all overrides as one layer; the last value of a key counts."""
     layer: Dict[str, Any] = {}
     for text in overrides:
         for section, values in _read_override(text, places, problems).items():
@@ -109,7 +109,7 @@ def _read_overrides(
 
 
 def _read_override(text: str, places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Read `section.key=value` as a layer of one value."""
+    """Read ``section.key=value`` as a layer of one value."""
     key, equals, value = text.partition("=")
     section, _, name = key.strip().partition(".")
     if not equals or not section:
@@ -135,7 +135,7 @@ def _plain(
     places: Places,
     problems: List[str],
 ) -> Any:
-    """Turn a YAML node into dicts, lists, text and None, and note where each key stands."""
+    """Convert a YAML node to dicts, lists, text and None; record the place of each key."""
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in _NULL else node.value
     if isinstance(node, yaml.SequenceNode):
@@ -155,7 +155,7 @@ def _plain(
 
 
 def _mappings_only(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Report and drop sections of a layer that are no mappings; empty ones count as not given."""
+    """Report and drop sections that are not mappings; an empty section counts as not given."""
     for name, section in SECTIONS.items():
         values = layer.get(name)
         if values is not None and not isinstance(values, dict):
@@ -169,7 +169,7 @@ def _mappings_only(layer: Dict[str, Any], places: Places, problems: List[str]) -
 
 
 def _one_of_each_pair(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Report pairs of which one layer gives both, and drop the second, so that the rest is seen."""
+    """Report exclusive keys given together; drop the second, so that other errors are found."""
     for name, section in SECTIONS.items():
         values = layer.get(name, {})
         for first, second in section.exclusive:
@@ -181,7 +181,7 @@ def _one_of_each_pair(layer: Dict[str, Any], places: Places, problems: List[str]
 
 
 def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay `layer` over `base`: sections key by key, and what it makes moot goes."""
+    """Update `base` with `layer`, key by key; drop the keys that `layer` makes invalid."""
     for section, values in layer.items():
         below = base.get(section)
         if not isinstance(values, dict) or not isinstance(below, dict):

@@ -1,4 +1,16 @@
-"""The batch arithmetic, said once (design.md section 3). Imports no torch."""
+"""Values derived from the configuration: the batch arithmetic and the cut into stages.
+
+===================== ==========================================================================
+micro_batch_size      samples in one forward pass of one replica
+gradient_accumulation micro-batches per weight update, per replica
+replicas              data-parallel copies of the whole pipeline
+global batch          samples per weight update: micro_batch_size x gradient_accumulation x replicas
+device_iterations     weight updates per host call in training
+host batch            samples per host call, what the loader yields: global batch x
+                      device_iterations (PopTorch calls it the combined batch)
+step                  one weight update; counters, schedules and all `*_steps` keys count steps
+===================== ==========================================================================
+"""
 
 from __future__ import annotations
 
@@ -6,13 +18,14 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config.schema import BatchSection
+from cxr_vit.errors import Problem
 
-__all__ = ["BatchPlan", "StagePlan"]
+__all__ = ["BatchPlan", "StagePlan", "empty_stage_problem", "given_accumulation"]
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many samples a forward pass, a weight update and a host call take."""
+    """Samples per forward pass, per weight update and per host call."""
 
     micro_batch_size: int
     gradient_accumulation: int
@@ -23,7 +36,7 @@ class BatchPlan:
 
     @classmethod
     def from_section(cls, batch: BatchSection) -> BatchPlan:
-        """Derive the accumulation from the global batch where that is given instead."""
+        """Make the plan; derive the accumulation if the global batch is given instead."""
         accumulation = batch.gradient_accumulation
         if accumulation is None:
             assert batch.global_batch_size is not None
@@ -44,7 +57,7 @@ class BatchPlan:
 
     @property
     def host_batch_size(self) -> int:
-        """Samples per host call in training: what the loader yields."""
+        """Samples per host call in training."""
         return self.global_batch_size * self.device_iterations
 
     @property
@@ -53,7 +66,7 @@ class BatchPlan:
         return self.eval_micro_batch_size * self.replicas * self.eval_device_iterations
 
     def describe(self) -> List[str]:
-        """Write the arithmetic out with its numbers."""
+        """Return the arithmetic with its numbers, as lines of text."""
         return [
             f"global batch    {self.global_batch_size} samples per weight update"
             f" = {self.micro_batch_size} micro-batch x {self.gradient_accumulation} accumulation"
@@ -67,24 +80,33 @@ class BatchPlan:
         ]
 
 
+def given_accumulation(section: BatchSection, accumulation: int) -> str:
+    """Name the accumulation by the key that the user gave, for `Problem.given`."""
+    if section.global_batch_size is None:
+        return f"batch.gradient_accumulation={accumulation}"
+    return (
+        f"batch.global_batch_size={section.global_batch_size}, an accumulation of {accumulation},"
+    )
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """The cut of a ViT into consecutive stages.
 
-    The embedding opens the first stage, the head (final layer norm, classifier and loss) closes
-    the last one.
+    The embedding is on the first stage. The head (final layer norm, classifier and loss) is on the
+    last stage.
 
-    Parameters
+    Attributes
     ----------
     layers_per_stage
-        Number of encoder layers of each stage, first to last; 0 is allowed.
+        Number of encoder layers of each stage; may be 0.
     """
 
     layers_per_stage: Tuple[int, ...]
 
     @classmethod
     def from_list(cls, layers_per_stage: Sequence[int]) -> StagePlan:
-        """Make a plan of the configuration's list."""
+        """Make the plan from the list in the configuration."""
         return cls(tuple(layers_per_stage))
 
     @property
@@ -104,23 +126,23 @@ class StagePlan:
         return range(start, start + self.layers_per_stage[stage])
 
     def has_embedding(self, stage: int) -> bool:
-        """Whether `stage` takes the pixels."""
+        """Whether the input of `stage` is the images."""
         return stage == 0
 
     def has_head(self, stage: int) -> bool:
-        """Whether `stage` gives the logits."""
+        """Whether the output of `stage` is the logits."""
         return stage == self.num_stages - 1
 
     def kept_layers(
         self, recompute: Union[str, Sequence[Union[str, Sequence[int]]]]
     ) -> List[List[int]]:
-        """Return which layers of each stage have their output kept for the backward pass.
+        """Return for each stage the layers whose output is kept for the backward pass.
 
         Parameters
         ----------
         recompute
-            `pipeline.recompute`: ``"every_layer"``, ``"stage_inputs"``, or an item a stage, one of
-            these words or a list of layers, counted over the whole model.
+            `pipeline.recompute`: ``"every_layer"``, ``"stage_inputs"``, or one item per stage, each
+            one of these words or a list of layers, counted over the whole model.
         """
         choices = [recompute] * self.num_stages if isinstance(recompute, str) else recompute
         return [
@@ -131,12 +153,26 @@ class StagePlan:
         ]
 
     def allocation(self) -> List[Tuple[str, int]]:
-        """List the parts of the model in order, each with its stage."""
+        """Return the parts of the model in order, each with its stage."""
         parts = [("Embedding", 0)]
         for stage in range(self.num_stages):
             parts += [(f"Encoder {layer}", stage) for layer in self.layers(stage)]
         return [*parts, ("Head", self.num_stages - 1)]
 
     def describe(self, place: str = "stage") -> List[str]:
-        """Write the device allocation, a line a part; `place` is what a stage runs on."""
+        """Return one line of text per part; `place` names what a stage runs on."""
         return [f"{part:<12} --> {place} {stage}" for part, stage in self.allocation()]
+
+
+def empty_stage_problem(
+    layers_per_stage: Sequence[int], *, key: str = "layers_per_stage", place: str = "stage"
+) -> Optional[Problem]:
+    """Return the problem of a stage without work, or None; `place` is what a stage runs on."""
+    empty = StagePlan.from_list(layers_per_stage).empty_stage
+    if empty is None:
+        return None
+    return Problem(
+        f"pipeline.{key}={list(layers_per_stage)}",
+        f"leaves {place} {empty} without work.",
+        "Only the first stage (embedding) and the last (head) may have 0 layers.",
+    )

@@ -1,8 +1,8 @@
-"""The names and kinds of PopART's session options, for `engine.popart_options`.
+"""Names and value types of PopART's session options, for `engine.popart_options`.
 
-PopTorch takes any key and lets the value's Python type choose the table the key is looked up in, at
-the end of a compilation: `1` for `True`, or a typing error, is found half an hour later. The names
-are those that PopTorch 3.4 registers (popart_compiler/source/SessionOptions.cpp). Imports no torch.
+PopTorch accepts any key, and the Python type of the value decides where PopTorch looks the key up,
+at the end of a compilation: `1` for `True`, or a misspelt name, fails half an hour later. The names
+are those that PopTorch 3.4 registers (popart_compiler/source/SessionOptions.cpp).
 """
 
 from typing import Any, Callable, Dict
@@ -11,8 +11,7 @@ from cxr_vit.errors import did_you_mean
 
 __all__ = ["KINDS", "OWN_KEYS", "typed_options"]
 
-
-#: Option -> the kind of its value. Enumerations are integers.
+#: Option -> type of its value. Enumerations are integers.
 KINDS: Dict[str, str] = {
     name: kind
     for kind, names in {
@@ -69,9 +68,9 @@ KINDS: Dict[str, str] = {
     for name in names.split()
 }
 
-#: PopART's options that a key of ours sets.
+#: PopART options -> the configuration key that sets them.
 OWN_KEYS: Dict[str, str] = {
-    "accumulationAndReplicationReductionType": "nothing: the mean is what the schedule assumes",
+    "accumulationAndReplicationReductionType": "nothing: the schedule assumes the mean",
     "accumulationFactor": "batch.gradient_accumulation",
     "cachePath": "engine.executable_cache",
     "defaultPrefetchBufferingDepth": "engine.prefetch_depth",
@@ -85,11 +84,36 @@ OWN_KEYS: Dict[str, str] = {
     "syntheticDataMode": "engine.synthetic_data",
 }
 
-_TRUTH = {"true": True, "false": False}
+
+def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Convert the values to the Python types that PopTorch looks for.
+
+    Raises
+    ------
+    ValueError
+        Listing unknown names, options that another key sets, and values of a wrong type.
+    """
+    typed: Dict[str, Any] = {}
+    problems = []
+    for name, value in options.items():
+        if name in OWN_KEYS:
+            problems.append(f"{name} is set by {OWN_KEYS[name]}")
+        elif name not in KINDS:
+            near = did_you_mean(name, KINDS)
+            hint = f" Did you mean {near!r}?" if near else ""
+            problems.append(f"PopTorch 3.4 knows no PopART option {name!r}.{hint}")
+        else:
+            try:
+                typed[name] = _READ[KINDS[name]](value)
+            except (KeyError, TypeError, ValueError):
+                problems.append(f"{name}={value} must be {KINDS[name]}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return typed
 
 
 def _truth(value: Any) -> bool:
-    return _TRUTH[str(value).lower()]
+    return {"true": True, "false": False}[str(value).lower()]
 
 
 def _natural(value: Any) -> int:
@@ -130,35 +154,3 @@ _READ: Dict[str, Callable[[Any], Any]] = {
     "a list": _texts,
     "a mapping": _mapping,
 }
-
-
-def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the options with values of the Python type PopTorch looks for.
-
-    Raises
-    ------
-    ValueError
-        Listing every name PopTorch does not know or that a key of ours sets, and every value of
-        another kind.
-    """
-    typed: Dict[str, Any] = {}
-    problems = []
-    for name, value in options.items():
-        if name not in KINDS:
-            problems.append(_unknown(name))
-            continue
-        try:
-            typed[name] = _READ[KINDS[name]](value)
-        except (KeyError, TypeError, ValueError):
-            problems.append(f"{name}={value} must be {KINDS[name]}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return typed
-
-
-def _unknown(name: str) -> str:
-    if name in OWN_KEYS:
-        return f"{name} is set by {OWN_KEYS[name]}"
-    near = did_you_mean(name, KINDS)
-    hint = f" Did you mean {near!r}?" if near else ""
-    return f"PopTorch 3.4 knows no PopART option {name!r}.{hint}"

@@ -1,34 +1,27 @@
-"""Section: the base of a configuration's sections, and the types their fields share.
+"""The sections of a configuration: their fields, types, ranges, defaults and help texts.
 
-Imports no torch.
+A field's description is its text in ``train.py --help``.
 """
 
 import os
 import re
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Annotated, Literal
 
 from cxr_vit.config.popart_options import typed_options
 
-__all__ = [
-    "SECTIONS",
-    "AugmentSection",
-    "Config",
-    "EngineSection",
-    "PathText",
-    "PipelineSection",
-    "Section",
-    "Words",
-]
+__all__ = ["LARGEST_IMAGE", "SECTIONS", "SMALLEST_IMAGE", "Config", "PathText", "Section", "Words"]
 
+#: Legal values of `data.image_size`, pixels.
+SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class Words:
-    """Says what a field takes where its type does not: `Annotated[type, Words("...")]`."""
+    """Describe what a field accepts, in place of its type: ``Annotated[type, Words("...")]``."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -54,7 +47,7 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 
 
 class Section(BaseModel):
-    """Base of all sections: closed, immutable, finite numbers only."""
+    """Base of all sections: unknown keys are errors, values are immutable and finite."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -63,7 +56,7 @@ class Section(BaseModel):
     #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
 
-    #: Keys that mean something only beside another: a later layer that gives the other resets them.
+    #: Key -> owner: a later layer that gives the owner resets the key.
     belongs_to: ClassVar[Dict[str, str]] = {}
 
     @model_validator(mode="before")
@@ -83,208 +76,21 @@ class Section(BaseModel):
         return data
 
 
-class AugmentSection(Section):
-    """How training images are varied: each range is drawn from evenly, and 0 is off."""
-
-    rotation: float = Field(0.0, ge=0, le=45, description="up to so many degrees either way")
-    shift: float = Field(
-        0.0, ge=0, le=0.5, description="up to this part of the side, either way, along each axis"
-    )
-    scale: float = Field(
-        0.0, ge=0, le=0.5, description="larger or smaller by up to this part, e.g. 0.1"
-    )
-    crop: float = Field(
-        1.0,
-        ge=0.5,
-        le=1,
-        description="random resized crop: the least part of the image's area that stays (1: off);"
-        " less than half would cut the lungs",
-    )
-    crop_ratio: float = Field(
-        1.1, ge=1, le=1.5, description="a crop is at most so many times wider than high, or higher"
-    )
-    brightness: float = Field(
-        0.0, ge=0, le=0.5, description="gray levels times 1 plus or minus up to this"
-    )
-    contrast: float = Field(
-        0.0,
-        ge=0,
-        le=0.5,
-        description="distance from the image's mean times 1 plus or minus up to this",
-    )
-    gamma: float = Field(
-        0.0, ge=0, le=0.5, description="gray levels to the power of 1 plus or minus up to this"
-    )
-    horizontal_flip: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="probability of a mirrored image; it puts the heart on the other side",
-    )
-
-    @property
-    def moves(self) -> bool:
-        """Whether images are rotated, shifted, scaled, cropped or flipped."""
-        return self.shows_beyond or self.crop < 1 or self.horizontal_flip > 0
-
-    @property
-    def shows_beyond(self) -> bool:
-        """Whether what lies beyond an image's border may come into view."""
-        return self.rotation > 0 or self.shift > 0 or self.scale > 0
-
-    @property
-    def recolours(self) -> bool:
-        """Whether gray levels change."""
-        return self.brightness > 0 or self.contrast > 0 or self.gamma > 0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is varied."""
-        return self.moves or self.recolours
-
-
-LayerCounts = List[Annotated[int, Field(ge=0)]]
-
-Proportion = Annotated[float, Field(gt=0, le=1)]
-
-#: What is kept of a stage's forward pass for its backward pass.
-RecomputeWord = Literal["every_layer", "stage_inputs"]
-
-RecomputeChoice = Union[RecomputeWord, List[Annotated[int, Field(ge=0)]]]
-
-RecomputeText = Words(
-    "every_layer, stage_inputs, or a list with an item a stage: one of these words, or a list of"
-    " layers, integers >= 0"
-)
-
-
-class PipelineSection(Section):
-    """How the layers are cut into stages."""
-
-    layers_per_stage: LayerCounts = Field(
-        [3, 3, 3, 3],
-        min_length=1,
-        description="encoder layers of each stage; embedding on the first, head on the last",
-    )
-    eval_layers_per_stage: Optional[LayerCounts] = Field(
-        None, min_length=1, description="the cut in evaluation; null: as in training (IPU)"
-    )
-    execution: Literal["pipelined", "sharded"] = Field(
-        "pipelined",
-        description="training: stages at work on different micro-batches, or one after another"
-        " (IPU)",
-    )
-    eval_execution: Literal["pipelined", "sharded"] = Field(
-        "pipelined", description="the same in evaluation (IPU)"
-    )
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = Field(
-        "1f1b",
-        description="the order of the stages' work in training: all forward passes before all"
-        " backward passes, one forward and one backward in turn (which holds fewer activations),"
-        " or that with several stages in each process (pipeline engine)",
-    )
-    recompute: Annotated[Union[RecomputeWord, List[RecomputeChoice]], RecomputeText] = Field(
-        "every_layer",
-        description="pipelined: layers whose output is kept for the backward pass, the rest is"
-        " computed again from there; a stage's inputs are always kept (IPU)",
-    )
-    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = Field(
-        None,
-        description="part of an IPU's memory that one matrix product may take for its working"
-        " data, or one number a stage; null: PopLibs' own (IPU)",
-    )
-
-
-class EngineSection(Section):
-    """What computes, and in which arithmetic."""
-
-    name: Literal["auto", "poptorch", "torch", "pipeline"] = Field(
-        "auto",
-        description="the back end: IPUs; one torch device (a process under torchrun); a stage a"
-        " process under torchrun; auto: IPUs where they answer, else a GPU, else the CPU",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="the device of the torch and pipeline engines"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="arithmetic of the forward pass; auto: bf16 where the processor has it,"
-        " else fp32 (fp16 on older GPUs and on IPUs)",
-    )
-    timeout_s: float = Field(
-        600,
-        gt=0,
-        description="under torchrun: a process that waits longer for another ends the run, seconds",
-    )
-    weights: Literal["fp32", "fp16"] = Field(
-        "fp32", description="dtype the weights are held and updated in (IPU)"
-    )
-    partials: Literal["fp32", "fp16"] = Field(
-        "fp16", description="dtype of partial sums; fp32 arithmetic always has fp32 ones (IPU)"
-    )
-    stochastic_rounding: bool = Field(
-        True, description="round fp16 up or down by chance in training, never in evaluation (IPU)"
-    )
-    floating_point_exceptions: bool = Field(
-        False, description="stop at the first NaN or overflow on the device (IPU)"
-    )
-    optimizer_state_on_chip: bool = Field(
-        True, description="hold the moments in the IPU's own memory, not in Streaming Memory (IPU)"
-    )
-    replicated_tensor_sharding: bool = Field(
-        False, description="each replica holds its share of the moments only (IPU)"
-    )
-    loader_mode: Literal["sync", "async", "async_rebatched"] = Field(
-        "sync",
-        description="where host batches of training are put together: in the main process, ahead"
-        " of time in another one, or there from smaller pieces (IPU)",
-    )
-    prefetch_depth: int = Field(
-        1, ge=1, description="host batches streamed to the device ahead of need (IPU)"
-    )
-    executable_cache: Optional[PathText] = Field(
-        "${POPTORCH_CACHE_DIR:-exe_cache}",
-        validate_default=True,
-        description="folder of compiled graphs, a subfolder a configuration; null: none (IPU)",
-    )
-    ipu_version: Literal["mk2", "c600"] = Field(
-        "mk2", description="the IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
-    )
-    profile_dir: Optional[PathText] = Field(
-        None, description="write PopVision's reports there (IPU)"
-    )
-    log_cycles: bool = Field(
-        False, description="count the device's clock cycles: perf/ipu_cycles (IPU)"
-    )
-    synthetic_data: bool = Field(
-        False,
-        description="the device makes up its own input, to time it without the host: losses and"
-        " scores then mean nothing (IPU)",
-    )
-    popart_options: Annotated[
-        Dict[str, Any],
-        AfterValidator(typed_options),
-        Words("PopART session options, name: value"),
-    ] = Field(default={}, description="set last, over what the keys above set (IPU)")
-
-
-#: Sides of the square the model sees, pixels.
-SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
-
-
 class RunSection(Section):
-    """Where a run is written, and its seed."""
+    """Run folder and seed."""
 
     name: str = Field("run", pattern=r"^\w[\w.-]*$", description="name of the run")
-    root: PathText = Field("runs", description="folder that holds the runs' folders")
+    root: PathText = Field("runs", description="parent folder of the run folders")
     dir: Optional[PathText] = Field(
-        None, description="the run's folder outright, instead of <root>/<name>-<time>"
+        None, description="the run folder itself, instead of <root>/<name>-<time>"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seeds weights, sample order and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seed of weights, sample order, augmentation and dropout"
+    )
 
 
 class DataSection(Section):
-    """Where the images and labels are, how they are split and at what size they are read."""
+    """Images and labels: files, split, size and cache."""
 
     belongs_to: ClassVar[Dict[str, str]] = dict.fromkeys(
         (
@@ -307,91 +113,155 @@ class DataSection(Section):
         validate_default=True,
     )
     csv: Optional[PathText] = Field(
-        None, description="the CSV, where it is not in the root under one of NIH's names"
+        None, description="CSV of the labels, if it is not in the root under one of NIH's names"
     )
     images: Optional[PathText] = Field(
-        None, description="the folder of the images (any nesting), where it is not the root"
+        None, description="folder of the images, nested or not, if it is not the root"
     )
     boxes: Optional[PathText] = Field(
-        None, description="NIH's BBox_List_2017.csv, where it is not in the root"
+        None, description="NIH's BBox_List_2017.csv, if it is not in the root"
     )
     relabels: Optional[PathText] = Field(
-        None, description="Google's 2019 labels by radiologists, where they are not in the root"
+        None, description="Google's 2019 labels by radiologists, if they are not in the root"
     )
     split: Literal["auto", "official", "patient", "random"] = Field(
         "auto",
-        description="official list files, seeded by patient, or seeded by image (leaks patients);"
-        " auto: official where its list files are, else patient",
+        description="official list files, random by patient, or random by image (leaks patients);"
+        " auto: official if its list files exist, else patient",
     )
     train_list: Optional[PathText] = Field(
         None,
         description="the official split's training list (with or without the validation images),"
-        " where it is not in the root under one of its names",
+        " if it is not in the root under one of its names",
     )
     val_list: Optional[PathText] = Field(
         None,
         description="names of the validation images; null: val_list.txt (or val_list_NIH.txt,"
-        " community_val_list.txt) of the root, else drawn out of the training list by patient",
+        " community_val_list.txt) of the root, else drawn from the training list by patient",
     )
     test_list: Optional[PathText] = Field(None, description="the official split's test list")
-    split_seed: int = Field(1337, ge=0, lt=2**63, description="seed of everything the split draws")
+    split_seed: int = Field(1337, ge=0, lt=2**63, description="seed of all random splits")
     val_fraction: float = Field(
         0.05,
         gt=0,
         lt=1,
-        description="part of the images for validation (official: of its training list)",
+        description="fraction of the images for validation (official: of its training list)",
     )
     test_fraction: float = Field(
-        0.2, ge=0, lt=1, description="part of the images for testing (patient and random splits)"
+        0.2, ge=0, lt=1, description="fraction of the images for testing (patient, random)"
     )
     image_size: int = Field(
         224,
         ge=SMALLEST_IMAGE,
         le=LARGEST_IMAGE,
-        description="side of the square the model sees, pixels",
+        description="width and height of the model's input, pixels",
     )
     include_no_finding: bool = Field(
-        False, description="make 'No Finding' a 15th class, as the tutorial has it"
+        False, description="make 'No Finding' a 15th label, as Graphcore's tutorial does"
     )
     on_missing: Literal["error", "skip"] = Field(
-        "error", description="what to do about CSV rows whose image is not there"
+        "error", description="what to do with CSV rows whose image is missing"
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error",
-        description="what to do about images that are damaged or not what they should be: list them"
-        " and stop, or leave them out and write skipped.csv",
+        description="what to do with damaged or unexpected images: list them and stop, or leave"
+        " them out and write skipped.csv",
     )
     max_megapixels: int = Field(
         64,
         ge=1,
         le=178,
-        description="images of more pixels are refused unread (a file of a few kB can hold them)",
+        description="refuse larger images without reading them (a few kB can decode to gigabytes)",
     )
     cache: Literal["auto", "require", "off"] = Field(
         "auto",
-        description="keep the images, decoded and resized, in one file: build it on first use,"
-        " insist on a finished one, or decode in every epoch (and all once at each start, to see"
-        " that they can be)",
+        description="one file of the decoded and resized images: build it on first use, require a"
+        " finished one, or decode in every epoch (and each image once at every start, to check it)",
     )
     cache_dir: Optional[PathText] = Field(
         None, description="folder of the cache; null: <data.root>/cxr_vit_cache"
     )
     cache_workers: Optional[int] = Field(
-        None, ge=1, le=256, description="processes that decode images for it; null: one a core"
+        None, ge=1, le=256, description="processes that build the cache; null: one per core"
     )
     num_workers: int = Field(
-        0, ge=0, le=128, description="loader processes; 0 reads in the main one"
+        0, ge=0, le=128, description="loader processes; 0: load in the main process"
     )
     sample_images: Optional[int] = Field(
         None,
         ge=20,
-        description="if the root does not exist, write a synthetic data set of so many images there;"
-        " holds for the root it was given with",
+        description="number of images of a synthetic data set to write if the root does not exist;"
+        " applies only to the root it is given with",
     )
 
 
+class AugmentSection(Section):
+    """Augmentation of training images: each range is sampled uniformly, and 0 is off."""
+
+    rotation: float = Field(
+        0.0, ge=0, le=45, description="maximum rotation in either direction, degrees"
+    )
+    shift: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="maximum shift in either direction of each axis, as a fraction of the side",
+    )
+    scale: float = Field(
+        0.0, ge=0, le=0.5, description="maximum change of size, larger or smaller, e.g. 0.1"
+    )
+    crop: float = Field(
+        1.0,
+        ge=0.5,
+        le=1,
+        description="random resized crop: smallest fraction of the area that is kept (1: off); less"
+        " than half would cut the lungs",
+    )
+    crop_ratio: float = Field(
+        1.1, ge=1, le=1.5, description="maximum aspect ratio of a crop, wide or high"
+    )
+    brightness: float = Field(
+        0.0, ge=0, le=0.5, description="maximum change of the factor on gray levels"
+    )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="maximum change of the factor on the distance from the image's mean",
+    )
+    gamma: float = Field(
+        0.0, ge=0, le=0.5, description="maximum change of the exponent of gray levels"
+    )
+    horizontal_flip: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of mirroring, which puts the heart on the other side",
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Whether images are rotated, shifted, scaled, cropped or flipped."""
+        return self.shows_beyond or self.crop < 1 or self.horizontal_flip > 0
+
+    @property
+    def shows_beyond(self) -> bool:
+        """Whether pixels beyond the border of an image may come into view."""
+        return self.rotation > 0 or self.shift > 0 or self.scale > 0
+
+    @property
+    def recolours(self) -> bool:
+        """Whether gray levels change."""
+        return self.brightness > 0 or self.contrast > 0 or self.gamma > 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any augmentation is on."""
+        return self.moves or self.recolours
+
+
 class ModelSection(Section):
-    """Which ViT, and from where."""
+    """The Vision Transformer and its initial weights."""
 
     name: PathText = Field(
         "google/vit-base-patch16-224-in21k",
@@ -399,33 +269,86 @@ class ModelSection(Section):
         " vit-base, vit-large, vit-huge",
     )
     patch_size: int = Field(
-        16, ge=2, le=128, description="side of a patch, pixels (random weights only)"
+        16, ge=2, le=128, description="width and height of a patch, pixels (random weights only)"
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout after embeddings, attention and MLP"
     )
     hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = Field(
         None,
-        description="the MLP's activation: exact GELU or its tanh form, which is all an IPU has;"
-        " null: as in the weights' config.json",
+        description="activation of the MLP: exact GELU or its tanh form, the only one of an IPU;"
+        " null: as in the config.json of the weights",
     )
     head_bias: Literal["prior", "zero"] = Field(
         "prior",
-        description="a new head starts at the training prevalence (bias log-odds, small weights),"
-        " or as Hugging Face makes it",
+        description="initial head: bias at the log-odds of the training prevalence with small"
+        " weights, or Hugging Face's default",
     )
     image_mean: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="gray level subtracted, of 0..1 (a checkpoint's"
+        description="mean to subtract from gray levels of 0 to 1 (a checkpoint's"
         " preprocessor_config.json is not read)",
     )
-    image_std: float = Field(0.5, gt=0, le=1, description="gray level divided by, of 0..1")
+    image_std: float = Field(
+        0.5, gt=0, le=1, description="standard deviation to divide gray levels by"
+    )
+
+
+LayerCounts = List[Annotated[int, Field(ge=0)]]
+
+Proportion = Annotated[float, Field(gt=0, le=1)]
+
+RecomputeWord = Literal["every_layer", "stage_inputs"]
+
+RecomputeChoice = Union[RecomputeWord, List[Annotated[int, Field(ge=0)]]]
+
+RecomputeText = Words(
+    "every_layer, stage_inputs, or a list with one item per stage: one of these words, or a list of"
+    " layers, integers >= 0"
+)
+
+
+class PipelineSection(Section):
+    """The cut of the model into stages, and how stages run."""
+
+    layers_per_stage: LayerCounts = Field(
+        [3, 3, 3, 3],
+        min_length=1,
+        description="encoder layers of each stage; embedding on the first, head on the last",
+    )
+    eval_layers_per_stage: Optional[LayerCounts] = Field(
+        None, min_length=1, description="layers per stage in evaluation; null: as in training (IPU)"
+    )
+    execution: Literal["pipelined", "sharded"] = Field(
+        "pipelined",
+        description="training: stages work on different micro-batches at once, or one after"
+        " another (IPU)",
+    )
+    eval_execution: Literal["pipelined", "sharded"] = Field(
+        "pipelined", description="the same in evaluation (IPU)"
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = Field(
+        "1f1b",
+        description="order of the stages' work in training: all forward passes before all backward"
+        " passes, alternating forward and backward passes (holds fewer activations), or alternating"
+        " with several stages per process (pipeline engine)",
+    )
+    recompute: Annotated[Union[RecomputeWord, List[RecomputeChoice]], RecomputeText] = Field(
+        "every_layer",
+        description="pipelined: layers whose output is kept for the backward pass, which recomputes"
+        " the rest from there; the inputs of a stage are always kept (IPU)",
+    )
+    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = Field(
+        None,
+        description="fraction of an IPU's memory that a matrix product may use as working memory,"
+        " or one number per stage; null: PopLibs' default (IPU)",
+    )
 
 
 class BatchSection(Section):
-    """How many samples meet when."""
+    """Samples per forward pass, per weight update and per host call."""
 
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
         ("gradient_accumulation", "global_batch_size"),
@@ -457,25 +380,25 @@ class OptimSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     decay_all: bool = Field(
         False,
-        description="decay every parameter, also biases, norms, class token, position embeddings",
+        description="decay all parameters, with biases, norms, class token, position embeddings",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment (adamw, lamb)")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment (adamw, lamb)")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: Optional[float] = Field(
-        None, gt=0, description="clip the global gradient norm to this; null: no clipping"
+        None, gt=0, description="maximum global gradient norm; null: no clipping"
     )
     loss_scaling: Union[Literal["auto"], Annotated[float, Field(gt=0)]] = Field(
         1.0,
-        description="factor on the loss that keeps fp16 gradients from underflowing, undone before"
-        " the update; auto lets PopART adjust it (IPU; the torch engine has a scaler of its own)",
+        description="factor on the loss that keeps fp16 gradients from underflow, removed before"
+        " the update; auto: adjusted by PopART (IPU; the torch engine has its own scaler)",
     )
     accumulator: Literal["fp32", "fp16"] = Field(
         "fp32", description="dtype of the accumulated gradients (IPU)"
     )
     first_moment: Literal["fp32", "fp16"] = Field(
-        "fp32", description="dtype of the first moment, sgd's velocity (IPU)"
+        "fp32", description="dtype of the first moment, for sgd of the velocity (IPU)"
     )
     second_moment: Literal["fp32", "fp16"] = Field(
         "fp32", description="dtype of the second moment (IPU)"
@@ -490,60 +413,137 @@ class ScheduleSection(Section):
         "cosine", description="decay after the warm-up, to 0 at the last step (constant: none)"
     )
     warmup_ratio: Optional[float] = Field(
-        0.0, ge=0, le=1, description="part of all steps in which the rate rises from 0"
+        0.0, ge=0, le=1, description="fraction of all steps in which the rate rises from 0"
     )
     warmup_steps: Optional[int] = Field(None, ge=0, description="the same as a number of steps")
 
 
 class TrainSection(Section):
-    """How long to train, and how often to look, score and save."""
+    """Length of the training, and intervals of logging, validation and checkpoints."""
 
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
         ("epochs", "steps"),
         ("eval_every_epochs", "eval_every_steps"),
         ("checkpoint_every_epochs", "checkpoint_every_steps"),
     )
-    epochs: Optional[float] = Field(3, gt=0, description="length of the training, in epochs")
-    steps: Optional[int] = Field(
-        None, ge=1, description="length of the training, in weight updates"
-    )
-    log_every_steps: int = Field(50, ge=1, description="scalars are logged every so many steps")
-    eval_every_epochs: Optional[float] = Field(1, gt=0, description="validate every so many epochs")
-    eval_every_steps: Optional[int] = Field(None, ge=1, description="validate every so many steps")
+    epochs: Optional[float] = Field(3, gt=0, description="length of the training, epochs")
+    steps: Optional[int] = Field(None, ge=1, description="length of the training, weight updates")
+    log_every_steps: int = Field(50, ge=1, description="steps between logged metrics")
+    eval_every_epochs: Optional[float] = Field(1, gt=0, description="epochs between validations")
+    eval_every_steps: Optional[int] = Field(None, ge=1, description="steps between validations")
     checkpoint_every_epochs: Optional[float] = Field(
-        1, gt=0, description="save every so many epochs (best and last are saved besides)"
+        1, gt=0, description="epochs between checkpoints (best and last are saved as well)"
     )
     checkpoint_every_steps: Optional[int] = Field(
-        None, ge=1, description="save every so many steps"
+        None, ge=1, description="steps between checkpoints"
     )
-    keep_last: int = Field(2, ge=1, description="checkpoints kept beside the best")
+    keep_last: int = Field(2, ge=1, description="number of checkpoints kept beside the best")
     resume_weights_only: bool = Field(
         False,
-        description="--resume takes the weights and the step, and starts the optimizer anew: for a"
-        " checkpoint whose optimizer state this engine cannot take up",
+        description="--resume loads the weights and the step and resets the optimizer: for a"
+        " checkpoint whose optimizer state this engine cannot load",
     )
     early_stopping_patience: Optional[int] = Field(
-        None, ge=1, description="stop after so many validations without a better macro AUROC"
+        None, ge=1, description="validations without a better macro AUROC before training stops"
     )
+
+
+class EngineSection(Section):
+    """The engine, its device and its arithmetic."""
+
+    name: Literal["auto", "poptorch", "torch", "pipeline"] = Field(
+        "auto",
+        description="IPUs; one torch device (per process under torchrun); one or more stages per"
+        " process under torchrun; auto: IPUs if any answer, else a GPU, else the CPU",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the torch and pipeline engines"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="arithmetic of the forward pass; auto: bf16 if the processor supports it, else"
+        " fp32 (fp16 on older GPUs and on IPUs)",
+    )
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        description="under torchrun: seconds to wait for another process before the run ends",
+    )
+    weights: Literal["fp32", "fp16"] = Field(
+        "fp32", description="dtype in which weights are stored and updated (IPU)"
+    )
+    partials: Literal["fp32", "fp16"] = Field(
+        "fp16", description="dtype of partial sums; always fp32 in fp32 arithmetic (IPU)"
+    )
+    stochastic_rounding: bool = Field(
+        True, description="round fp16 stochastically in training, never in evaluation (IPU)"
+    )
+    floating_point_exceptions: bool = Field(
+        False, description="stop at the first NaN or overflow on the device (IPU)"
+    )
+    optimizer_state_on_chip: bool = Field(
+        True, description="keep the moments in the IPU's memory, not in Streaming Memory (IPU)"
+    )
+    replicated_tensor_sharding: bool = Field(
+        False, description="divide the moments among the replicas (IPU)"
+    )
+    loader_mode: Literal["sync", "async", "async_rebatched"] = Field(
+        "sync",
+        description="where host batches of training are assembled: in the main process, ahead of"
+        " time in another one, or there from smaller pieces (IPU)",
+    )
+    prefetch_depth: int = Field(
+        1, ge=1, description="host batches streamed to the device ahead of use (IPU)"
+    )
+    executable_cache: Optional[PathText] = Field(
+        "${POPTORCH_CACHE_DIR:-exe_cache}",
+        validate_default=True,
+        description="folder of compiled graphs, one subfolder per configuration; null: none (IPU)",
+    )
+    ipu_version: Literal["mk2", "c600"] = Field(
+        "mk2", description="IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
+    )
+    profile_dir: Optional[PathText] = Field(
+        None, description="folder for PopVision's reports (IPU)"
+    )
+    log_cycles: bool = Field(
+        False, description="count the device's clock cycles: perf/ipu_cycles (IPU)"
+    )
+    synthetic_data: bool = Field(
+        False,
+        description="generate the input on the device, to time it without the host; losses and"
+        " scores are then meaningless (IPU)",
+    )
+    popart_options: Annotated[
+        Dict[str, Any],
+        AfterValidator(typed_options),
+        Words("PopART session options, name: value"),
+    ] = Field(default={}, description="set last, after the options of the keys above (IPU)")
 
 
 class PlannerSection(Section):
-    """What a run is predicted to take, before it starts (python -m cxr_vit plan)."""
+    """The prediction of memory and speed before a run starts (python -m cxr_vit plan)."""
 
-    hardware: Literal["auto", "mk2", "bow", "gpu"] = Field(
+    hardware: Literal["auto", "mk2", "bow"] = Field(
         "auto",
-        description="the device that is planned for: an IPU of the second generation, a Bow, or a"
-        " GPU; auto: gpu for engine.name=torch and pipeline, else mk2",
+        description="device to plan for: an IPU of the second generation or a Bow; auto: mk2 for"
+        " engine.name=auto and poptorch, this machine's own device for torch and pipeline",
+    )
+    device_memory_gib: Optional[float] = Field(
+        None,
+        gt=0,
+        description="memory of each GPU, or of each process on CPUs, GiB; null: read from this"
+        " machine (torch and pipeline engines)",
     )
     strict: bool = Field(
         False,
-        description="stop where the IPUs' memory is predicted not to hold the model, instead of"
+        description="stop if the model is predicted not to fit into the IPUs' memory, instead of"
         " warning",
     )
 
 
 class Config(Section):
-    """A whole configuration."""
+    """A complete configuration."""
 
     run: RunSection = Field(default_factory=RunSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -558,12 +558,12 @@ class Config(Section):
     planner: PlannerSection = Field(default_factory=PlannerSection)
 
     def changed(self, **sections: Dict[str, Any]) -> "Config":
-        """Return a copy with keys of sections set anew; nothing is checked."""
+        """Return a copy with some keys of some sections replaced, without validation."""
         new = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
         return self.model_copy(update=new)
 
     def flat(self) -> Dict[str, Any]:
-        """Return `section.key` -> value, lists as text: what TensorBoard's hparams page takes."""
+        """Return `section.key` -> value for TensorBoard's hparams; lists become text."""
         return {
             f"{section}.{key}": value if isinstance(value, (bool, int, float)) else str(value)
             for section, values in self.model_dump().items()
@@ -571,16 +571,7 @@ class Config(Section):
         }
 
 
+#: Name of a section -> its class.
 SECTIONS: Dict[str, Type[Section]] = {
-    "run": RunSection,
-    "data": DataSection,
-    "augment": AugmentSection,
-    "model": ModelSection,
-    "pipeline": PipelineSection,
-    "batch": BatchSection,
-    "optim": OptimSection,
-    "schedule": ScheduleSection,
-    "train": TrainSection,
-    "engine": EngineSection,
-    "planner": PlannerSection,
+    name: cast(Type[Section], field.annotation) for name, field in Config.model_fields.items()
 }

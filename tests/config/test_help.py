@@ -1,4 +1,4 @@
-"""The words for what a field allows."""
+"""Help texts: types, ranges and defaults of fields."""
 
 from typing import Any, Dict, Iterator, Set, Tuple
 
@@ -9,12 +9,12 @@ from cxr_vit.config.schema import SECTIONS
 
 FIELDS = [(section, key) for section in SECTIONS for key in SECTIONS[section].model_fields]
 
-#: JSON schema's keyword -> ours
+#: JSON schema keyword -> our sign.
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def bounds(schema: Dict[str, Any]) -> Iterator[Tuple[str, float]]:
-    """Find all bounds in pydantic's own description of a field."""
+    """Yield all bounds in pydantic's JSON schema of a field."""
     for keyword, value in schema.items():
         if keyword in BOUNDS:
             yield BOUNDS[keyword], float(value)
@@ -32,7 +32,7 @@ def bounds_in(text: str) -> Set[Tuple[str, float]]:
 
 
 @pytest.mark.parametrize(("section", "key"), FIELDS)
-def test_range_of_every_field_is_told(section, key):
+def test_allowed_names_every_bound(section, key):
     schema = SECTIONS[section].model_json_schema()["properties"][key]
     assert bounds_in(allowed(SECTIONS[section].model_fields[key])) == set(bounds(schema))
 
@@ -53,7 +53,7 @@ def test_choices_are_listed():
     assert allowed(field) == "one of auto, fp32, bf16, fp16"
 
 
-def test_help_gives_the_defaults():
+def test_help_lists_the_defaults():
     lines = help_text().split("\n")
     assert "  optim.lr  (number > 0; default 0.0002)" in lines
     assert "  optim.decay_all  (true or false; default false)" in lines

@@ -1,4 +1,4 @@
-"""What PopTorch would refuse, told before any compilation."""
+"""Rules of PopTorch and of the IPU."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SOUND = ("batch.gradient_accumulation=7", "batch.eval_device_iterations=4")
+VALID = ("batch.gradient_accumulation=7", "batch.eval_device_iterations=4")
 
 
 def problems(*overrides: str) -> List[str]:
-    return ipu_problems(load_config([], [*SOUND, *overrides]))
+    return [str(problem) for problem in ipu_problems(load_config([], [*VALID, *overrides]))]
 
 
 def only_problem(*overrides: str) -> str:
@@ -24,17 +24,17 @@ def only_problem(*overrides: str) -> str:
     return message
 
 
-def test_a_sound_configuration_passes():
+def test_valid_configuration_passes():
     assert problems() == []
-    check_ipu(load_config([], SOUND))
+    check_ipu(load_config([], VALID))
 
 
 @pytest.mark.parametrize("name", ["vit_demo_ipu.yaml", "vit_pod4.yaml", "vit_pod16.yaml"])
-def test_the_configurations_for_ipus_pass(name):
+def test_ipu_configurations_pass(name):
     assert ipu_problems(load_config([CONFIGS / name])) == []
 
 
-def test_accumulation_is_the_message_of_the_design():
+def test_accumulation_message():
     assert only_problem("batch.gradient_accumulation=4").startswith(
         "batch.gradient_accumulation=4 is less than the 7 pipeline stages (2 x 4 IPUs - 1) that"
         " training over 4 IPUs has; PopTorch refuses it. Smallest legal value: 7."
@@ -42,7 +42,7 @@ def test_accumulation_is_the_message_of_the_design():
 
 
 @pytest.mark.parametrize(("cut", "least"), [("[12]", 1), ("[6, 6]", 3), ("[4, 4, 4]", 5)])
-def test_accumulation_follows_the_number_of_ipus(cut, least):
+def test_accumulation_limit_follows_the_number_of_ipus(cut, least):
     layers = f"pipeline.layers_per_stage={cut}"
     assert problems(layers, f"batch.gradient_accumulation={least}") == []
     if least > 1:
@@ -50,19 +50,20 @@ def test_accumulation_follows_the_number_of_ipus(cut, least):
         assert f"Smallest legal value: {least}." in message
 
 
-def test_a_global_batch_is_answered_with_a_global_batch():
+def test_problem_of_a_global_batch_suggests_a_global_batch():
     batch = ["batch.global_batch_size=32", "batch.micro_batch_size=4", "batch.replicas=2"]
-    (message,) = ipu_problems(load_config([], [SOUND[1], *batch]))
+    (problem,) = ipu_problems(load_config([], [VALID[1], *batch]))
+    message = str(problem)
     assert message.startswith("batch.global_batch_size=32, an accumulation of 4,")
     assert "Smallest legal value: 56." in message  # 7 x 4 x 2
 
 
-def test_sharded_stages_are_no_pipeline():
+def test_sharded_execution_needs_no_minimum():
     assert problems("batch.gradient_accumulation=1", "pipeline.execution=sharded") == []
     assert problems("batch.eval_device_iterations=1", "pipeline.eval_execution=sharded") == []
 
 
-def test_evaluation_needs_an_iteration_a_stage():
+def test_evaluation_needs_one_iteration_per_stage():
     message = only_problem("batch.eval_device_iterations=3")
     assert message.startswith("batch.eval_device_iterations=3 is less than the 4 pipeline stages")
     assert "Smallest legal value: 4." in message
@@ -70,7 +71,7 @@ def test_evaluation_needs_an_iteration_a_stage():
 
 
 @pytest.mark.parametrize("key", ["layers_per_stage", "eval_layers_per_stage"])
-def test_a_middle_stage_needs_a_layer(key):
+def test_inner_stage_without_layers_is_refused(key):
     message = only_problem(f"pipeline.{key}=[4, 4, 0, 4]")
     assert message.startswith(f"pipeline.{key}=[4, 4, 0, 4] leaves IPU 2 without work")
     assert problems(f"pipeline.{key}=[0, 6, 6, 0]") == []
@@ -116,11 +117,11 @@ def test_rule(overrides, start):
         ["pipeline.available_memory_proportion=[0.1, 0.2, 0.3, 1]"],
     ],
 )
-def test_what_the_rules_allow(overrides):
+def test_allowed_values(overrides):
     assert problems(*overrides) == []
 
 
-def test_all_broken_rules_are_told_at_once():
+def test_all_broken_rules_are_reported_at_once():
     config = load_config([], ["batch.gradient_accumulation=4", "engine.precision=bf16"])
     with pytest.raises(ConfigError) as caught:
         check_ipu(config)
@@ -145,7 +146,7 @@ def test_ipus_are_reserved_in_powers_of_two(ipus, reserved):
 @pytest.mark.parametrize(
     ("given", "legal"), [(30, "32."), (33, "32 or 34."), (191, "190 or 192."), (500, "192.")]
 )
-def test_io_tiles_are_even_and_in_range(given, legal):
+def test_io_tiles_must_be_even_and_in_range(given, legal):
     message = only_problem(f"engine.popart_options={{numIOTiles: {given}}}")
     assert f"numIOTiles={given}" in message
     assert message.endswith(f"Nearest legal values: {legal}")
@@ -156,18 +157,18 @@ def test_legal_io_tiles_pass(given):
     assert problems(f"engine.popart_options={{numIOTiles: {given}}}") == []
 
 
-def test_a_process_has_so_many_ipus():
+def test_process_has_at_most_64_ipus():
     many = ["batch.replicas=17"]
     message = only_problem(*many)
     assert "4 stages x 17 replicas are 68 IPUs, and one process has at most 64." in message
     assert "Start 2 or more with poprun" in message
     assert message.endswith("or set batch.replicas=16 or fewer.")
-    config = load_config([], [*SOUND, *many])
-    assert ipu_problems(config, replicas=9) == [], "as poprun shares them out"
-    check(load_config([], [*SOUND, *many, "engine.name=poptorch"]))
+    config = load_config([], [*VALID, *many])
+    assert ipu_problems(config, replicas=9) == [], "poprun divides the replicas"
+    check(load_config([], [*VALID, *many, "engine.name=poptorch"]))
 
 
-def test_a_replica_fits_a_process():
+def test_replica_must_fit_one_process():
     message = only_problem(
         f"pipeline.layers_per_stage={[1] * 65}",
         *("batch.gradient_accumulation=200", "batch.eval_device_iterations=65"),

@@ -1,4 +1,4 @@
-"""YAML files and overrides -> Config: merging, types, places of mistakes, environment variables."""
+"""Loading of configurations: merging, types, error messages, environment variables."""
 
 from pathlib import Path
 from typing import Callable, List, Sequence
@@ -41,7 +41,7 @@ def problem(files: Sequence[Path], overrides: Sequence[str] = ()) -> str:
 # Merging
 
 
-def test_no_files_give_the_defaults():
+def test_no_files_means_the_defaults():
     assert load_config([]) == Config()
 
 
@@ -52,14 +52,14 @@ def test_later_file_wins(write):
     assert load_config([second, first]).optim.lr == 0.1
 
 
-def test_keys_of_an_earlier_file_stay_unless_given_again(write):
+def test_later_file_keeps_other_keys(write):
     first = write("optim: {lr: 0.1, eps: 0.5}\nrun: {seed: 7}", "first.yaml")
     second = write("optim: {lr: 0.2}", "second.yaml")
     config = load_config([first, second])
     assert (config.optim.lr, config.optim.eps, config.run.seed) == (0.2, 0.5, 7)
 
 
-def test_lists_are_replaced_whole(write):
+def test_lists_are_replaced_not_merged(write):
     first = write("pipeline: {layers_per_stage: [3, 3, 3, 3]}", "first.yaml")
     second = write("pipeline: {layers_per_stage: [6, 6]}", "second.yaml")
     assert load_config([first, second]).pipeline.layers_per_stage == [6, 6]
@@ -80,7 +80,7 @@ def test_later_override_wins():
     assert load_config([], ["optim.lr=0.3", "optim.lr=0.4"]).optim.lr == 0.4
 
 
-def test_override_takes_a_whole_section(write):
+def test_override_of_a_whole_section(write):
     config = load_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim={lr: 0.3}"])
     assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
 
@@ -90,28 +90,28 @@ def test_override_of_a_section_keeps_an_earlier_override_of_its_key():
     assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
 
 
-def test_override_takes_a_list():
+def test_override_with_a_list():
     config = load_config([], ["pipeline.layers_per_stage=[2, 4, 6]"])
     assert config.pipeline.layers_per_stage == [2, 4, 6]
 
 
-def test_value_of_an_override_may_hold_equal_signs():
+def test_override_value_with_equal_signs():
     assert load_config([], ["data.root=/images/size=64/a=b"]).data.root == "/images/size=64/a=b"
 
 
-def test_value_in_a_file_may_hold_equal_signs(write):
+def test_file_value_with_equal_signs(write):
     assert load_config([write("data: {root: /images/a=b}")]).data.root == "/images/a=b"
 
 
-def test_empty_file_gives_the_defaults(write):
+def test_empty_file_means_the_defaults(write):
     assert load_config([write("")]) == Config()
 
 
-def test_file_of_comments_gives_the_defaults(write):
+def test_file_with_comments_only_means_the_defaults(write):
     assert load_config([write("# nothing\n\n# here\n")]) == Config()
 
 
-def test_section_with_every_key_commented_out_keeps_what_is_below(write):
+def test_empty_section_keeps_values_of_earlier_files(write):
     first = write("train: {epochs: 7}", "first.yaml")
     second = write("train:\n  # epochs: 9\noptim: {lr: 0.5}\n", "second.yaml")
     config = load_config([first, second])
@@ -172,7 +172,7 @@ def test_null_unsets_an_optional_field(write, text):
     assert load_config([below], [f"optim.max_grad_norm={text}"]).optim.max_grad_norm is None
 
 
-def test_null_is_refused_where_a_value_is_needed(write):
+def test_null_of_a_required_value_is_an_error(write):
     message = problem([write("optim:\n  lr: null\n")])
     assert "my.yaml:2: optim.lr=null: must be number > 0" in message
 
@@ -189,7 +189,7 @@ def test_null_is_refused_where_a_value_is_needed(write):
         ["pipeline.layers_per_stage=[0, 12]", "data.sample_images=20"],
     ],
 )
-def test_dumped_config_loads_to_an_equal_one(write, overrides):
+def test_dumped_config_loads_unchanged(write, overrides):
     config = load_config([], overrides)
     assert load_config([write(dump_config(config))]) == config
 
@@ -203,7 +203,7 @@ def test_default_data_root_follows_dataset_dir(monkeypatch):
     assert load_config([]).data.root == "/images/chest-xray-nihcc"
 
 
-# Mistakes
+# Errors
 
 
 def test_unknown_key_names_file_and_line(write):
@@ -215,20 +215,20 @@ def test_unknown_key_suggests_nearest(write):
     assert "Did you mean 'optim.weight_decay'?" in problem([write("optim: {weigth_decay: 0.1}")])
 
 
-def test_unknown_key_suggests_what_other_codebases_mean(write):
+def test_unknown_key_suggests_our_name_for_it(write):
     assert "Did you mean 'optim.lr'?" in problem([write("optim: {learning_rate: 0.1}")])
 
 
-def test_key_of_another_section_is_suggested_there(write):
+def test_key_in_the_wrong_section_suggests_the_right_one(write):
     assert "Did you mean 'optim.lr'?" in problem([write("train: {lr: 0.1}")])
 
 
-def test_key_without_a_section_is_suggested_in_its_section(write):
+def test_key_without_a_section_suggests_its_section(write):
     message = problem([write("\nlr: 0.1\n")])
     assert message.endswith("my.yaml:2: unknown key 'lr'. Did you mean 'optim.lr'?")
 
 
-def test_key_like_no_other_points_to_the_help(write):
+def test_unknown_key_without_a_near_one_refers_to_help(write):
     message = problem([write("optim: {zzzzzz: 1}")])
     assert "Did you mean" not in message
     assert "train.py --help" in message
@@ -250,7 +250,7 @@ def test_unknown_section_of_an_override_names_the_command_line():
     assert "Did you mean 'optim" in message
 
 
-def test_key_below_a_key_is_unknown():
+def test_key_nested_in_a_key_is_unknown():
     assert "unknown key 'optim.lr.peak'" in problem([], ["optim.lr.peak=1"])
 
 
@@ -268,7 +268,7 @@ def test_duplicate_section_names_both_lines(write):
     assert f"{file}:1" in message
 
 
-def test_same_key_in_two_files_is_no_duplicate(write):
+def test_same_key_in_two_files_is_not_a_duplicate(write):
     files = [write("optim: {lr: 0.1}", "a.yaml"), write("optim: {lr: 0.2}", "b.yaml")]
     assert load_config(files).optim.lr == 0.2
 
@@ -297,25 +297,25 @@ def test_learning_rate_out_of_range_is_refused(write, text):
     assert "must be number > 0" in message
 
 
-def test_both_bounds_of_a_range_are_told():
+def test_range_error_names_both_bounds():
     message = problem([], ["data.val_fraction=1"])
     assert "command line: data.val_fraction=" in message
     assert "> 0" in message
     assert "< 1" in message
 
 
-def test_word_outside_the_choices_lists_them_and_suggests_nearest(write):
+def test_wrong_choice_lists_all_and_suggests_the_nearest(write):
     message = problem([write("data: {split: patients}")])
     assert "one of auto, official, patient, random" in message
     assert "Did you mean 'patient'?" in message
 
 
-def test_section_that_is_no_mapping_is_refused(write):
+def test_section_that_is_not_a_mapping_is_refused(write):
     file = write("run: {name: a}\noptim: 3\n")
     assert problem([file]).startswith(f"{file}:2: 'optim' is a section with keys (name, lr")
 
 
-def test_section_that_is_no_mapping_is_refused_below_a_later_layer(write):
+def test_section_that_is_not_a_mapping_is_refused_despite_a_later_layer(write):
     file = write("optim: 3\n")
     assert f"{file}:1: 'optim' is a section" in problem([file], ["optim.lr=1e-4"])
 
@@ -326,19 +326,19 @@ def test_list_with_a_wrong_item_is_refused(write):
     assert "list of integers" in message
 
 
-def test_list_with_an_item_out_of_range_tells_the_range(write):
+def test_list_with_an_item_out_of_range_names_the_range(write):
     message = problem([write("pipeline:\n  layers_per_stage: [3, -3]\n")])
     assert "my.yaml:2: pipeline.layers_per_stage=" in message
     assert ">= 0" in message
 
 
-def test_empty_list_is_told_to_be_too_short(write):
+def test_empty_list_error_names_the_length(write):
     message = problem([write("pipeline:\n  layers_per_stage: []\n")])
     allowed = message.partition("must be ")[2]
     assert allowed not in ("", "a list of integers."), "an empty list is a list of integers"
 
 
-def test_empty_text_is_told_to_be_too_short():
+def test_empty_text_error_names_the_length():
     message = problem([], ["run.root=''"])
     assert message.partition("must be ")[2] not in ("", "text."), "'' is text"
 
@@ -364,34 +364,34 @@ def test_all_problems_are_reported_at_once(write):
     assert [start for start in expected if not any(line.startswith(start) for line in found)] == []
 
 
-def test_value_replaced_by_a_later_layer_is_no_problem(write):
+def test_invalid_value_replaced_by_a_later_layer_is_accepted(write):
     assert load_config([write("optim: {lr: -1}")], ["optim.lr=1"]).optim.lr == 1
 
 
-def test_place_of_a_wrong_value_is_that_of_the_layer_that_gave_it(write):
+def test_error_names_the_layer_of_the_wrong_value(write):
     first = write("optim: {lr: 1}", "first.yaml")
     second = write("\n\noptim: {lr: -1}", "second.yaml")
     assert problem([first, second]).startswith(f"{second}:3: ")
     assert problem([first], ["optim.lr=-1"]).startswith("command line: ")
 
 
-def test_place_of_a_wrong_value_in_a_section_override_is_the_command_line(write):
+def test_error_in_a_section_override_names_the_command_line(write):
     message = problem([write("optim: {lr: 1}")], ["optim={lr: -1}"])
     assert message.startswith("command line")
 
 
-def test_text_that_is_no_yaml_names_file_and_line(write):
+def test_invalid_yaml_names_file_and_line(write):
     file = write("optim:\n  lr: [1\nrun: 2\n")
     message = problem([file])
     assert message.startswith(f"{file}:3: not valid YAML")
 
 
-def test_character_that_yaml_forbids_names_the_file(write):
+def test_character_forbidden_in_yaml_names_the_file(write):
     file = write("run: {name: a\x00b}")
     assert problems([file])[0].startswith(f"{file}: not valid YAML")
 
 
-def test_collection_that_contains_itself_is_refused(write):
+def test_alias_that_contains_itself_is_refused(write):
     assert "my.yaml" in problem([write("optim: &again\n  lr: *again\n")])
 
 
@@ -413,7 +413,7 @@ def test_missing_file_is_named(tmp_path):
     assert "No such file" in message
 
 
-def test_folder_in_place_of_a_file_is_named(tmp_path):
+def test_folder_instead_of_a_file_is_named(tmp_path):
     assert problem([tmp_path]).startswith(f"{tmp_path}: cannot read")
 
 
@@ -432,12 +432,12 @@ def test_override_without_key_and_equal_sign_is_refused(text):
     )
 
 
-def test_override_that_is_no_yaml_is_refused():
+def test_override_with_invalid_yaml_is_refused():
     message = problem([], ["pipeline.layers_per_stage=[3, 3"])
     assert message.startswith("command line: 'pipeline.layers_per_stage=[3, 3'")
 
 
-# Pairs of which one counts
+# Exclusive pairs of keys
 
 PAIRS = [
     ("batch", "gradient_accumulation", "global_batch_size"),
@@ -449,20 +449,20 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("section", "first", "second"), PAIRS)
-def test_both_of_a_pair_in_one_file_are_an_error(write, section, first, second):
+def test_both_keys_of_a_pair_in_one_file_is_an_error(write, section, first, second):
     message = problem([write(f"{section}:\n  {first}: 1\n  {second}: 1\n")])
     assert f"my.yaml:3: {section}: give '{first}' or '{second}', not both" in message
 
 
 @pytest.mark.parametrize(("section", "first", "second"), PAIRS)
-def test_second_of_a_pair_replaces_the_default_of_the_first(section, first, second):
+def test_second_key_of_a_pair_replaces_the_default_of_the_first(section, first, second):
     values = load_config([], [f"{section}.{second}=1"]).model_dump()[section]
     assert (values[first], values[second]) == (None, 1)
 
 
 @pytest.mark.parametrize(("section", "first", "second"), PAIRS)
 @pytest.mark.parametrize("swap", [False, True])
-def test_later_of_a_pair_replaces_the_earlier(write, section, first, second, swap):
+def test_later_key_of_a_pair_replaces_the_earlier(write, section, first, second, swap):
     early, late = (second, first) if swap else (first, second)
     file = write(f"{section}: {{{early}: 1}}")
     by_override = load_config([file], [f"{section}.{late}=1"]).model_dump()[section]
@@ -471,23 +471,23 @@ def test_later_of_a_pair_replaces_the_earlier(write, section, first, second, swa
     assert by_file.model_dump()[section] == by_override
 
 
-def test_null_of_one_of_a_pair_leaves_the_other(write):
+def test_null_for_one_key_of_a_pair_keeps_the_other(write):
     file = write("train: {epochs: null, steps: 10}")
     assert (load_config([file]).train.epochs, load_config([file]).train.steps) == (None, 10)
 
 
-def test_null_brings_the_default_of_a_pair_back(write):
+def test_null_restores_the_default_of_a_pair(write):
     config = load_config([write("train: {steps: 10}")], ["train.steps=null"])
     assert (config.train.epochs, config.train.steps) == (3, None)
 
 
 @pytest.mark.parametrize("text", ["{epochs: null}", "{epochs: null, steps: null}"])
-def test_null_beside_no_other_of_a_pair_means_the_default(write, text):
+def test_null_for_a_whole_pair_means_the_default(write, text):
     config = load_config([write(f"train: {text}")])
     assert (config.train.epochs, config.train.steps) == (3, None)
 
 
-def test_null_of_a_pair_hides_no_earlier_value(write):
+def test_null_for_one_key_keeps_an_earlier_value_of_the_other(write):
     config = load_config([write("train: {steps: 10}")], ["train.epochs=null"])
     assert (config.train.epochs, config.train.steps) == (None, 10)
 
@@ -499,19 +499,19 @@ def test_two_broken_pairs_of_a_section_are_reported_at_once(write):
     assert "'eval_every_epochs' or 'eval_every_steps'" in message
 
 
-def test_broken_pair_hides_no_other_problem_of_its_section(write):
+def test_broken_pair_does_not_hide_other_errors_of_its_section(write):
     message = "\n".join(problems([write("train: {epochs: 1, steps: 1, log_every_step: 5}")]))
     assert "'epochs' or 'steps'" in message
     assert "'train.log_every_steps'" in message
 
 
-def test_place_of_a_broken_pair_is_the_layer_that_gave_both(write):
+def test_broken_pair_names_the_layer_that_gave_both(write):
     broken = write("train: {epochs: 1, steps: 1}", "broken.yaml")
     sound = write("\n\ntrain: {log_every_steps: 5}", "sound.yaml")
     assert problem([broken, sound]).startswith(f"{broken}:1: ")
 
 
-def test_place_of_a_pair_broken_by_overrides_is_the_command_line(write):
+def test_pair_broken_by_overrides_names_the_command_line(write):
     file = write("train: {log_every_steps: 5}")
     assert problem([file], ["train.epochs=1", "train.steps=1"]).startswith("command line")
 
@@ -540,7 +540,7 @@ def test_two_variables_in_one_path(monkeypatch):
     assert config.run.root == "/disk/b/c"
 
 
-def test_unset_variable_without_default_is_an_error_that_names_the_place(write, monkeypatch):
+def test_unset_variable_without_default_names_file_and_line(write, monkeypatch):
     monkeypatch.delenv("CXR_TEST", raising=False)
     file = write("run: {name: a}\ndata:\n  root: ${CXR_TEST}/x\n")
     message = problem([file])
@@ -560,11 +560,11 @@ def test_tilde_in_a_variable_is_the_home_folder(monkeypatch):
     assert load_config([]).data.root == "/home/ada/disk/chest-xray-nihcc"
 
 
-def test_text_that_is_no_path_is_not_expanded(write):
+def test_text_that_is_not_a_path_is_not_expanded(write):
     assert "run.name=" in problem([write("run: {name: '${HOME}'}")])
 
 
-def test_a_later_root_is_not_filled_with_synthetic_images(write):
+def test_later_root_resets_sample_images(write):
     file = write("data: {root: data/sample, sample_images: 60}\n")
     assert load_config([file]).data.sample_images == 60
     assert load_config([file], ["data.root=/data/typo"]).data.sample_images is None

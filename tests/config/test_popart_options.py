@@ -1,4 +1,4 @@
-"""PopART's session options: names, kinds, and what the configuration makes of them."""
+"""Names and types of PopART session options."""
 
 import pytest
 
@@ -20,14 +20,14 @@ from cxr_vit.errors import ConfigError
         ("engineOptions", "{opt.useAutoloader: false}", {"opt.useAutoloader": "false"}),
     ],
 )
-def test_values_get_the_type_poptorch_looks_for(name, text, value):
+def test_values_are_converted_to_the_type_poptorch_expects(name, text, value):
     config = load_config([], [f"engine.popart_options={{{name}: {text}}}"])
     found = config.engine.popart_options[name]
     assert found == value
     assert type(found) is type(value)
 
 
-def test_they_survive_a_dump(tmp_path):
+def test_options_are_unchanged_after_dump_and_load(tmp_path):
     options = "{enableOutlining: true, outlineThreshold: 10, engineOptions: {a.b: 'true'}}"
     config = load_config([], [f"engine.popart_options={options}"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -48,30 +48,30 @@ def test_they_survive_a_dump(tmp_path):
         ("kahnTieBreaker", ["FIFO"]),
     ],
 )
-def test_another_kind_of_value_is_refused(name, value):
+def test_value_of_a_wrong_type_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}=.* must be {KINDS[name]}"):
         typed_options({name: value})
 
 
-def test_a_misspelt_name_is_corrected():
+def test_misspelt_option_suggests_the_nearest():
     with pytest.raises(ConfigError) as caught:
         load_config([], ["engine.popart_options={outlineThreshod: 10}"])
     assert "Did you mean 'outlineThreshold'?" in str(caught.value)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ValueError, match=r"foo.*; enableOutlining"):
         typed_options({"foo": "1", "enableOutlining": "2"})
 
 
 @pytest.mark.parametrize("name", sorted(OWN_KEYS))
-def test_what_has_a_key_of_its_own_is_set_there(name):
+def test_option_with_its_own_key_names_that_key(name):
     assert name not in KINDS
     with pytest.raises(ValueError, match=f"{name} is set by"):
         typed_options({name: "1"})
 
 
-def test_the_keys_that_are_named_exist():
+def test_named_keys_exist():
     named = [key for key in OWN_KEYS.values() if "." in key]
     assert len(named) > 5
     for key in named:

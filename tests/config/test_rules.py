@@ -1,4 +1,4 @@
-"""The rules that cross sections."""
+"""Rules that involve several sections, and rules for the number of processes."""
 
 import json
 import re
@@ -7,16 +7,17 @@ from typing import List
 import pytest
 
 from cxr_vit.config import check, load_config
+from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
 
-SOUND = ["model.name=vit-micro", "model.patch_size=8", "data.image_size=64"]
-SOUND += ["pipeline.layers_per_stage=[1, 1, 1, 1]"]
+VALID = ["model.name=vit-micro", "model.patch_size=8", "data.image_size=64"]
+VALID += ["pipeline.layers_per_stage=[1, 1, 1, 1]"]
 
 
 def broken(*overrides: str) -> List[str]:
     with pytest.raises(ConfigError) as caught:
-        check(load_config([], [*SOUND, *overrides]))
+        check(load_config([], [*VALID, *overrides]))
     return str(caught.value).split("\n")
 
 
@@ -26,17 +27,17 @@ def only_problem(*overrides: str) -> str:
     return problems[0]
 
 
-def test_sound_config_is_returned():
-    config = load_config([], SOUND)
+def test_valid_config_is_returned():
+    config = load_config([], VALID)
     assert check(config) is config
 
 
-def test_defaults_are_sound():
+def test_defaults_are_valid():
     config = load_config([])
     assert check(config) is config
 
 
-def test_stages_that_place_too_few_layers():
+def test_stages_with_too_few_layers():
     message = only_problem(
         "model.name=vit-tiny", "model.patch_size=16", "pipeline.layers_per_stage=[3, 3, 3, 2]"
     )
@@ -45,12 +46,12 @@ def test_stages_that_place_too_few_layers():
     )
 
 
-def test_stages_that_place_too_many_layers():
+def test_stages_with_too_many_layers():
     message = only_problem("pipeline.layers_per_stage=[5]")
     assert message.startswith("pipeline.layers_per_stage=[5] places 5 layers; the model has 4.")
 
 
-def test_depth_of_a_hub_name_is_known_by_its_size():
+def test_depth_of_a_hub_name_follows_from_its_size():
     message = only_problem("model.name=google/vit-large-patch16-224-in21k")
     assert "the model has 24." in message
 
@@ -61,25 +62,25 @@ def test_depth_of_a_local_folder_is_read_from_its_config(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_hidden_layers": "many"}'])
-def test_local_folder_with_a_strange_config_is_left_to_the_loading(tmp_path, text):
+def test_local_folder_with_an_invalid_config_is_not_checked(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    config = load_config([], [*SOUND, f"model.name={tmp_path}"])
+    config = load_config([], [*VALID, f"model.name={tmp_path}"])
     assert check(config) is config
 
 
-def test_hub_name_without_a_size_is_left_to_the_loading():
-    config = load_config([], [*SOUND, "model.name=someone/chest-model"])
+def test_hub_name_without_a_size_is_not_checked():
+    config = load_config([], [*VALID, "model.name=someone/chest-model"])
     assert check(config) is config
 
 
-def test_unknown_size_suggests_nearest_and_lists_all():
+def test_unknown_size_suggests_the_nearest_and_lists_all():
     message = only_problem("model.name=vit-smal")
     assert "model.name='vit-smal'" in message
     assert "Did you mean 'vit-small'?" in message
     assert "vit-micro, vit-tiny, vit-small, vit-base" in message
 
 
-def test_image_that_patches_do_not_fill():
+def test_image_size_that_is_not_a_multiple_of_the_patch():
     message = only_problem("data.image_size=60")
     assert message == (
         "data.image_size=60 is not a multiple of model.patch_size=8."
@@ -93,57 +94,57 @@ def test_image_smaller_than_a_patch():
 
 
 @pytest.mark.parametrize(("size", "patch"), [(8, 3), (2040, 100)])
-def test_nearest_image_sizes_are_in_the_range_of_the_field(size, patch):
+def test_suggested_image_sizes_are_in_the_field_range(size, patch):
     message = only_problem(f"data.image_size={size}", f"model.patch_size={patch}")
     for legal in re.findall(r"\d+", message.partition("Nearest legal image sizes:")[2]):
         assert load_config([], [f"data.image_size={legal}"]).data.image_size % patch == 0
 
 
-def test_patch_size_of_pretrained_weights_is_their_own():
+def test_patch_size_of_pretrained_weights_is_not_checked():
     overrides = ["model.name=google/vit-base-patch16-224-in21k", "model.patch_size=9"]
     config = load_config([], overrides)
     assert check(config) is config
 
 
-def test_global_batch_of_broken_micro_batches():
+def test_global_batch_that_is_not_a_multiple_of_the_micro_batch():
     message = only_problem("batch.micro_batch_size=16", "batch.global_batch_size=100")
     assert message.startswith("batch.global_batch_size=100 is not a multiple of 16")
     assert message.endswith("Nearest legal values: 96 or 112.")
 
 
-def test_cut_of_evaluation_must_hold_the_same_layers():
+def test_evaluation_stages_must_have_the_same_layers():
     message = only_problem("pipeline.eval_layers_per_stage=[2, 1]")
     assert message.startswith("pipeline.eval_layers_per_stage=[2, 1] places 3 layers")
     assert "pipeline.layers_per_stage=[1, 1, 1, 1] 4" in message
 
 
-def test_recompute_names_a_choice_for_every_stage():
+def test_recompute_needs_one_item_per_stage():
     message = only_problem("pipeline.recompute=[every_layer, stage_inputs]")
     assert "has 2 items; there are 4 stages" in message
 
 
-def test_recompute_names_layers_of_the_stage():
+def test_recompute_layers_must_be_on_their_stage():
     choices = "pipeline.recompute=[[0], [1], [3], every_layer]"
     message = only_problem(choices)
     assert "item 2 names layers [3], but stage 2 has the layers [2]" in message
-    check(load_config([], [*SOUND, choices.replace("[3]", "[2]")]))
+    check(load_config([], [*VALID, choices.replace("[3]", "[2]")]))
 
 
-def test_lamb_is_poptorchs():
+def test_lamb_needs_poptorch():
     message = only_problem("optim.name=lamb", "engine.name=torch")
     assert message.startswith("optim.name=lamb")
     assert "engine.name=poptorch" in message
-    check(load_config([], [*SOUND, "optim.name=lamb"]))  # engine.name=auto may find IPUs
+    check(load_config([], [*VALID, "optim.name=lamb"]))  # engine.name=auto may find IPUs
 
 
-def test_rules_of_ipus_hold_for_the_poptorch_engine_alone():
+def test_ipu_rules_apply_only_to_the_poptorch_engine():
     refused = ["engine.name=poptorch", "batch.gradient_accumulation=4"]
     assert len(broken(*refused, "batch.eval_device_iterations=1")) == 2
-    check(load_config([], [*SOUND, "batch.gradient_accumulation=4"]))
+    check(load_config([], [*VALID, "batch.gradient_accumulation=4"]))
 
 
 @pytest.mark.parametrize("split", ["patient", "random"])
-def test_fractions_that_leave_nothing_to_train_on(split):
+def test_fractions_that_leave_no_training_images(split):
     message = only_problem(f"data.split={split}", "data.val_fraction=0.5", "data.test_fraction=0.5")
     assert message.startswith("data.val_fraction=0.5 and data.test_fraction=0.5 leave nothing")
     assert "below 1" in message
@@ -151,17 +152,17 @@ def test_fractions_that_leave_nothing_to_train_on(split):
 
 def test_test_fraction_does_not_count_in_the_official_split():
     overrides = ["data.split=official", "data.val_fraction=0.5", "data.test_fraction=0.5"]
-    config = load_config([], [*SOUND, *overrides])
+    config = load_config([], [*VALID, *overrides])
     assert check(config) is config
 
 
-def test_steps_that_do_not_fill_host_calls():
+def test_steps_must_be_a_multiple_of_device_iterations():
     message = only_problem("train.steps=10", "batch.device_iterations=4")
     assert message.startswith("train.steps=10 is not a multiple of batch.device_iterations=4")
     assert message.endswith("Nearest legal values: 8 or 12.")
 
 
-def test_fewer_steps_than_a_host_call_makes():
+def test_fewer_steps_than_one_host_call():
     message = only_problem("train.steps=3", "batch.device_iterations=4")
     assert message.endswith("Nearest legal values: 4.")
 
@@ -173,7 +174,7 @@ def test_two_broken_rules_are_reported_at_once():
     assert any("data.image_size=60" in line for line in problems)
 
 
-def test_every_broken_rule_speaks():
+def test_every_broken_rule_is_reported():
     problems = broken(
         "pipeline.layers_per_stage=[3]",
         "data.image_size=60",
@@ -199,10 +200,105 @@ def test_every_broken_rule_speaks():
     ] == []
 
 
-def test_every_problem_names_a_key_of_the_schema():
+def test_every_problem_names_a_key():
     problems = broken(
         "pipeline.layers_per_stage=[3]", "data.image_size=60", "pipeline.eval_layers_per_stage=[4]"
     )
     for line in problems:
         section, key = re.match(r"(\w+)\.(\w+)=", line).groups()
         assert key in SECTIONS[section].model_fields
+
+
+# Processes
+
+
+def config_of(*overrides):
+    valid = ["model.name=vit-micro", "pipeline.layers_per_stage=[1,1,1,1]", "engine.name=pipeline"]
+    return check(load_config([], [*valid, "batch.gradient_accumulation=8", *overrides]))
+
+
+def process_problem(*overrides, engine="pipeline", world=4):
+    with pytest.raises(ConfigError) as caught:
+        check_processes(config_of(*overrides), engine, world)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("replicas", "world"), [(1, 4), (2, 8), (3, 12)])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b"])
+def test_stages_times_replicas_processes_pass(replicas, world, schedule):
+    config = config_of(f"batch.replicas={replicas}", f"pipeline.schedule={schedule}")
+    check_processes(config, "pipeline", world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_other_number_of_processes_is_refused(world):
+    text = process_problem(world=world)
+    assert "needs 4 processes = 4 stages x 1 replicas" in text
+    assert f"there {'is' if world == 1 else 'are'} {world}." in text
+    assert "torchrun --nproc-per-node 4, or" in text
+    assert ("engine.name=torch" in text) == (world == 1)
+
+
+def test_processes_include_replicas():
+    assert "8 processes = 4 stages x 2 replicas" in process_problem("batch.replicas=2", world=4)
+
+
+def test_interleaved_stages_may_share_a_process():
+    config = config_of("pipeline.schedule=interleaved_1f1b", "batch.replicas=2")
+    check_processes(config, "pipeline", 4)  # two processes of two stages each, twice
+    text = process_problem("pipeline.schedule=interleaved_1f1b", world=3)
+    assert (
+        "4 processes = 4 stages x 1 replicas (or 2, several stages each), and there are 3" in text
+    )
+
+
+def test_only_interleaved_stages_may_share_a_process():
+    assert "(or" not in process_problem("pipeline.schedule=1f1b", world=2)
+
+
+def test_one_stage_and_one_replica_suggest_the_torch_engine():
+    assert "engine.name=torch" in process_problem("pipeline.layers_per_stage=[4]", world=1)
+
+
+def test_1f1b_needs_one_micro_batch_per_stage():
+    text = process_problem("batch.gradient_accumulation=3")
+    assert "batch.gradient_accumulation=3 is less than the 4 stages" in text
+    assert "Smallest legal value: 4" in text
+    config = config_of("batch.gradient_accumulation=3", "pipeline.schedule=gpipe")
+    check_processes(config, "pipeline", 4)
+
+
+def test_problem_names_the_global_batch_if_given():
+    text = process_problem("batch.gradient_accumulation=null", "batch.global_batch_size=2")
+    assert "batch.global_batch_size=2, an accumulation of 2, is less than" in text
+
+
+@pytest.mark.parametrize(("count", "legal"), [(9, "8 or 10"), (13, "12 or 15")])
+def test_interleaving_needs_whole_rounds(count, legal):
+    overrides = ("pipeline.schedule=interleaved_1f1b", f"batch.gradient_accumulation={count}")
+    assert f"Nearest legal values: {legal}." in process_problem(*overrides)
+    for value in legal.split(" or "):
+        config = config_of(overrides[0], f"batch.gradient_accumulation={value}")
+        check_processes(config, "pipeline", 4)
+
+
+@pytest.mark.parametrize(("replicas", "world"), [(1, 1), (4, 4), (4, 2), (6, 3)])
+def test_torch_engine_accepts_equal_replicas_per_process(replicas, world):
+    check_processes(config_of(f"batch.replicas={replicas}"), "torch", world)
+
+
+def test_torch_engine_refuses_processes_without_a_replica():
+    text = process_problem("batch.replicas=2", engine="torch", world=4)
+    assert "batch.replicas=2, but torchrun started 4 processes" in text
+    assert "Set batch.replicas=4" in text and "--nproc-per-node 2" in text
+
+
+def test_inner_stage_without_layers_is_refused():
+    with pytest.raises(ConfigError, match="leaves stage 1 without work"):
+        config_of("pipeline.layers_per_stage=[2, 0, 2]")
+    config_of("pipeline.layers_per_stage=[0, 4, 0]")
+
+
+def test_pipeline_engine_refuses_lamb():
+    with pytest.raises(ConfigError, match=r"engine\.name=pipeline has adamw and sgd"):
+        config_of("optim.name=lamb")
