@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Callable,
-    Dict,
     List,
     Mapping,
     NamedTuple,
@@ -25,17 +24,16 @@ from typing import (
     Tuple,
 )
 
-from cxr_vit.config import BatchPlan, Config, check, dump_config, load_config
+from cxr_vit.config import BatchPlan, Config, StagePlan, check, dump_config, load_config
 from cxr_vit.config.help import help_text
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.plans import StagePlan
 from cxr_vit.config.rules import describe_processes
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, CxrVitError, did_you_mean
 
 if TYPE_CHECKING:
-    from cxr_vit.planner.calibrate import Calibration
     from cxr_vit.planner.estimate import Plan
+    from cxr_vit.planner.hardware import Target
     from cxr_vit.planner.speed import SpeedModel
 
 __all__ = [
@@ -78,9 +76,9 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     try:
         status = command(sys.argv[1:])
         if launch.is_connected:
-            from cxr_vit.engines.process_group import leave_last
+            from cxr_vit.engines.process_group import run_store
 
-            leave_last()
+            run_store(launch).wait_for_all_to_finish()
     except BrokenPipeError:
         # The reader of the output is gone (`| head`); prevent a second error at shutdown.
         sys.stdout = None
@@ -88,15 +86,16 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except Exception as error:
-        status = _report_error(error) if launch.is_connected else _print_error(error)
+        status = _report_error(error, launch) if launch.is_connected else _print_error(error)
     sys.exit(status)
 
 
-def _report_error(error: Exception) -> int:
+def _report_error(error: Exception, launch: Launch) -> int:
     """Print an error unless another process has already printed one; return the exit status."""
-    from cxr_vit.engines.process_group import speaks_for_all, spoken_for_all
+    from cxr_vit.engines.process_group import run_store
 
-    if not speaks_for_all():
+    store = run_store(launch)
+    if not store.claim_error_report():
         return EXIT_USER_ERROR
     try:
         return _print_error(error)
@@ -105,27 +104,16 @@ def _report_error(error: Exception) -> int:
         return EXIT_FAILURE
     finally:
         sys.stderr.flush()
-        spoken_for_all()
+        store.finish_error_report()
 
 
 def _print_error(error: Exception) -> int:
     """Print a user-facing error; raise any other error again, for its traceback."""
-    name, lines = type(error).__name__, str(error).split("\n")
-    if _is_dead_loader_worker(error):
-        name = "DataError"
-        lines.append(
-            "Out of memory, or of /dev/shm? Lower data.num_workers and continue with --resume."
-        )
-    elif not isinstance(error, (CxrVitError, OSError)):  # OSError: a full disk, a read-only folder
+    if not isinstance(error, (CxrVitError, OSError)):  # OSError: a full disk, a read-only folder
         raise error
-    for line in lines:
-        print(f"{name}: {line}", file=sys.stderr)
+    for line in str(error).split("\n"):
+        print(f"{type(error).__name__}: {line}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def _is_dead_loader_worker(error: Exception) -> bool:
-    """Whether a loader process was killed: torch raises a plain RuntimeError, known by its text."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 # Arguments of train.py, evaluate.py and the commands
@@ -248,17 +236,13 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
 # python -m cxr_vit sample, check, prepare, data-report
 
 
-def _sample_parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        program,
-        description="Write a synthetic data set in NIH ChestX-ray14's layout, without real images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="number of images")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of an image")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same data set")
-    return parser
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="default: 2000")
+    parser.add_argument(
+        "--size", type=int, default=128, metavar="PIXELS", help="side of an image; default: 128"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same data set; default: 0")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -271,17 +255,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_parser(program: str) -> argparse.ArgumentParser:
-    return config_parser(program, "Validate a configuration and print what it means.")
-
-
 def _check(arguments: argparse.Namespace) -> int:
     from cxr_vit.planner.estimate import describe_memory, preflight
 
     config = check(load_config(*read_config(arguments)))
     print(dump_config(config))
-    print("\n".join(BatchPlan.from_section(config.batch).describe()))
-    print("\n".join(StagePlan.from_list(config.pipeline.layers_per_stage).describe()))
+    print(*BatchPlan.from_section(config.batch).describe(), sep="\n")
+    print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
     print(describe_processes(config))
     refused = ipu_problems(config)
     if refused:
@@ -294,16 +274,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare_parser(program: str) -> argparse.ArgumentParser:
-    parser = config_parser(
-        program, "Decode and resize all images of the CSV once, into the cache that training reads."
-    )
+def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
         help="check every image of the cache, by its checksum and against its file",
     )
-    return parser
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -311,28 +287,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from cxr_vit.synthetic.dataset import write_sample_if_absent
 
     data = check(load_config(*read_config(arguments))).data
-    if arguments.verify:
-        print(verify_cache(data))
-    else:
-        write_sample_if_absent(data)
-        print(prepare(data))
+    write_sample_if_absent(data)
+    print(verify_cache(data) if arguments.verify else prepare(data))
     return 0
 
 
-def _data_report_parser(program: str) -> argparse.ArgumentParser:
-    parser = config_parser(
-        program,
-        "Describe the data set, as text and as one HTML page with figures and sample images. Every"
-        " image is decoded first, into the cache if one is configured.",
-    )
+def _add_data_report_arguments(parser: argparse.ArgumentParser) -> None:
+    default = Path("data_report.html")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("data_report.html"),
-        metavar="FILE",
-        help="the page; default: data_report.html",
+        "--out", type=Path, default=default, metavar="FILE", help=f"default: {default}"
     )
-    return parser
 
 
 def _data_report(arguments: argparse.Namespace) -> int:
@@ -352,30 +316,17 @@ def _data_report(arguments: argparse.Namespace) -> int:
 # python -m cxr_vit plan
 
 
-def _plan_parser(program: str) -> argparse.ArgumentParser:
-    parser = config_parser(
-        program,
-        "Predict memory, time and speed of a pipeline before renting the machine. It needs no SDK,"
-        " no IPU and no data.",
-    )
-    parser.add_argument(
-        "--hardware",
-        choices=["mk2", "bow", "gpu"],
-        help="the device planned for; default: planner.hardware",
-    )
-    parser.add_argument(
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--hardware", choices=["mk2", "bow"], help="IPU to plan for; default: planner.hardware")
+    add(
         "--images",
         type=_number,
         metavar="N",
         help="training images per epoch; default: as in the training list, else as in NIH's",
     )
-    parser.add_argument(
-        "--figures",
-        type=Path,
-        metavar="DIR",
-        help="draw timeline and memory into this folder, as PNG and SVG",
-    )
-    parser.add_argument(
+    add("--figures", type=Path, metavar="DIR", help="write figures of timeline and memory there")
+    add(
         "--calibrate",
         nargs="+",
         default=[],
@@ -383,21 +334,11 @@ def _plan_parser(program: str) -> argparse.ArgumentParser:
         help="fit the constants of the speed model to runs of your own; without --config, plan the"
         " first of them",
     )
-    parser.add_argument(
-        "--search", action="store_true", help="search for faster cuts, batches and recomputations"
-    )
+    add("--search", action="store_true", help="search for faster cuts, batches, recomputations")
     for name in ("micro-batches", "accumulations"):
-        parser.add_argument(
-            f"--{name}", type=_numbers, metavar="N,N,...", help=f"the {name} that --search tries"
-        )
-    parser.add_argument(
-        "--write",
-        type=Path,
-        metavar="FILE",
-        help="write the best result of --search to a file that overrides the configuration",
-    )
-    parser.add_argument("--sources", action="store_true", help="list every number with its source")
-    return parser
+        add(f"--{name}", type=_numbers, metavar="N,N,...", help=f"{name} that --search tries")
+    add("--write", type=Path, metavar="FILE", help="write the best of --search, as overrides")
+    add("--sources", action="store_true", help="list every number with its source")
 
 
 def _number(text: str) -> int:
@@ -411,26 +352,33 @@ def _numbers(text: str) -> List[int]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cxr_vit.planner.calibrate import calibration_lines
-    from cxr_vit.planner.estimate import choose_hardware, make_plan
+    from cxr_vit.planner.calibrate import calibrate, calibration_lines, config_of_run
+    from cxr_vit.planner.estimate import make_plan
+    from cxr_vit.planner.hardware import find_target
     from cxr_vit.planner.report import plan_lines, source_lines
 
     _check_plan_arguments(arguments)
     files, overrides = read_config(arguments)
     folders, more = _split_overrides(arguments.calibrate)
     overrides += more
-    config, calibration = _configure_plan(arguments, files, overrides, folders)
+    hardware = [f"planner.hardware={arguments.hardware}"] if arguments.hardware else []
+    calibration = calibrate(folders, hardware) if folders else None
+    if folders and not files:
+        config = check(config_of_run(folders[0], [*overrides, *hardware]))
+        files = [folders[0] / "config.yaml"]
+    else:
+        config = check(load_config(files, [*overrides, *hardware]))
+    target, model = find_target(config), None
     if arguments.sources:
-        print(*source_lines(choose_hardware(config)), sep="\n")
+        print(*source_lines(target), sep="\n")
         return 0
     if calibration:
+        target, model = calibration.target_for(target), calibration.after
         print(*calibration_lines(calibration), "", sep="\n")
-    model = calibration.after if calibration else None
     if arguments.search:
-        sources = files or [folder / "config.yaml" for folder in folders[:1]]
-        _search(arguments, config, model, sources, overrides)
+        _search(arguments, config, target, model, files, overrides)
         return 0
-    plan = make_plan(config, model=model, images=arguments.images)
+    plan = make_plan(config, target=target, model=model, images=arguments.images)
     print(*plan_lines(config, plan), sep="\n")
     if arguments.figures:
         _draw(plan, arguments.figures)
@@ -450,50 +398,26 @@ def _check_plan_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--write {arguments.write}: exists. Name a new file, or remove it.")
 
 
-def _configure_plan(
-    arguments: argparse.Namespace,
-    files: Sequence[Path],
-    overrides: Sequence[str],
-    folders: Sequence[Path],
-) -> Tuple[Config, Optional[Calibration]]:
-    """Read the configuration to plan, and fit to the runs of `--calibrate`."""
-    from cxr_vit.planner.calibrate import calibrate, config_of_run
-    from cxr_vit.planner.estimate import choose_hardware
-
-    hardware = [f"planner.hardware={arguments.hardware}"] if arguments.hardware else []
-    calibration = calibrate(folders, hardware) if folders else None
-    if folders and not files:
-        config = config_of_run(folders[0], [*overrides, *hardware])
-    else:
-        config = load_config(files, [*overrides, *hardware])
-    check(config)
-    if calibration and choose_hardware(config) is not calibration.runs[0].work.hardware:
-        raise ConfigError(
-            f"--calibrate: the runs were on {calibration.runs[0].device.split(' (')[0]}, and the"
-            f" configuration is planned for {choose_hardware(config).name}. Give --hardware for"
-            " both, or plan a configuration of the runs' engine."
-        )
-    return config, calibration
-
-
 def _search(
     arguments: argparse.Namespace,
     config: Config,
+    target: Target,
     model: Optional[SpeedModel],
     files: Sequence[Path],
     overrides: Sequence[str],
 ) -> None:
     """Search for faster layouts; print them, and write and draw the best."""
-    from cxr_vit.planner.report import search_lines
+    from cxr_vit.planner.report import describe_result, search_lines
     from cxr_vit.planner.search import search
 
     found = search(
         config,
+        target=target,
         micro_batches=arguments.micro_batches,
         accumulations=arguments.accumulations,
         model=model,
     )
-    print(*search_lines(config, found), sep="\n")
+    print(*search_lines(config, found, target), sep="\n")
     if not found.best:
         wanted = arguments.write or arguments.figures
         if wanted:
@@ -501,18 +425,12 @@ def _search(
         return
     layout, best = found.best[0]
     if arguments.write:
-        overlay = layout.overlay(on_ipus=best.hardware.is_ipu)
-        layout.write(
-            arguments.write,
-            on_ipus=best.hardware.is_ipu,
-            comment=[
-                _train_command([*files, arguments.write], overrides, overlay),
-                "",
-                f"Found by python -m cxr_vit plan --search: predicted {best.samples_per_s:,.0f}"
-                f" samples/s on {best.devices} x {best.hardware.name}, the fullest"
-                f" {100 * best.fullest.memory.share:.0f} % full.",
-            ],
+        on_ipus = target.ipu is not None
+        command = _train_command(
+            [*files, arguments.write], overrides, layout.overlay(on_ipus=on_ipus)
         )
+        result = f"Found by python -m cxr_vit plan --search {describe_result(best)}."
+        layout.write(arguments.write, on_ipus=on_ipus, comment=[command, "", result])
         print(f"written: {arguments.write}")
     if arguments.figures:
         _draw(best, arguments.figures)
@@ -547,62 +465,63 @@ def _draw(plan: Plan, folder: Path) -> None:
 
 
 class Command(NamedTuple):
-    """A command of `python -m cxr_vit`: required arguments, summary, parser and function."""
+    """A command of `python -m cxr_vit`."""
 
-    usage: str
     summary: str
-    parser: Callable[[str], argparse.ArgumentParser]
     call: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    takes_config: bool = True
 
 
-COMMANDS: Dict[str, Command] = {
+COMMANDS = {
     "sample": Command(
-        "--out DIR", "write a synthetic data set in NIH's layout", _sample_parser, _sample
+        "write a synthetic data set in NIH's layout, without real images",
+        _sample,
+        _add_sample_arguments,
+        takes_config=False,
     ),
     "check": Command(
-        "--config FILE",
-        "validate a configuration; print it, the batch arithmetic and the stages",
-        _check_parser,
-        _check,
+        "validate a configuration; print it, the batch arithmetic and the stages", _check
     ),
     "plan": Command(
-        "--config FILE",
-        "predict memory and speed of a pipeline, or search for a better one",
-        _plan_parser,
+        "predict memory and speed of a pipeline, or search for a better one; needs no SDK, no"
+        " device and no data",
         _plan,
+        _add_plan_arguments,
     ),
     "prepare": Command(
-        "--config FILE",
         "decode and resize all images once, into the cache that training reads",
-        _prepare_parser,
         _prepare,
+        _add_prepare_arguments,
     ),
     "data-report": Command(
-        "--config FILE",
-        "describe the data: findings, patients, splits, images left out",
-        _data_report_parser,
+        "describe the data set, as text and as an HTML page: findings, patients, splits, images"
+        " left out; decodes every image, into the cache if one is configured",
         _data_report,
+        _add_data_report_arguments,
     ),
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that the first word names; return the exit status."""
-    usage = "usage: python -m cxr_vit COMMAND ...\n\ncommands:\n"
-    for name, command in COMMANDS.items():
-        usage += f"  {f'{name} {command.usage}':<27} {command.summary}\n"
-    usage += "\npython -m cxr_vit COMMAND --help lists the options of a command."
-    if not argv:
-        print(usage, file=sys.stderr)
-        return EXIT_USER_ERROR
-    word, *others = argv
-    if word in ("-h", "--help"):
+    if argv and argv[0] in COMMANDS:
+        command, program = COMMANDS[argv[0]], f"python -m cxr_vit {argv[0]}"
+        make = config_parser if command.takes_config else argparse.ArgumentParser
+        parser = make(program, description=command.summary)
+        command.add_arguments(parser)
+        return command.call(parser.parse_intermixed_args(argv[1:]))
+    usage = "\n  ".join(
+        ["usage: python -m cxr_vit COMMAND ...\n\ncommands:"]
+        + [f"{name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    )
+    usage += "\n\npython -m cxr_vit COMMAND --help lists the options of a command."
+    if argv and argv[0] in ("-h", "--help"):
         print(usage)
         return 0
-    if word not in COMMANDS:
-        near = did_you_mean(word, COMMANDS)
+    if argv:
+        near = did_you_mean(argv[0], COMMANDS)
         hint = f" Did you mean {near!r}?" if near else ""
-        print(f"unknown command {word!r}.{hint}\n\n{usage}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    parser = COMMANDS[word].parser(f"python -m cxr_vit {word}")
-    return COMMANDS[word].call(parser.parse_intermixed_args(others))
+        print(f"unknown command {argv[0]!r}.{hint}\n", file=sys.stderr)
+    print(usage, file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -1,4 +1,4 @@
-"""The command lines as a person meets them: real processes, their output and exit status."""
+"""Command lines: arguments, output, exit status and imports, mostly in real processes."""
 
 import re
 import subprocess
@@ -9,19 +9,20 @@ from typing import List, NamedTuple, Set
 import pytest
 
 import train
-from cxr_vit.cli import evaluate_arguments, train_arguments
+from cxr_vit.cli import evaluate_arguments, main, run, train_arguments
 from cxr_vit.config import Config
 from cxr_vit.config.schema import SECTIONS
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import DataError
 from cxr_vit.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-#: Each takes longer to import than a command may take to answer.
+#: Libraries that are slow to import.
 HEAVY = {"torch", "torchvision", "transformers", "pandas", "torchmetrics", "matplotlib", "sklearn"}
 
 
 class Result(NamedTuple):
-    """What a process said, and the top-level packages it imported."""
+    """Status and output of a process, and the top-level packages it imported."""
 
     status: int
     out: str
@@ -58,8 +59,8 @@ def pod4_check() -> Result:
     return command("-m", "cxr_vit", "check", "--config", "configs/vit_pod4.yaml")
 
 
-def test_imports_are_seen():
-    # else "imports no torch" would hold whatever happens
+def test_imports_are_detected():
+    # otherwise the tests of heavy imports would always pass
     assert "pandas" in command("-c", "import pandas").imported
 
 
@@ -76,7 +77,7 @@ def test_help_imports_nothing_heavy(train_help):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_help_lists_every_field_with_its_meaning(train_help, section):
+def test_help_lists_every_field_with_its_description(train_help, section):
     lines = train_help.out.split("\n")
     assert any(line.startswith(f"{section}: ") for line in lines)
     for key, field in SECTIONS[section].model_fields.items():
@@ -87,12 +88,12 @@ def test_help_lists_every_field_with_its_meaning(train_help, section):
         assert lines[here[0] + 1].strip() == field.description
 
 
-def test_help_gives_ranges_and_defaults(train_help):
+def test_help_lists_ranges_and_defaults(train_help):
     assert "  train.log_every_steps  (integer >= 1; default 50)\n" in train_help.out
     assert "  schedule.warmup_ratio  (number >= 0, <= 1 or null; default 0.0)\n" in train_help.out
 
 
-# A mistake in the configuration
+# Errors in the configuration
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +113,14 @@ def test_misspelt_key_exits_with_status_2(misspelt_training):
     assert misspelt_training.status == 2
 
 
-def test_misspelt_key_prints_place_and_suggestion(misspelt_training):
+def test_misspelt_key_names_the_line_and_the_nearest_key(misspelt_training):
     assert (
         "ConfigError: my.yaml:3: unknown key 'optim.learning_rate'. Did you mean 'optim.lr'?"
         in misspelt_training.err
     )
 
 
-def test_every_mistake_is_printed_on_a_line(misspelt_training):
+def test_every_error_is_printed_on_its_own_line(misspelt_training):
     lines = misspelt_training.err.strip().split("\n")
     assert len(lines) == 3
     assert all(line.startswith("ConfigError: ") for line in lines)
@@ -132,7 +133,7 @@ def test_misspelt_key_prints_no_traceback(misspelt_training):
     assert misspelt_training.out == ""
 
 
-def test_misspelt_key_makes_nothing_on_disk(misspelt, misspelt_training):
+def test_misspelt_key_writes_no_file(misspelt, misspelt_training):
     assert misspelt_training.status == 2
     assert [path.name for path in misspelt.iterdir()] == ["my.yaml"]
 
@@ -149,8 +150,8 @@ def test_missing_config_exits_without_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, monkeypatch):
-    def fail(config: Config, folder: RunFolder, *, resume: bool) -> int:
+def test_run_that_fails_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) -> int:
         assert folder.path.is_dir()
         raise DataError("no images")
 
@@ -160,8 +161,8 @@ def test_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_first_line_printed_is_the_runs_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train", lambda config, folder, *, resume: 0)
+def test_first_line_is_the_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda *arguments, **options: 0)
     assert train.main([f"run.dir={tmp_path / 'run'}"]) == 0
     assert capsys.readouterr().out.split("\n")[0] == str(tmp_path / "run")
 
@@ -188,7 +189,7 @@ def test_check_imports_nothing_heavy(pod4_check):
 def test_check_prints_the_resolved_config(pod4_check):
     assert "name: google/vit-base-patch16-224-in21k" in pod4_check.out
     assert "lr: 0.0002" in pod4_check.out
-    # a default that the file does not name
+    # a default that the file does not give
     assert "early_stopping_patience: null" in pod4_check.out
     assert "${" not in pod4_check.out
 
@@ -215,48 +216,83 @@ def test_check_of_a_broken_rule_exits_with_status_2():
     assert "Traceback" not in result.err
 
 
-def test_no_command_prints_the_usage():
-    result = command("-m", "cxr_vit")
-    assert result.status == 2
-    assert "usage: python -m cxr_vit COMMAND" in result.out + result.err
-    assert "Traceback" not in result.err
+@pytest.fixture(scope="module")
+def unknown_command() -> Result:
+    return command("-m", "cxr_vit", "prepair")
 
 
-def test_unknown_command_prints_the_usage():
-    result = command("-m", "cxr_vit", "verify")
-    assert result.status == 2
-    assert "usage: python -m cxr_vit COMMAND" in result.out + result.err
-    assert "Traceback" not in result.err
+def test_unknown_command_prints_the_usage(unknown_command):
+    assert unknown_command.status == 2
+    assert "usage: python -m cxr_vit COMMAND" in unknown_command.err
+    assert "Traceback" not in unknown_command.err
+    assert unknown_command.imported & HEAVY == set()
 
 
-def test_unknown_command_is_named():
-    result = command("-m", "cxr_vit", "verify")
-    assert "'verify'" in result.err
+def test_unknown_command_suggests_the_nearest(unknown_command):
+    assert "unknown command 'prepair'. Did you mean 'prepare'?" in unknown_command.err
 
 
-def test_help_of_the_package_exits_with_status_0():
-    result = command("-m", "cxr_vit", "--help")
-    assert result.status == 0
-    assert "check" in result.out and "sample" in result.out
+def test_no_command_prints_the_usage(capsys):
+    assert main([]) == 2
+    assert "usage: python -m cxr_vit COMMAND" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in ("sample", "check", "plan", "prepare"))
+
+
+@pytest.mark.parametrize("name", ["sample", "check", "plan", "prepare", "data-report"])
+def test_help_of_a_command_lists_its_options(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m cxr_vit {name} ")
+    assert ("--config" in out) == (name != "sample")
+
+
+# Errors
+
+
+@pytest.mark.parametrize("error", [DataError("first line\nsecond line"), OSError("no space left")])
+def test_user_facing_error_is_printed_without_traceback(error, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        run(fail)
+    assert ended.value.code == 2
+    name = type(error).__name__
+    assert capsys.readouterr().err.splitlines() == [
+        f"{name}: {line}" for line in str(error).split("\n")
+    ]
+
+
+def test_other_error_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(fail)
 
 
 # evaluate.py
 
 
-def test_absent_checkpoint_exits_without_traceback(tmp_path):
+def test_missing_checkpoint_exits_without_traceback(tmp_path):
     result = command(str(ROOT / "evaluate.py"), "--checkpoint", "runs/a", cwd=tmp_path)
     assert result.status == 2
-    assert result.err.startswith("CheckpointError: runs/a is no checkpoint")
+    assert result.err.startswith("CheckpointError: runs/a is not a checkpoint")
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_absent_checkpoint_imports_nothing_heavy(tmp_path):
-    result = command(str(ROOT / "evaluate.py"), "--checkpoint", "runs/a", cwd=tmp_path)
     assert result.imported & HEAVY == set()
 
 
-# Words of a command line
+# Parsing of the command line
 
 
 def test_several_files_and_overrides_after_config():
@@ -265,22 +301,22 @@ def test_several_files_and_overrides_after_config():
     assert arguments.overrides == ["optim.lr=1", "run.seed=2"]
 
 
-def test_config_may_be_given_twice():
+def test_config_can_be_given_twice():
     arguments = train_arguments(["--config", "a.yaml", "--config", "b.yaml"])
     assert arguments.files == [Path("a.yaml"), Path("b.yaml")]
 
 
-def test_overrides_may_stand_before_config():
+def test_overrides_before_config():
     arguments = train_arguments(["optim.lr=1", "--config", "a.yaml"])
     assert (arguments.files, arguments.overrides) == ([Path("a.yaml")], ["optim.lr=1"])
 
 
-def test_overrides_may_stand_before_and_after_an_option():
+def test_overrides_before_and_after_an_option():
     arguments = train_arguments(["optim.lr=1", "--resume", "runs/a", "run.seed=2"])
     assert arguments.overrides == ["optim.lr=1", "run.seed=2"]
 
 
-def test_overrides_of_evaluate_may_stand_before_and_after_an_option():
+def test_evaluate_overrides_before_and_after_an_option():
     arguments = evaluate_arguments(["data.root=a", "--checkpoint", "b", "data.num_workers=1"])
     assert arguments.overrides == ["data.root=a", "data.num_workers=1"]
 
@@ -300,7 +336,7 @@ def test_resume_names_a_run_or_the_newest(words, resume):
     assert train_arguments(words).resume == resume
 
 
-def test_override_after_resume_is_no_run():
+def test_override_after_resume_is_not_a_run():
     arguments = train_arguments(["--resume", "train.epochs=5"])
     assert (arguments.resume, arguments.overrides) == ("", ["train.epochs=5"])
 
@@ -325,22 +361,22 @@ def test_evaluate_takes_split_out_and_overrides():
 # IPUs
 
 
-def test_check_says_that_poptorch_would_refuse_nothing(pod4_check):
+def test_check_reports_that_poptorch_would_refuse_nothing(pod4_check):
     assert "torchrun --nproc-per-node 4 train.py ... engine.name=pipeline" in pod4_check.out
     assert "on IPUs      nothing here that PopTorch would refuse" in pod4_check.out
 
 
-def test_check_says_what_poptorch_would_refuse():
+def test_check_reports_what_poptorch_would_refuse():
     words = ["check", "--config", "configs/vit_pod4.yaml", "batch.gradient_accumulation=4"]
     result = command("-m", "cxr_vit", *words)
-    assert result.status == 0  # a GPU does not mind
+    assert result.status == 0  # legal on a GPU
     assert "refused by PopTorch:\n  batch.gradient_accumulation=4 is less than the 7" in result.out
     result = command("-m", "cxr_vit", *words, "engine.name=poptorch")
     assert result.status == 2
     assert "ConfigError: batch.gradient_accumulation=4 is less than the 7" in result.err
 
 
-def test_compile_only_makes_no_run_to_resume():
+def test_compile_only_refuses_resume():
     result = command("train.py", "--compile-only", "--resume")
     assert result.status == 2
     assert "--compile-only makes no run" in result.err

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a person runs them, in processes of their own."""
+"""train.py and evaluate.py from start to end: files, output, exit status, interruption."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,8 +18,34 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
+import evaluate
+import train
+from cxr_vit import cli
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.training.trainer import Trainer
+
+
+class Result(NamedTuple):
+    """Exit status and output of a command."""
+
+    status: int
+    out: str
+    err: str
+    log: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, caplog):
+    """Run a script's command line in this process, which saves the imports."""
+
+    def call_script(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(script.main)
+        return Result(ended.value.code, *capsys.readouterr(), caplog.text)
+
+    return call_script
 
 
 def command(repository, script, *arguments):
@@ -34,24 +61,38 @@ def events(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(run):
+    return [(event["step"], event["train/loss"]) for event in events(run) if "train/loss" in event]
+
+
+def assert_same_weights(first, second):
+    weights, others = (
+        load_file(str(run / "checkpoints" / "last" / "model.safetensors"))
+        for run in (first, second)
+    )
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 @pytest.fixture(scope="module")
 def trained(repository, sample_root, tmp_path_factory):
-    """A run of six steps and its report."""
-
+    """A run of six steps and its report, in real processes."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    train = command(repository, "train.py", *SMALL, f"data.root={sample_root}", f"run.dir={run}")
-    assert train.returncode == 0, train.stderr
-    evaluate = command(repository, "evaluate.py", "--checkpoint", run / "checkpoints" / "best")
-    assert evaluate.returncode == 0, evaluate.stderr
-    return run, train, evaluate
+    training = command(repository, "train.py", *SMALL, f"data.root={sample_root}", f"run.dir={run}")
+    assert training.returncode == 0, training.stderr
+    scoring = command(repository, "evaluate.py", "--checkpoint", run / "checkpoints" / "best")
+    assert scoring.returncode == 0, scoring.stderr
+    return run, training, scoring
 
 
-def test_the_first_line_is_the_runs_folder(trained):
-    run, train, _ = trained
-    assert train.stdout.splitlines()[0] == str(run)
+# Files of a run
 
 
-def test_the_start_prints_the_batch_and_the_stages(trained):
+def test_first_line_is_the_run_folder(trained):
+    run, training, _ = trained
+    assert training.stdout.splitlines()[0] == str(run)
+
+
+def test_start_prints_batch_stages_and_data(trained):
     text = trained[1].stdout
     assert "global batch    8 samples per weight update = 4 micro-batch x 2 accumulation" in text
     assert "Encoder 3    --> stage 3" in text
@@ -59,7 +100,7 @@ def test_the_start_prints_the_batch_and_the_stages(trained):
     assert "cxr_vit_cache/films_32.u8" in text
 
 
-def test_the_run_folder_is_the_designs(trained):
+def test_run_folder_has_the_documented_files(trained):
     run = trained[0]
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
@@ -74,7 +115,7 @@ def test_the_run_folder_is_the_designs(trained):
     assert len(environment["csv_sha256"]) == len(environment["split_sha256"]) == 64
 
 
-def test_the_log_has_the_designs_tags(trained):
+def test_log_has_the_documented_tags(trained):
     tags = {tag for event in events(trained[0]) for tag in event}
     expected = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/auroc_macro"}
     expected |= {"perf/samples_per_s", "perf/data_wait_pct", "perf/compile_s"}
@@ -83,30 +124,29 @@ def test_the_log_has_the_designs_tags(trained):
     assert all("step" in event for event in events(trained[0]))
 
 
-def test_tensorboard_shows_the_logs_numbers(trained):
+def test_tensorboard_has_the_numbers_of_the_log(trained):
     board = EventAccumulator(str(trained[0] / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    logged = [(e["step"], e["train/loss"]) for e in events(trained[0]) if "train/loss" in e]
+    logged = losses(trained[0])
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert [step for step, _ in shown] == [step for step, _ in logged] == [2, 4, 6]
     assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
-    pictures = {"train/images", "val/roc", "plan/timeline", "plan/memory"}
-    assert pictures <= set(board.Tags()["images"])
+    assert set(board.Tags()["images"]) == {"train/images", "val/roc"}
 
 
-def test_the_report_scores_every_image_of_the_split(trained, sample_root):
-    run, _, evaluate = trained
+def test_report_scores_every_image_of_the_split(trained, sample_root):
+    run, _, scoring = trained
     names = (sample_root / "test_list.txt").read_text().split()
     with (run / "report" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["image"] for row in rows) == sorted(names)
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["num_samples"] == len(names)
-    assert "mean of findings" in evaluate.stdout
-    assert evaluate.stdout.splitlines()[-1] == f"report: {run / 'report'}"
+    assert "mean of findings" in scoring.stdout
+    assert scoring.stdout.splitlines()[-1] == f"report: {run / 'report'}"
 
 
-def test_the_checkpoint_loads_in_plain_transformers_with_the_same_scores(trained, sample_root):
+def test_checkpoint_gives_the_same_scores_in_plain_transformers(trained, sample_root):
     run = trained[0]
     model = ViTForImageClassification.from_pretrained(run / "checkpoints" / "best").eval()
     paths = find_images(sample_root)
@@ -121,27 +161,36 @@ def test_the_checkpoint_loads_in_plain_transformers_with_the_same_scores(trained
         assert torch.sigmoid(logits[:, column]).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_another_split_goes_to_a_report_of_its_own(trained, repository):
-    run = trained[0]
-    result = command(
-        repository, "evaluate.py", "--checkpoint", run / "checkpoints" / "last", "--split", "val",
-        "--out", run.parent / "val",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert json.loads((run.parent / "val" / "metrics.json").read_text())["split"] == "val"
+def test_config_of_the_run_repeats_the_run(trained, call, tmp_path):
+    run, again = trained[0], tmp_path / "again"
+    assert call(train, "--config", run / "config.yaml", f"run.dir={again}").status == 0
+    assert losses(run) == losses(again)
+    assert_same_weights(run, again)
 
 
-def test_the_runs_config_repeats_the_run(trained, repository, tmp_path):
-    run = trained[0]
-    again = tmp_path / "again"
-    result = command(repository, "train.py", "--config", run / "config.yaml", f"run.dir={again}")
-    assert result.returncode == 0, result.stderr
-    losses = [[e["train/loss"] for e in events(path) if "train/loss" in e] for path in (run, again)]
-    assert losses[0] == losses[1]
-    first, second = (
-        load_file(str(path / "checkpoints" / "last" / "model.safetensors")) for path in (run, again)
+# Interruption
+
+
+@pytest.fixture(scope="module")
+def long_run(sample_root):
+    """Overrides of a run of 100 steps."""
+    return (
+        *SMALL,
+        f"data.root={sample_root}",
+        "train.steps=100",
+        "train.log_every_steps=1",
+        "train.checkpoint_every_steps=10",
+        "train.eval_every_steps=25",
+        "data.num_workers=1",
     )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(repository, long_run, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    result = command(repository, "train.py", *long_run, f"run.dir={run}")
+    assert result.returncode == 0, result.stderr
+    return run
 
 
 def start(repository, *arguments):
@@ -166,22 +215,13 @@ def wait_for_step(process, run, step):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_a_killed_run_resumes_to_the_same_weights(
-    repository, sample_root, tmp_path, number, status
+def test_killed_run_resumes_to_the_same_weights(
+    repository, long_run, uninterrupted, tmp_path, number, status
 ):
-    """The whole process group is signalled, as Ctrl-C, `timeout` and clusters do."""
-
-    long = (*SMALL, f"data.root={sample_root}", "train.steps=100", "train.log_every_steps=1")
-    long = (
-        *long,
-        "train.checkpoint_every_steps=10",
-        "train.eval_every_steps=25",
-        "data.num_workers=1",
-    )
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    process = start(repository, *long, f"run.dir={run}")
+    run = tmp_path / "run"
+    process = start(repository, *long_run, f"run.dir={run}")
     wait_for_step(process, run, 12)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # the whole group, as Ctrl-C, `timeout` and clusters do
     stdout, stderr = process.communicate()
     assert process.returncode == status, stderr
     if number == signal.SIGTERM:
@@ -191,82 +231,73 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.splitlines()[0] == str(run)
     assert "from step" in resumed.stdout
-    straight = command(repository, "train.py", *long, f"run.dir={whole}")
-    assert straight.returncode == 0, straight.stderr
-    losses = [
-        [(e["step"], e["train/loss"]) for e in events(path) if "train/loss" in e]
-        for path in (run, whole)
-    ]
-    assert losses[0] == losses[1]
-    first, second = (
-        load_file(str(path / "checkpoints" / "last" / "model.safetensors")) for path in (run, whole)
+    assert losses(run) == losses(uninterrupted)
+    assert_same_weights(run, uninterrupted)
+
+
+# Evaluation
+
+
+def test_evaluation_of_another_split(trained, call):
+    run = trained[0]
+    out = run.parent / "val"
+    result = call(
+        evaluate, "--checkpoint", run / "checkpoints" / "last", "--split", "val", "--out", out
     )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert result.status == 0
+    assert json.loads((out / "metrics.json").read_text())["split"] == "val"
 
 
-def test_scoring_never_writes_a_synthetic_data_set(trained, repository, tmp_path):
-    result = command(
-        repository, "evaluate.py", "--checkpoint", trained[0] / "checkpoints" / "best",
+def test_evaluation_never_writes_a_synthetic_data_set(trained, call, tmp_path):
+    result = call(
+        evaluate, "--checkpoint", trained[0] / "checkpoints" / "best",
         f"data.root={tmp_path / 'typo'}", "data.sample_images=60", "--out", tmp_path / "report",
     )  # fmt: skip
-    assert result.returncode == 2
-    assert "typo is not a folder" in result.stderr
+    assert result.status == 2
+    assert "typo is not a folder" in result.err
     assert not (tmp_path / "typo").exists()
 
 
-def test_an_out_that_cannot_be_made_is_told_in_a_line(trained, repository, tmp_path):
+def test_invalid_out_folder_is_reported(trained, call, tmp_path):
     (tmp_path / "file").touch()
-    result = command(
-        repository, "evaluate.py", "--checkpoint", trained[0] / "checkpoints" / "best",
-        "--out", tmp_path / "file",
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert str(tmp_path / "file") in result.stderr
-
-
-def test_the_demo_names_one_run_folder(repository):
-    result = subprocess.run(
-        ["make", "-n", "demo"], cwd=str(repository), capture_output=True, text=True
+    result = call(
+        evaluate, "--checkpoint", trained[0] / "checkpoints" / "best", "--out", tmp_path / "file"
     )
-    assert len(set(re.findall(r"runs/vit_demo-\d{8}-\d{6}", result.stdout))) == 1
+    assert result.status == 2
+    assert str(tmp_path / "file") in result.err
 
 
-def test_bad_data_leaves_no_run_folder_behind(repository, tmp_path):
-    result = command(
-        repository, "train.py", f"data.root={tmp_path / 'nowhere'}", f"run.root={tmp_path}"
-    )
-    assert result.returncode == 2
-    assert "DataError: data.root=" in result.stderr
-    assert "Traceback" not in result.stderr
+# Data
+
+
+def test_missing_data_leaves_no_run_folder(call, tmp_path):
+    result = call(train, f"data.root={tmp_path / 'nowhere'}", f"run.root={tmp_path}")
+    assert result.status == 2
+    assert "DataError: data.root=" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_image_is_an_error_until_told_to_skip(repository, sample_root, tmp_path):
-
+def test_missing_image_is_an_error_unless_skipped(call, sample_root, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(str(sample_root), str(root), ignore=shutil.ignore_patterns("cxr_vit_cache"))
     for path in sorted((root / "images").iterdir())[:3]:
         path.unlink()
     arguments = (*SMALL, f"data.root={root}", f"run.dir={tmp_path / 'run'}", "train.steps=1")
-    refused = command(repository, "train.py", *arguments)
-    assert refused.returncode == 2
-    assert "3 of 80 images are missing" in refused.stderr
-    assert "data.on_missing=skip" in refused.stderr
-    skipped = command(repository, "train.py", *arguments, "data.on_missing=skip")
-    assert skipped.returncode == 0, skipped.stderr
-    assert "3 of 80 images are missing" in skipped.stderr
+    refused = call(train, *arguments)
+    assert refused.status == 2
+    assert "3 of 80 images are missing" in refused.err
+    assert "data.on_missing=skip" in refused.err
+    skipped = call(train, *arguments, "data.on_missing=skip")
+    assert skipped.status == 0
+    assert "3 of 80 images are missing" in skipped.log
 
 
-def test_training_images_are_varied_and_validation_images_are_not(
+def test_training_images_are_augmented_and_validation_images_are_not(
     sample_root, tmp_path, monkeypatch
 ):
-    import train
-    from cxr_vit.training.trainer import Trainer
-
     seen = []
 
-    def fit(trainer):
+    def fit(trainer, *arguments):
         seen.append(trainer)
         raise KeyboardInterrupt
 
@@ -280,24 +311,39 @@ def test_training_images_are_varied_and_validation_images_are_not(
     assert trainer.val.augmentation is None
 
 
-def test_a_loader_process_that_is_killed_is_told_in_two_lines(monkeypatch, capsys):
-    from cxr_vit import cli
+def test_killed_loader_process_is_reported_in_two_lines(monkeypatch, capsys):
+    from cxr_vit.engines.base import with_user_errors
+
+    def loader():
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+        yield
 
     def main(words):
-        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+        return len(list(with_user_errors(loader())))
 
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "pid 17" in said and "data.num_workers" in said and "Traceback" not in said
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("DataError: ") and "pid 17" in first
+    assert second.startswith("DataError: ") and "data.num_workers" in second
 
 
-def test_the_demo_config_makes_its_data_and_says_so(repository, tmp_path):
-    result = command(
-        repository, "train.py", "--config", "configs/vit_demo.yaml", "data.sample_images=60",
+# The demo
+
+
+def test_demo_writes_its_data(repository, call, tmp_path):
+    result = call(
+        train, "--config", repository / "configs" / "vit_demo.yaml", "data.sample_images=60",
         f"data.root={tmp_path / 'sample'}", f"run.dir={tmp_path / 'run'}", "train.steps=2",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "writing a synthetic data set there" in result.stderr
+    assert result.status == 0
+    assert "writing a synthetic data set there" in result.log
     assert len(list((tmp_path / "sample" / "images").iterdir())) == 60
+
+
+def test_demo_has_one_run_folder(repository):
+    result = subprocess.run(
+        ["make", "-n", "demo"], cwd=str(repository), capture_output=True, text=True
+    )
+    assert len(set(re.findall(r"runs/vit_demo-\d{8}-\d{6}", result.stdout))) == 1
