@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Set
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Set
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -27,6 +27,13 @@ ROAD = ["config", "data", "model", "engines", "training", "evaluation"]
 LEAVES = ["planner", "synthetic", "dataset_report"]
 #: Compose all packages; only commands import commands.
 COMMANDS = [*SCRIPTS, "cli", "__main__"]
+#: Horizontal places in the picture, inches, and colours; the level gives the vertical place.
+COLUMNS = {
+    **{"commands": 4.2, "training": 4.2, "engines": 4.2, "config": 4.2, "ground": 4.2},
+    **{"data": 3.2, "model": 5.2, "evaluation": 5.9},
+    **{"dataset_report": 0.95, "synthetic": 2.55, "planner": 7.4},
+}
+COLOURS = {"commands": "#ffe4b8", "road": "#cfe3f7", "leaf": "#d8efd3", "ground": "#e0e0e0"}
 
 
 class Source(NamedTuple):
@@ -174,56 +181,40 @@ def block_of_page(text: str) -> str:
 
 
 def draw(graph: Dict[str, Set[str]], texts: Dict[str, str]) -> None:
-    """Write the picture: the road in one column, the leaves in another, an arrow per import."""
+    """Write the picture: a row per level, an arrow per import that no longer way implies."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.4, 6.4))
+    height = levels(graph)
+    figure = Figure(figsize=(8.4, 5.6))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set(xlim=(0, 7.4), ylim=(-0.6, len(ROAD) + 1.6))
-    road = ["ground", *ROAD, "commands"]
-    places = {box: (2.2, float(row)) for row, box in enumerate(road)}
-    beside = zip(LEAVES, (5.9, 5.9, 5.9), (2.6, 3.5, 4.4))
-    places.update({box: (x, y) for box, x, y in beside})
-    colours = {"ground": "#e0e0e0", "commands": "#ffe4b8"}
-    for box, (x, y) in places.items():
-        default = "#cfe3f7" if box in ROAD else "#d8efd3"
-        axes.text(
-            *(x, y, texts[box]),
-            ha="center",
-            va="center",
-            fontsize=11,
-            bbox={"boxstyle": "round,pad=0.45", "fc": colours.get(box, default), "ec": "#555555"},
-        )
+    axes.set(xlim=(0, 8.4), ylim=(-1.0, max(height.values()) + 0.5))
+    patches = {}
+    for box, column in COLUMNS.items():
+        kind = "leaf" if box in LEAVES else box if box in COLOURS else "road"
+        style = {"boxstyle": "round,pad=0.5", "fc": COLOURS[kind], "ec": "#555555"}
+        place = (column, height[box])
+        text = axes.text(*place, texts[box], ha="center", va="center", fontsize=11, bbox=style)
+        patches[box] = text.get_bbox_patch()
     for box, targets in reduced(graph).items():
         for target in sorted(targets):
-            _arrow(axes, places[box], places[target])
-    axes.text(2.2, len(road) - 0.35, "the road", ha="center", fontsize=10, style="italic")
-    axes.text(5.9, 5.05, "beside the road", ha="center", fontsize=10, style="italic")
-    axes.text(
-        *(0.2, -0.5, "An arrow means imports; arrows that others imply are left out."), fontsize=8.5
+            axes.annotate(
+                "",
+                xy=(COLUMNS[target], height[target]),
+                xytext=(COLUMNS[box], height[box]),
+                arrowprops={
+                    **{"arrowstyle": "-|>", "color": "#666666", "zorder": 0},
+                    **{"patchA": patches[box], "patchB": patches[target]},
+                },
+            )
+    legend = (
+        "Blue: the road. Green: beside it, imported by nothing on the road. An arrow means imports;"
+        "\narrows that longer ways imply are left out."
     )
+    axes.text(0.25, -0.85, legend, fontsize=9)
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
-
-
-def _arrow(axes: object, start: Iterable[float], end: Iterable[float]) -> None:
-    (x1, y1), (x2, y2) = start, end
-    same_column = x1 == x2
-    bend = 0.0 if not same_column or y1 - y2 < 1.5 else 0.45
-    axes.annotate(  # type: ignore[attr-defined]
-        "",
-        xy=(x2, y2 + 0.2) if same_column and not bend else (x2 + (0.0 if bend else 0.6), y2 + 0.2),
-        xytext=(x1, y1 - 0.22),
-        arrowprops={
-            "arrowstyle": "-|>",
-            "color": "#666666",
-            "shrinkA": 0,
-            "shrinkB": 0,
-            "connectionstyle": f"arc3,rad={bend}",
-        },
-    )
 
 
 def main() -> None:

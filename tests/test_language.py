@@ -14,7 +14,7 @@ WORDS = re.compile(
     re.IGNORECASE,
 )
 #: Documents and issue numbers outside the repository.
-OUTSIDE = re.compile(r"\b(design|poptorch|house|peers)\.md\b|\bissue \d+\b|\.\./shared\b")
+OUTSIDE = re.compile(r"\b(design|poptorch|house|peers)\.md\b|\bissue \d+\b")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cfg", ".cff", ".sh", ""}
 #: Holds the words themselves.
 EXCEPT = {"tests/test_language.py", "LICENSE"}

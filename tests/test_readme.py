@@ -1,46 +1,67 @@
-"""The README's commands are true: they parse, and the files they name are there."""
+"""The commands, examples and links of README, CONTRIBUTING and docs/ are valid."""
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from typing import Iterator, List, Tuple
 
 import pytest
+import yaml
 
-from cxr_vit.cli import evaluate_arguments, train_arguments
+from cxr_vit.cli import COMMANDS, evaluate_arguments, main, train_arguments
 from cxr_vit.config import check, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:bash|console)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    re.sub(
-        r"^torchrun .*?(?=train|evaluate)",
-        "python ",
-        re.sub(r"^(\$ |poprun .*?(?=python ))", "", line),
-    )
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith(("$ ", "make ", "python ", "poprun ", "torchrun "))
-]
-YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: What may stand before `python` or `make`: a prompt, variables, a launcher.
+PREFIX = re.compile(
+    r"^(\$ )?([A-Z_]+=\S+ )*((poprun|torchrun) .*?(?=python |train\.py|evaluate\.py))?"
+)
 
 
-def words_of(script):
-    """The words after `python <first word of the script>` of each command that begins with it."""
-    return [
-        shlex.split(command, comments=True)[2:]
-        for command in COMMANDS
-        if command.startswith(f"python {script}") and "--help" not in command
-    ]
+def blocks(language: str) -> Iterator[Tuple[Path, str]]:
+    """Yield page and text of every code block of a language."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL):
+            yield page, textwrap.dedent(block)
 
 
-def test_the_readme_has_the_two_commands():
-    assert any(command.startswith("make demo") for command in COMMANDS)
-    assert any(command.startswith("make test") for command in COMMANDS)
+def commands() -> Iterator[str]:
+    """Yield the commands of the shell blocks, beginning with `python` or `make`."""
+    for _, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = PREFIX.sub("", line).replace(".venv/bin/python", "python")
+            if command.startswith(("train.py", "evaluate.py")):  # after torchrun
+                command = f"python {command}"
+            if command.startswith(("python ", "make ")):
+                yield command
+
+
+ALL = list(commands())
+
+
+def words_of(script: str) -> List[List[str]]:
+    """Return the words after `python <script>` of each command that runs it."""
+    found = [shlex.split(command, comments=True) for command in ALL]
+    start = ["python", *script.split()]
+    unique = {
+        tuple(words[len(start) :])
+        for words in found
+        if words[: len(start)] == start and "--help" not in words
+    }
+    return sorted(map(list, unique))
+
+
+def test_readme_begins_with_two_commands():
+    assert any(command.startswith("make demo") for command in ALL)
+    assert any(command.startswith("make test") for command in ALL)
+    assert len(words_of("train.py")) > 10
 
 
 @pytest.mark.parametrize("words", words_of("train.py"), ids=" ".join)
-def test_every_train_command_is_a_valid_configuration(words, monkeypatch):
+def test_train_command_is_a_valid_configuration(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = train_arguments(words)
     files = [file for file in arguments.files if "<name>" not in str(file)]
@@ -49,22 +70,14 @@ def test_every_train_command_is_a_valid_configuration(words, monkeypatch):
 
 
 @pytest.mark.parametrize("words", words_of("evaluate.py"), ids=" ".join)
-def test_every_evaluate_command_parses(words):
+def test_evaluate_command_parses(words):
     arguments = evaluate_arguments(words)
     check(load_config([], arguments.overrides))
 
 
-def test_every_make_target_exists():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
-    assert named <= targets
-
-
-def test_every_module_command_exists():
-    from cxr_vit.cli import COMMANDS
-
-    named = {words[0] for words in words_of("-m cxr_vit") for words in [words[1:]]}
-    assert named <= set(COMMANDS)
+@pytest.mark.parametrize("words", words_of("-m cxr_vit"), ids=" ".join)
+def test_module_command_exists(words):
+    assert words[0] in COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -72,23 +85,105 @@ def test_every_module_command_exists():
     [words for words in words_of("-m cxr_vit plan") if "--calibrate" not in words],
     ids=" ".join,
 )
-def test_every_plan_can_be_made(words, monkeypatch, tmp_path, capsys):
-    from cxr_vit.cli import main
-
+def test_plan_command_runs(words, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert main(["plan", *words[2:]]) == 0
+    assert main(["plan", *words]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 10
 
 
-@pytest.mark.parametrize("text", YAML)
-def test_every_yaml_example_loads(text, tmp_path):
+def test_plan_output_in_the_readme_is_real(capsys):
+    """Every printed line between `...` is a line of the real output, in its order."""
+    command = "$ python -m cxr_vit plan --config configs/vit_pod4.yaml\n"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = text.partition(f"```\n{command}")[2].partition("\n```")[0].splitlines()
+    assert main(["plan", "--config", str(ROOT / "configs" / "vit_pod4.yaml")]) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    missing = [line for line in quoted if line != "..." and line not in printed]
+    assert len(quoted) > 10 and missing == []
+
+
+def test_scripts_and_modules_exist():
+    missing = []
+    for command in ALL:
+        words = shlex.split(command, comments=True)
+        if words[:2] == ["python", "-m"] and words[2].startswith(("benchmarks.", "docs.")):
+            path = f"{words[2].replace('.', '/')}.py"
+        elif words[0] == "python" and words[1].endswith(".py"):
+            path = words[1]
+        else:
+            continue
+        missing += [] if (ROOT / path).is_file() else [command]
+    assert missing == []
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {command.split()[1] for command in ALL if command.startswith("make ")}
+    for path in (ROOT / ".ci" / "run", ROOT / ".github" / "workflows" / "ci.yml"):
+        named |= set(
+            re.findall(r"^(?:\s*- run:)?\s*make ([\w-]+)$", path.read_text(), re.MULTILINE)
+        )
+    assert {"demo", "lint", "test", "test-sdk34"} <= named <= targets
+
+
+def test_workflow_runs_the_parts_of_the_ci_script():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    steps = {step["run"] for job in jobs.values() for step in job["steps"] if "run" in step}
+    assert steps == set(re.findall(r"make [\w-]+", script))
+
+
+@pytest.mark.parametrize("text", [text for _, text in blocks("yaml")])
+def test_yaml_example_loads(text, tmp_path):
     (tmp_path / "example.yaml").write_text(text)
     check(load_config([tmp_path / "example.yaml"]))
 
 
-def test_every_linked_file_exists():
-    links = re.findall(r"\]\(([^)#]+?)\)", README)
-    local = [link for link in links if not link.startswith("http")]
-    assert local
-    assert [link for link in local if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("text", [text for _, text in blocks("python")])
+def test_python_example_compiles(text):
+    compile(text, "example", "exec")
+
+
+def test_callback_example_defines_a_callback():
+    from cxr_vit.training.trainer import Callback
+
+    (text,) = (text for _, text in blocks("python") if "(Callback)" in text)
+    names = {}
+    exec(text, names)
+    hooks = [name for name in vars(names["TimeLimit"]) if name.startswith("on_")]
+    assert hooks and all(hasattr(Callback, name) for name in hooks)
+    names["TimeLimit"](1.5).on_fit_start(None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = page.read_text(encoding="utf-8")
+    missing = []
+    for link in re.findall(r"\]\(([^)]+?)\)", text):
+        if link.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    assert missing == []
+
+
+def anchors(page: Path) -> List[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return [heading.replace(" ", "-") for heading in plain]
+
+
+def test_paths_in_the_pages_exist():
+    """A path in backquotes that begins with one of our folders names a file that is there."""
+    path = re.compile(r"`((?:cxr_vit|tests|configs|benchmarks|docs)/(?!notes/)[\w./*-]+)`")
+    missing = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in path.findall(page.read_text(encoding="utf-8"))
+        if not list(ROOT.glob(name.rstrip("/")))
+    ]
+    assert missing == []
