@@ -1,1 +1,1 @@
-"""The data: labels, records, splits, images. Importing this package imports no torch."""
+"""Label CSV, splits, images and batches. Importing this package imports no torch."""

@@ -1,4 +1,4 @@
-"""ChestXrayDataModule: CSV, images and splits put together."""
+"""ChestXrayDataModule: the CSV, the splits and the images of a run, and the cache's commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.image_source import (
     ImageSource,
-    Once,
+    RunOnce,
     images_folder,
-    just_call,
     open_image_source,
+    run_here,
     store_paths,
     verify,
 )
@@ -35,38 +35,38 @@ _MISSING = "missing"
 
 
 class ChestXrayDataModule:
-    """The data of a run: read, checked for leaks and split when it is made.
+    """The data of a run. The constructor reads them, checks them for leaks and splits them.
 
     Parameters
     ----------
     data
         The `data` section of the configuration.
     once
-        Lets one process of several do what all would do alike.
+        Runs slow checks in one process of several.
 
     Raises
     ------
     DataError
-        If the files are missing or not what they should be.
+        If files are missing or invalid.
     """
 
-    def __init__(self, data: DataSection, *, once: Once = just_call) -> None:
+    def __init__(self, data: DataSection, *, once: RunOnce = run_here) -> None:
         self.data = data
         root = Path(data.root)
         self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
         self.csv: Path = find_csv(root, data.csv)
-        everything = read_records(
+        listed = read_records(
             self.csv,
             include_no_finding=data.include_no_finding,
             boxes=find_boxes(root, data.boxes),
             relabels=find_relabels(root, data.relabels),
         )
-        splits = make_splits(everything, root, data)
-        self._source = open_image_source(data, everything.table["image"].tolist(), once=once)
-        _refuse_unusable(self._source, data, total=len(everything))
+        splits = make_splits(listed, root, data)
+        self._source = open_image_source(data, listed.table["image"].tolist(), once=once)
+        _refuse_unusable(self._source, data, total=len(listed))
         self.skipped: pd.DataFrame = _unusable(self._source)
-        usable = ~everything.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
-        self.records: Records = everything.take(np.flatnonzero(usable))
+        usable = ~listed.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
+        self.records: Records = listed.take(np.flatnonzero(usable))
         self.splits: Splits = splits.keep(usable)
 
     def dataset(
@@ -79,12 +79,12 @@ class ChestXrayDataModule:
         split
             ``"train"``, ``"val"`` or ``"test"``.
         augment, seed
-            How images are varied, and the run's seed; None: not at all.
+            Augmentation and the run's seed; None for no augmentation.
 
         Raises
         ------
         DataError
-            If that split has no images.
+            If the split has no images.
         """
         rows = getattr(self.splits, split)
         if len(rows) == 0:
@@ -98,13 +98,13 @@ class ChestXrayDataModule:
             augmentation = Augmentation(
                 augment, num_samples=len(records), image_size=self.data.image_size, seed=seed
             )
-        images = self._source.images.select(records.table["image"].tolist())
-        return ChestXrayDataset(records, images, augmentation=augmentation)
+        reader = self._source.reader.select(records.table["image"].tolist())
+        return ChestXrayDataset(records, reader, augmentation=augmentation)
 
     def prevalence(self) -> np.ndarray:
-        """Return the part of the training images with each label, float64 ``[C]``, never 0 or 1.
+        """Return the fraction of training images with each label, float64 ``[C]``, in (0, 1).
 
-        Half an image is added to either side, so that a label without a positive has finite odds.
+        Half an image is added to either side, so that a label without positives has finite odds.
         """
         labels = self.records.labels[self.splits.train]
         positives = labels.sum(axis=0, dtype=np.int64)
@@ -120,69 +120,66 @@ class ChestXrayDataModule:
         }
 
     def warn_if_changed(self, recorded: Mapping[str, Any]) -> List[str]:
-        """Warn where the data are not those of a checkpoint's `trainer_state.json`.
+        """Warn if the data differ from those of a checkpoint's `trainer_state.json`.
 
-        Returns
-        -------
-        list of str
-            The facts that changed.
+        Returns the changed keys of `fingerprint`.
         """
         facts = self.fingerprint()
         changed = [fact for fact, value in facts.items() if recorded.get(fact) != value]
         for fact in changed:
             logger.warning(
-                "the data are not those of the training: %s was %s and is %s",
+                "the data differ from those of the training: %s was %s and is %s",
                 fact,
                 recorded.get(fact),
                 facts[fact],
             )
         if "split_sha256" in changed:
-            logger.warning("with another split, images that were trained on may be scored")
+            logger.warning("with another split, images of the training may be scored")
         return changed
 
     def default_split(self) -> str:
-        """Return the split to score unless told otherwise: test, else val."""
+        """Return the split that is scored by default: test, or val if test is empty."""
         return "test" if len(self.splits.test) else "val"
 
     def describe(self) -> str:
-        """Say in two lines what the data are and where the images come from."""
+        """Return two lines: what the data are, and where the images are read from."""
         return (
             f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
             f" {self.csv}, {describe_splits(self.splits)}\n"
-            f"images at {self.data.image_size} x {self.data.image_size} from {self._source.place}"
+            f"images at {self.data.image_size} x {self.data.image_size} from {self._source.origin}"
         )
 
 
 def prepare(data: DataSection) -> str:
-    """Build the cache of a configuration, or bring it up to date, and say what it holds.
+    """Build or update the cache and return one line about its contents.
 
-    Images of no use are written to `skipped.csv` beside it.
+    Unusable images are written to `skipped.csv` beside it.
 
     Raises
     ------
     DataError
-        If the data are not what they should be, as when training: the cache is whole even then.
+        If training would refuse the data. The cache is complete even then.
     """
-    csv, names = _images_of_csv(data)
+    csv, names = _listed_images(data)
     source = open_image_source(data, names, renew=True)
     skipped = _unusable(source)
-    listed = store_paths(data).pixels.with_name("skipped.csv")
-    listed.unlink(missing_ok=True)
-    if len(skipped) and listed.parent.is_dir():
-        skipped.to_csv(listed, index=False)
+    path = store_paths(data).pixels.with_name("skipped.csv")
+    path.unlink(missing_ok=True)
+    if len(skipped) and path.parent.is_dir():
+        skipped.to_csv(path, index=False)
     _refuse_unusable(source, data, total=len(names))
-    return f"{len(names) - len(skipped)} of {len(names)} images of {csv} are in {source.place}"
+    return f"{len(names) - len(skipped)} of {len(names)} images of {csv} are in {source.origin}"
 
 
 def verify_cache(data: DataSection) -> str:
-    """Check every image of a configuration's cache and say that all is well.
+    """Check every image of the cache and return one line about the result.
 
     Raises
     ------
     DataError
-        If there is no cache that fits, or images of it are not what they should be.
+        If there is no cache that fits, or images in it are wrong.
     """
-    _, names = _images_of_csv(data)
+    _, names = _listed_images(data)
     verified = verify(data, names)
     where = store_paths(data)
     if verified.wrong:
@@ -191,56 +188,46 @@ def verify_cache(data: DataSection) -> str:
             f"{_first_ten(verified.wrong)}\n"
             f"Remove {where.index} and run: python -m cxr_vit prepare --config <file>"
         )
-    text = f"{where.pixels}: every image has its checksum; {verified.compared} are what their files"
-    text += " hold"
+    text = f"{where.pixels}: all checksums match; {verified.compared} images equal their files"
     if verified.without_file:
         text += f", {verified.without_file} have no file here to compare with"
     return text
 
 
-def _images_of_csv(data: DataSection) -> Tuple[Path, List[str]]:
+def _listed_images(data: DataSection) -> Tuple[Path, List[str]]:
     csv = find_csv(Path(data.root), data.csv)
     return csv, read_records(csv, include_no_finding=False).table["image"].tolist()
 
 
 def _unusable(source: ImageSource) -> pd.DataFrame:
-    """Return the images that cannot be used, columns `image` and `reason`."""
+    """Return the unusable images, columns `image` and `reason`."""
     reasons = {**dict.fromkeys(source.missing, _MISSING), **source.bad}
     return pd.DataFrame({"image": list(reasons), "reason": list(reasons.values())}, dtype=object)
 
 
 def _refuse_unusable(source: ImageSource, data: DataSection, *, total: int) -> None:
-    """Raise DataError unless the configuration says to go on without them; warn then."""
-    images = images_folder(data)
-    missing, bad = dict.fromkeys(source.missing, _MISSING), source.bad
+    """Raise DataError, or warn if the configuration says to skip unusable images."""
+    none_left = len(source.missing) + len(source.bad) == total
     problems: List[str] = []
-    none_left = len(missing) + len(bad) == total
-    if missing and (data.on_missing == "error" or none_left):
-        advice = "Set data.root or data.images to the folder that holds them"
-        if not none_left:
-            advice += ", or data.on_missing=skip to go on without them"
-        problems.append(
-            f"{len(missing)} of {total} images are missing under {images}:\n"
-            f"{_first_ten(missing)}\n{advice}."
-        )
-    if bad and (data.on_bad_image == "error" or none_left):
-        problems.append(
-            f"{len(bad)} of {total} images cannot be used:\n{_first_ten(bad)}\n"
-            "Mend them, or set data.on_bad_image=skip to go on without them."
-        )
+    if source.missing:
+        text = f"{len(source.missing)} of {total} images are missing under {images_folder(data)}"
+        if data.on_missing == "error" or none_left:
+            listed = _first_ten(dict.fromkeys(source.missing, _MISSING))
+            advice = "Set data.root or data.images to the folder that holds them"
+            if not none_left:
+                advice += ", or data.on_missing=skip to leave them out"
+            problems.append(f"{text}:\n{listed}\n{advice}.")
+        else:
+            logger.warning("%s and left out", text)
+    if source.bad:
+        text, listed = f"{len(source.bad)} of {total} images are unusable", _first_ten(source.bad)
+        if data.on_bad_image == "error" or none_left:
+            advice = "Fix them, or set data.on_bad_image=skip to leave them out."
+            problems.append(f"{text}:\n{listed}\n{advice}")
+        else:
+            logger.warning("%s and left out:\n%s", text, listed)
     if problems:
         raise DataError("\n".join(problems))
-    if missing:
-        logger.warning(
-            "%d of %d images are missing under %s and left out", len(missing), total, images
-        )
-    if bad:
-        logger.warning(
-            "%d of %d images cannot be used and are left out:\n%s",
-            len(bad),
-            total,
-            _first_ten(bad),
-        )
 
 
 def _first_ten(reasons: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""ChestXrayDataset: the images of a split and their labels, a batch at a time."""
+"""The images and labels of a split, read one batch at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cxr_vit.data.augment import Augmentation
+from cxr_vit.data.images import EmptyReader, ImageReader
 from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING
-from cxr_vit.data.store import EmptyReader, ImageReader
 
 __all__ = ["Batch", "ChestXrayDataset", "Sample", "collate"]
 
@@ -26,19 +26,15 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loader gives an engine.
+    """A host batch, as a loader yields it to an engine."""
 
-    `images` uint8 ``[B, 1, H, W]``, normalised and made three-channel on the device; `labels`
-    float32 ``[B, C]``; `indices` int64 ``[B]``, rows in the split, -1 for padding (in evaluation).
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
+    images: Tensor  # uint8 [B, 1, H, W]; normalized and made three-channel on the device
+    labels: Tensor  # float32 [B, C], 0 or 1
+    indices: Tensor  # int64 [B], row in the split; -1 marks padding (evaluation only)
 
     @classmethod
     def zeros(cls, size: int, *, image_size: int, num_classes: int) -> Batch:
-        """Make a batch of black images without findings, all padding."""
+        """Return a batch of padding: black images without findings."""
         return cls(
             torch.zeros(size, 1, image_size, image_size, dtype=torch.uint8),
             torch.zeros(size, num_classes),
@@ -46,7 +42,7 @@ class Batch(NamedTuple):
         )
 
     def padded(self, size: int) -> Batch:
-        """Return the batch with padding at its end, `size` samples in all."""
+        """Return the batch with padding appended, `size` samples in all."""
         missing = size - len(self.images)
         if missing == 0:
             return self
@@ -57,35 +53,34 @@ class Batch(NamedTuple):
 
 
 class ChestXrayDataset(Dataset[Sample]):
-    """The images of one split.
+    """The images of one split, indexed by draw.
 
-    It is asked for draws: the row of draw d is ``d % len(self)``, its epoch ``d // len(self)``.
-    A row is the draw of epoch 0. Draws of `PADDING` at the end of a batch are black images of that
-    index: a device compiled for one shape needs full batches, and a score must neither drop nor
-    repeat an image.
+    Draw d is row ``d % len(self)`` in epoch ``d // len(self)``, so a row is also its draw of epoch
+    0. Draws of `PADDING` may end a batch and give black images of index -1: a device compiled for
+    one shape needs full batches, and a score must neither drop nor repeat an image.
 
     Parameters
     ----------
     records
-        The split's records.
-    images
-        Their pixels, in the same order.
+        Records of the split.
+    reader
+        Reads the images, in the order of the records.
     augmentation
-        Varies the images of a batch in place, by draw; None leaves them as they are.
+        Changes the images of a batch in place, depending on their draws.
     """
 
     def __init__(
-        self, records: Records, images: ImageReader, *, augmentation: Optional[Augmentation] = None
+        self, records: Records, reader: ImageReader, *, augmentation: Optional[Augmentation] = None
     ) -> None:
         self.records = records
         self.augmentation = augmentation
-        self._images = images
+        self._reader = reader
         self._labels = torch.from_numpy(records.labels.astype(np.float32))
 
     @property
     def image_size(self) -> int:
         """Side of an image, pixels."""
-        return self._images.image_size
+        return self._reader.image_size
 
     @property
     def image_names(self) -> List[str]:
@@ -101,28 +96,16 @@ class ChestXrayDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def images(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
-        """Return images as they are stored, never augmented.
-
-        Parameters
-        ----------
-        rows
-            Rows of the split.
-
-        Returns
-        -------
-        numpy.ndarray
-            uint8 ``[n, H, W]``.
-        """
-        size = self.image_size
-        images = np.empty((len(rows), size, size), dtype=np.uint8)
-        self._images.read(np.asarray(rows, dtype=np.int64), images)
+    def read_images(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
+        """Return the images of these rows without augmentation, uint8 ``[n, H, W]``."""
+        images = np.empty((len(rows), self.image_size, self.image_size), dtype=np.uint8)
+        self._reader.read(np.asarray(rows, dtype=np.int64), images)
         return images
 
     def without_images(self) -> ChestXrayDataset:
-        """Return the same rows and labels with images of no pixels, ``[n, 1, 0, 0]``.
+        """Return the same rows and labels with empty images ``[n, 1, 0, 0]``.
 
-        For a process that computes without them: nothing is read.
+        For a process that computes without images: nothing is read.
         """
         return ChestXrayDataset(self.records, EmptyReader(len(self)))
 
@@ -131,13 +114,13 @@ class ChestXrayDataset(Dataset[Sample]):
         return Sample(images[0], labels[0], int(indices[0]))
 
     def __getitems__(self, draws: Sequence[int]) -> Batch:
-        """Read a batch; torch's loader asks for it this way."""
+        """Read a batch; torch's loader calls this instead of `__getitem__`."""
         numbers = np.asarray(draws, dtype=np.int64)
         count = int((numbers != PADDING).sum())
-        assert (numbers[count:] == PADDING).all(), "padding ends a batch"
+        assert (numbers[count:] == PADDING).all(), "padding must end the batch"
         numbers = numbers[:count]
         rows = numbers % len(self)
-        images = self.images(rows)
+        images = self.read_images(rows)
         if self.augmentation is not None:
             self.augmentation(images, numbers)
         indices = torch.from_numpy(rows)
@@ -146,6 +129,6 @@ class ChestXrayDataset(Dataset[Sample]):
 
 
 def collate(batch: Any) -> Batch:  # torch's types expect a list of samples
-    """Leave a batch as the data set gives it; no lambda, as loader processes may be spawned."""
+    """Return the batch of `__getitems__` unchanged; a function, as spawned loaders pickle it."""
     whole: Batch = batch
     return whole

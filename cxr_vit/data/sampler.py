@@ -1,11 +1,11 @@
-"""Which samples step k uses: a pure function of (seed, k). Imports no torch.
+"""The samples of each step, a pure function of (seed, step).
 
-Think of one endless stream: the samples in a new order, then in another, and so on; step k takes
-the k-th global batch from it. No sample is dropped at an epoch's end, nothing needs to be saved to
-resume, and every engine sees the same order.
+The samples form one endless stream: all in a random order, then all in another, and so on. Step k
+takes the k-th global batch from it. No sample is dropped at the end of an epoch, resuming needs no
+saved state, and every engine sees the same order.
 
-What a sampler yields are draws: number ``epoch * num_samples + row``. The data set takes the row
-from it, and the augmentation the epoch as well.
+Samplers yield draws: ``epoch * num_samples + row``. The data set takes the row from a draw, and the
+augmentation also the epoch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 __all__ = ["PADDING", "EvaluationSampler", "ReplicaSampler", "TrainingSampler"]
 
-#: The draw, and the index, of a sample that only fills up a batch.
+#: The draw, and the index, of a sample that only pads a batch.
 PADDING = -1
 
 
 class TrainingSampler:
-    """The host batches of a training run, as lists of draws from the training split.
+    """The host batches of the steps ``start_step <= k < total_steps``, as lists of draws.
 
     Parameters
     ----------
@@ -32,10 +32,6 @@ class TrainingSampler:
         Samples per step.
     device_iterations
         Steps per host batch.
-    seed
-        Seed of the order.
-    start_step, total_steps
-        Steps ``start_step <= k < total_steps`` are served.
     """
 
     def __init__(
@@ -57,20 +53,20 @@ class TrainingSampler:
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def draws(self, step: int) -> np.ndarray:
-        """Return the draws of step `step`, int64 ``[global_batch_size]``."""
+        """Return the draws of a step, int64 ``[global_batch_size]``."""
         positions = np.arange(self.global_batch_size) + step * self.global_batch_size
-        epochs, places = np.divmod(positions, self.num_samples)
+        epochs, offsets = np.divmod(positions, self.num_samples)
         draws = epochs * self.num_samples
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            draws[here] += self._order(int(epoch))[places[here]]
+            draws[here] += self._order(int(epoch))[offsets[here]]
         return draws
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
             self._orders[epoch] = order
-            if len(self._orders) > 2:  # a step looks at its own epoch and seldom at the next
+            if len(self._orders) > 2:  # a step needs its own epoch and rarely the next
                 self._orders.popitem(last=False)
         return self._orders[epoch]
 
@@ -84,15 +80,7 @@ class TrainingSampler:
 
 
 class EvaluationSampler:
-    """All rows of a split once, in order, in host batches; the last may be shorter. No epochs.
-
-    Parameters
-    ----------
-    num_samples
-        Size of the split.
-    batch_size
-        Samples per host batch.
-    """
+    """All rows of a split once, in order, in host batches; the last may be shorter."""
 
     def __init__(self, num_samples: int, *, batch_size: int) -> None:
         self.num_samples = num_samples
@@ -107,24 +95,24 @@ class EvaluationSampler:
 
 
 class ReplicaSampler:
-    """The part of a sampler's host batches that some of the replicas read, each batch full.
+    """The parts of a sampler's host batches that belong to some of the replicas.
 
-    A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``
-    (poptorch.md, section 2). Of several processes each reads the rows of its own replicas, and all
-    together those that one process would read.
+    A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``, as PopTorch
+    splits its combined batch. Each process reads the rows of its own replicas; together they read
+    the rows that a single process would.
 
     Parameters
     ----------
     sampler
         Yields host batches of all replicas.
     host_batch_size
-        Rows a batch is filled up to with `PADDING`; None leaves it as long as it is.
+        Length to which `PADDING` extends each host batch; None keeps its length.
     micro_batch_size
         Samples in one forward pass of one replica.
     replicas
-        All replicas.
+        Number of all replicas.
     own
-        The replicas that are read here.
+        The replicas to read.
     """
 
     def __init__(

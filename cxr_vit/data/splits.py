@@ -1,7 +1,7 @@
-"""Which images train, validate and test: official, by patient, or at random. Imports no torch.
+"""Split the images into train, val and test: by NIH's lists, by patient, or at random.
 
-A random split by image puts the same patient on both sides: on the real CSV more than 80 % of the
-validation images of a 5 % split share a patient with training, and a network recognises patients.
+A random split by image puts the same patient on both sides: on the real CSV, more than 80 % of the
+validation images of a 5 % split share a patient with training, and a network recognizes patients.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import List, NamedTuple, Tuple
 
 import numpy as np
 
@@ -34,33 +34,23 @@ SPLIT_NAMES: Tuple[str, ...] = ("train", "val", "test")
 
 
 class Splits(NamedTuple):
-    """Rows of the records in each split, int64 ``[n]`` each, ascending; and how they were made.
-
-    `kind` is ``"official"``, ``"patient"`` or ``"random"``; `source` says for people by which
-    files or seed.
-    """
+    """The rows of each split, int64 ``[n]``, ascending, and how they were made."""
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
-    kind: str
-    source: str = ""
+    kind: str  # "official", "patient" or "random"
+    source: str = ""  # files or seed, for messages
 
     def keep(self, usable: np.ndarray) -> Splits:
-        """Return the split of the records that stay when others are left out.
+        """Return the splits of the usable records (bool ``[records]``), renumbered.
 
-        Who is in which part does not change: images left out for their files must not move others
-        from training to testing.
-
-        Parameters
-        ----------
-        usable
-            Bool ``[records]``.
+        No image moves to another split when others are left out.
 
         Raises
         ------
         DataError
-            If nothing is left to train on, or to validate on.
+            If nothing is left for train or val.
         """
         new_rows = np.cumsum(usable) - 1
         train, val, test = (
@@ -72,13 +62,13 @@ class Splits(NamedTuple):
 
 
 def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
-    """Split the records as `data.split` says.
+    """Split the records as `data.split` says; list files are searched in `root`.
 
     Raises
     ------
     DataError
-        If list files are missing, name none of the images or share one, a split that trains or
-        validates is empty, or a patient is in two splits (but for `random`, which only warns).
+        If list files are missing, name none of the images or share one, if train or val is empty,
+        or if two splits share a patient (`random` only warns).
     """
     given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
     kind = data.split
@@ -89,7 +79,7 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
         splits = _official(records, root, data)
     else:
         if given:
-            logger.warning("data.split=%s passes over %s", kind, ", ".join(given))
+            logger.warning("data.split=%s ignores %s", kind, ", ".join(given))
         splits = (_by_patient if kind == "patient" else _at_random)(records, data)
     _check_sizes(splits, len(records))
     _check_leak(records, splits)
@@ -97,19 +87,19 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
 
 
 def _official(records: Records, root: Path, data: DataSection) -> Splits:
-    """Split by list files; without one for validation, it is drawn out of the training list."""
+    """Split by list files; without a validation list, draw val from the training list."""
     lists = find_lists(root, data)
     if not {"train_list", "test_list"} <= set(lists):
         raise DataError(
             f"the official split needs train_val_list.txt and test_list.txt in {root}. Fetch them"
-            " from NIH, name such files with data.train_list and data.test_list, or set"
+            " from NIH, set data.train_list and data.test_list to such files, or set"
             " data.split=patient."
         )
     listed = {key: _listed_images(records, path) for key, path in lists.items()}
     in_train, in_test = listed["train_list"], listed["test_list"]
     for key in ("train_list", "val_list"):
         if key in lists:
-            _check_apart(records, listed[key] & in_test, lists[key], lists["test_list"])
+            _check_disjoint(records, listed[key] & in_test, lists[key], lists["test_list"])
     unlisted = int((~np.any(list(listed.values()), axis=0)).sum())
     if unlisted:
         logger.warning("%d images are in no list file and left out", unlisted)
@@ -126,19 +116,19 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
 
 
 def _listed_images(records: Records, path: Path) -> np.ndarray:
-    """Say of each image whether the list names it: bool ``[len(records)]``."""
+    """Return which images the list names, bool ``[len(records)]``."""
     names, images = read_list(path), records.table["image"]
     listed: np.ndarray = images.isin(names).to_numpy(dtype=bool)
     absent = names.difference(images)
     if not listed.any():
         raise DataError(
             f"{path}: names none of the {len(images)} images: it has"
-            f" {min(absent, default='nothing')!r}, they have {images.min()!r}. Give the list files"
-            " of these images, or set data.split=patient."
+            f" {min(absent, default='nothing')!r}, they have {images.min()!r}. Set list files of"
+            " these images, or data.split=patient."
         )
     if absent:
         logger.warning(
-            "%s: %d of %d names are of images that the CSV lacks, first: %s",
+            "%s: the CSV lacks %d of %d listed images, first: %s",
             path,
             len(absent),
             len(names),
@@ -147,18 +137,18 @@ def _listed_images(records: Records, path: Path) -> np.ndarray:
     return listed
 
 
-def _check_apart(records: Records, in_both: np.ndarray, one: Path, other: Path) -> None:
+def _check_disjoint(records: Records, in_both: np.ndarray, one: Path, other: Path) -> None:
     if in_both.any():
         first = records.table["image"].iloc[int(np.argmax(in_both))]
         raise DataError(
             f"{int(in_both.sum())} images are both in {one} and in {other}, first: {first}."
-            " Mend the list files or set data.split=patient."
+            " Fix the list files or set data.split=patient."
         )
 
 
 def _by_patient(records: Records, data: DataSection) -> Splits:
-    everyone = np.arange(len(records))
-    test, rest = _draw_patients(records, everyone, data.test_fraction, data.split_seed)
+    rows = np.arange(len(records))
+    test, rest = _draw_patients(records, rows, data.test_fraction, data.split_seed)
     val, train = _draw_patients(
         records, rest, data.val_fraction / (1.0 - data.test_fraction), data.split_seed + 1
     )
@@ -198,15 +188,21 @@ def _check_sizes(splits: Splits, total: int) -> None:
             )
 
 
-def describe_sizes(splits: Splits) -> str:
-    """Write the sizes of a split, e.g. ``"train 82198, val 4326, test 25596"``."""
-    return ", ".join(f"{name} {len(getattr(splits, name))}" for name in SPLIT_NAMES)
-
-
-def describe_splits(splits: Splits) -> str:
-    """Write how a split was made and its sizes, e.g. ``"random split (seed 7): train 8, ..."``."""
-    made = f" ({splits.source})" if splits.source else ""
-    return f"{splits.kind} split{made}: {describe_sizes(splits)}"
+def _check_leak(records: Records, splits: Splits) -> None:
+    pairs: List[Tuple[str, str]] = [("val", "train"), ("test", "train"), ("test", "val")]
+    for name, other in pairs:
+        rows = getattr(splits, name)
+        shared = num_sharing_patients(records, rows, getattr(splits, other))
+        if shared == 0:
+            continue
+        text = f"{shared} of {len(rows)} {name} images share a patient with {other}"
+        if splits.kind != "random":
+            raise DataError(
+                f"{text}: scores would be too high. Fix the list files or set data.split=patient."
+            )
+        logger.warning(
+            "data.split=random: %s; scores on %s are too high. Use official or patient.", text, name
+        )
 
 
 def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray) -> int:
@@ -215,27 +211,19 @@ def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray)
     return int(np.isin(patients[rows], patients[others]).sum())
 
 
-def _check_leak(records: Records, splits: Splits) -> None:
-    parts: Dict[str, np.ndarray] = {name: getattr(splits, name) for name in SPLIT_NAMES}
-    pairs: List[Tuple[str, str]] = [("val", "train"), ("test", "train"), ("test", "val")]
-    for name, other in pairs:
-        shared = num_sharing_patients(records, parts[name], parts[other])
-        if shared == 0:
-            continue
-        text = f"{shared} of {len(parts[name])} {name} images share a patient with {other}"
-        if splits.kind != "random":
-            raise DataError(
-                f"{text}: scores would be flattered. Mend the list files or set data.split=patient."
-            )
-        logger.warning(
-            "data.split=random: %s; scores on %s are flattered. Use official or patient.",
-            text,
-            name,
-        )
+def describe_sizes(splits: Splits) -> str:
+    """Return the sizes of the splits: ``"train 82198, val 4326, test 25596"``."""
+    return ", ".join(f"{name} {len(getattr(splits, name))}" for name in SPLIT_NAMES)
+
+
+def describe_splits(splits: Splits) -> str:
+    """Return kind, source and sizes: ``"random split (seed 7): train 8, ..."``."""
+    made = f" ({splits.source})" if splits.source else ""
+    return f"{splits.kind} split{made}: {describe_sizes(splits)}"
 
 
 def split_hash(records: Records, splits: Splits) -> str:
-    """Return the SHA-256 of the file names in each split, sorted: the split's identity."""
+    """Return the SHA-256 of the sorted file names of each split: the split's identity."""
     digest = hashlib.sha256()
     names = records.table["image"].to_numpy()
     for part in SPLIT_NAMES:

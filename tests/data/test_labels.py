@@ -1,4 +1,4 @@
-"""Text of the CSV -> multi-hot rows in one fixed order."""
+"""multi_hot: findings as text -> columns in one fixed order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cxr_vit.data.labels import FINDINGS, label_names, multi_hot
 from cxr_vit.errors import DataError
 
 
-def test_findings_stand_in_the_order_of_wang_2017() -> None:
+def test_findings_are_in_the_order_of_wang_2017() -> None:
     assert FINDINGS == (
         "Atelectasis",
         "Cardiomegaly",
@@ -28,11 +28,11 @@ def test_findings_stand_in_the_order_of_wang_2017() -> None:
     )
 
 
-def test_no_finding_is_no_class_by_default() -> None:
+def test_no_finding_is_not_a_class_by_default() -> None:
     assert label_names() == list(FINDINGS)
 
 
-def test_the_switch_appends_no_finding_as_the_fifteenth_class() -> None:
+def test_include_no_finding_appends_a_fifteenth_class() -> None:
     assert label_names(include_no_finding=True) == [*FINDINGS, "No Finding"]
 
 
@@ -43,24 +43,24 @@ def test_a_single_finding_sets_its_own_column_only(column: int) -> None:
     np.testing.assert_array_equal(multi_hot([FINDINGS[column]]), expected)
 
 
-def test_several_findings_set_several_columns_whatever_their_order() -> None:
+def test_several_findings_set_several_columns_in_any_order() -> None:
     labels = multi_hot(["Hernia|Atelectasis|Mass", "Mass|Hernia|Atelectasis"])
     assert np.flatnonzero(labels[0]).tolist() == [0, 4, 13]
     np.testing.assert_array_equal(labels[0], labels[1])
 
 
-def test_no_finding_is_a_row_of_zeros_without_the_switch() -> None:
+def test_no_finding_is_a_row_of_zeros_by_default() -> None:
     labels = multi_hot(["No Finding", "Edema"])
     assert labels.sum(axis=1).tolist() == [0, 1]
 
 
-def test_no_finding_sets_only_the_fifteenth_column_with_the_switch() -> None:
+def test_include_no_finding_sets_only_the_fifteenth_column() -> None:
     labels = multi_hot(["No Finding", "Hernia"], include_no_finding=True)
     assert [np.flatnonzero(row).tolist() for row in labels] == [[14], [13]]
 
 
 @pytest.mark.parametrize(("include", "columns"), [(False, 14), (True, 15)])
-def test_labels_are_uint8_and_one_row_a_text(include: bool, columns: int) -> None:
+def test_labels_are_uint8_with_one_row_per_text(include: bool, columns: int) -> None:
     labels = multi_hot(["Edema"] * 3, include_no_finding=include)
     assert labels.dtype == np.uint8
     assert labels.shape == (3, columns)
@@ -70,7 +70,7 @@ def test_no_texts_give_an_empty_matrix_of_14_columns() -> None:
     assert multi_hot([]).shape == (0, 14)
 
 
-def test_each_row_gets_its_own_text_however_often_it_comes() -> None:
+def test_repeated_texts_each_get_their_labels() -> None:
     texts = ["Mass", "Edema", "Mass", "No Finding", "Edema", "Mass"]
     expected = [np.flatnonzero(multi_hot([text])[0]).tolist() for text in texts]
     assert [np.flatnonzero(row).tolist() for row in multi_hot(texts)] == expected
@@ -87,7 +87,7 @@ def test_all_unknown_findings_are_counted_and_the_first_is_shown() -> None:
     assert "4 rows in all hold unknown findings, 3 different ones" in str(caught.value)
 
 
-def test_an_unknown_finding_unlike_any_lists_what_is_allowed_without_a_guess() -> None:
+def test_an_unknown_finding_without_a_near_match_lists_the_known_ones() -> None:
     with pytest.raises(DataError, match=r"Known findings: Atelectasis, .*Hernia") as caught:
         multi_hot(["xyzzy"])
     assert "Did you mean" not in str(caught.value)
@@ -101,37 +101,37 @@ def test_an_unknown_finding_unlike_any_lists_what_is_allowed_without_a_guess() -
         ("Pleural Thickening", "Pleural_Thickening"),
     ],
 )
-def test_spellings_in_use_elsewhere_are_guessed(text: str, meant: str) -> None:
+def test_spellings_in_use_elsewhere_are_suggested(text: str, meant: str) -> None:
     with pytest.raises(DataError, match=f"Did you mean '{meant}'"):
         multi_hot([text])
 
 
 @pytest.mark.parametrize("text", ["", "Edema|", "edema", "Edema, Mass", " Edema"])
-def test_a_text_that_is_not_quite_a_finding_is_refused(text: str) -> None:
+def test_a_text_that_is_almost_a_finding_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="unknown finding"):
         multi_hot([text])
 
 
 @pytest.mark.parametrize("text", ["", "Edema|"])
-def test_an_empty_finding_says_how_none_is_written(text: str) -> None:
+def test_an_empty_finding_suggests_no_finding(text: str) -> None:
     with pytest.raises(DataError, match="Write 'No Finding' for an image without a finding"):
         multi_hot([text])
 
 
 @pytest.mark.parametrize("text", ["No Finding|Edema", "Edema|No Finding"])
 @pytest.mark.parametrize("include", [False, True])
-def test_no_finding_beside_a_finding_is_refused(text: str, include: bool) -> None:
+def test_no_finding_with_a_finding_is_refused(text: str, include: bool) -> None:
     with pytest.raises(
-        DataError, match=r"row 2 .*'No Finding' cannot stand beside a finding"
+        DataError, match=r"row 2 .*'No Finding' cannot be combined with a finding"
     ) as caught:
         multi_hot(["Mass", text, text], include_no_finding=include)
-    assert "2 in all are so" in str(caught.value)
+    assert "2 in all are like it" in str(caught.value)
 
 
-def test_a_finding_named_twice_counts_once_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_finding_counts_once_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     labels = multi_hot(["Edema", "Mass|Mass", "No Finding|No Finding", "Mass|Mass"])
     assert labels.sum(axis=1).tolist() == [1, 1, 0, 1]
-    assert "3 rows name a finding twice, first: row 2" in caplog.text
+    assert "3 rows repeat a finding, first: row 2" in caplog.text
 
 
 def test_a_clean_column_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
