@@ -1,4 +1,4 @@
-"""Augmentation: pure functions of (seed, epoch, row), within their ranges, each one switchable."""
+"""Augmentation: pure functions of (seed, epoch, row), each within its range."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAWS = np.arange(IMAGES)
 
 
 def images(count: int = IMAGES) -> np.ndarray:
-    """Smooth images, as a warp of noise would change every pixel by any small move."""
+    """Return smooth images: in noise, any small warp changes every pixel."""
     coarse = np.random.default_rng(0).integers(30, 220, (count, 4, 4), dtype=np.uint8)
     return np.stack([cv2.resize(image, (SIDE, SIDE)) for image in coarse])
 
@@ -38,7 +38,7 @@ def make(seed: int = 0, **switches: Any) -> Augmentation:
     return Augmentation(section, num_samples=IMAGES, image_size=SIDE, seed=seed)
 
 
-def varied(augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
+def augmented(augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
     result = images()[draws % IMAGES]
     augmentation(result, draws)
     return result
@@ -48,62 +48,64 @@ def numbers_of(augmentation: Augmentation, draws: np.ndarray = DRAWS) -> np.ndar
     return augmentation._numbers(draws)
 
 
-def test_all_of_it_is_off_by_default() -> None:
+def test_augmentation_is_off_by_default() -> None:
     assert not AugmentSection().is_on
-    assert not AugmentSection(crop_ratio=1.3).is_on  # which says something only beside a crop
-    np.testing.assert_array_equal(varied(make(), DRAWS), images())
+    assert not AugmentSection(crop_ratio=1.3).is_on  # which only applies to a crop
+    np.testing.assert_array_equal(augmented(make(), DRAWS), images())
 
 
 @pytest.mark.parametrize("switch", sorted(EVERYTHING))
-def test_each_one_alone_varies_images(switch: str) -> None:
+def test_each_switch_alone_changes_images(switch: str) -> None:
     augmentation = make(**{switch: EVERYTHING[switch]})
     assert augmentation.section.is_on
     assert augmentation.section.moves != augmentation.section.recolours
-    changed = (varied(augmentation, DRAWS) != images()).any(axis=(1, 2))
+    changed = (augmented(augmentation, DRAWS) != images()).any(axis=(1, 2))
     assert changed.mean() > 0.4
 
 
-def test_a_image_is_varied_alike_whatever_it_is_read_with() -> None:
-    whole = varied(make(**EVERYTHING), DRAWS)
+def test_an_image_does_not_depend_on_the_rest_of_its_batch() -> None:
+    whole = augmented(make(**EVERYTHING), DRAWS)
     order = np.random.default_rng(1).permutation(IMAGES)
-    np.testing.assert_array_equal(varied(make(**EVERYTHING), order), whole[order])
+    np.testing.assert_array_equal(augmented(make(**EVERYTHING), order), whole[order])
     for draw in (0, 7, 49):
-        np.testing.assert_array_equal(varied(make(**EVERYTHING), np.array([draw]))[0], whole[draw])
+        np.testing.assert_array_equal(
+            augmented(make(**EVERYTHING), np.array([draw]))[0], whole[draw]
+        )
 
 
 def test_a_batch_may_span_epochs() -> None:
     draws = np.arange(IMAGES - 5, IMAGES + 5)
-    together = varied(make(**EVERYTHING), draws)
-    apart = [varied(make(**EVERYTHING), part) for part in (draws[:5], draws[5:])]
+    together = augmented(make(**EVERYTHING), draws)
+    apart = [augmented(make(**EVERYTHING), part) for part in (draws[:5], draws[5:])]
     np.testing.assert_array_equal(together, np.concatenate(apart))
 
 
-def test_going_back_to_an_epoch_gives_the_same_images() -> None:
+def test_returning_to_an_epoch_gives_the_same_images() -> None:
     augmentation = make(**EVERYTHING)
-    first = varied(augmentation, DRAWS)
+    first = augmented(augmentation, DRAWS)
     for epoch in (1, 2, 3):
-        varied(augmentation, DRAWS + epoch * IMAGES)
-    np.testing.assert_array_equal(varied(augmentation, DRAWS), first)
+        augmented(augmentation, DRAWS + epoch * IMAGES)
+    np.testing.assert_array_equal(augmented(augmentation, DRAWS), first)
 
 
-def test_another_epoch_and_another_seed_vary_otherwise() -> None:
-    first = varied(make(**EVERYTHING), DRAWS)
-    assert (first != varied(make(**EVERYTHING), DRAWS + IMAGES)).any(axis=(1, 2)).all()
-    assert (first != varied(make(seed=1, **EVERYTHING), DRAWS)).any(axis=(1, 2)).all()
+def test_images_depend_on_epoch_and_seed() -> None:
+    first = augmented(make(**EVERYTHING), DRAWS)
+    assert (first != augmented(make(**EVERYTHING), DRAWS + IMAGES)).any(axis=(1, 2)).all()
+    assert (first != augmented(make(seed=1, **EVERYTHING), DRAWS)).any(axis=(1, 2)).all()
 
 
-def test_numpys_global_generator_is_left_alone() -> None:
+def test_numpys_global_generator_is_not_used() -> None:
     np.random.seed(0)  # noqa: NPY002
     state = np.random.get_state()[1].copy()  # noqa: NPY002
-    varied(make(**EVERYTHING), DRAWS)
+    augmented(make(**EVERYTHING), DRAWS)
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
-def test_a_sure_flip_mirrors_every_image() -> None:
-    np.testing.assert_array_equal(varied(make(horizontal_flip=1), DRAWS), images()[:, :, ::-1])
+def test_flip_probability_one_mirrors_every_image() -> None:
+    np.testing.assert_array_equal(augmented(make(horizontal_flip=1), DRAWS), images()[:, :, ::-1])
 
 
-def test_a_flip_of_a_half_mirrors_about_half_of_the_images() -> None:
+def test_flip_probability_half_mirrors_about_half_of_the_images() -> None:
     draws = np.arange(IMAGES * 20)
     numbers = numbers_of(make(horizontal_flip=0.5), draws)
     mirrored = make(horizontal_flip=0.5).matrices(numbers)[:, 0, 0] < 0
@@ -111,7 +113,7 @@ def test_a_flip_of_a_half_mirrors_about_half_of_the_images() -> None:
 
 
 @pytest.mark.parametrize("degrees", [1, 10, 45])
-def test_rotations_fill_their_range_either_way(degrees: float) -> None:
+def test_rotations_fill_their_range_in_both_directions(degrees: float) -> None:
     augmentation = make(rotation=degrees)
     matrices = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))
     angles = np.rad2deg(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
@@ -119,7 +121,7 @@ def test_rotations_fill_their_range_either_way(degrees: float) -> None:
     assert angles.min() < -0.95 * degrees and angles.max() > 0.95 * degrees
 
 
-def test_a_rotation_is_about_the_middle() -> None:
+def test_a_rotation_keeps_the_center() -> None:
     augmentation = make(rotation=45)
     middle = np.array([(SIDE - 1) / 2, (SIDE - 1) / 2, 1])
     there = augmentation.matrices(numbers_of(augmentation)) @ middle
@@ -133,7 +135,7 @@ def test_scales_fill_their_range() -> None:
     assert 0.8 - 1e-6 <= zooms.min() < 0.82 and 1.18 < zooms.max() <= 1.2 + 1e-6
 
 
-def test_shifts_move_the_image_by_parts_of_its_side() -> None:
+def test_shifts_are_fractions_of_the_side() -> None:
     augmentation = make(shift=0.1)
     offsets = augmentation.matrices(numbers_of(augmentation, np.arange(IMAGES * 20)))[:, :, 2]
     assert abs(offsets).max() <= 0.1 * SIDE + 1e-4
@@ -154,7 +156,7 @@ def test_a_crop_stays_inside_the_image_and_keeps_its_least_area(crop: float, rat
     assert corners.min() >= -0.5 - 1e-4 and corners.max() <= SIDE - 0.5 + 1e-4
 
 
-def test_less_than_half_a_image_is_no_crop() -> None:
+def test_a_crop_of_less_than_half_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"greater than or equal to 0\.5"):
         AugmentSection(crop=0.4)
 
@@ -166,7 +168,7 @@ def test_gray_levels_keep_their_order() -> None:
     assert len(np.unique(tables, axis=0)) == IMAGES
 
 
-def test_gamma_leaves_black_and_white_alone() -> None:
+def test_gamma_keeps_black_and_white() -> None:
     augmentation = make(gamma=0.3)
     tables = augmentation.tables(numbers_of(augmentation), images())
     assert (tables[:, 0] == 0).all() and (tables[:, 255] == 255).all()
@@ -181,7 +183,7 @@ def test_brightness_multiplies_gray_levels() -> None:
     assert 80 - 1 <= tables[:, 100].min() < tables[:, 100].max() <= 120 + 1
 
 
-def test_contrast_leaves_a_images_mean_alone() -> None:
+def test_contrast_keeps_the_mean_of_an_image() -> None:
     augmentation = make(contrast=0.3)
     batch = images()
     tables = augmentation.tables(numbers_of(augmentation), batch)
@@ -190,19 +192,19 @@ def test_contrast_leaves_a_images_mean_alone() -> None:
     assert (tables[:, 255].astype(int) < 255).any()
 
 
-def test_what_comes_into_view_is_black() -> None:
+def test_pixels_from_outside_the_image_are_black() -> None:
     white = np.full((IMAGES, SIDE, SIDE), 255, dtype=np.uint8)
     make(shift=0.5, gamma=0.5)(white, DRAWS)
     beyond = (white == 0).reshape(IMAGES, -1).mean(axis=1)
     assert beyond.max() > 0.5 and beyond.mean() > 0.2
 
 
-def test_what_comes_into_view_is_as_black_as_the_image() -> None:
+def test_pixels_from_outside_get_the_contrast_of_the_image() -> None:
     half = np.zeros((IMAGES, SIDE, SIDE), dtype=np.uint8)
     half[:, :, SIDE // 2 :] = 200
     make(shift=0.2, contrast=0.5)(half, DRAWS)
     assert max(len(np.unique(image[: SIDE // 4, : SIDE // 8])) for image in half) == 1
-    assert half.min(axis=(1, 2)).max() > 0  # a black that less contrast has lifted
+    assert half.min(axis=(1, 2)).max() > 0  # lower contrast raises black
 
 
 def test_a_crop_brings_no_border_into_view() -> None:
@@ -211,20 +213,20 @@ def test_a_crop_brings_no_border_into_view() -> None:
     assert (white == 255).all()
 
 
-def test_the_numbers_are_not_those_of_the_sample_order() -> None:
+def test_the_random_numbers_differ_from_those_of_the_sample_order() -> None:
     order = np.random.default_rng((0, 0)).random((IMAGES, 12), dtype=np.float32)
     assert not np.array_equal(numbers_of(make()), order)
 
 
-def test_opencv_uses_no_threads_which_a_forked_loader_process_would_lack() -> None:
-    varied(make(**EVERYTHING), DRAWS)
+def test_opencv_uses_no_threads_and_works_in_a_forked_process() -> None:
+    augmented(make(**EVERYTHING), DRAWS)
     assert cv2.getNumThreads() == 1
-    expected = varied(make(**EVERYTHING), DRAWS)
+    expected = augmented(make(**EVERYTHING), DRAWS)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(writer, b"%d" % np.array_equal(varied(make(**EVERYTHING), DRAWS), expected))
+            os.write(writer, b"%d" % np.array_equal(augmented(make(**EVERYTHING), DRAWS), expected))
         finally:
             os._exit(0)
     assert os.read(reader, 8) == b"1"

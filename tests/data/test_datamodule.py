@@ -1,4 +1,4 @@
-"""CSV, images and split put together, from a folder in NIH's layout."""
+"""ChestXrayDataModule on a folder in NIH's layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def findings_of(row: int) -> str:
 
 
 def write_set(root: Path) -> None:
-    """40 patients with an image each; the last ten are the official test."""
+    """Write 40 patients with one image each; the last ten are the official test split."""
     (root / "images").mkdir(parents=True)
     names = [f"{row:08d}_000.png" for row in range(IMAGES)]
     for row, name in enumerate(names):
@@ -52,7 +52,7 @@ def module_of(root: Path, **changes: object) -> ChestXrayDataModule:
     return ChestXrayDataModule(DataSection(root=str(root), **settings))
 
 
-def test_the_split_files_and_labels_come_together(root: Path) -> None:
+def test_the_module_combines_csv_splits_and_images(root: Path) -> None:
     module = module_of(root)
     assert module.splits.kind == "official"
     assert [len(module.dataset(name)) for name in ("train", "val", "test")] == [24, 6, 10]
@@ -79,7 +79,7 @@ def test_a_dataset_has_the_image_size_of_the_configuration(root: Path) -> None:
     assert module_of(root, image_size=12).dataset("val")[0].image.shape == (1, 12, 12)
 
 
-def test_no_finding_is_a_fifteenth_class_on_request(root: Path) -> None:
+def test_include_no_finding_adds_a_fifteenth_class(root: Path) -> None:
     module = module_of(root, include_no_finding=True)
     assert module.names == [*FINDINGS, "No Finding"]
     assert module.dataset("val").num_classes == 15
@@ -92,11 +92,11 @@ def test_an_empty_split_is_refused_and_the_others_are_named(root: Path) -> None:
         module.dataset("test")
 
 
-def test_the_split_to_score_is_test_where_there_is_one(root: Path) -> None:
+def test_the_default_split_is_test(root: Path) -> None:
     assert module_of(root).default_split() == "test"
 
 
-def test_the_split_to_score_is_val_where_there_is_no_test(root: Path) -> None:
+def test_the_default_split_is_val_without_test_images(root: Path) -> None:
     assert module_of(root, split="patient", test_fraction=0).default_split() == "val"
 
 
@@ -107,7 +107,7 @@ def test_prevalence_counts_training_images_only(root: Path) -> None:
     expected = np.full(14, 0.5 / (len(train) + 1))
     expected[[2, 4]] = (positives + 0.5) / (len(train) + 1)
     np.testing.assert_allclose(module.prevalence(), expected, rtol=1e-12)
-    assert positives / len(train) != 0.25  # else all rows would pass as well
+    assert positives / len(train) != 0.25  # so that counting all rows would fail
 
 
 def test_prevalence_is_never_zero_or_one(root: Path) -> None:
@@ -122,22 +122,20 @@ def test_prevalence_is_never_zero_or_one(root: Path) -> None:
     assert np.isfinite(np.log(prevalence / (1 - prevalence))).all()
 
 
-def test_the_csv_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+def test_the_csv_may_be_outside_the_root(root: Path, tmp_path: Path) -> None:
     (root / CSV).rename(tmp_path / "mine.csv")
     module = module_of(root, csv=str(tmp_path / "mine.csv"))
     assert module.csv == tmp_path / "mine.csv"
     assert len(module.records) == IMAGES
 
 
-def test_a_missing_image_stops_the_start(root: Path) -> None:
+def test_a_missing_image_is_an_error(root: Path) -> None:
     (root / "images" / "00000007_000.png").unlink()
     with pytest.raises(DataError, match=r"1 of 40 images are missing[^:]*:\n  00000007_000\.png"):
         module_of(root)
 
 
-def test_a_missing_image_is_said_to_be_missing_where_it_was_looked_for(
-    root: Path, tmp_path: Path
-) -> None:
+def test_a_missing_image_is_reported_with_the_searched_folder(root: Path, tmp_path: Path) -> None:
     (tmp_path / "csvs").mkdir()
     (root / CSV).rename(tmp_path / "csvs" / "mine.csv")
     (root / "images" / "00000007_000.png").unlink()
@@ -145,7 +143,7 @@ def test_a_missing_image_is_said_to_be_missing_where_it_was_looked_for(
         module_of(root, csv=str(tmp_path / "csvs" / "mine.csv"))
 
 
-def test_a_missing_image_is_left_out_on_request(root: Path) -> None:
+def test_on_missing_skip_leaves_a_missing_image_out(root: Path) -> None:
     (root / "images" / "00000035_000.png").unlink()
     module = module_of(root, on_missing="skip")
     assert len(module.records) == 39
@@ -172,24 +170,24 @@ def test_the_fingerprint_names_the_kind_of_split(root: Path) -> None:
     assert module_of(root, split="patient").fingerprint()["split_kind"] == "patient"
 
 
-def test_unchanged_data_warn_of_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unchanged_data_log_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     module_of(root).warn_if_changed(module_of(root).fingerprint())
     assert caplog.records == []
 
 
-def test_another_split_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_split_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorded = module_of(root, split_seed=1).fingerprint()
     module = module_of(root, split_seed=2)
     assert module.warn_if_changed(recorded) == ["split_sha256"]
     record, hint = caplog.records
     assert record.levelno == hint.levelno == logging.WARNING
-    assert "images that were trained on may be scored" in hint.getMessage()
+    assert "images of the training may be scored" in hint.getMessage()
     assert "split_sha256" in record.getMessage()
     assert recorded["split_sha256"] in record.getMessage()
     assert module.fingerprint()["split_sha256"] in record.getMessage()
 
 
-def test_another_csv_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_csv_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorded = module_of(root).fingerprint()
     text = (root / CSV).read_text(encoding="utf-8")
     (root / CSV).write_text(text.replace("Effusion|Mass", "Effusion"), encoding="utf-8")
@@ -198,7 +196,7 @@ def test_another_csv_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "csv_sha256" in record.getMessage()
 
 
-def test_images_of_the_test_list_may_be_absent(root: Path) -> None:
+def test_all_images_of_the_test_list_may_be_missing(root: Path) -> None:
     for row in range(30, 40):
         (root / "images" / f"{row:08d}_000.png").unlink()
     module = module_of(root, on_missing="skip")
@@ -208,7 +206,7 @@ def test_images_of_the_test_list_may_be_absent(root: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["official", "patient", "random"])
-def test_a_image_of_no_use_moves_no_other_from_training_to_testing(root: Path, split: str) -> None:
+def test_an_unusable_image_moves_no_other_to_another_split(root: Path, split: str) -> None:
     def parts(**changes: object) -> Dict[str, set]:
         module = module_of(root, split=split, cache="off", **changes)
         names = module.records.table["image"]
@@ -221,13 +219,13 @@ def test_a_image_of_no_use_moves_no_other_from_training_to_testing(root: Path, s
     assert parts(on_bad_image="skip") == {part: names - broken for part, names in whole.items()}
 
 
-def test_missing_and_damaged_images_are_told_at_once(root: Path) -> None:
+def test_missing_and_damaged_images_are_reported_together(root: Path) -> None:
     (root / "images" / "00000007_000.png").unlink()
     (root / "images" / "00000008_000.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         module_of(root)
     assert "1 of 40 images are missing" in str(caught.value)
-    assert "1 of 40 images cannot be used:\n  00000008_000.png: the file is empty" in str(
+    assert "1 of 40 images are unusable:\n  00000008_000.png: the file is empty" in str(
         caught.value
     )
 
@@ -241,7 +239,7 @@ def test_describe_gives_images_patients_and_sizes(root: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "labels.csv"])
-def test_an_absent_root_without_a_sample_explains_where_data_come_from(
+def test_an_absent_root_without_a_sample_explains_where_to_get_data(
     tmp_path: Path, given: Optional[str]
 ) -> None:
     with pytest.raises(DataError, match=r"data\.root=.*absent") as caught:

@@ -1,4 +1,4 @@
-"""ChestXrayDataset, alone and under torch's loader."""
+"""ChestXrayDataset, alone and in torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
+from cxr_vit.data.images import FileReader
 from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
-from cxr_vit.data.store import FileReader
 from cxr_vit.errors import DataError
 
 SIDE = 16
@@ -36,8 +36,8 @@ def dataset(tmp_path: Path) -> ChestXrayDataset:
     table = pd.DataFrame({"image": names})
     labels = np.eye(IMAGES, 14, dtype=np.uint8)
     labels[3] = 0
-    images = FileReader(paths, names, image_size=SIDE, max_megapixels=1)
-    return ChestXrayDataset(Records(table, labels), images)
+    reader = FileReader(paths, names, image_size=SIDE, max_megapixels=1)
+    return ChestXrayDataset(Records(table, labels), reader)
 
 
 def load(dataset: ChestXrayDataset, sampler: object, num_workers: int) -> List[Batch]:
@@ -71,13 +71,13 @@ def test_a_sample_knows_its_row(dataset: ChestXrayDataset) -> None:
     assert [dataset[row].row for row in range(IMAGES)] == list(range(IMAGES))
 
 
-def test_the_length_names_and_classes_are_those_of_the_records(dataset: ChestXrayDataset) -> None:
+def test_length_names_and_classes_match_the_records(dataset: ChestXrayDataset) -> None:
     assert len(dataset) == IMAGES
     assert dataset.image_names == [f"{row:08d}_000.png" for row in range(IMAGES)]
     assert dataset.num_classes == 14
 
 
-def test_a_batch_of_rows_is_read_as_single_rows_are(dataset: ChestXrayDataset) -> None:
+def test_a_batch_equals_its_single_rows(dataset: ChestXrayDataset) -> None:
     batch = dataset.__getitems__([4, 0, 4])
     assert batch.indices.tolist() == [4, 0, 4]
     for image, labels, row in zip(batch.images, batch.labels, [4, 0, 4]):
@@ -91,23 +91,23 @@ def test_a_draw_of_a_later_epoch_is_the_same_row(dataset: ChestXrayDataset) -> N
     assert torch.equal(batch.images[0], batch.images[2])
 
 
-def test_images_are_given_as_they_are_stored(dataset: ChestXrayDataset) -> None:
-    np.testing.assert_array_equal(dataset.images([5, 1]), np.stack([pixels(5), pixels(1)]))
+def test_read_images_returns_stored_pixels(dataset: ChestXrayDataset) -> None:
+    np.testing.assert_array_equal(dataset.read_images([5, 1]), np.stack([pixels(5), pixels(1)]))
 
 
-def test_a_image_that_vanished_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
+def test_a_vanished_image_is_named(dataset: ChestXrayDataset, tmp_path: Path) -> None:
     (tmp_path / "00000005_000.png").unlink()
     with pytest.raises(DataError, match=r"00000005_000\.png"):
         dataset[5]
 
 
-def test_a_dataset_survives_pickling(dataset: ChestXrayDataset) -> None:
+def test_a_dataset_can_be_pickled(dataset: ChestXrayDataset) -> None:
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.image_names == dataset.image_names
     assert_equal_batches([copy.__getitems__(range(IMAGES))], [dataset.__getitems__(range(IMAGES))])
 
 
-def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
+def test_a_batch_is_in_the_given_order(dataset: ChestXrayDataset) -> None:
     batch = dataset.__getitems__([5, 1, 2])
     assert batch.images.shape == (3, 1, SIDE, SIDE) and batch.images.dtype == torch.uint8
     assert batch.labels.shape == (3, 14) and batch.labels.dtype == torch.float32
@@ -116,7 +116,7 @@ def test_a_batch_is_in_the_order_asked(dataset: ChestXrayDataset) -> None:
     assert torch.equal(batch.labels[2], dataset[2].labels)
 
 
-def test_draws_of_padding_are_black_images_of_index_minus_one(dataset: ChestXrayDataset) -> None:
+def test_padding_draws_are_black_images_of_index_minus_one(dataset: ChestXrayDataset) -> None:
     batch = dataset.__getitems__([4, 6, PADDING, PADDING, PADDING])
     assert batch.indices.tolist() == [4, 6, -1, -1, -1]
     assert batch.images.shape == (5, 1, SIDE, SIDE) and batch.labels.shape == (5, 14)
@@ -131,24 +131,24 @@ def test_a_batch_may_be_all_padding(dataset: ChestXrayDataset) -> None:
     assert batch.images.shape == (2, 1, SIDE, SIDE) and not batch.images.any()
 
 
-def test_padding_before_a_image_is_refused(dataset: ChestXrayDataset) -> None:
-    with pytest.raises(AssertionError, match="padding ends a batch"):
+def test_padding_before_an_image_is_refused(dataset: ChestXrayDataset) -> None:
+    with pytest.raises(AssertionError, match="padding must end the batch"):
         dataset.__getitems__([4, PADDING, 6])
 
 
-def test_without_images_labels_and_rows_are_the_same_and_nothing_is_read(
+def test_without_images_keeps_labels_and_rows_and_reads_nothing(
     dataset: ChestXrayDataset, tmp_path: Path
 ) -> None:
     draws = [5, 1, IMAGES + 2, PADDING]
     expected = dataset.__getitems__(draws)
-    blind = dataset.without_images()
+    empty = dataset.without_images()
     for image in tmp_path.glob("*.png"):
         image.unlink()
-    batch = blind.__getitems__(draws)
+    batch = empty.__getitems__(draws)
     assert batch.images.shape == (4, 1, 0, 0) and batch.images.dtype == torch.uint8
     assert torch.equal(batch.labels, expected.labels)
     assert torch.equal(batch.indices, expected.indices)
-    assert len(blind) == len(dataset) and blind.image_names == dataset.image_names
+    assert len(empty) == len(dataset) and empty.image_names == dataset.image_names
 
 
 def test_a_batch_of_zeros_is_all_padding() -> None:
@@ -158,7 +158,7 @@ def test_a_batch_of_zeros_is_all_padding() -> None:
     assert batch.indices.tolist() == [-1, -1]
 
 
-def test_the_loader_serves_every_image_once_and_pads_the_last_batch(
+def test_the_loader_yields_every_image_once_and_pads_the_last_batch(
     dataset: ChestXrayDataset,
 ) -> None:
     sampler = ReplicaSampler(
@@ -175,11 +175,11 @@ def test_the_loader_serves_every_image_once_and_pads_the_last_batch(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
-def test_two_worker_processes_give_the_batches_of_none(dataset: ChestXrayDataset) -> None:
+def test_two_loader_processes_yield_the_same_batches_as_none(dataset: ChestXrayDataset) -> None:
     sampler = TrainingSampler(
         IMAGES, global_batch_size=3, device_iterations=1, seed=3, start_step=0, total_steps=5
     )
-    alone, helped = (load(dataset, sampler, num_workers) for num_workers in (0, 2))
-    assert_equal_batches(alone, helped)
+    without, with_processes = (load(dataset, sampler, num_workers) for num_workers in (0, 2))
+    assert_equal_batches(without, with_processes)
     expected = torch.cat([torch.tensor(draws) for draws in sampler]) % IMAGES
-    assert torch.equal(torch.cat([batch.indices for batch in helped]), expected)
+    assert torch.equal(torch.cat([batch.indices for batch in with_processes]), expected)

@@ -1,4 +1,4 @@
-"""The facts of the real ChestX-ray14 files, where they lie beside the repository."""
+"""Facts of the real ChestX-ray14 files; skipped if they are not available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOXES = "BBox_List_2017.csv"
 RELABELLED = "google2019_nih-chest-xray-labels.csv"
 LISTS = ("train_val_list.txt", "test_list.txt")
 COMMUNITY = "community_val_list.txt"
-# Of the drawn official split; whoever resumes a run that used it has to find the same images.
+# Of the drawn official split; resumed runs that used it must get the same images.
 DRAWN_HASH = "52f3652519339ef77a0c9f87b86862370bf23515520ba5145de2156b0fb761a9"
 POSITIVES = {
     "Atelectasis": 11559,
@@ -45,21 +45,21 @@ POSITIVES = {
 }
 
 pytestmark = pytest.mark.skipif(
-    not NIH.is_dir(), reason=f"the real NIH files are not at hand ({NIH})"
+    not NIH.is_dir(), reason=f"the real NIH files are not available ({NIH})"
 )
 
 
 def unpack(name: str, folder: Path) -> None:
     packed_file = NIH / f"{name}.gz"
     if not packed_file.is_file():
-        pytest.skip(f"not at hand: {packed_file}")
+        pytest.skip(f"not available: {packed_file}")
     with gzip.open(packed_file, "rb") as packed, (folder / name).open("wb") as plain:
         shutil.copyfileobj(packed, plain)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NIH's own files."""
+    """A folder of NIH's own files."""
     folder = tmp_path_factory.mktemp("nih")
     for name in (CSV, *LISTS):
         unpack(name, folder)
@@ -78,7 +78,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 @pytest.fixture
 def community(root: Path, tmp_path: Path) -> Path:
-    """NIH's lists with the validation list that most papers use."""
+    """A folder of NIH's lists and the validation list that most papers use."""
     for name in LISTS:
         shutil.copy(root / name, tmp_path)
     unpack(COMMUNITY, tmp_path)
@@ -101,7 +101,7 @@ def test_the_label_counts_are_those_of_nih(records: Records) -> None:
     assert dict(zip([*FINDINGS, "No Finding"], counts)) == {**POSITIVES, "No Finding": 60_361}
 
 
-def test_no_image_has_no_finding_beside_a_finding_and_none_has_nothing(records: Records) -> None:
+def test_every_image_has_findings_or_no_finding(records: Records) -> None:
     healthy = records.labels[:, 14] == 1
     np.testing.assert_array_equal(healthy, ~records.labels[:, :14].any(axis=1))
 
@@ -123,7 +123,7 @@ def test_the_csv_is_v2020_with_its_original_sizes_and_follow_ups(records: Record
     assert (table["width"].min(), table["width"].max()) == (1143, 3827)
     assert (table["height"].min(), table["height"].max()) == (966, 4715)
     assert ((table["width"] == 2500) & (table["height"] == 2048)).sum() == 37_153
-    # v2020 put the follow-ups in the order of time: they are no longer the file name's.
+    # v2020 reordered the follow-ups by time, so they differ from the file names.
     named = table["image"].str[9:12].astype(np.int64)
     assert (table["follow_up"] != named).sum() == 24_106
 
@@ -145,7 +145,7 @@ def test_the_984_boxes_are_on_880_images_labelled_with_their_findings(annotated:
     assert annotated.labels[boxes["row"], columns].all()
 
 
-def test_the_boxed_images_are_all_for_testing(root: Path, annotated: Records) -> None:
+def test_the_boxed_images_are_all_in_the_test_split(root: Path, annotated: Records) -> None:
     splits = make_splits(annotated, root, DataSection(root=str(root)))
     assert set(annotated.boxes["row"]) <= set(splits.test.tolist())
     assert len(annotated.take(splits.test).boxes) == 984
@@ -193,7 +193,7 @@ def test_the_lists_of_medical_mae_with_folders_and_labels_give_the_same(
     assert sizes_of(records, community) == [75_312, 11_212, 25_596]
 
 
-def test_the_drawn_validation_is_that_of_earlier_runs(root: Path, records: Records) -> None:
+def test_the_drawn_validation_equals_that_of_earlier_runs(root: Path, records: Records) -> None:
     splits = make_splits(records, root, DataSection(root=str(root)))
     assert split_hash(records, splits) == DRAWN_HASH
 
@@ -215,7 +215,7 @@ def test_the_official_split_shares_no_patient(root: Path, records: Records) -> N
     assert len(set.union(*parts)) == 30_805
 
 
-def test_a_random_split_has_the_tutorials_size_and_its_leak(
+def test_a_random_split_has_the_tutorials_sizes_and_leak(
     root: Path, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
     section = DataSection(root=str(root), split="random", val_fraction=0.05, test_fraction=0)
@@ -235,10 +235,8 @@ def test_a_patient_split_of_the_real_images_is_near_its_fractions(
     assert len(splits.test) / len(records) == pytest.approx(0.2, abs=0.002)
 
 
-def test_the_loss_that_knows_only_the_prevalence_is_0_1637(
-    community: Path, annotated: Records
-) -> None:
-    # The images themselves are not at hand: only what the prevalence is of.
+def test_the_loss_of_the_prevalence_alone_is_0_1637(community: Path, annotated: Records) -> None:
+    # The images are not available; prevalence() needs only these attributes.
     module = ChestXrayDataModule.__new__(ChestXrayDataModule)
     module.records = annotated
     module.splits = make_splits(annotated, community, DataSection(root=str(community)))
@@ -250,7 +248,7 @@ def test_the_loss_that_knows_only_the_prevalence_is_0_1637(
     assert losses.mean() == pytest.approx(0.1637, abs=0.0005)
 
 
-def test_the_21_full_images_are_read_gray_at_the_size_asked() -> None:
+def test_the_21_full_images_are_read_gray_at_the_given_size() -> None:
     images = find_images(NIH / "images")
     assert len(images) == 21
     modes = []
@@ -279,7 +277,7 @@ def test_the_thousand_small_images_are_found_and_named_as_in_the_csv(records: Re
 
 
 @pytest.mark.parametrize("size", [64, 32])
-def test_small_images_are_read_at_the_size_asked(size: int) -> None:
+def test_small_images_are_read_at_the_given_size(size: int) -> None:
     images = find_images(NIH / "nih1000_64px")
     for name in sorted(images)[::200]:
         image = read_gray(images[name], size)

@@ -1,4 +1,4 @@
-"""Which samples step k uses: a pure function, one endless stream, nothing dropped."""
+"""Samplers: the samples of each step, one endless stream without dropped samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 
-# Steps of 4 of 10 images with seed 1337; a change here changes the order of every run.
+# Steps of 4 of 10 images with seed 1337; a change reorders the samples of every run.
 GOLDEN = {0: [7, 6, 3, 5], 2: [0, 1, 8, 5], 1000: [2, 7, 9, 4]}
 
 
@@ -44,14 +44,14 @@ def test_rows_are_golden_for_a_fixed_seed(step: int) -> None:
     assert rows_of(make(), step).tolist() == GOLDEN[step]
 
 
-def test_a_step_has_the_same_rows_in_any_order_of_asking() -> None:
+def test_rows_of_a_step_do_not_depend_on_the_order_of_calls() -> None:
     forward, backward = make(), make()
     in_order = [rows_of(forward, step).tolist() for step in range(15)]
     reversed_order = [rows_of(backward, step).tolist() for step in reversed(range(15))]
     assert in_order == reversed_order[::-1]
 
 
-def test_a_fresh_sampler_gives_a_step_the_same_rows_as_one_that_has_served_others() -> None:
+def test_rows_of_a_step_do_not_depend_on_earlier_calls() -> None:
     served = make()
     stream(served)
     for step in (14, 0, 7):
@@ -73,7 +73,7 @@ def test_iterating_gives_the_draws_of_each_step() -> None:
     assert list(sampler) == [make().draws(step).tolist() for step in range(15)]
 
 
-def test_a_draw_tells_its_epoch() -> None:
+def test_a_draw_contains_its_epoch() -> None:
     draws = [draw for batch in make(10, 4, total_steps=15) for draw in batch]
     assert [draw // 10 for draw in draws] == [epoch for epoch in range(6) for _ in range(10)]
 
@@ -92,22 +92,22 @@ def test_another_epoch_has_another_order() -> None:
     assert rows[:100] != rows[100:]
 
 
-def test_an_epochs_worth_of_samples_holds_every_sample_once() -> None:
+def test_an_epoch_holds_every_sample_once() -> None:
     assert sorted(stream(make(12, 4, total_steps=3))) == list(range(12))
 
 
-def test_nothing_is_dropped_where_a_batch_spans_two_epochs() -> None:
+def test_no_sample_is_dropped_if_a_batch_spans_two_epochs() -> None:
     rows = stream(make(10, 4, total_steps=15))  # 60 rows: six epochs, most ending inside a batch
     epochs = [sorted(rows[start : start + 10]) for start in range(0, 60, 10)]
     assert epochs == [list(range(10))] * 6
 
 
-def test_a_global_batch_larger_than_the_split_takes_whole_epochs() -> None:
+def test_a_global_batch_may_be_larger_than_the_split() -> None:
     rows = stream(make(3, 8, total_steps=3))
     assert [sorted(rows[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
-def test_a_split_of_one_image_is_served_again_and_again() -> None:
+def test_a_split_of_one_image_is_repeated() -> None:
     assert stream(make(1, 2, total_steps=2)) == [0, 0, 0, 0]
 
 
@@ -121,7 +121,7 @@ def test_device_iterations_only_group_the_stream(device_iterations: int) -> None
     assert stream(make(device_iterations=device_iterations)) == stream(make())
 
 
-def test_a_host_batch_is_as_long_as_its_steps() -> None:
+def test_a_host_batch_holds_the_samples_of_its_steps() -> None:
     assert [len(batch) for batch in make(device_iterations=4)] == [16, 16, 16, 12]
 
 
@@ -132,7 +132,7 @@ def test_the_length_is_the_number_of_host_batches(device_iterations: int, start_
     assert len(sampler) == len(list(sampler))
 
 
-def test_a_finished_run_has_nothing_left() -> None:
+def test_a_finished_run_yields_nothing() -> None:
     assert list(make(start_step=15)) == []
 
 

@@ -1,4 +1,4 @@
-"""The stream of training batches: one whatever the loader, and after a resume in mid-epoch."""
+"""The stream of training batches does not depend on loader processes, cache or resuming."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Callable, List
 import numpy as np
 import pytest
 import torch
+from conftest import engine_of
 
 from cxr_vit.config import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
@@ -14,7 +15,7 @@ from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.model.stages import StagedViT
 
-STEPS = 16  # of 10 images of 48: three epochs, the changes of which lie inside a batch
+STEPS = 16  # of 10 of 48 images: three epochs, which begin and end within a batch
 AUGMENT = (
     "augment.rotation=10",
     "augment.crop=0.7",
@@ -68,14 +69,14 @@ def test_any_number_of_workers_gives_the_same_stream(
     assert_same(stream(config, training, num_workers=num_workers), stream(config, training))
 
 
-def test_a_resume_in_mid_epoch_goes_on_with_the_same_stream(
+def test_resuming_within_an_epoch_continues_the_same_stream(
     config: Config, training: ChestXrayDataset
 ) -> None:
     assert (6 * 10) % len(training) != 0
     assert_same(stream(config, training, start_step=6), stream(config, training)[3:])
 
 
-def test_a_image_is_varied_otherwise_in_the_next_epoch(
+def test_an_image_is_augmented_differently_in_the_next_epoch(
     config: Config, training: ChestXrayDataset
 ) -> None:
     size = len(training)
@@ -93,9 +94,9 @@ def test_the_cache_and_the_files_give_the_same_stream(make_config: Callable[...,
     assert_same(*streams)
 
 
-def test_evaluation_images_are_never_varied(config: Config) -> None:
+def test_evaluation_images_are_never_augmented(config: Config) -> None:
     module = ChestXrayDataModule(config.data)
     val = module.dataset("val")
     assert val.augmentation is None
     batch = val.__getitems__(range(len(val)))
-    assert torch.equal(batch.images[:, 0], torch.from_numpy(val.images(range(len(val)))))
+    assert torch.equal(batch.images[:, 0], torch.from_numpy(val.read_images(range(len(val)))))

@@ -1,4 +1,4 @@
-"""The NIH CSV in its known variants, and the ways in which it can be wrong."""
+"""read_records, read_table and find_csv: the known forms of NIH's CSV, and invalid ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_vit.data.nih import RELABELS, Records, find_csv, read_records
+from cxr_vit.data.nih import RELABELS, Records, find_csv, read_records, read_table
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -52,7 +52,7 @@ def read_ages(folder: Path, ages: Sequence[str]) -> list:
     return read(write_csv(folder, rows)).table["age"].tolist()
 
 
-def test_v2020_columns_stay_in_place_beside_the_unquoted_commas(tmp_path: Path) -> None:
+def test_v2020_columns_are_read_despite_unquoted_commas(tmp_path: Path) -> None:
     table = read(write_csv(tmp_path, V2020_ROWS)).table
     columns = ["image", "findings", "patient", "age", "sex", "view"]
     assert table[columns].to_numpy().tolist() == [
@@ -67,7 +67,7 @@ def test_each_row_gets_its_labels(tmp_path: Path) -> None:
     assert [np.flatnonzero(row).tolist() for row in records.labels] == [[1], [1, 10], []]
 
 
-def test_no_finding_becomes_a_fifteenth_column_on_request(tmp_path: Path) -> None:
+def test_include_no_finding_adds_a_fifteenth_column(tmp_path: Path) -> None:
     records = read(write_csv(tmp_path, V2020_ROWS), include_no_finding=True)
     assert records.labels[:, 14].tolist() == [0, 0, 1]
 
@@ -117,21 +117,21 @@ def test_unreadable_follow_ups_and_sizes_are_unknown(
         ("Image Index,Finding Labels,x,Patient ID", "other"),
     ],
 )
-def test_variants_are_told_apart_by_their_header(tmp_path: Path, header: str, variant: str) -> None:
+def test_the_variant_is_identified_by_the_header(tmp_path: Path, header: str, variant: str) -> None:
     records = read(write_csv(tmp_path, V2020_ROWS, header))
     assert records.variant == variant
     assert records.take(np.array([1])).variant == variant
     assert records.table["patient"].tolist() == [1, 1, 2]
 
 
-def test_kaggles_sample_has_its_own_names_of_width_and_height(tmp_path: Path) -> None:
+def test_kaggles_names_of_width_and_height_are_known(tmp_path: Path) -> None:
     row = "00000013_005.png,Emphysema|Mass,005,00000013,060Y,M,AP,3056,2544,0.139,0.139"
     image = read(write_csv(tmp_path, [row], SAMPLE_HEADER)).table.iloc[0]
     found = image[["patient", "age", "sex", "view", "follow_up", "width", "height"]].tolist()
     assert found == [13, 60, "M", "AP", 5, 3056, 2544]
 
 
-def test_nihs_later_name_of_the_sex_is_known_with_commas_after_each_row(tmp_path: Path) -> None:
+def test_patient_sex_column_and_trailing_commas_are_read(tmp_path: Path) -> None:
     rows = [f"{row}," for row in V2020_ROWS]
     table = read(write_csv(tmp_path, rows, HEADER.replace("Gender", "Sex") + ",")).table
     assert table["sex"].tolist() == ["M", "M", "F"]
@@ -154,7 +154,7 @@ def test_patient_ids_are_whole_numbers_in_either_format(tmp_path: Path) -> None:
     assert old.tolist() == new.tolist()
 
 
-@pytest.mark.skipif(not OLD_SAMPLE.is_file(), reason="the real 12-row sample is not at hand")
+@pytest.mark.skipif(not OLD_SAMPLE.is_file(), reason="the real 12-row sample is not available")
 def test_the_real_sample_of_the_older_format_is_read(caplog: pytest.LogCaptureFixture) -> None:
     records = read(OLD_SAMPLE)
     ages = records.table["age"].tolist()
@@ -164,7 +164,7 @@ def test_the_real_sample_of_the_older_format_is_read(caplog: pytest.LogCaptureFi
     assert records.labels.sum() == 17 and not records.labels[3].any()
 
 
-def test_columns_are_found_by_name_and_not_by_place(tmp_path: Path) -> None:
+def test_columns_are_found_by_name_in_any_order(tmp_path: Path) -> None:
     header = "Patient ID,View Position,Finding Labels,Image Index"
     csv = write_csv(tmp_path, ["7,AP,Hernia,00000007_000.png"], header)
     records = read(csv)
@@ -215,7 +215,7 @@ def test_a_missing_column_is_named_with_the_expected_ones(tmp_path: Path, column
 @pytest.mark.parametrize(
     "lines", ["00000001_000.png\n00000001_001.png\n", "\nimages_001/00000001_000.png 0 1 0\n"]
 )
-def test_the_list_file_given_as_csv_is_recognised(tmp_path: Path, lines: str) -> None:
+def test_a_list_file_given_as_csv_is_recognized(tmp_path: Path, lines: str) -> None:
     csv = tmp_path / "mine.txt"
     csv.write_text(lines, encoding="utf-8")
     with pytest.raises(DataError, match=r"mine\.txt: looks like a list of file names") as caught:
@@ -237,7 +237,7 @@ def test_a_header_without_rows_is_refused(tmp_path: Path) -> None:
         read(write_csv(tmp_path, []))
 
 
-def test_fields_that_commas_do_not_part_are_recognised(tmp_path: Path) -> None:
+def test_other_field_separators_are_recognized(tmp_path: Path) -> None:
     rows = [row.replace(",", ";") for row in V2020_ROWS]
     with pytest.raises(DataError, match="Separate the fields with commas"):
         read(write_csv(tmp_path, rows, HEADER.replace(",", ";")))
@@ -245,14 +245,16 @@ def test_fields_that_commas_do_not_part_are_recognised(tmp_path: Path) -> None:
 
 def test_duplicate_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     rows = [*V2020_ROWS, V2020_ROWS[2], V2020_ROWS[1]]
-    with pytest.raises(DataError, match="given before in 2 of 5 rows, first in row 4") as caught:
+    with pytest.raises(
+        DataError, match="repeated 'Image Index' in 2 of 5 rows, first in row 4"
+    ) as caught:
         read(write_csv(tmp_path, rows))
     assert "'00000002_000.png'" in str(caught.value)
-    assert "Keep one row an image" in str(caught.value)
+    assert "Keep one row per image" in str(caught.value)
 
 
 @pytest.mark.parametrize("patient", ["P17", "", "1;2"])
-def test_a_patient_id_that_is_no_number_is_refused_with_its_row(
+def test_a_patient_id_that_is_not_a_number_is_refused_with_its_row(
     tmp_path: Path, patient: str
 ) -> None:
     rows = [V2020_ROWS[0], f"00000002_000.png,Mass,0,{patient},60,M,PA,1,1,1,1"]
@@ -261,7 +263,7 @@ def test_a_patient_id_that_is_no_number_is_refused_with_its_row(
 
 
 @pytest.mark.parametrize("patient", ["1.5", "inf", "nan", "99999999999999999999"])
-def test_a_patient_id_that_is_no_whole_number_is_refused(tmp_path: Path, patient: str) -> None:
+def test_a_patient_id_that_is_not_a_whole_number_is_refused(tmp_path: Path, patient: str) -> None:
     rows = [f"00000002_000.png,Mass,0,{patient},60,M,PA,1,1,1,1"]
     with pytest.raises(DataError, match="Patient ID"):
         read(write_csv(tmp_path, rows))
@@ -283,12 +285,12 @@ def test_a_path_in_place_of_a_file_name_is_refused(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["a..b.png", "image 7.png", "1.2.840.png", ".hidden.png", "é.png"])
-def test_other_file_names_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
+def test_other_file_names_are_kept_unchanged(tmp_path: Path, name: str) -> None:
     csv = write_csv(tmp_path, [f"{name},Mass,0,1,60,M,PA,1,1,1,1"])
     assert read(csv).table["image"].tolist() == [name]
 
 
-def test_a_patient_that_is_not_the_file_names_is_refused_with_count_and_first(
+def test_a_patient_id_that_differs_from_the_file_name_is_refused(
     tmp_path: Path,
 ) -> None:
     rows = [
@@ -302,7 +304,7 @@ def test_a_patient_that_is_not_the_file_names_is_refused_with_count_and_first(
 
 
 @pytest.mark.parametrize("name", ["3_000.png", "00000003_000.jpg", "00000003_0000.png", "x.png"])
-def test_names_of_another_form_say_nothing_of_the_patient(tmp_path: Path, name: str) -> None:
+def test_names_of_another_form_are_not_compared_with_the_patient(tmp_path: Path, name: str) -> None:
     csv = write_csv(tmp_path, [f"{name},Mass,0,4,60,M,PA,1,1,1,1"])
     assert read(csv).table["patient"].tolist() == [4]
 
@@ -313,9 +315,9 @@ def test_an_unknown_finding_names_its_row_of_the_csv(tmp_path: Path) -> None:
         read(write_csv(tmp_path, rows))
 
 
-def test_no_finding_beside_a_finding_is_refused_by_file_and_row(tmp_path: Path) -> None:
+def test_no_finding_with_a_finding_is_refused_with_file_and_row(tmp_path: Path) -> None:
     rows = [*V2020_ROWS, "00000003_000.png,Mass|No Finding,0,3,81,M,PA,1,1,1,1"]
-    with pytest.raises(DataError, match=r"labels\.csv: row 4 .*cannot stand beside a finding"):
+    with pytest.raises(DataError, match=r"labels\.csv: row 4 .*cannot be combined with a finding"):
         read(write_csv(tmp_path, rows))
 
 
@@ -363,24 +365,24 @@ def test_a_folder_in_place_of_the_csv_is_refused_by_name(tmp_path: Path) -> None
         read(tmp_path)
 
 
-def test_a_quote_that_is_never_closed_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unclosed_quote_is_refused_by_name(tmp_path: Path) -> None:
     rows = [V2020_ROWS[0], V2020_ROWS[1].replace("Cardio", '"Cardio')]
     with pytest.raises(DataError, match=r"labels\.csv: not a readable CSV"):
         read(write_csv(tmp_path, rows))
 
 
-def test_a_csv_cut_off_in_its_last_row_is_refused(tmp_path: Path) -> None:
+def test_a_csv_truncated_in_its_last_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="first in row 4: ''"):
         read(write_csv(tmp_path, [*V2020_ROWS, "00000003_000.png,Hern"]))
 
 
-def test_a_row_cut_off_after_the_patient_has_empty_sex_and_view(tmp_path: Path) -> None:
+def test_a_row_truncated_after_the_patient_has_empty_sex_and_view(tmp_path: Path) -> None:
     table = read(write_csv(tmp_path, [*V2020_ROWS, "00000003_000.png,Hernia,0,3"])).table
     assert table.loc[3, ["sex", "view"]].tolist() == ["", ""]
     assert math.isnan(table["age"][3])
 
 
-def test_a_row_cut_off_before_its_findings_is_refused_whatever_the_columns_order(
+def test_a_row_truncated_before_its_findings_is_refused_in_any_column_order(
     tmp_path: Path,
 ) -> None:
     csv = write_csv(
@@ -390,7 +392,7 @@ def test_a_row_cut_off_before_its_findings_is_refused_whatever_the_columns_order
         read(csv)
 
 
-def test_columns_stay_in_place_where_rows_have_more_fields_than_the_header(tmp_path: Path) -> None:
+def test_rows_with_more_fields_than_the_header_keep_their_columns(tmp_path: Path) -> None:
     header = HEADER.replace("OriginalImage[", '"OriginalImage[').replace("Height]", 'Height]"')
     table = read(write_csv(tmp_path, V2020_ROWS, header)).table
     assert table["patient"].tolist() == [1, 1, 2]
@@ -404,19 +406,19 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) 
     pd.testing.assert_frame_equal(read(csv).table, plain)
 
 
-def test_the_word_none_is_text_and_not_a_missing_value(tmp_path: Path) -> None:
+def test_the_word_none_is_not_a_missing_value(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown finding 'None'"):
         read(write_csv(tmp_path, ["00000001_000.png,None,0,1,57,M,PA,1,1,1,1"]))
 
 
-def test_take_returns_rows_in_the_order_asked_numbered_anew(tmp_path: Path) -> None:
+def test_take_returns_rows_in_the_given_order_renumbered(tmp_path: Path) -> None:
     taken = read(write_csv(tmp_path, V2020_ROWS)).take(np.array([2, 1]))
     assert taken.table["image"].tolist() == ["00000002_000.png", "00000001_001.png"]
     assert taken.table.index.tolist() == [0, 1]
     assert taken.labels.sum(axis=1).tolist() == [0, 2]
 
 
-def test_records_of_a_table_and_labels_alone_have_no_boxes_and_no_relabels(tmp_path: Path) -> None:
+def test_records_of_a_table_and_labels_have_no_boxes_or_relabels(tmp_path: Path) -> None:
     whole = read(write_csv(tmp_path, V2020_ROWS))
     records = Records(whole.table, whole.labels)
     assert records.boxes.columns.tolist() == ["row", "finding", "x", "y", "width", "height"]
@@ -429,8 +431,6 @@ def test_records_of_a_table_and_labels_alone_have_no_boxes_and_no_relabels(tmp_p
     assert taken.boxes.columns.tolist() == records.boxes.columns.tolist()
     assert len(records.take(np.array([], dtype=np.int64)).relabels) == 0
 
-
-# Boxes and relabels
 
 BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 BOXES = (
@@ -462,17 +462,17 @@ def test_boxes_point_to_the_rows_of_their_images(
         [1, "Cardiomegaly", 1, 2, 3, 4],
         [1, "Emphysema", 100, 200, 300, 400],
     ]
-    assert "1 of 4 boxes are of images that the CSV lacks, and left out" in caplog.text
+    assert "left out 1 of 4 boxes, of images that the CSV lacks" in caplog.text
 
 
-def test_a_box_of_a_finding_that_the_image_lacks_is_kept_and_counted(
+def test_a_box_of_an_unlabelled_finding_is_kept_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     read_annotated(tmp_path)
-    assert "1 boxes are of a finding that their image is not labelled with" in caplog.text
+    assert "1 boxes have a finding that is not among their image's labels" in caplog.text
 
 
-def test_relabels_stand_beside_their_images_and_are_unknown_elsewhere(
+def test_relabels_are_nan_for_images_that_were_not_relabelled(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -480,10 +480,10 @@ def test_relabels_stand_beside_their_images_and_are_unknown_elsewhere(
     assert relabels.dtype == np.float32 and relabels.shape == (3, 4)
     assert np.isnan(relabels[:2]).all()
     assert relabels[2].tolist() == [0, 1, 0, 1]
-    assert "1 of 2 labels are of images that the CSV lacks, and left out" in caplog.text
+    assert "left out 1 of 2 labels, of images that the CSV lacks" in caplog.text
 
 
-def test_boxes_of_other_images_only_leave_none(tmp_path: Path) -> None:
+def test_boxes_of_images_outside_the_csv_are_left_out(tmp_path: Path) -> None:
     boxes = tmp_path / "boxes.csv"
     boxes.write_text(f"{BOX_HEADER}\n{BOXES[2]}\n")
     records = read_records(write_csv(tmp_path, V2020_ROWS), include_no_finding=False, boxes=boxes)
@@ -505,13 +505,23 @@ def test_boxes_and_relabels_follow_their_images(tmp_path: Path, rows: list) -> N
     assert taken.boxes["row"].dtype == np.int64
 
 
-def test_take_understands_a_mask_too(tmp_path: Path) -> None:
+def test_take_accepts_a_mask(tmp_path: Path) -> None:
     records = read_annotated(tmp_path)
     masked = records.take(np.array([False, True, True]))
     pd.testing.assert_frame_equal(masked.boxes, records.take(np.array([1, 2])).boxes)
 
 
-# Where the CSV is
+def test_spaces_around_a_column_name_are_ignored(tmp_path: Path) -> None:
+    csv = tmp_path / "table.csv"
+    csv.write_text("a , b\n1,2\n", encoding="utf-8")
+    assert read_table(csv, ["a", "b"], key="data.x", example="x.csv")["b"].tolist() == ["2"]
+
+
+def test_a_list_of_file_names_given_as_a_table_is_refused_with_the_key(tmp_path: Path) -> None:
+    csv = tmp_path / "table.csv"
+    csv.write_text("00000001_000.png\n00000001_001.png\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"looks like a list .*set data\.x to x\.csv"):
+        read_table(csv, ["a", "b"], key="data.x", example="x.csv")
 
 
 @pytest.mark.parametrize(
@@ -528,14 +538,14 @@ def test_find_csv_prefers_the_corrected_labels_of_2020(tmp_path: Path) -> None:
     assert find_csv(tmp_path, None) == tmp_path / "Data_Entry_2017_v2020.csv"
 
 
-def test_find_csv_takes_the_given_file_over_those_in_the_root(tmp_path: Path) -> None:
+def test_find_csv_prefers_the_given_file(tmp_path: Path) -> None:
     (tmp_path / "Data_Entry_2017_v2020.csv").touch()
     given = tmp_path / "mine.csv"
     given.touch()
     assert find_csv(tmp_path, str(given)) == given
 
 
-def test_find_csv_names_the_given_file_that_is_not_there(tmp_path: Path) -> None:
+def test_find_csv_names_a_missing_given_file(tmp_path: Path) -> None:
     (tmp_path / "Data_Entry_2017_v2020.csv").touch()
     with pytest.raises(DataError, match=r"absent\.csv.*data\.csv"):
         find_csv(tmp_path, str(tmp_path / "absent.csv"))
