@@ -1,1 +1,1 @@
-"""The engines: where a model runs."""
+"""Engines: train and score a model on one kind of device."""

@@ -107,8 +107,9 @@ class Engine(ABC):
     def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
         self.failed = error is not None
         self.close()
-        if _is_dead_worker(error):  # torch's handler of SIGCHLD raises it in any line
-            raise _dead_worker_error(error) from error
+        dead_worker = _dead_worker_error(error)  # torch's handler of SIGCHLD raises it in any line
+        if dead_worker is not None:
+            raise dead_worker from error
 
     @abstractmethod
     def describe(self) -> str:
@@ -230,9 +231,10 @@ def with_user_errors(loader: Iterable[Batch]) -> Iterator[Batch]:
     except DataError as error:
         raise DataError(_original_message(error)) from None
     except RuntimeError as error:
-        if not _is_dead_worker(error):
+        dead_worker = _dead_worker_error(error)
+        if dead_worker is None:
             raise
-        raise _dead_worker_error(error) from error
+        raise dead_worker from error
 
 
 def _original_message(error: DataError) -> str:
@@ -246,12 +248,10 @@ def _original_message(error: DataError) -> str:
     return str(error).rpartition(name)[2].strip()
 
 
-def _is_dead_worker(error: Optional[BaseException]) -> bool:
-    """Whether torch reports that a loader worker died; it raises a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
-def _dead_worker_error(error: Optional[BaseException]) -> DataError:
+def _dead_worker_error(error: Optional[BaseException]) -> Optional[DataError]:
+    """Return a DataError for the plain RuntimeError that torch raises if a loader worker died."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return None
     return DataError(
         f"{error}\nOut of memory, or of /dev/shm? Lower data.num_workers and resume with --resume."
     )

@@ -43,12 +43,7 @@ def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> E
     """Choose the engine of `engine.name`.
 
     `auto` chooses IPUs where PopTorch imports and enough IPUs answer, else a torch device. An
-    explicit `engine.device` wins.
-
-    Parameters
-    ----------
-    offline
-        Whether to compile only, for IPUs.
+    explicit `engine.device` wins; `offline`, to compile only, means IPUs.
 
     Raises
     ------
@@ -87,7 +82,7 @@ def _choose(config: Config, local_replicas: Optional[int], offline: bool) -> Eng
         return EngineChoice("poptorch", "--compile-only" if offline else why)
     if engine.name == "poptorch" or offline:
         raise EngineUnavailable(str(problem))
-    return EngineChoice("torch", f"no IPU: {problem.found}")
+    return EngineChoice("torch", f"no IPU: {problem.given} {problem.rule}".rstrip("."))
 
 
 def build_engine(
@@ -99,14 +94,7 @@ def build_engine(
     *,
     offline: bool = False,
 ) -> Engine:
-    """Build the chosen engine.
-
-    Parameters
-    ----------
-    model
-        Built `for_ipu` if the choice is.
-    offline
-        Whether to compile only, for IPUs.
+    """Build the chosen engine for a model that is built `for_ipu` if the choice is.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""torch's pipeline stage, holding only the activations that are in flight."""
+"""Pipeline parallelism over processes with torch.distributed.pipelining."""
 
 from __future__ import annotations
 
@@ -28,21 +28,13 @@ from cxr_vit.engines.torch_engine import TorchEngineBase
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import Stage, StagedViT
 
-__all__ = ["AutocastStage", "LeanStage", "PipelineEngine"]
+__all__ = ["LeanStage", "PipelineEngine"]
 
 
 class AutocastStage(nn.Module):
-    """A stage whose forward pass runs in mixed precision, as the uncut model's does.
+    """A stage with its forward pass under `autocast`, as in the uncut model.
 
-    Hidden states leave it in fp32, which is what the next one was told to receive: torch would not
-    notice another dtype.
-
-    Parameters
-    ----------
-    stage
-        The stage; shared, not copied.
-    autocast
-        Makes the context of a forward pass.
+    Hidden states leave it in fp32, the dtype declared for the next stage: torch does not check it.
     """
 
     def __init__(self, stage: Stage, autocast: Callable[[], Any]) -> None:
@@ -58,15 +50,18 @@ class AutocastStage(nn.Module):
 
 
 class LeanStage(PipelineStage):
-    """A pipeline stage that knows what it waits for, and keeps no buffer it has no use for.
+    """A pipeline stage that holds receive buffers only while they are in use.
 
-    torch allocates a buffer for the input and one for the gradient of *every* micro-batch of an
-    update and keeps them from update to update, which makes the memory of 1F1B grow with their
-    number. Here a buffer is there from the moment its receive is posted until it was used. In
-    between a tensor without memory (`meta`) holds its place.
+    torch allocates buffers for the input and the gradient of *every* micro-batch of an update and
+    keeps them, so the memory of 1F1B grows with the number of micro-batches. Here a buffer exists
+    from the posting of its receive until it is used; otherwise a `meta` tensor replaces it.
 
-    `awaited` lists the receives that were posted and not used yet, oldest first, in words, and
-    `offered` says what was last sent.
+    Attributes
+    ----------
+    awaited
+        Descriptions of the receives that were posted and not used yet, oldest first.
+    last_send
+        Description of the last send.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -76,17 +71,17 @@ class LeanStage(PipelineStage):
 
     def _prepare_forward_infra(self, *arguments: Any, **named: Any) -> Any:
         result = super()._prepare_forward_infra(*arguments, **named)
-        _empty(info for infos in self.args_recv_info.values() for info in infos)
+        _free(info for infos in self.args_recv_info.values() for info in infos)
         return result
 
     def _prepare_backward_infra(self, *arguments: Any, **named: Any) -> Any:
         result = super()._prepare_backward_infra(*arguments, **named)
-        _empty(info for infos in self.grad_recv_info.values() for info in infos)
+        _free(info for infos in self.grad_recv_info.values() for info in infos)
         return result
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        """Make room for the input of a micro-batch and return its receives."""
-        self._fill(self.args_recv_info[fwd_chunk_id])
+        """Allocate the input of a micro-batch and return its receives."""
+        self._allocate(self.args_recv_info[fwd_chunk_id])
         operations = super().get_fwd_recv_ops(fwd_chunk_id)
         if operations:
             words = f"stage {self.stage_index - 1}'s output for micro-batch {fwd_chunk_id}"
@@ -94,16 +89,16 @@ class LeanStage(PipelineStage):
         return operations
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
-        """Run a micro-batch forward; what holds its input from now on is the backward pass."""
+        """Run a micro-batch forward; from now on only autograd's graph holds its input."""
         self.awaited.pop(("forward", fwd_chunk_id), None)
         output = super().forward_one_chunk(fwd_chunk_id, *arguments, **named)
-        _empty(self.args_recv_info[fwd_chunk_id])
+        _free(self.args_recv_info[fwd_chunk_id])
         return output
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-        """Make room for the gradient of a micro-batch and return its receives."""
+        """Allocate the gradient of a micro-batch and return its receives."""
         if self.has_backward and not self.is_last:
-            self._fill(self.grad_recv_info[bwd_chunk_id])
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
         operations = super().get_bwd_recv_ops(bwd_chunk_id)
         if operations:
             words = f"stage {self.stage_index + 1}'s gradient for micro-batch {bwd_chunk_id}"
@@ -111,13 +106,13 @@ class LeanStage(PipelineStage):
         return operations
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
-        """Run a micro-batch backward, after which its gradient is done with."""
+        """Run a micro-batch backward and free its gradient."""
         self.awaited.pop(("backward", bwd_chunk_id), None)
         result = super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
         if named.get("loss") is not None:
-            named["loss"].detach_()  # the schedule keeps it, and its graph the stage's input
+            named["loss"].detach_()  # the schedule keeps it, and its graph holds the stage's input
         if self.has_backward:
-            _empty(self.grad_recv_info[bwd_chunk_id])
+            _free(self.grad_recv_info[bwd_chunk_id])
         return result
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
@@ -135,23 +130,22 @@ class LeanStage(PipelineStage):
             self.last_send = f"{words} micro-batch {bwd_chunk_id}"
         return operations
 
-    def _fill(self, infos: Iterable[Any]) -> None:
+    def _allocate(self, infos: Iterable[Any]) -> None:
         for info in infos:
             if _is_received(info):
-                place = info.buffer
-                info.buffer = torch.empty_like(place, device=self.device)
-                info.buffer.requires_grad_(place.requires_grad)
+                empty = torch.empty_like(info.buffer, device=self.device)
+                info.buffer = empty.requires_grad_(info.buffer.requires_grad)
 
 
-def _empty(infos: Iterable[Any]) -> None:
+def _free(infos: Iterable[Any]) -> None:
     for info in infos:
         if _is_received(info) and not info.buffer.is_meta:
-            place = torch.empty_like(info.buffer, device="meta")
-            info.buffer = place.requires_grad_(info.buffer.requires_grad)
+            empty = torch.empty_like(info.buffer, device="meta")
+            info.buffer = empty.requires_grad_(info.buffer.requires_grad)
 
 
 def _is_received(info: Any) -> bool:
-    """Whether another stage sends this: not so for the model's own input."""
+    """Whether another stage sends this; false for the input of the model."""
     return isinstance(getattr(info, "buffer", None), Tensor)
 
 
@@ -161,6 +155,8 @@ class PipelineEngine(TorchEngineBase):
     Stage `i` is on process ``i % n`` of the `n` of its replica. Only that process holds its
     weights and its optimizer state. `check_processes` must have passed.
     """
+
+    name = "pipeline"
 
     def __init__(
         self,
@@ -221,17 +217,6 @@ class PipelineEngine(TorchEngineBase):
             " pipeline.schedule=gpipe|1f1b|interleaved_1f1b, engine.device=cpu|cuda,"
             " engine.precision=fp32|bf16|fp16)"
         )
-
-    def facts(self) -> Dict[str, Any]:
-        """Return what `describe` tells as fields."""
-        return {
-            "name": "pipeline",
-            "device": self.device_choice.name,
-            "precision": self.device_choice.precision,
-            "processes": self.group.size,
-            "replicas": self.batch.replicas,
-            "stages": self.num_stages,
-        }
 
     def _make_stages(
         self, modules: Dict[int, AutocastStage], micro_batch_size: int, *, training: bool

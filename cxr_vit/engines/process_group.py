@@ -56,8 +56,9 @@ def run_store(launch: Launch) -> RunStore:
 class RunStore:
     """Key-value store that all processes of a run share; opened by the first use.
 
-    It is torch's store. With torchrun the agent holds it, so it outlives the processes. Where
-    there are no other processes to connect to, the methods do nothing or act locally.
+    It is torch's store. With torchrun the agent holds it, so it outlives the processes. Without
+    other processes the methods do nothing or act locally. All processes must call the methods that
+    take a name with the same names in the same order.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -89,14 +90,6 @@ class RunStore:
         self.open()
         return PrefixStore(self._start, _connect())
 
-    def set_key(self, key: str, value: str = "") -> None:
-        """Set a key that `has_key` can query."""
-        _set_key(self.open(), key, value)
-
-    def has_key(self, key: str) -> bool:
-        """Whether a key was set by `set_key`."""
-        return _has_key(self.open(), key)
-
     def wait_for_key(self, key: str) -> None:
         """Wait until a key is set, without a time limit.
 
@@ -105,7 +98,8 @@ class RunStore:
         ProcessLost
             If another process reports an error meanwhile.
         """
-        while not self.has_key(key):
+        store = self.open()
+        while not _has_key(store, key):
             if self.has_error():
                 raise ProcessLost("another process failed; its host's output says why.")
             time.sleep(_POLL_S)
@@ -126,16 +120,13 @@ class RunStore:
         return PrefixStore("cxr_vit/launch", store)
 
     def call_once(self, name: str, function: Callable[[], Any]) -> Any:
-        """Call a function in the main process only; return its JSON-able result in all.
-
-        All processes must use the same names in the same order.
-        """
+        """Call a function in the main process only; return its JSON-able result in all."""
         if not self.launch.is_connected:
             return function()
         key = f"made/{self.unique(name)}"
         if self.launch.is_main:
             value = function()
-            self.set_key(key, json.dumps(value))
+            _set_key(self.open(), key, json.dumps(value))
             return value
         self.wait_for_key(key)
         return json.loads(self.open().get(key))
@@ -144,24 +135,17 @@ class RunStore:
     def main_first(self, name: str) -> Iterator[None]:
         """Run the body in the main process before the others begin it.
 
-        They then find the files that it writes, and only the main process reports progress. All
-        processes must use the same names in the same order.
+        They then find the files that it writes, and only the main process reports progress.
         """
         key = f"done/{self.unique(name)}"
         if self.launch.is_connected and not self.launch.is_main:
             self.wait_for_key(key)
         yield
         if self.launch.is_connected and self.launch.is_main:
-            self.set_key(key)
+            _set_key(self.open(), key)
 
     def differences(self, name: str, facts: Dict[str, Any]) -> List[str]:
-        """Compare JSON-able facts with those of the main process.
-
-        Returns
-        -------
-        list of str
-            What differs, each as ``"<fact>=<here> here, <there> there"``.
-        """
+        """Return the JSON-able facts that differ from those of the main process, as words."""
         main: Dict[str, Any] = self.call_once(name, lambda: facts)
         return [
             f"{fact}={value} here, {main.get(fact)} there"
@@ -183,12 +167,12 @@ class RunStore:
         if not self.launch.is_connected:
             return
         if self.launch.is_main:
-            self.set_key("written")
+            _set_key(self.open(), "written")
             for rank in range(1, self.launch.world_size):
                 self.wait_for_key(f"leaves/{rank}")
         else:
             self.wait_for_key("written")
-            self.set_key(f"leaves/{self.launch.rank}")
+            _set_key(self.open(), f"leaves/{self.launch.rank}")
 
     def has_error(self) -> bool:
         """Whether a process has claimed the error report."""
@@ -284,19 +268,12 @@ def _with_timeout(query: Callable[[], T], default: T, seconds: float) -> T:
 class ProcessGroup:
     """torch's process group for one engine; without other processes the methods are trivial.
 
-    Parameters
-    ----------
-    launch
-        This process.
-    device
-        Where tensors are exchanged: `cpu` with gloo, `cuda` with NCCL and gloo.
-    timeout_s
-        Time to wait for another process, seconds.
+    Tensors are exchanged on `device`: `cpu` with gloo, `cuda` with NCCL and gloo.
 
     Attributes
     ----------
     launch
-        This process among those that torch connects; alone where there are no others.
+        Launch of the processes that torch connects; of this one alone where there are no others.
     roles
         Name of each process in messages.
     """
@@ -317,14 +294,14 @@ class ProcessGroup:
             torch.cuda.set_device(device)
         self._answering.start()
         # Addresses of an earlier group of this process are stale.
-        name = self._store.unique("engine")
-        self._store.set_key(f"{name}/begins/{self.rank}")
+        name, store = self._store.unique("engine"), self._store.open()
+        _set_key(store, f"{name}/begins/{self.rank}")
         for rank in range(self.size):
             self._store.wait_for_key(f"{name}/begins/{rank}")
         with self.waiting_for("the other processes to begin"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.uses_nccl else "gloo",
-                store=PrefixStore(name, self._store.open()),
+                store=PrefixStore(name, store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self.timeout,
@@ -402,12 +379,11 @@ class ProcessGroup:
         silent = set(range(self.size)) - {self.rank}
 
         def call() -> None:
-            self._store.set_key(_ROLL_CALL)
+            store = self._store.open()
+            _set_key(store, _ROLL_CALL)
             deadline = time.monotonic() + _ROLL_CALL_S
             while silent and time.monotonic() < deadline and not self._store.has_error():
-                for rank in list(silent):
-                    if self._store.has_key(f"alive/{rank}"):
-                        silent.discard(rank)
+                silent.difference_update(r for r in list(silent) if _has_key(store, f"alive/{r}"))
                 time.sleep(_POLL_S)
 
         _with_timeout(call, None, 2 * _ROLL_CALL_S)

@@ -55,7 +55,11 @@ class TorchEngineBase(Engine):
     ----------
     reads_images
         Whether this process needs the pixels.
+    num_stages
+        Stages on different processes.
     """
+
+    name = "torch"
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class TorchEngineBase(Engine):
         self.device = device.device
         self.device_choice = device
         self.reads_images = True
+        self.num_stages = 1
         self.model = model.to_device(self.device)
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
@@ -90,6 +95,17 @@ class TorchEngineBase(Engine):
         if device.precision == "fp32":
             # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
             torch.backends.cudnn.allow_tf32 = False
+
+    def facts(self) -> Dict[str, Any]:
+        """Return what `describe` tells as fields."""
+        return {
+            "name": self.name,
+            "device": self.device_choice.name,
+            "precision": self.device_choice.precision,
+            "processes": self.group.size,
+            "replicas": self.batch.replicas,
+            "stages": self.num_stages,
+        }
 
     def loader(
         self,
@@ -274,17 +290,6 @@ class TorchEngine(TorchEngineBase):
             " choose with engine.device=cpu|cuda and engine.precision=fp32|bf16|fp16)"
         )
 
-    def facts(self) -> Dict[str, Any]:
-        """Return what `describe` tells as fields; the model is one stage."""
-        return {
-            "name": "torch",
-            "device": self.device_choice.name,
-            "precision": self.device_choice.precision,
-            "processes": self.group.size,
-            "replicas": self.batch.replicas,
-            "stages": 1,
-        }
-
     def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradients micro-batch by micro-batch; exchange them with the last one."""
         total = torch.zeros((), device=self.device)
@@ -293,16 +298,12 @@ class TorchEngine(TorchEngineBase):
         with self.group.waiting_for("the gradients of the other replicas"):
             for start in starts:
                 part = slice(start, start + size)
-                with self._no_exchange() if start != starts[-1] else contextlib.nullcontext():
+                exchanges = start == starts[-1] or not self.group.is_connected
+                with contextlib.nullcontext() if exchanges else self._parallel.no_sync():
                     loss = self._loss(images[part], labels[part])
                     self.scaler.scale(loss / len(starts)).backward()
                 total += loss.detach()
         return total / (len(starts) * self.group.size)
-
-    def _no_exchange(self) -> Any:
-        if self.group.is_connected:
-            return self._parallel.no_sync()
-        return contextlib.nullcontext()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():

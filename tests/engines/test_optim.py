@@ -1,18 +1,17 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.engines.optim import build_optimizer, parameter_groups
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.engines.optim import build_optimizer, check_kind, parameter_groups
+from cxr_vit.errors import CheckpointError
 from cxr_vit.model.stages import StagedViT
 
 
 @pytest.fixture
 def model(make_config):
-    import numpy as np
-
-    from cxr_vit.data.labels import FINDINGS
-
     return StagedViT.from_config(make_config(), names=FINDINGS, prevalence=np.full(14, 0.1))
 
 
@@ -35,7 +34,7 @@ def test_biases_norms_class_token_and_positions_are_not_decayed(model):
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
 
 
-def test_decay_all_decays_everything(model):
+def test_decay_all_decays_all_parameters(model):
     (group,) = parameter_groups(
         model.hub_parameters(), OptimSection(weight_decay=0.1, decay_all=True)
     )
@@ -43,7 +42,7 @@ def test_decay_all_decays_everything(model):
     assert group["weight_decay"] == 0.1
 
 
-def test_an_undecayed_parameter_only_moves_along_its_gradient():
+def test_weight_decay_shrinks_only_decayed_parameters():
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(
         [("a.weight", weight), ("a.bias", bias)], OptimSection(lr=0.1, weight_decay=0.5)
@@ -54,8 +53,38 @@ def test_an_undecayed_parameter_only_moves_along_its_gradient():
     assert torch.equal(bias, torch.ones(2))
 
 
-def test_settings_reach_the_optimizer():
+def test_settings_are_passed_to_the_optimizer():
     optim = OptimSection(lr=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
     optimizer = build_optimizer([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.95), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("torch.AdamW", "torch.AdamW"),
+        ("torch.AdamW", "poptorch.AdamW"),
+        ("poptorch.AdamW", "torch.AdamW"),
+        ("poptorch.LAMB", "poptorch.LAMB"),
+        ("", "torch.SGD"),
+    ],
+)
+def test_state_of_the_same_meaning_is_accepted(given, own):
+    check_kind(given, own)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("torch.SGD", "poptorch.SGD"),  # PopART's velocity is scaled with the loss
+        ("poptorch.LAMB", "torch.AdamW"),
+        ("torch.AdamW", "torch.SGD"),
+        ("poptorch.AdamW", "poptorch.LAMB"),
+    ],
+)
+def test_state_of_another_meaning_is_refused_with_advice(given, own):
+    with pytest.raises(CheckpointError, match=r"train\.resume_weights_only=true") as caught:
+        check_kind(given, own)
+    assert given in str(caught.value)
+    assert own in str(caught.value)

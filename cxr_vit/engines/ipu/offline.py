@@ -1,4 +1,4 @@
-"""Compile a configuration's graphs for IPUs on a machine that has none, only the SDK."""
+"""Compile the graphs of a configuration for IPUs on a machine that has none."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["compile_offline"]
 
 
 def compile_offline(config: Config, launch: Launch) -> str:
-    """Compile both graphs into `engine.executable_cache`; say in a line what was done.
+    """Compile both graphs into `engine.executable_cache`; return a line about the result.
 
     Weights are sent when a graph is attached, so neither data nor a trained head is needed.
 
     Raises
     ------
     ConfigError
-        If there is no cache to compile into, or PopTorch would refuse the configuration.
+        If no cache is given, or PopTorch refuses the configuration.
     EngineUnavailable
-        If PopTorch is not there.
+        If PopTorch is not installed.
     DeviceError
-        If it gives up, or nothing is in the cache afterwards.
+        If compilation fails, or the cache is empty afterwards.
     """
     check_ipu(config)
     if config.engine.executable_cache is None:
@@ -38,7 +38,7 @@ def compile_offline(config: Config, launch: Launch) -> str:
             "engine.executable_cache=null: --compile-only would throw its work away. Name a folder."
         )
     if config.engine.log_cycles:
-        raise ConfigError("engine.log_cycles=true takes an IPU: leave it out with --compile-only.")
+        raise ConfigError("engine.log_cycles=true needs an IPU: leave it out with --compile-only.")
     names = label_names(include_no_finding=config.data.include_no_finding)
     choice = choose_engine(config, launch, offline=True)
     prevalence = np.full(len(names), 0.5)
@@ -50,7 +50,7 @@ def compile_offline(config: Config, launch: Launch) -> str:
         seconds = engine.compile(example)
         assert isinstance(engine, PopTorchEngine)
         cache = engine.graphs.cache
-    if cache.is_empty:
+    if not cache.files():
         raise DeviceError(
             f"both graphs were compiled, but PopTorch left nothing in {cache.path}. Is the folder"
             " writable, and the disk full? Name another engine.executable_cache."

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cxr_vit.engines.ipu.optimizer import check_kind, from_poptorch, to_poptorch, torch_slots
-from cxr_vit.errors import CheckpointError
+from cxr_vit.engines.ipu.optimizer import from_poptorch, to_poptorch
+from cxr_vit.engines.optim import torch_slots
 
 HUB_NAMES = {"model.stages.0.a.weight": "vit.a.weight", "model.stages.1.b": "vit.b"}
 THEIRS = {hub: name for name, hub in HUB_NAMES.items()}
@@ -63,33 +63,3 @@ def test_slots_are_copies():
 
 def test_nothing_yet_is_no_slots():
     assert from_poptorch({"ipu_state": None, "ipu_param": None}, HUB_NAMES, "poptorch.SGD") == {}
-
-
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        ("torch.AdamW", "torch.AdamW"),
-        ("torch.AdamW", "poptorch.AdamW"),
-        ("poptorch.AdamW", "torch.AdamW"),
-        ("poptorch.LAMB", "poptorch.LAMB"),
-        ("", "torch.SGD"),
-    ],
-)
-def test_the_same_meaning_is_taken_up(given, own):
-    check_kind(given, own)
-
-
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        ("torch.SGD", "poptorch.SGD"),  # PopART's velocity is scaled with the loss
-        ("poptorch.LAMB", "torch.AdamW"),
-        ("torch.AdamW", "torch.SGD"),
-        ("poptorch.AdamW", "poptorch.LAMB"),
-    ],
-)
-def test_another_meaning_is_refused_with_the_way_out(given, own):
-    with pytest.raises(CheckpointError, match=r"train\.resume_weights_only=true") as caught:
-        check_kind(given, own)
-    assert given in str(caught.value)
-    assert own in str(caught.value)
