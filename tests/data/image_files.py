@@ -1,4 +1,4 @@
-"""Images for the tests of reading: made by Pillow, or byte by byte."""
+"""Image files for the tests of reading, made by Pillow or byte by byte."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 
 def pixels(shape: Tuple[int, int] = (SIDE, SIDE), *, seed: int = 0) -> np.ndarray:
-    """Noise without black, so that a row left black shows."""
+    """Noise without black, so that a missing row is seen."""
     return np.random.default_rng(seed).integers(1, 256, shape, dtype=np.uint8)
 
 
 def smooth(side: int = SIDE) -> np.ndarray:
-    """Something that compresses, as images do."""
+    """A smooth pattern, which compresses as images do."""
     rows, columns = np.indices((side, side))
     return (120 + 60 * np.sin(columns / 5) + 50 * np.cos(rows / 7)).astype(np.uint8)
 
@@ -56,7 +56,7 @@ def png(
     packed: Optional[bytes] = None,
     interlaced: bool = False,
 ) -> bytes:
-    """A PNG of (width, height); chunks may stand before and after the pixels."""
+    """A PNG of (width, height), with other chunks before and after the pixels."""
     header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, interlaced)
     packed = zlib.compress(rows) if packed is None else packed
     chunks = png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", packed) + after
@@ -64,7 +64,7 @@ def png(
 
 
 def as_rows(values: np.ndarray) -> bytes:
-    """Rows of 8- or 16-bit values [height, width(, channels)], none filtered."""
+    """Unfiltered rows of 8- or 16-bit values [height, width(, channels)]."""
     values = values.astype(">u2") if values.dtype == np.uint16 else values
     return b"".join(b"\0" + row.tobytes() for row in values)
 
@@ -78,7 +78,7 @@ def png_of(values: np.ndarray, **options: bytes) -> bytes:
 
 
 def interlaced_png(values: np.ndarray) -> bytes:
-    """The same in Adam7's seven passes; those without pixels have no rows."""
+    """The same in Adam7's seven passes; passes without pixels have no rows."""
     passes = [values[top::down, left::right] for left, top, right, down in _ADAM7]
     passes.append(values[1::2])
     rows = b"".join(as_rows(part) for part in passes if part.size)
@@ -88,7 +88,7 @@ def interlaced_png(values: np.ndarray) -> bytes:
 
 
 def in_colour(gray: np.ndarray, alpha: Optional[int] = None) -> np.ndarray:
-    """Gray in three channels, and maybe an even alpha in a fourth."""
+    """Gray in three channels, and optionally a uniform alpha in a fourth."""
     colours = [gray, gray, gray]
     return np.dstack(colours if alpha is None else [*colours, np.full_like(gray, alpha)])
 
@@ -116,7 +116,7 @@ def xmp_chunk(orientation: int) -> bytes:
 
 
 def turned(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What to show of an image stored so: EXIF's eight orientations."""
+    """The stored image as shown with one of EXIF's eight orientations."""
     return {
         1: upright,
         2: upright[:, ::-1],

@@ -1,4 +1,4 @@
-"""One table of outcomes for bad input: refused, with the path and a reason a person understands."""
+"""Files that are refused, with the path and a readable reason."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from cxr_vit.errors import DataError
 
 
 @pytest.fixture(autouse=True)
-def _nobody_fills_truncated_images_with_gray() -> Iterator[None]:
+def _truncated_images_are_not_filled_with_gray() -> Iterator[None]:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     yield
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
 def outcome(path: Path, **options: int) -> Union[np.ndarray, str]:
-    """Pixels or the reason, the same in both ways of asking, without a warning on the way."""
+    """Pixels or the reason, the same from both functions and without a warning."""
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
         found = gray_or_reason(path, SIDE, **options)
@@ -71,35 +71,35 @@ def assert_refused_or_equal(expected: np.ndarray, data: bytes, folder: Path) -> 
         np.testing.assert_array_equal(found, expected)
 
 
-# Not an image at all
+# Not an image
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.png", "not there")
 
 
-def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+def test_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image.png").symlink_to(tmp_path / "absent.png")
     assert_refused(tmp_path / "image.png", "not there")
 
 
-def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+def test_link_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image.png").symlink_to(tmp_path / "image.png")
     assert_refused(tmp_path / "image.png", "cannot be read", "symbolic links")
 
 
-def test_a_folder_in_place_of_a_image_is_refused(tmp_path: Path) -> None:
+def test_folder_in_place_of_an_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image.png").mkdir()
     assert_refused(tmp_path / "image.png", "cannot be read", "Is a directory")
 
 
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
     assert_refused(path / "image.png", "cannot be read", "Not a directory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+def test_file_without_permission_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
     path.chmod(0)
     assert_refused(path, "cannot be read", "Permission denied")
@@ -122,7 +122,7 @@ OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
     "page after a byte order mark": (b"\xef\xbb\xbf" + PAGE, "HTML"),
     "page after a mark and lines": (b"\xef\xbb\xbf\r\n" + b"<!doctype HTML>" + PAGE, "HTML"),
     "page after a comment": (b"<!-- saved -->" + PAGE, "HTML"),
-    "a store's denial": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "ML"),
+    "an object store's denial": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "ML"),
     "text": (b"the image is in the other folder\n", "neither a PNG nor a JPEG"),
     "csv": (b"Image Index,Finding Labels\n00000001_000.png,Hernia\n", "neither a PNG nor a JPEG"),
     "zeros": (b"\0" * 5000, "neither a PNG nor a JPEG"),
@@ -138,14 +138,14 @@ OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", ["image.png", "image.jpg"])
 @pytest.mark.parametrize("content", sorted(OTHER_CONTENT))
-def test_other_content_under_a_images_name_is_refused(
+def test_other_content_under_the_name_of_an_image_is_refused(
     tmp_path: Path, content: str, name: str
 ) -> None:
     data, reason = OTHER_CONTENT[content]
     assert_refused(write(tmp_path, data, name), reason)
 
 
-# Damaged on the way
+# Damaged in transfer
 
 FORMS: Dict[str, Callable[[], bytes]] = {
     "gray": lambda: png_of(smooth()),
@@ -158,14 +158,14 @@ FORMS: Dict[str, Callable[[], bytes]] = {
     "black and white": lambda: encoded(Image.fromarray(smooth() > 120), "PNG"),
     "palette": lambda: encoded(Image.fromarray(in_colour(smooth())).quantize(200), "PNG"),
     "turned": lambda: png_of(smooth(), before=exif_chunk(6)),
-    "turned, said at the end": lambda: png_of(in_colour(smooth()), after=exif_chunk(6)),
-    "turned, gray, said at the end": lambda: png_of(smooth(), after=exif_chunk(6)),
+    "turned, at the end": lambda: png_of(in_colour(smooth()), after=exif_chunk(6)),
+    "turned, gray, at the end": lambda: png_of(smooth(), after=exif_chunk(6)),
 }
 
 
 @pytest.fixture(params=sorted(FORMS))
-def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Tuple[bytes, np.ndarray]:
-    """A sound image's bytes and pixels."""
+def undamaged(request: pytest.FixtureRequest, tmp_path: Path) -> Tuple[bytes, np.ndarray]:
+    """The bytes and pixels of an undamaged image."""
     data = FORMS[request.param]()
     return data, read_gray(write(tmp_path, data), SIDE)
 
@@ -174,8 +174,10 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
     return data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
 
 
-def test_a_flipped_bit_never_changes_a_png(tmp_path: Path, whole: Tuple[bytes, np.ndarray]) -> None:
-    data, expected = whole
+def test_flipped_bit_never_changes_a_png(
+    tmp_path: Path, undamaged: Tuple[bytes, np.ndarray]
+) -> None:
+    data, expected = undamaged
     generator = np.random.default_rng(3)
     anywhere = generator.integers(0, len(data), 60)
     near_the_end = generator.integers(len(data) - 100, len(data), 60)
@@ -184,25 +186,23 @@ def test_a_flipped_bit_never_changes_a_png(tmp_path: Path, whole: Tuple[bytes, n
 
 
 def test_overwritten_bytes_never_change_a_png(
-    tmp_path: Path, whole: Tuple[bytes, np.ndarray]
+    tmp_path: Path, undamaged: Tuple[bytes, np.ndarray]
 ) -> None:
-    data, expected = whole
+    data, expected = undamaged
     generator = np.random.default_rng(4)
     for position in generator.integers(0, len(data) - 8, 40):
         damaged = data[:position] + generator.bytes(8) + data[position + 8 :]
         assert_refused_or_equal(expected, damaged, tmp_path)
 
 
-def test_lost_bytes_never_change_a_png(tmp_path: Path, whole: Tuple[bytes, np.ndarray]) -> None:
-    data, expected = whole
+def test_lost_bytes_never_change_a_png(tmp_path: Path, undamaged: Tuple[bytes, np.ndarray]) -> None:
+    data, expected = undamaged
     for position in np.random.default_rng(5).integers(0, len(data) - 8, 40):
         assert_refused_or_equal(expected, data[:position] + data[position + 3 :], tmp_path)
 
 
-def test_a_png_cut_short_anywhere_is_refused(
-    tmp_path: Path, whole: Tuple[bytes, np.ndarray]
-) -> None:
-    data, _ = whole
+def test_truncated_png_is_refused(tmp_path: Path, undamaged: Tuple[bytes, np.ndarray]) -> None:
+    data, _ = undamaged
     lengths = {*np.linspace(9, len(data) - 1, 50).astype(int), 8, 20, 33, len(data) - 13}
     for length in lengths:
         assert_refused(write(tmp_path, data[:length]), "damaged image")
@@ -210,7 +210,7 @@ def test_a_png_cut_short_anywhere_is_refused(
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_cut_short_anywhere_is_refused(tmp_path: Path, mode: str, progressive: bool) -> None:
+def test_truncated_jpeg_is_refused(tmp_path: Path, mode: str, progressive: bool) -> None:
     image = Image.fromarray(smooth(200)).convert(mode)
     data = encoded(image, "JPEG", progressive=progressive)
     lengths = {*np.linspace(4, len(data) - 3, 60).astype(int), 3, 11, 20}
@@ -218,15 +218,15 @@ def test_a_jpeg_cut_short_anywhere_is_refused(tmp_path: Path, mode: str, progres
         assert_refused(write(tmp_path, data[:length]), "damaged image")
 
 
-def test_a_jpegs_lost_end_mark_takes_no_pixels(tmp_path: Path) -> None:
+def test_lost_end_marker_of_a_jpeg_changes_no_pixels(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(smooth()), "JPEG")
     expected = read_gray(write(tmp_path, data), SIDE)
     for length in (len(data) - 2, len(data) - 1):
         assert_refused_or_equal(expected, data[:length], tmp_path)
 
 
-def test_damaged_jpegs_end_in_pixels_or_a_reason(tmp_path: Path) -> None:
-    """Without checksums a JPEG's damage may pass for pixels; nothing else may come of it."""
+def test_damaged_jpeg_is_read_or_refused(tmp_path: Path) -> None:
+    """A JPEG has no checksums: damage may change pixels, but raises no other error."""
     data = encoded(Image.fromarray(smooth(64)), "JPEG", exif=Image.Exif())
     generator = np.random.default_rng(6)
     for position in generator.integers(0, len(data), 300):
@@ -235,11 +235,11 @@ def test_damaged_jpegs_end_in_pixels_or_a_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", range(8, 33))
-def test_a_damaged_header_is_called_damage(tmp_path: Path, position: int) -> None:
+def test_damaged_header_is_reported_as_damage(tmp_path: Path, position: int) -> None:
     assert_refused(write(tmp_path, flipped(png_of(smooth()), position, 0)), "damaged image")
 
 
-# Written badly: all checksums are right
+# Malformed, with correct checksums
 
 
 def image(values: np.ndarray, stream: bytes) -> bytes:
@@ -265,14 +265,14 @@ def test_missing_rows_are_never_black(tmp_path: Path, kind: str, kept_rows: floa
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9])
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_packed_pixels_that_break_off_are_refused(tmp_path: Path, kind: str, keep: float) -> None:
+def test_truncated_pixel_data_is_refused(tmp_path: Path, kind: str, keep: float) -> None:
     stream = zlib.compress(as_rows(KINDS[kind]))
     cut = image(KINDS[kind], stream[: int(len(stream) * keep)])
     assert_refused(write(tmp_path, cut), "damaged image")
 
 
 @pytest.mark.parametrize("make", [png_of, interlaced_png])
-def test_missing_rows_are_seen_without_the_fast_decoder(
+def test_missing_rows_are_detected_without_the_fast_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[np.ndarray], bytes]
 ) -> None:
     monkeypatch.delattr(kornia_rs.io, "decode_image_png_u8")
@@ -295,10 +295,10 @@ def with_header(**changes: int) -> bytes:
 IMPOSSIBLE: Dict[str, Callable[[], bytes]] = {
     "no width": lambda: with_header(width=0),
     "no height": lambda: with_header(height=0),
-    "more rows than there are": lambda: with_header(height=SIDE + 1),
+    "more rows than the file has": lambda: with_header(height=SIDE + 1),
     "seven bits": lambda: with_header(bits=7),
     "a fifth kind of colour": lambda: with_header(colour=5),
-    "interlaced by a header alone": lambda: with_header(interlace=1),
+    "interlaced in the header only": lambda: with_header(interlace=1),
     "interlaced in another way": lambda: with_header(interlace=2),
     "a palette that is missing": lambda: with_header(colour=PALETTE),
     "a palette too short": lambda: png(
@@ -306,7 +306,7 @@ IMPOSSIBLE: Dict[str, Callable[[], bytes]] = {
     ),
     "no pixels": lambda: PNG_SIGNATURE + header() + PNG_END,
     "no header": lambda: PNG_SIGNATURE + png_of(pixels())[33:],
-    "an end alone": lambda: PNG_SIGNATURE + PNG_END,
+    "an end only": lambda: PNG_SIGNATURE + PNG_END,
     "an unknown row filter": lambda: image(pixels(), zlib.compress(b"\x09" * SIDE * (SIDE + 1))),
     "10 MB of text in 10 kB": lambda: png_of(
         pixels(), before=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10_000_000))
@@ -315,20 +315,20 @@ IMPOSSIBLE: Dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("what", sorted(IMPOSSIBLE))
-def test_an_impossible_png_is_refused(tmp_path: Path, what: str) -> None:
+def test_malformed_png_is_refused(tmp_path: Path, what: str) -> None:
     assert_refused(write(tmp_path, IMPOSSIBLE[what]()), "damaged image")
 
 
 @pytest.mark.parametrize("make", [np.array, in_colour])
 @pytest.mark.parametrize("tags", [b"", b"junk", b"MM\0*\0\0\0\x08\0\x01\x01\x12"])
-def test_broken_exif_gives_no_warning_and_no_other_pixels(
+def test_broken_exif_warns_of_nothing_and_changes_no_pixels(
     tmp_path: Path, make: Callable[[np.ndarray], np.ndarray], tags: bytes
 ) -> None:
     data = png_of(make(pixels()), before=png_chunk(b"eXIf", tags))
     assert_refused_or_equal(pixels(), data, tmp_path)
 
 
-# Sound, and no image
+# Undamaged but unusable
 
 
 def bomb(side: int) -> bytes:
@@ -339,26 +339,28 @@ def bomb(side: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [10_000, 14_000])
-def test_a_decompression_bomb_is_refused_in_a_moment(tmp_path: Path, side: int) -> None:
+def test_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
     path = write(tmp_path, bomb(side))
     assert path.stat().st_size < 25_000
     assert_refused(path, "pixels", "data.max_megapixels=64")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
-def test_a_header_may_promise_anything(tmp_path: Path, width: int, height: int) -> None:
+def test_png_header_with_too_many_pixels_is_refused(
+    tmp_path: Path, width: int, height: int
+) -> None:
     data = with_header(width=width, height=height)
     assert_refused(write(tmp_path, data), "data.max_megapixels=64")
 
 
 @pytest.mark.parametrize("side", [9_000, 30_000])
-def test_a_jpegs_header_may_promise_anything(tmp_path: Path, side: int) -> None:
+def test_jpeg_header_with_too_many_pixels_is_refused(tmp_path: Path, side: int) -> None:
     sizes = struct.pack(">HH", SIDE, SIDE), struct.pack(">HH", side, side)
     data = encoded(Image.fromarray(smooth()), "JPEG").replace(*sizes)
     assert_refused(write(tmp_path, data), "data.max_megapixels=64")
 
 
-def test_the_limit_on_pixels_is_the_configurations(tmp_path: Path) -> None:
+def test_limit_on_pixels_is_configurable(tmp_path: Path) -> None:
     at_limit = write(tmp_path, png_of(np.full((1000, 1000), 90, np.uint8)), "at.png")
     above = write(tmp_path, png_of(np.full((1000, 1001), 90, np.uint8)), "above.png")
     assert not isinstance(outcome(at_limit, max_megapixels=1), str)
@@ -367,14 +369,14 @@ def test_the_limit_on_pixels_is_the_configurations(tmp_path: Path) -> None:
 
 
 def transparent(alpha: int, corner: int) -> np.ndarray:
-    """Gray in all three colours; alpha everywhere, but for one pixel."""
+    """Gray in three channels with a uniform alpha, except in one pixel."""
     values = in_colour(pixels(), alpha=alpha)
     values[-1, -1, 3] = corner
     return values
 
 
 @pytest.mark.parametrize(("alpha", "corner"), [(255, 254), (255, 0), (0, 0), (128, 255)])
-def test_a_partly_transparent_image_is_refused(tmp_path: Path, alpha: int, corner: int) -> None:
+def test_partly_transparent_image_is_refused(tmp_path: Path, alpha: int, corner: int) -> None:
     values = transparent(alpha, corner)
     for data in (png_of(values), png_of(np.ascontiguousarray(values[..., 2:]))):
         assert_refused(write(tmp_path, data), "transparent", "Export")
@@ -386,14 +388,14 @@ def indexed(table: bytes) -> bytes:
 
 
 def few_bits(bits: int, level: int) -> bytes:
-    """All levels in each row, one of them transparent."""
+    """All levels in each row, one of which is transparent."""
     rows = as_rows(np.tile(np.array([0x1B, 0xF0] * (bits * SIDE // 16), np.uint8), (SIDE, 1)))
     colour = png_chunk(b"tRNS", struct.pack(">H", level))
     return png((SIDE, SIDE), bits, GRAY, rows, before=colour)
 
 
 def level_of(values: np.ndarray, place: str = "before") -> bytes:
-    """The first pixel's colour is transparent."""
+    """A PNG in which the first pixel's colour is transparent."""
     first = np.atleast_1d(values[0, 0]).astype(">u2").tobytes()
     return png_of(values, **{place: png_chunk(b"tRNS", first)})
 
@@ -413,15 +415,13 @@ TRANSPARENT: Dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", sorted(TRANSPARENT))
-def test_a_transparent_level_is_refused_as_a_transparent_channel_is(
-    tmp_path: Path, kind: str
-) -> None:
+def test_transparent_level_is_refused(tmp_path: Path, kind: str) -> None:
     assert_refused(write(tmp_path, TRANSPARENT[kind]()), "transparent", "Export")
 
 
 @pytest.mark.parametrize("channels", [slice(2, 4), slice(0, 4)])
 @pytest.mark.parametrize("alpha", [0, 40_000, 65_535])
-def test_sixteen_bits_with_an_alpha_channel_are_refused(
+def test_sixteen_bit_image_with_an_alpha_channel_is_refused(
     tmp_path: Path, channels: slice, alpha: int
 ) -> None:
     values = in_colour(pixels().astype(np.uint16) * 257, alpha=alpha)[..., channels]
@@ -429,19 +429,19 @@ def test_sixteen_bits_with_an_alpha_channel_are_refused(
     assert_refused(path, "Export")
 
 
-def test_an_animated_png_is_refused(tmp_path: Path) -> None:
+def test_animated_png_is_refused(tmp_path: Path) -> None:
     frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1, 2)]
     data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
     assert_refused(write(tmp_path, data), "several pictures", "Export")
 
 
-def test_a_jpeg_of_several_pictures_is_refused(tmp_path: Path) -> None:
+def test_jpeg_of_several_pictures_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1)]
     frames[0].save(buffer, "MPO", save_all=True, append_images=frames[1:])
     assert_refused(write(tmp_path, buffer.getvalue(), "image.jpg"), "several pictures", "Export")
 
 
-def test_a_jpeg_for_print_is_refused(tmp_path: Path) -> None:
+def test_jpeg_for_print_is_refused(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(in_colour(smooth())).convert("CMYK"), "JPEG")
     assert_refused(write(tmp_path, data), "for print", "CMYK", "Export")

@@ -1,4 +1,4 @@
-"""When the cache is built, used, refused or left alone, and what becomes of images of no use."""
+"""When the cache is built, used, refused or ignored, and what happens to unusable images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_image(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Forty images of forty patients, in a CSV that is not in the order of their names."""
+    """Forty images of forty patients; the CSV is not sorted by name."""
     root = tmp_path / "nih"
     (root / "images").mkdir(parents=True)
     for row, name in enumerate(NAMES):
@@ -79,17 +79,15 @@ def spoil(root: Path, rows: range) -> None:
 
 
 def grow(root: Path, row: int) -> None:
-    """Change an image's file, but not its image."""
+    """Change the size of a file, but not its image."""
     with (root / "images" / NAMES[row]).open("ab") as file:
         file.write(b"\0")
 
 
-# auto, require, off
+# data.cache: auto, require, off
 
 
-def test_auto_builds_the_cache_on_first_use_and_only_then(
-    root: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_auto_builds_the_cache_on_first_use_only(root: Path, log: pytest.LogCaptureFixture) -> None:
     first = source_of(root)
     where = store_paths(section(root))
     assert where.pixels == root / "cxr_vit_cache" / "films_16.u8"
@@ -105,7 +103,7 @@ def test_auto_builds_the_cache_on_first_use_and_only_then(
         assert_all_images(source, root)
 
 
-def test_each_image_size_has_a_store_of_its_own(root: Path) -> None:
+def test_each_image_size_has_its_own_store(root: Path) -> None:
     source_of(root)
     assert source_of(root, image_size=12).reader.image_size == 12
     assert_all_images(source_of(root, cache="require"), root)
@@ -118,14 +116,14 @@ def test_require_without_a_cache_says_how_to_build_it(root: Path) -> None:
     assert not (root / "cxr_vit_cache").exists()
 
 
-def test_require_uses_a_cache_that_is_there(root: Path) -> None:
+def test_require_uses_an_existing_cache(root: Path) -> None:
     source_of(root)
     source = source_of(root, cache="require")
     assert isinstance(source.reader, StoreReader)
     assert_all_images(source, root)
 
 
-def test_require_does_not_take_an_interrupted_cache(root: Path) -> None:
+def test_require_does_not_use_an_interrupted_cache(root: Path) -> None:
     source_of(root)
     where = store_paths(section(root))
     where.index.unlink()
@@ -141,7 +139,7 @@ def test_off_reads_the_files_and_writes_nothing(root: Path) -> None:
     assert {path.name for path in root.iterdir()} == {"images", CSV}
 
 
-def test_the_cache_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+def test_cache_may_be_in_another_folder(root: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "fast" / "disk"
     source = source_of(root, cache_dir=str(elsewhere))
     assert source.origin == str(elsewhere / "films_16.u8")
@@ -149,7 +147,7 @@ def test_the_cache_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
     assert not (root / "cxr_vit_cache").exists()
 
 
-def test_a_cache_serves_where_the_images_are_not(root: Path) -> None:
+def test_cache_is_used_where_the_images_are_absent(root: Path) -> None:
     paths = {name: read_gray(path, 16) for name, path in find_images(root).items()}
     source_of(root)
     shutil.rmtree(str(root / "images"))
@@ -161,11 +159,11 @@ def test_a_cache_serves_where_the_images_are_not(root: Path) -> None:
     assert len(ChestXrayDataModule(section(root)).records) == IMAGES
 
 
-# Refused, and built anew
+# Refused and rebuilt
 
 
 @pytest.mark.parametrize("cache", ["auto", "require"])
-def test_a_stale_cache_is_refused_with_the_reason_and_what_to_do(root: Path, cache: str) -> None:
+def test_stale_cache_is_refused_with_the_reason_and_what_to_do(root: Path, cache: str) -> None:
     source_of(root)
     before = store_paths(section(root)).pixels.read_bytes()
     grow(root, 7)
@@ -190,7 +188,7 @@ def truncate_pixels(root: Path) -> None:
 @pytest.mark.parametrize(
     "change", [damage_index, truncate_pixels, lambda root: grow(root, 7)], ids=["a", "b", "c"]
 )
-def test_a_cache_that_does_not_fit_is_renewed_on_request(
+def test_cache_that_does_not_fit_is_rebuilt_on_request(
     root: Path, change: Callable[[Path], None], log: pytest.LogCaptureFixture
 ) -> None:
     source_of(root)
@@ -203,33 +201,33 @@ def test_a_cache_that_does_not_fit_is_renewed_on_request(
 
 
 @pytest.mark.parametrize("cache", ["require", "off"])
-def test_prepare_builds_the_cache_whatever_the_configuration_says(root: Path, cache: str) -> None:
+def test_prepare_builds_the_cache_whatever_data_cache_is(root: Path, cache: str) -> None:
     assert prepare(section(root, cache=cache)) == (
         f"40 of 40 images of {root / CSV} are in {root / 'cxr_vit_cache' / 'films_16.u8'}"
     )
     assert_all_images(source_of(root, cache="require"), root)
 
 
-def test_prepare_leaves_a_cache_that_fits_alone(root: Path, log: pytest.LogCaptureFixture) -> None:
+def test_prepare_keeps_a_cache_that_fits(root: Path, log: pytest.LogCaptureFixture) -> None:
     assert prepare(section(root)) == prepare(section(root))
     assert log.text.count("cached 40 images in") == 1
 
 
-def test_a_bad_image_mended_to_the_same_size_is_not_held_to_be_bad(root: Path) -> None:
-    """An image with a flipped bit is fetched again as the message says: its size is the same."""
+def test_bad_image_that_is_fixed_at_the_same_size_is_usable(root: Path) -> None:
+    """An image with a flipped bit that is fetched again has the same size."""
     path = root / "images" / NAMES[5]
-    sound = path.read_bytes()
-    flipped = bytearray(sound)
-    flipped[len(sound) // 2] ^= 4
+    intact = path.read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 4
     path.write_bytes(bytes(flipped))
-    with pytest.raises(DataError, match="1 of 40 images cannot be used"):
+    with pytest.raises(DataError, match="1 of 40 images are unusable"):
         prepare(section(root))
-    path.write_bytes(sound)
+    path.write_bytes(intact)
     assert prepare(section(root)).startswith("40 of 40 images")
     assert_all_images(source_of(root), root)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_words(root: Path, tmp_path: Path) -> None:
+def test_folder_that_is_not_writable_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written to .*file \(") as caught:
         source_of(root, cache_dir=str(tmp_path / "file"))
@@ -237,20 +235,20 @@ def test_a_folder_that_cannot_be_written_is_refused_in_words(root: Path, tmp_pat
 
 
 def lock_out(root: Path) -> None:
-    """Make the cache's folder one that cannot be written, even for root."""
+    """Make the lock file unusable, also for root."""
     lock = store_paths(section(root)).lock
     lock.unlink()
     lock.mkdir()
 
 
-def test_a_cache_that_fits_is_read_where_nothing_can_be_written(root: Path) -> None:
+def test_cache_that_fits_is_read_from_a_folder_that_is_not_writable(root: Path) -> None:
     source_of(root)
     lock_out(root)
     assert_all_images(source_of(root), root)
 
 
 @pytest.mark.parametrize("cache", ["auto", "require"])
-def test_a_stale_cache_where_nothing_can_be_written_is_refused_with_the_reason(
+def test_stale_cache_in_a_folder_that_is_not_writable_is_refused_with_the_reason(
     root: Path, cache: str
 ) -> None:
     source_of(root)
@@ -260,7 +258,7 @@ def test_a_stale_cache_where_nothing_can_be_written_is_refused_with_the_reason(
         source_of(root, cache=cache)
 
 
-def test_verifying_without_a_cache_or_with_a_damaged_index_is_refused(root: Path) -> None:
+def test_verify_without_a_cache_or_with_a_damaged_index_is_refused(root: Path) -> None:
     with pytest.raises(DataError, match="there is no finished cache"):
         verify(section(root), NAMES)
     source_of(root)
@@ -270,20 +268,20 @@ def test_verifying_without_a_cache_or_with_a_damaged_index_is_refused(root: Path
         verify(section(root), NAMES)
 
 
-def test_verifying_a_cache_whose_pixels_are_gone_is_refused_in_words(root: Path) -> None:
+def test_verify_of_a_cache_without_pixels_is_refused(root: Path) -> None:
     source_of(root)
     store_paths(section(root)).pixels.unlink()
     with pytest.raises(DataError, match=r"films_16\.u8 has 0 bytes"):
         verify(section(root), NAMES)
 
 
-# Images of no use
+# Unusable images
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_bad_images_are_counted_and_ten_are_named_before_training(root: Path, cache: str) -> None:
     spoil(root, range(5, 17))
-    with pytest.raises(DataError, match=r"^12 of 40 images cannot be used:\n") as caught:
+    with pytest.raises(DataError, match=r"^12 of 40 images are unusable:\n") as caught:
         ChestXrayDataModule(section(root, cache=cache))
     lines = str(caught.value).splitlines()
     assert len(lines) == 13
@@ -306,7 +304,7 @@ SKIP: Dict[str, object] = {"on_missing": "skip", "on_bad_image": "skip"}
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_images_of_no_use_are_left_out_on_request_and_listed(
+def test_unusable_images_are_skipped_on_request_and_listed(
     root: Path, cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(root, range(5, 7))
@@ -320,17 +318,17 @@ def test_images_of_no_use_are_left_out_on_request_and_listed(
         NAMES[9]: "missing",
     }
     assert "1 of 40 images are missing" in caplog.text
-    assert "2 of 40 images cannot be used and are left out" in caplog.text
+    assert "2 of 40 images are unusable and left out" in caplog.text
     paths = find_images(root)
     for split in ("train", "val", "test"):
         dataset = module.dataset(split)
-        images = dataset.images(range(len(dataset)))
+        images = dataset.read_images(range(len(dataset)))
         for image, name in zip(images, dataset.image_names):
             np.testing.assert_array_equal(image, read_gray(paths[name], 16))
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_no_image_of_use_is_an_error_even_if_all_may_be_skipped(root: Path, missing: bool) -> None:
+def test_no_usable_image_is_an_error_even_with_skip(root: Path, missing: bool) -> None:
     if missing:
         shutil.rmtree(str(root / "images"))
     else:
@@ -340,7 +338,7 @@ def test_no_image_of_use_is_an_error_even_if_all_may_be_skipped(root: Path, miss
             act(section(root, **SKIP))
 
 
-def test_prepare_lists_what_it_left_out_beside_the_cache_while_it_does(root: Path) -> None:
+def test_prepare_lists_skipped_images_beside_the_cache(root: Path) -> None:
     spoil(root, range(5, 6))
     assert prepare(section(root, **SKIP)).startswith("39 of 40 images")
     skipped = root / "cxr_vit_cache" / "skipped.csv"
@@ -350,7 +348,7 @@ def test_prepare_lists_what_it_left_out_beside_the_cache_while_it_does(root: Pat
     assert not skipped.exists()
 
 
-# A store that holds more than can be decoded again
+# A store of images whose files are gone
 
 
 def move_away(root: Path, rows: range) -> None:
@@ -359,7 +357,7 @@ def move_away(root: Path, rows: range) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 10])
-def test_a_store_is_never_replaced_by_one_that_lacks_its_images(root: Path, kept: int) -> None:
+def test_store_is_never_replaced_by_one_with_fewer_images(root: Path, kept: int) -> None:
     source_of(root)
     where = store_paths(section(root))
     before = where.pixels.read_bytes()
@@ -367,10 +365,10 @@ def test_a_store_is_never_replaced_by_one_that_lacks_its_images(root: Path, kept
     with pytest.raises(DataError, match=rf"would lose images .*\({IMAGES - kept}, first"):
         source_of(root, renew=True, max_megapixels=32)
     assert where.pixels.read_bytes() == before
-    assert len(source_of(root).reader) == IMAGES  # it still serves those it was made for
+    assert len(source_of(root).reader) == IMAGES  # it still fits its own settings
 
 
-def test_a_damaged_index_without_a_file_to_begin_anew_with_is_left_alone(root: Path) -> None:
+def test_store_with_a_damaged_index_is_kept_if_there_are_no_files(root: Path) -> None:
     source_of(root)
     where = store_paths(section(root))
     before = where.pixels.read_bytes()
@@ -381,19 +379,19 @@ def test_a_damaged_index_without_a_file_to_begin_anew_with_is_left_alone(root: P
     assert where.pixels.read_bytes() == before
 
 
-def test_verify_tells_images_that_it_could_not_compare(root: Path) -> None:
+def test_verify_counts_images_without_a_file(root: Path) -> None:
     source_of(root)
     move_away(root, range(15))
     assert verify(section(root), NAMES) == ({}, 25, 15)
 
 
-def test_a_folder_of_images_that_is_not_there_is_no_empty_one(root: Path) -> None:
+def test_missing_folder_of_images_is_refused(root: Path) -> None:
     source_of(root)
     with pytest.raises(DataError, match=r"data\.images=.*typo is not a folder"):
         source_of(root, images=str(root / "typo"))
 
 
-def test_other_pictures_under_the_root_may_share_a_name(root: Path) -> None:
+def test_other_pictures_may_share_a_name(root: Path) -> None:
     for folder in ("docs", "paper"):
         (root / folder).mkdir()
         write_image(root / folder / "figure.png", 0)
@@ -401,7 +399,7 @@ def test_other_pictures_under_the_root_may_share_a_name(root: Path) -> None:
     assert len(source_of(root).reader) == len(find_images(root, names)) == IMAGES
 
 
-def test_a_store_made_with_other_libraries_is_used_and_said_so(
+def test_store_built_with_other_libraries_is_used_with_a_message(
     root: Path, log: pytest.LogCaptureFixture
 ) -> None:
     source_of(root)
@@ -412,7 +410,7 @@ def test_a_store_made_with_other_libraries_is_used_and_said_so(
     assert "was made with pillow" in log.text and "--verify" in log.text
 
 
-def test_a_store_of_another_csvs_images_may_be_replaced(root: Path) -> None:
+def test_store_of_another_csv_may_be_replaced(root: Path) -> None:
     source_of(root)
     data = section(root, max_megapixels=32)
     assert len(open_image_source(data, NAMES[:10], renew=True).reader) == 10

@@ -1,6 +1,6 @@
-"""Files -> uint8 gray: which images are read, and as what pixels. `test_bad_images.py` has the rest.
+"""Finding image files, and decoding them to uint8 gray.
 
-Also the index: name -> path.
+`test_bad_images.py` tests the files that are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cxr_vit.errors import DataError
 
 
 def assert_read_as(expected: np.ndarray, data: bytes, folder: Path) -> None:
-    """To be read exactly; where an image is no square, no resizing is asked for either way."""
+    """Assert that a file is read as these pixels, resized if they are no square of 24."""
     path = write(folder, data)
     read = read_gray(path, SIDE)
     assert read.dtype == np.uint8 and read.shape == (SIDE, SIDE)
@@ -53,7 +53,7 @@ def assert_read_as(expected: np.ndarray, data: bytes, folder: Path) -> None:
 
 
 def ramp(bits: int) -> np.ndarray:
-    """From black to white in all values of so many bits, in a 16-bit image."""
+    """All values of this many bits from black to white, in a 16-bit image."""
     return np.linspace(0, 2**bits - 1, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
 
 
@@ -61,38 +61,38 @@ def scaled(values: np.ndarray, bits: int) -> np.ndarray:
     return np.round(values * 255.0 / (2**bits - 1)).astype(np.uint8)
 
 
-# The plain image
+# Gray PNG
 
 
-def test_a_gray_png_of_the_right_size_is_read_exactly(tmp_path: Path) -> None:
+def test_gray_png_of_the_right_size_is_read_exactly(tmp_path: Path) -> None:
     assert_read_as(pixels(), png_of(pixels()), tmp_path)
 
 
-def test_gray_or_reason_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_gray_or_reason_returns_the_same_pixels(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
     np.testing.assert_array_equal(gray_or_reason(path, SIDE), read_gray(path, SIDE))
 
 
 @pytest.mark.parametrize("size", [8, SIDE, 40])
-def test_the_result_is_a_uint8_square_of_the_size_asked(tmp_path: Path, size: int) -> None:
+def test_result_is_a_uint8_square_of_the_given_size(tmp_path: Path, size: int) -> None:
     read = read_gray(write(tmp_path, png_of(pixels((10, SIDE)))), size)
     assert read.dtype == np.uint8 and read.shape == (size, size)
 
 
 @pytest.mark.parametrize("size", [8, SIDE])
-def test_the_result_may_be_written_to_and_is_contiguous(tmp_path: Path, size: int) -> None:
+def test_result_is_writable_and_contiguous(tmp_path: Path, size: int) -> None:
     read = read_gray(write(tmp_path, png_of(pixels())), size)
     assert read.flags.writeable and read.flags.c_contiguous
 
 
-def test_a_path_may_be_text(tmp_path: Path) -> None:
+def test_path_may_be_a_string(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
     np.testing.assert_array_equal(read_gray(str(path), SIDE), pixels())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (17, 40), (40, 17)])
 @pytest.mark.parametrize("make", [png_of, interlaced_png])
-def test_images_of_any_shape_are_squeezed_into_the_square(
+def test_images_of_any_shape_are_resized_to_the_square(
     tmp_path: Path, make: Callable[[np.ndarray], bytes], shape: tuple
 ) -> None:
     assert_read_as(pixels(shape), make(pixels(shape)), tmp_path)
@@ -110,7 +110,7 @@ def test_shrinking_a_uniform_image_keeps_its_gray(tmp_path: Path) -> None:
     assert np.unique(read_gray(path, 32)).tolist() == [173]
 
 
-# The two decoders
+# The two decoders of PNG
 
 
 def refuse(*_: object) -> None:
@@ -120,7 +120,7 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("size", [1, 7, SIDE, 100])
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (100, 100), (1, 9), (61, 33)])
 @pytest.mark.parametrize("make", [png_of, interlaced_png])
-def test_pillow_alone_gives_the_same_pixels(
+def test_pillow_alone_decodes_the_same_pixels(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[np.ndarray], bytes],
@@ -150,11 +150,11 @@ PLAIN_CHUNKS = {
 
 @pytest.mark.parametrize("name", sorted(PLAIN_CHUNKS))
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_chunks_about_other_things_change_nothing(tmp_path: Path, place: str, name: str) -> None:
+def test_other_chunks_do_not_change_the_pixels(tmp_path: Path, place: str, name: str) -> None:
     assert_read_as(pixels(), png_of(pixels(), **{place: PLAIN_CHUNKS[name]}), tmp_path)
 
 
-def test_images_as_nih_writes_them_take_the_fast_decoder(
+def test_images_of_nih_use_the_fast_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: List[object] = []
@@ -167,7 +167,7 @@ def test_images_as_nih_writes_them_take_the_fast_decoder(
 
 
 @pytest.mark.parametrize("pieces", [2, 7, 50])
-def test_pixels_may_come_in_pieces(tmp_path: Path, pieces: int) -> None:
+def test_pixels_may_be_in_several_chunks(tmp_path: Path, pieces: int) -> None:
     packed = zlib.compress(as_rows(pixels()))
     cuts = np.linspace(0, len(packed), pieces + 1).astype(int)
     parts = [png_chunk(b"IDAT", packed[start:end]) for start, end in zip(cuts, cuts[1:])]
@@ -176,7 +176,7 @@ def test_pixels_may_come_in_pieces(tmp_path: Path, pieces: int) -> None:
     assert_read_as(pixels(), data, tmp_path)
 
 
-def test_what_follows_the_end_of_a_image_is_left_alone(tmp_path: Path) -> None:
+def test_bytes_after_the_end_are_ignored(tmp_path: Path) -> None:
     assert_read_as(pixels(), png_of(pixels()) + b"\0" * 100, tmp_path)
 
 
@@ -205,28 +205,30 @@ def test_gray_with_an_opaque_alpha_is_its_gray_channel(tmp_path: Path) -> None:
     assert_read_as(pixels(), png_of(opaque), tmp_path)
 
 
-def test_a_palette_of_shuffled_grays_is_looked_up(tmp_path: Path) -> None:
+def test_palette_of_shuffled_grays_is_applied(tmp_path: Path) -> None:
     grays = np.random.default_rng(1).permutation(256).astype(np.uint8)
     table = png_chunk(b"PLTE", in_colour(grays[None]).tobytes())
     data = png((SIDE, SIDE), 8, PALETTE, as_rows(pixels()), before=table)
     assert_read_as(grays[pixels()], data, tmp_path)
 
 
-def test_a_palette_with_an_opaque_transparency_table_is_looked_up(tmp_path: Path) -> None:
+def test_palette_with_an_opaque_transparency_table_is_applied(tmp_path: Path) -> None:
     table = png_chunk(b"PLTE", bytes([200] * 3 + [10] * 3 + [90] * 3))
     table += png_chunk(b"tRNS", b"\xff\xff\xff")
     data = png((SIDE, SIDE), 8, PALETTE, as_rows(pixels() % 3), before=table)
     assert_read_as(np.array([200, 10, 90], np.uint8)[pixels() % 3], data, tmp_path)
 
 
-def test_a_transparent_gray_that_no_pixel_has_is_no_transparency(tmp_path: Path) -> None:
+def test_transparent_gray_that_no_pixel_has_is_ignored(tmp_path: Path) -> None:
     data = png_of(pixels(), before=png_chunk(b"tRNS", b"\0\0"))
     assert_read_as(pixels(), data, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("colour", [GRAY, PALETTE])
-def test_few_bits_are_spread_from_black_to_white(tmp_path: Path, bits: int, colour: int) -> None:
+def test_fewer_than_8_bits_are_scaled_from_black_to_white(
+    tmp_path: Path, bits: int, colour: int
+) -> None:
     levels = 2**bits
     grays = (np.arange(levels) * 255 // (levels - 1)).astype(np.uint8)
     values = pixels() % levels
@@ -264,7 +266,7 @@ def test_sixteen_bit_gray_as_pillow_writes_it_is_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [np.array, in_colour])
-def test_a_black_sixteen_bit_image_stays_black(
+def test_black_sixteen_bit_image_stays_black(
     tmp_path: Path, make: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     black = np.zeros((SIDE, SIDE), np.uint8)
@@ -286,7 +288,7 @@ VALUES: Dict[str, Callable[[], np.ndarray]] = {
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("written", sorted(ORIENTED))
 @pytest.mark.parametrize("kind", sorted(VALUES))
-def test_an_orientation_in_a_png_is_undone(
+def test_orientation_in_a_png_is_applied(
     tmp_path: Path, kind: str, written: str, place: str
 ) -> None:
     data = png_of(VALUES[kind](), **{place: ORIENTED[written](6)})
@@ -295,13 +297,13 @@ def test_an_orientation_in_a_png_is_undone(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (10, 31)])
-def test_all_eight_orientations_are_undone(tmp_path: Path, shape: tuple, orientation: int) -> None:
+def test_all_eight_orientations_are_applied(tmp_path: Path, shape: tuple, orientation: int) -> None:
     data = png_of(pixels(shape), before=exif_chunk(orientation))
     assert_read_as(turned(pixels(shape), orientation), data, tmp_path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_orientation_in_a_jpeg_is_undone(tmp_path: Path, orientation: int) -> None:
+def test_orientation_in_a_jpeg_is_applied(tmp_path: Path, orientation: int) -> None:
     image = Image.fromarray(smooth())
     upright = read_gray(write(tmp_path, encoded(image, "JPEG")), SIDE)
     data = encoded(image, "JPEG", exif=exif(orientation))
@@ -309,7 +311,7 @@ def test_an_orientation_in_a_jpeg_is_undone(tmp_path: Path, orientation: int) ->
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 77])
-def test_an_orientation_that_does_not_exist_is_none(tmp_path: Path, orientation: int) -> None:
+def test_undefined_orientation_is_ignored(tmp_path: Path, orientation: int) -> None:
     assert_read_as(pixels(), png_of(pixels(), before=exif_chunk(orientation)), tmp_path)
 
 
@@ -319,7 +321,7 @@ def test_an_orientation_that_does_not_exist_is_none(tmp_path: Path, orientation:
 @pytest.mark.parametrize("name", ["image.jpg", "image.jpeg", "image.png"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_is_read_whatever_its_suffix(
+def test_jpeg_is_read_whatever_its_suffix(
     tmp_path: Path, name: str, mode: str, progressive: bool
 ) -> None:
     image = Image.fromarray(smooth()).convert(mode)
@@ -327,22 +329,22 @@ def test_a_jpeg_is_read_whatever_its_suffix(
     assert np.abs(read_gray(path, SIDE).astype(int) - smooth()).max() < 16
 
 
-def test_a_png_is_read_under_a_jpeg_name(tmp_path: Path) -> None:
+def test_png_is_read_under_a_jpeg_name(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()), "image.jpg")
     np.testing.assert_array_equal(read_gray(path, SIDE), pixels())
 
 
-def test_the_helpers_write_what_pillow_reads(tmp_path: Path) -> None:
+def test_helpers_write_what_pillow_reads(tmp_path: Path) -> None:
     for values in (pixels(), in_colour(pixels()), in_colour(pixels(), alpha=7)):
         with Image.open(write(tmp_path, png_of(values))) as image:
             np.testing.assert_array_equal(np.asarray(image), values)
     assert png_of(pixels()).startswith(PNG_SIGNATURE) and in_colour(pixels()).shape[2] == COLOUR + 1
 
 
-# The index
+# find_images
 
 
-def test_images_are_found_in_every_layout_people_have(tmp_path: Path) -> None:
+def test_images_are_found_in_every_known_layout(tmp_path: Path) -> None:
     places = {
         "a.png": "images",
         "b.png": "images_001/images",
@@ -366,7 +368,7 @@ def test_only_png_and_jpeg_names_are_found(tmp_path: Path) -> None:
     assert sorted(find_images(tmp_path)) == ["a.png", "b.PNG", "c.jpg", "d.jpeg"]
 
 
-def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
+def test_linked_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.png").touch()
     (tmp_path / "root").mkdir()
@@ -374,7 +376,7 @@ def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
     assert list(find_images(tmp_path / "root")) == ["a.png"]
 
 
-def test_a_name_in_two_folders_is_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_name_in_two_folders_is_refused_and_both_are_named(tmp_path: Path) -> None:
     for folder in ("images", "images_224"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").touch()
@@ -384,7 +386,7 @@ def test_a_name_in_two_folders_is_refused_and_both_are_named(tmp_path: Path) -> 
     assert str(tmp_path / "images_224" / "a.png") in str(caught.value)
 
 
-def test_links_that_lead_in_circles_or_to_the_same_folder_are_walked_once(tmp_path: Path) -> None:
+def test_circular_links_and_links_to_the_same_folder_are_walked_once(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").touch()
     (tmp_path / "images" / "up").symlink_to(tmp_path)
@@ -392,5 +394,5 @@ def test_links_that_lead_in_circles_or_to_the_same_folder_are_walked_once(tmp_pa
     assert list(find_images(tmp_path)) == ["a.png"]
 
 
-def test_a_folder_without_images_gives_an_empty_index(tmp_path: Path) -> None:
+def test_folder_without_images_is_empty(tmp_path: Path) -> None:
     assert find_images(tmp_path) == {}

@@ -1,10 +1,9 @@
-"""`python -m cxr_vit prepare` as a person runs it, killed and stopped too, and its processes."""
+"""`python -m cxr_vit prepare` as a command, interrupted and killed, and its processes."""
 
 from __future__ import annotations
 
 import csv
 import fcntl
-import logging
 import os
 import random
 import signal
@@ -21,7 +20,6 @@ from conftest import SMALL
 from PIL import Image
 
 from cxr_vit.cli import main
-from cxr_vit.console import progress
 from cxr_vit.data.images import find_images
 from cxr_vit.data.store import StorePaths, StoreSettings
 from cxr_vit.data.store_build import Chunk, build_store, in_parallel
@@ -32,7 +30,7 @@ HEADER = (
 )
 IMAGES = 768
 SIDE = 64
-#: No divisor of a chunk's length: a chunk in another's place is seen.
+#: Not a divisor of a chunk's length, so that no two chunks have the same images.
 KINDS = 41
 
 
@@ -50,15 +48,15 @@ def write_set(root: Path, *, images: int, kinds: int, side: int) -> None:
     (root / "Data_Entry_2017_v2020.csv").write_text("\n".join([HEADER, *rows]) + "\n")
 
 
-def until(true: Callable[[], object], *, seconds: float = 60.0) -> None:
+def wait_until(true: Callable[[], object], *, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.001)
 
 
 class Prepare:
-    """A `prepare` in a process group of its own."""
+    """A `prepare` in its own process group."""
 
     def __init__(self, root: Path, cache: Path, *more: str, size: int = SIDE) -> None:
         self.where = StorePaths.of(cache, size)
@@ -74,7 +72,7 @@ class Prepare:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # What runs the tests may ignore it, as a shell does for what is in the background.
+                # The tests may run with SIGINT ignored, e.g. in the background of a shell.
                 preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
             )
 
@@ -89,7 +87,7 @@ class Prepare:
         return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
 
     def workers(self) -> List[int]:
-        """Return the processes that it started to decode images and that are still there."""
+        """Return its running processes that decode images."""
         found = []
         for folder in Path("/proc").iterdir():
             try:
@@ -110,100 +108,89 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_one_go(root: Path) -> Dict[str, bytes]:
+def uninterrupted(root: Path) -> Dict[str, bytes]:
     where = StorePaths.of(root.parent, SIDE)
     build_store(where, StoreSettings(SIDE, 64), find_images(root), workers=1)
     return {path.name: path.read_bytes() for path in (where.pixels, where.index)}
 
 
-def assert_whole(where: StorePaths, in_one_go: Dict[str, bytes]) -> None:
+def assert_complete(where: StorePaths, uninterrupted: Dict[str, bytes]) -> None:
     there = {path.name: path for path in where.pixels.parent.iterdir() if path != where.lock}
-    assert set(there) == set(in_one_go)
+    assert set(there) == set(uninterrupted)
     for name, path in there.items():
-        assert path.read_bytes() == in_one_go[name], name
+        assert path.read_bytes() == uninterrupted[name], name
 
 
-# Killed and stopped
+# Interrupted and killed
 
 
 @pytest.mark.slow
-def test_a_store_that_was_killed_again_and_again_is_the_same_to_the_byte(
-    root: Path, in_one_go: Dict[str, bytes], tmp_path: Path
+def test_interrupted_and_killed_builds_resume_to_the_same_bytes(
+    root: Path, uninterrupted: Dict[str, bytes], tmp_path: Path
 ) -> None:
     seeded = random.Random(4)
-    for chunks in [0, *sorted(seeded.sample(range(2, 7), 2))]:
+    # Chunks in the journal at each signal; at 0, the processes are just starting.
+    first, second = sorted(seeded.sample(range(3, 8), 2))
+    signals = [(0, signal.SIGKILL), (2, signal.SIGINT), (first, signal.SIGKILL)]
+    for chunks, number in [*signals, (second, signal.SIGKILL)]:
         run = Prepare(root, tmp_path / "cache")
-        until(run.workers)
-        until(lambda: run.chunks_done() >= chunks)  # noqa: B023
-        time.sleep(seeded.uniform(0, 0.02))
-        run.process.kill()
-        killed = time.monotonic()
-        assert run.end() == -signal.SIGKILL
-        until(lambda: not run.workers(), seconds=2 - (time.monotonic() - killed))  # noqa: B023
+        wait_until(run.workers)
+        wait_until(lambda: run.chunks_done() >= chunks)  # noqa: B023
+        if number == signal.SIGINT:  # Ctrl-C in a terminal signals all processes
+            os.killpg(run.process.pid, signal.SIGINT)
+            assert run.end() == 130, run.text()
+            lines = run.text().splitlines()
+            assert [line for line in lines if "resuming an interrupted cache" not in line] == []
+        else:
+            time.sleep(seeded.uniform(0, 0.02))
+            run.process.kill()
+            assert run.end() == -signal.SIGKILL
+        wait_until(lambda: not run.workers(), seconds=2)  # noqa: B023
         assert run.where.journal.exists() and not run.where.index.exists()
     last = Prepare(root, tmp_path / "cache")
     assert last.end() == 0, last.text()
     assert "resuming an interrupted cache" in last.text()
-    assert_whole(last.where, in_one_go)
+    assert_complete(last.where, uninterrupted)
 
 
-def test_control_c_while_the_processes_start_leaves_no_traceback(
-    root: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_while_the_processes_start_prints_no_traceback(root: Path, tmp_path: Path) -> None:
     run = Prepare(root, tmp_path / "cache")
-    until(run.workers)
+    wait_until(run.workers)
     status = Path(f"/proc/{run.workers()[0]}/status").read_text()
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.end() == 130, run.text()
-    until(lambda: not run.workers(), seconds=2)
+    wait_until(lambda: not run.workers(), seconds=2)
     assert run.text().strip() == ""
-    # The signal may come at any moment: a process is deaf to it from its first one.
+    # A process ignores the signal from its start.
     masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))
-    deaf_to = int(masks["SigIgn"], 16) | int(masks["SigBlk"], 16)
-    assert deaf_to & 1 << (signal.SIGINT - 1)
+    ignored = int(masks["SigIgn"], 16) | int(masks["SigBlk"], 16)
+    assert ignored & 1 << (signal.SIGINT - 1)
 
 
 @pytest.mark.slow
-def test_control_c_stops_it_without_a_traceback_and_it_goes_on_later(
-    root: Path, in_one_go: Dict[str, bytes], tmp_path: Path
-) -> None:
-    run = Prepare(root, tmp_path / "cache")
-    until(lambda: run.chunks_done() >= 2)
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.end() == 130, run.text()
-    until(lambda: not run.workers(), seconds=2)
-    assert run.text().strip() == ""
-    assert run.where.journal.exists() and not run.where.index.exists()
-    again = Prepare(root, tmp_path / "cache")
-    assert again.end() == 0, again.text()
-    assert "resuming an interrupted cache" in again.text()
-    assert_whole(again.where, in_one_go)
-
-
-@pytest.mark.slow
-def test_of_two_processes_that_need_it_at_once_one_builds_and_the_other_waits(
+def test_second_process_waits_for_the_first_to_build(
     tmp_path: Path,
 ) -> None:
     write_set(tmp_path / "nih", images=40, kinds=40, side=24)
     cache = tmp_path / "cache"
     cache.mkdir()
     where = StorePaths.of(cache, 16)
-    with where.lock.open("w") as lock:  # as a third process, which holds both up
+    with where.lock.open("w") as lock:  # makes both wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [Prepare(tmp_path / "nih", cache, size=16) for _ in range(2)]
-        until(lambda: all("another process builds the cache" in run.text() for run in runs))
+        wait_until(lambda: all("another process builds the cache" in run.text() for run in runs))
         assert not where.partial.exists()
     assert [run.end() for run in runs] == [0, 0]
     assert sorted(run.text().count("cached 40 images in") for run in runs) == [0, 1]
     assert all("40 of 40 images" in run.text() for run in runs)
 
 
-# What it says
+# Output
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Forty images; the first three are none."""
+    """Forty images; the first three are empty files."""
     root = tmp_path / "nih"
     write_set(root, images=40, kinds=40, side=24)
     for path in sorted((root / "images").iterdir())[:3]:
@@ -211,11 +198,11 @@ def small(tmp_path: Path) -> Path:
     return root
 
 
-def test_bad_images_are_an_error_and_the_store_is_whole(small: Path, tmp_path: Path) -> None:
+def test_bad_images_are_an_error_and_the_store_is_complete(small: Path, tmp_path: Path) -> None:
     run = Prepare(small, tmp_path / "cache", size=16)
     assert run.end() == 2
     lines = run.text().splitlines()
-    assert "DataError: 3 of 40 images cannot be used:" in lines
+    assert "DataError: 3 of 40 images are unusable:" in lines
     assert "DataError:   00000002_000.png: the file is empty. Fetch it again." in lines
     assert "Traceback" not in run.text()
     assert run.where.index.exists() and not run.where.journal.exists()
@@ -231,7 +218,7 @@ def prepare(root: Path, *more: str) -> int:
     )
 
 
-def test_a_journal_left_behind_a_whole_store_is_taken_away(small: Path) -> None:
+def test_journal_beside_a_complete_store_is_removed(small: Path) -> None:
     assert prepare(small) == 0
     journal = small / "cxr_vit_cache" / "films_16.journal"
     journal.write_text("left by a kill between the last two steps\n")
@@ -239,14 +226,14 @@ def test_a_journal_left_behind_a_whole_store_is_taken_away(small: Path) -> None:
     assert not journal.exists()
 
 
-def test_verify_says_that_all_is_well_or_what_is_not(
+def test_verify_reports_success_or_what_is_wrong(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(small) == 0
     assert "37 of 40 images" in capsys.readouterr().out
     assert prepare(small, "--verify") == 0
     out = capsys.readouterr().out
-    assert "every image has its checksum; 40 are what their files hold\n" in out
+    assert "all checksums match; 40 images equal their files\n" in out
     pixels = small / "cxr_vit_cache" / "films_16.u8"
     data = bytearray(pixels.read_bytes())
     data[8 * 256] ^= 1
@@ -256,7 +243,7 @@ def test_verify_says_that_all_is_well_or_what_is_not(
     assert "00000008_000.png: its pixels in the cache are damaged\n" in str(caught.value)
 
 
-def test_a_store_that_verify_found_damaged_can_be_mended_as_it_says(small: Path) -> None:
+def test_damaged_store_can_be_rebuilt_as_verify_says(small: Path) -> None:
     prepare(small)
     pixels = small / "cxr_vit_cache" / "films_16.u8"
     pixels.write_bytes(bytes(len(pixels.read_bytes())))
@@ -268,7 +255,7 @@ def test_a_store_that_verify_found_damaged_can_be_mended_as_it_says(small: Path)
 
 
 @pytest.mark.slow
-def test_training_lists_what_it_skipped_in_its_folder(
+def test_training_lists_skipped_images_in_its_run_folder(
     small: Path, tmp_path: Path, repository: Path
 ) -> None:
     run = tmp_path / "run"
@@ -280,26 +267,26 @@ def test_training_lists_what_it_skipped_in_its_folder(
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "3 of 40 images cannot be used and are left out" in result.stderr
+    assert "3 of 40 images are unusable and left out" in result.stderr
     with (run / "skipped.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [f"{row:08d}_000.png" for row in range(3)]
 
 
-# Many processes
+# in_parallel
 
 
 def rows_of(chunk: Chunk) -> List[int]:
     return [chunk.first_row + place for place in range(len(chunk.paths))]
 
 
-def stumble(chunk: Chunk) -> List[int]:
+def fail_at_100(chunk: Chunk) -> List[int]:
     if chunk.first_row == 100:
-        raise DataError("row 100 has no end")
+        raise DataError("row 100 is wrong")
     return rows_of(chunk)
 
 
-def end_at_once(chunk: Chunk) -> List[int]:
+def exit_at_once(chunk: Chunk) -> List[int]:
     os._exit(9)
 
 
@@ -307,48 +294,21 @@ CHUNKS = [Chunk(start, [""] * 50) for start in range(0, 500, 50)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_chunk_gives_its_result_once(workers: int) -> None:
+def test_every_chunk_has_one_result(workers: int) -> None:
     results = list(in_parallel("", rows_of, CHUNKS, workers=workers))
     assert sorted(row for rows in results for row in rows) == list(range(500))
 
 
-def test_no_chunks_are_no_results() -> None:
+def test_no_chunks_have_no_results() -> None:
     assert list(in_parallel("", rows_of, [], workers=2)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_process_comes_through(workers: int) -> None:
-    with pytest.raises(DataError, match="row 100 has no end"):
-        list(in_parallel("", stumble, CHUNKS, workers=workers))
+def test_error_in_a_process_is_raised(workers: int) -> None:
+    with pytest.raises(DataError, match="row 100 is wrong"):
+        list(in_parallel("", fail_at_100, CHUNKS, workers=workers))
 
 
-def test_a_process_that_dies_is_told_in_words() -> None:
+def test_process_that_ends_early_is_reported() -> None:
     with pytest.raises(DataError, match=r"ended before its work.*data\.cache_workers=1"):
-        list(in_parallel("", end_at_once, CHUNKS, workers=2))
-
-
-# Progress
-
-
-def test_without_a_terminal_a_line_is_logged_when_one_is_due(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    caplog.set_level(logging.INFO, logger="cxr_vit")
-    with progress("decoding images", done=100, total=1000) as advance:
-        for seconds in (0, 10, 10, 11, 5):
-            clock[0] += seconds
-            advance(60)
-    assert caplog.messages == ["decoding images: 340 of 1000, 8/s, 85 s left"]
-
-
-@pytest.mark.parametrize(("done", "total"), [(0, 300), (100, 300), (300, 300)])
-def test_on_a_terminal_a_bar_counts_the_images(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: int, total: int
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
-    with progress("decoding images", done=done, total=total) as advance:
-        for _ in range(done, total, 50):
-            advance(50)
-    assert "decoding images" in capsys.readouterr().err
+        list(in_parallel("", exit_at_once, CHUNKS, workers=2))

@@ -1,4 +1,4 @@
-"""Images from their files and from a store: the same pixels, one map, no memory held."""
+"""Readers of files and of the store: the same pixels, one shared map, bounded memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(seed: int, height: int = 37, width: int = 31, channels: int = 0) -> np
 
 
 def write_every_kind(folder: Path) -> Dict[str, str]:
-    """Images of every kind that is read; a damaged one lies among them."""
+    """Write an image of every supported kind, and a damaged one."""
     folder.mkdir()
     twelve_bits = noise(4).astype(np.uint16) * 16
     opaque = Image.fromarray(noise(5, channels=3)).convert("RGBA")
@@ -87,7 +87,7 @@ def read(images: ImageReader, rows: List[int]) -> np.ndarray:
     return out
 
 
-def test_a_cached_read_is_the_direct_read_to_the_bit(
+def test_store_and_files_have_the_same_pixels(
     paths: Dict[str, str], names: List[str], cached: StoreReader
 ) -> None:
     assert len(cached) == len(names) == EVERY_KIND
@@ -95,7 +95,7 @@ def test_a_cached_read_is_the_direct_read_to_the_bit(
     np.testing.assert_array_equal(read(cached, list(range(EVERY_KIND))), direct)
     for row, name in enumerate(names):
         np.testing.assert_array_equal(direct[row], read_gray(paths[name], SIDE))
-    assert len({image.tobytes() for image in direct}) == EVERY_KIND  # else rows could be mixed up
+    assert len({image.tobytes() for image in direct}) == EVERY_KIND  # no two images are equal
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_rows_are_read_in_any_order_and_any_number_of_times(
     np.testing.assert_array_equal(read(cached, rows), read(files_of(paths, names), rows))
 
 
-def test_random_batches_are_those_of_the_files(
+def test_random_batches_match_the_files(
     paths: Dict[str, str], names: List[str], cached: StoreReader
 ) -> None:
     random = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def test_random_batches_are_those_of_the_files(
         np.testing.assert_array_equal(read(cached, rows), read(files_of(paths, names), rows))
 
 
-def test_images_are_selected_by_name_in_the_order_asked_for(
+def test_images_are_selected_by_name_in_the_given_order(
     paths: Dict[str, str], names: List[str], cached: StoreReader
 ) -> None:
     wanted = [names[6], names[1], names[8], names[1]]
@@ -130,19 +130,19 @@ def test_images_are_selected_by_name_in_the_order_asked_for(
         np.testing.assert_array_equal(read(again, [3, 2, 1, 0]), expected)
 
 
-def test_a_image_of_no_use_cannot_be_selected(cached: StoreReader) -> None:
+def test_unusable_image_cannot_be_selected(cached: StoreReader) -> None:
     with pytest.raises(KeyError, match=r"00000004_000\.png"):
         cached.select(["00000004_000.png"])
 
 
-def test_only_the_rows_asked_for_are_written(cached: StoreReader) -> None:
+def test_only_the_given_part_of_the_buffer_is_written(cached: StoreReader) -> None:
     buffer = np.full((4, SIDE, SIDE), 7, dtype=np.uint8)
     cached.read(np.array([1, 2]), buffer[1:3])
     assert (buffer[[0, 3]] == 7).all()
     np.testing.assert_array_equal(buffer[1:3], read(cached, [1, 2]))
 
 
-def test_what_is_read_is_a_copy_that_may_be_changed(cached: StoreReader) -> None:
+def test_read_returns_a_copy(cached: StoreReader) -> None:
     before = cached._store.path.read_bytes()
     images = read(cached, [0, 1])
     images += 1
@@ -150,7 +150,7 @@ def test_what_is_read_is_a_copy_that_may_be_changed(cached: StoreReader) -> None
     assert not np.array_equal(read(cached, [0, 1]), images)
 
 
-def test_a_image_that_went_bad_says_so_when_it_is_read_from_its_file(tmp_path: Path) -> None:
+def test_file_that_became_unreadable_is_reported(tmp_path: Path) -> None:
     paths = write_every_kind(tmp_path / "images")
     images = files_of(paths, ["00000001_000.png"])
     Path(paths["00000001_000.png"]).unlink()
@@ -165,10 +165,10 @@ def read_all(images: ImageReader) -> np.ndarray:
     return read(images, list(range(len(images))))
 
 
-def test_a_process_of_its_own_reads_the_same_images(
+def test_other_process_reads_the_same_images(
     paths: Dict[str, str], names: List[str], cached: StoreReader
 ) -> None:
-    expected = read_all(cached)  # maps the store here, which must not travel
+    expected = read_all(cached)  # maps the store here; the map must not be pickled
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         some = cached.select(names[::-2])
@@ -178,7 +178,7 @@ def test_a_process_of_its_own_reads_the_same_images(
         np.testing.assert_array_equal(pool.submit(read_all, files).result(), expected)
 
 
-def test_neither_pixels_nor_other_images_names_travel_to_another_process(tmp_path: Path) -> None:
+def test_neither_pixels_nor_names_of_other_images_are_pickled(tmp_path: Path) -> None:
     store = tmp_path / "images.u8"
     store.write_bytes(b"\1" * (1000 * SIDE**2))
     by_name = {f"{row:08d}_000.png": row for row in range(1000)}
@@ -192,7 +192,7 @@ def test_neither_pixels_nor_other_images_names_travel_to_another_process(tmp_pat
     assert len(pickle.dumps(few)) < 1100
 
 
-def test_the_map_is_shared_and_holds_no_page_of_its_own(tmp_path: Path) -> None:
+def test_map_is_shared_and_has_no_private_pages(tmp_path: Path) -> None:
     store = tmp_path / "images.u8"
     store.write_bytes(b"\1" * (64 * 256**2))
     by_name = {str(row): row for row in range(64)}
@@ -224,12 +224,12 @@ print(most)
 """
 
 
-def test_a_process_that_reads_a_whole_store_does_not_come_to_hold_it(
+def test_memory_is_bounded_while_a_process_reads_a_whole_store(
     tmp_path: Path, repository: Path
 ) -> None:
     store = tmp_path / "images.u8"
     with store.open("wb") as file:
-        file.truncate(640 * 1024**2)  # a hole: no disk is needed
+        file.truncate(640 * 1024**2)  # sparse: takes no disk space
     result = subprocess.run(
         [sys.executable, "-c", READS_A_LARGE_STORE, str(store)],
         cwd=str(repository),
@@ -238,17 +238,15 @@ def test_a_process_that_reads_a_whole_store_does_not_come_to_hold_it(
     )
     assert result.returncode == 0, result.stderr
     most_kib = int(result.stdout)
-    assert 60 * 1024 < most_kib < 200 * 1024  # it did read a lot, and let go of it
+    assert 60 * 1024 < most_kib < 200 * 1024  # it read the store and released pages
 
 
-# A store that is built anew under a run
+# A store that is rebuilt during a run
 
 
 @pytest.mark.parametrize("travels", [False, True], ids=["in this process", "in another process"])
-def test_images_opened_before_their_store_was_built_anew_are_never_mixed_up(
-    tmp_path: Path, travels: bool
-) -> None:
-    """A run maps its validation images, and each new loader process its own, hours after opening."""
+def test_rows_of_a_rebuilt_store_are_never_mixed_up(tmp_path: Path, travels: bool) -> None:
+    """Validation images and new loader processes map the store long after it was opened."""
     images = tmp_path / "images"
     images.mkdir()
     for row in range(1, 5):

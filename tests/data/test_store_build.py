@@ -1,4 +1,4 @@
-"""Building a store: the same bytes however often it was interrupted, and what verifying finds."""
+"""Building a store: the same bytes however often the build is interrupted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import store_build as cache_build
-from cxr_vit.data import store_build as decoding
+from cxr_vit.data import store_build
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
 from cxr_vit.data.store_build import Chunk, build_store, locked
@@ -50,7 +49,7 @@ class Reference(NamedTuple):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A store built in one go by one process."""
+    """A store built without interruption by one process."""
     root = tmp_path_factory.mktemp("reference")
     where = StorePaths.of(root, SIDE)
     paths = write_images(root / "images")
@@ -63,7 +62,7 @@ def where(tmp_path: Path) -> StorePaths:
     return StorePaths.of(tmp_path, SIDE)
 
 
-def assert_whole(where: StorePaths, reference: Reference) -> None:
+def assert_complete(where: StorePaths, reference: Reference) -> None:
     assert where.pixels.read_bytes() == reference.pixels
     assert where.index.read_bytes() == reference.index
     assert not where.partial.exists()
@@ -71,25 +70,25 @@ def assert_whole(where: StorePaths, reference: Reference) -> None:
 
 
 def build(where: StorePaths, paths: Dict[str, str]) -> int:
-    """Build or go on with a store; return how many images did not have to be decoded."""
+    """Build a store or resume its build; return how many images were not decoded again."""
     found = []
 
     @contextlib.contextmanager
-    def noted(doing: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    def record(label: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
         found.append(done)
         yield lambda count: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "progress", noted)
+        patch.setattr(store_build, "progress", record)
         build_store(where, SETTINGS, paths, workers=1)
     return found[0]
 
 
 def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) -> None:
-    """Build a store until so many chunks are noted in the journal."""
+    """Interrupt a build when the journal has this many chunks."""
 
     @contextlib.contextmanager
-    def ends(doing: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    def interrupt_it(label: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
         left = iter(range(after_chunks - 1))
 
         def advance(count: int) -> None:
@@ -99,81 +98,81 @@ def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) ->
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_build, "progress", ends)
+        patch.setattr(store_build, "progress", interrupt_it)
         with pytest.raises(KeyboardInterrupt):
             build_store(where, SETTINGS, paths, workers=1)
 
 
 def interrupt_before_the_index(where: StorePaths, paths: Dict[str, str]) -> str:
-    """Build a store until its pixels are renamed; return the journal."""
+    """Interrupt a build after the pixels are renamed; return the journal."""
 
-    def ends(index: StoreIndex, path: Path) -> None:
+    def interrupt_it(index: StoreIndex, path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoreIndex, "save", ends)
+        patch.setattr(StoreIndex, "save", interrupt_it)
         with pytest.raises(KeyboardInterrupt):
             build_store(where, SETTINGS, paths, workers=1)
     return where.journal.read_text()
 
 
-# In one go
+# Not interrupted
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_processes_makes_the_same_bytes(
+def test_any_number_of_processes_builds_the_same_bytes(
     reference: Reference, where: StorePaths, workers: int
 ) -> None:
     build_store(where, SETTINGS, reference.paths, workers=workers)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_the_order_in_which_images_are_found_does_not_matter(
+def test_order_in_which_images_are_found_does_not_matter(
     reference: Reference, where: StorePaths
 ) -> None:
     build_store(where, SETTINGS, dict(reversed(list(reference.paths.items()))), workers=1)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
 # Interrupted
 
 
 @pytest.mark.parametrize(("chunks", "images"), [(1, 64), (3, 192), (5, 300)])
-def test_an_interrupted_store_goes_on_where_it_stopped(
+def test_interrupted_build_resumes(
     reference: Reference, where: StorePaths, chunks: int, images: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=chunks)
     assert not where.pixels.exists() and not where.index.exists()
     assert build(where, reference.paths) == images
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_an_interrupted_store_may_be_finished_by_more_processes(
+def test_interrupted_build_may_be_resumed_by_more_processes(
     reference: Reference, where: StorePaths, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="cxr_vit")
     interrupt(where, reference.paths, after_chunks=1)
-    # What is left for two processes must be more than they are started for.
+    # Few images are left, for which no processes would be started.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_FEW_IMAGES", 0)
+        patch.setattr(store_build, "_FEW_IMAGES", 0)
         build_store(where, SETTINGS, reference.paths, workers=2)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
     assert "resuming an interrupted cache: 64 of 300 images are in it" in caplog.text
     assert "cached 299 images in" in caplog.text
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1], ids=lambda kept: f"up to {kept}")
-def test_a_line_cut_short_is_no_chunk_done(
+def test_truncated_line_of_the_journal_is_ignored(
     reference: Reference, where: StorePaths, kept: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     lines = where.journal.read_text().splitlines(keepends=True)
     where.journal.write_text("".join(lines[:-1]) + lines[-1][:kept])
     assert build(where, reference.paths) == 128
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_a_journal_without_its_first_line_is_begun_anew(
+def test_journal_without_its_first_line_restarts_the_build(
     reference: Reference, where: StorePaths
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
@@ -181,34 +180,34 @@ def test_a_journal_without_its_first_line_is_begun_anew(
     for text in ("", plan[:20], plan):
         where.journal.write_text(text)
         assert build(where, reference.paths) == 0
-        assert_whole(where, reference)
+        assert_complete(where, reference)
 
 
 @pytest.mark.parametrize(
     "line", ["\0" * 40, "[192, [1, 2", "{}", "[5]"], ids=["zeros", "cut", "object", "short"]
 )
-def test_a_line_of_the_journal_that_is_damaged_is_no_chunk_done(
+def test_damaged_line_of_the_journal_is_ignored(
     reference: Reference, where: StorePaths, line: str
 ) -> None:
-    """A lost power supply leaves what a kill does not."""
+    """A power loss damages lines; a kill does not."""
     interrupt(where, reference.paths, after_chunks=3)
     lines = where.journal.read_text().splitlines(keepends=True)
     where.journal.write_text("".join([*lines[:2], line + "\n", *lines[3:]]))
     assert build(where, reference.paths) in (0, 64, 128)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_pixels_that_were_lost_are_decoded_again(reference: Reference, where: StorePaths) -> None:
+def test_lost_pixels_are_decoded_again(reference: Reference, where: StorePaths) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     with where.partial.open("r+b") as file:
         file.seek(70 * SIDE**2)
         file.write(bytes(SIDE**2))
     assert build(where, reference.paths) == 128
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
 @pytest.mark.parametrize("held", [None, 0, 100 * SIDE**2, 301 * SIDE**2])
-def test_a_partial_file_that_was_lost_or_has_another_size_is_made_good(
+def test_partial_file_that_is_lost_or_has_another_size_is_rebuilt(
     reference: Reference, where: StorePaths, held: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
@@ -217,19 +216,19 @@ def test_a_partial_file_that_was_lost_or_has_another_size_is_made_good(
     else:
         os.truncate(where.partial, held)
     build(where, reference.paths)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_a_kill_before_the_index_is_written_loses_nothing(
+def test_kill_before_the_index_is_written_loses_nothing(
     reference: Reference, where: StorePaths
 ) -> None:
     interrupt_before_the_index(where, reference.paths)
     assert where.pixels.exists() and not where.index.exists() and not where.partial.exists()
     assert build(where, reference.paths) == IMAGES
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_a_kill_before_the_journal_is_removed_leaves_a_whole_store(
+def test_kill_before_the_journal_is_removed_leaves_a_complete_store(
     reference: Reference, where: StorePaths
 ) -> None:
     journal = interrupt_before_the_index(where, reference.paths)
@@ -237,37 +236,37 @@ def test_a_kill_before_the_journal_is_removed_leaves_a_whole_store(
     where.journal.write_text(journal)
     index = StoreIndex.load(where.index)
     assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
-    os.truncate(where.pixels, 5)  # the journal may not be believed about the next store
+    os.truncate(where.pixels, 5)  # the old journal must not be used for the next store
     build(where, reference.paths)
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_a_kill_while_an_old_store_is_replaced_loses_nothing(
+def test_kill_while_an_old_store_is_replaced_loses_nothing(
     reference: Reference, where: StorePaths
 ) -> None:
     interrupt(where, reference.paths, after_chunks=5)
     where.pixels.write_bytes(b"of an old store whose index is gone")
     assert build(where, reference.paths) == IMAGES
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
-def test_pixels_without_an_index_and_a_journal_are_not_believed(
+def test_pixels_without_an_index_and_a_journal_are_not_used(
     reference: Reference, where: StorePaths
 ) -> None:
     where.pixels.write_bytes(bytes(len(reference.pixels)))
     assert build(where, reference.paths) == 0
-    assert_whole(where, reference)
+    assert_complete(where, reference)
 
 
 @pytest.fixture
 def changed(reference: Reference, tmp_path: Path) -> Tuple[Dict[str, str], str]:
-    """The images with another one in the place of the first, and its path."""
+    """The images with another one in place of the first, and its path."""
     path = tmp_path / name_of(0)
     Image.fromarray(np.full((40, 50), 77, dtype=np.uint8)).save(path)
     return {**reference.paths, name_of(0): str(path)}, str(path)
 
 
-def test_images_that_changed_meanwhile_begin_it_anew(
+def test_changed_images_restart_the_build(
     reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
@@ -278,7 +277,7 @@ def test_images_that_changed_meanwhile_begin_it_anew(
     assert pixels[SIDE**2 :] == reference.pixels[SIDE**2 :]
 
 
-def test_other_settings_begin_it_anew(reference: Reference, where: StorePaths) -> None:
+def test_other_settings_restart_the_build(reference: Reference, where: StorePaths) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.SETTINGS", StoreSettings(SIDE, 2))
@@ -286,7 +285,7 @@ def test_other_settings_begin_it_anew(reference: Reference, where: StorePaths) -
     assert StoreIndex.load(where.index).settings.max_megapixels == 2
 
 
-def test_an_old_store_stays_readable_until_the_new_one_is_whole(
+def test_old_store_stays_readable_until_the_new_one_is_complete(
     reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
 ) -> None:
     build(where, reference.paths)
@@ -300,10 +299,10 @@ def test_an_old_store_stays_readable_until_the_new_one_is_whole(
     assert where.pixels.read_bytes()[: SIDE**2] == bytes([77]) * SIDE**2
 
 
-# Room and rights
+# Space and permissions
 
 
-def test_no_room_is_said_before_anything_is_decoded(
+def test_too_little_space_is_reported_before_decoding(
     reference: Reference, where: StorePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = collections.namedtuple("usage", "total used free")
@@ -314,14 +313,14 @@ def test_no_room_is_said_before_anything_is_decoded(
     assert not where.partial.exists() and not where.pixels.exists()
 
 
-def test_a_disk_that_fills_up_says_how_to_go_on(reference: Reference) -> None:
+def test_full_disk_is_reported_with_what_to_do(reference: Reference) -> None:
     chunk = Chunk(0, [reference.paths[name_of(0)]])
     with pytest.raises(DataError, match=r"No space left on device.*the build resumes"):
-        cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
+        store_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
 
 
-def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lock = StorePaths.of(tmp_path / "file", SIDE).lock
     with pytest.raises(DataError, match=r"cannot be written to .*data\.cache_dir"), locked(lock):
-        raise AssertionError("held a lock that cannot be")
+        raise AssertionError("the lock was taken")

@@ -1,4 +1,4 @@
-"""The packed store: what its index says, and when a store is refused."""
+"""The packed store: its index, and the reasons to refuse it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import store_build as decoding
+from cxr_vit.data import store_build
 from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
 from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
 from cxr_vit.data.store_build import build_store, check_images, verify_store
@@ -44,7 +44,7 @@ def write_image(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Six images; the fourth is none."""
+    """A store of six images; the fourth is unusable."""
     images = tmp_path / "images"
     images.mkdir()
     for row in (4, 1, 5, 0, 2):  # not in order
@@ -58,19 +58,19 @@ def store(tmp_path: Path) -> Store:
 # The index
 
 
-def test_the_files_are_named_by_the_image_size(tmp_path: Path) -> None:
+def test_files_are_named_by_the_image_size(tmp_path: Path) -> None:
     where = StorePaths.of(tmp_path, 224)
     assert where.pixels == tmp_path / "films_224.u8"
     assert where.index == tmp_path / "films_224.json"
     assert len(set(dataclasses.astuple(where))) == 5
 
 
-def test_a_finished_store_leaves_nothing_half_done_beside_it(store: Store) -> None:
+def test_finished_store_leaves_no_partial_files(store: Store) -> None:
     there = {path.name for path in store.where.pixels.parent.iterdir()}
     assert there == {"images", "films_16.u8", "films_16.json"}
 
 
-def test_images_lie_in_the_order_of_their_names(store: Store) -> None:
+def test_images_are_sorted_by_name(store: Store) -> None:
     assert store.index.images == [f"{row:08d}_000.png" for row in range(6)]
     pixels = np.fromfile(store.where.pixels, dtype=np.uint8).reshape(6, SIDE, SIDE)
     for row, name in enumerate(store.index.images):
@@ -78,19 +78,19 @@ def test_images_lie_in_the_order_of_their_names(store: Store) -> None:
             np.testing.assert_array_equal(pixels[row], read_gray(store.paths[name], SIDE))
 
 
-def test_the_index_holds_the_size_of_every_file(store: Store) -> None:
+def test_index_has_the_size_of_every_file(store: Store) -> None:
     sizes = [Path(store.paths[name]).stat().st_size for name in store.index.images]
     assert store.index.source_bytes == sizes
 
 
-def test_the_index_holds_the_checksum_of_every_image(store: Store) -> None:
+def test_index_has_the_checksum_of_every_image(store: Store) -> None:
     pixels = store.where.pixels.read_bytes()
     for row, name in enumerate(store.index.images):
         image = pixels[row * SIDE**2 : (row + 1) * SIDE**2]
         assert store.index.crc32[row] == (None if name == BAD else zlib.crc32(image))
 
 
-def test_the_index_says_how_the_images_were_made(store: Store) -> None:
+def test_index_has_the_settings_and_versions(store: Store) -> None:
     values = json.loads(store.where.index.read_text())
     assert values["settings"] == {
         "image_size": SIDE,
@@ -105,12 +105,12 @@ def test_the_index_says_how_the_images_were_made(store: Store) -> None:
     }
 
 
-def test_an_index_is_loaded_as_it_was_made(store: Store) -> None:
+def test_index_is_loaded_as_it_was_saved(store: Store) -> None:
     assert StoreIndex.load(store.where.index) == store.index
     assert store.index.store_bytes == store.where.pixels.stat().st_size == 6 * SIDE**2
 
 
-def test_a_image_of_no_use_has_its_reason_and_a_black_row_that_is_never_read(store: Store) -> None:
+def test_unusable_image_has_a_reason_and_a_black_row_that_is_not_read(store: Store) -> None:
     assert list(store.index.unusable) == [BAD]
     assert "HTML" in store.index.unusable[BAD]
     images = open_images(store.index, store.where.pixels)
@@ -123,7 +123,7 @@ def test_a_image_of_no_use_has_its_reason_and_a_black_row_that_is_never_read(sto
 # Refused
 
 
-def test_a_store_that_fits_is_not_refused(store: Store) -> None:
+def test_store_that_fits_is_not_refused(store: Store) -> None:
     assert store.refusal() is None
 
 
@@ -137,7 +137,7 @@ def test_a_store_that_fits_is_not_refused(store: Store) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_store_made_otherwise_is_refused(
+def test_store_with_other_settings_is_refused(
     store: Store, changed: Dict[str, object], reason: str
 ) -> None:
     assert store.refusal(dataclasses.replace(SETTINGS, **changed)) == reason
@@ -153,7 +153,7 @@ def test_a_store_made_otherwise_is_refused(
     ],
     ids=["a byte short", "a byte long", "empty", "absent"],
 )
-def test_a_file_of_pixels_of_another_size_is_refused(
+def test_store_of_another_size_is_refused(
     store: Store, damage: Callable[[Path], None], held: int
 ) -> None:
     damage(store.where.pixels)
@@ -176,7 +176,7 @@ def test_a_file_of_pixels_of_another_size_is_refused(
     ],
     ids=["empty", "cut", "list", "bare", "field", "setting", "row lost", "type", "zeros"],
 )
-def test_a_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) -> None:
+def test_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) -> None:
     text = store.where.index.read_text()
     store.where.index.write_text(damage(text))
     assert store.where.index.read_text() != text
@@ -184,13 +184,13 @@ def test_a_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) 
         StoreIndex.load(store.where.index)
 
 
-def test_bytes_that_are_no_text_are_a_damaged_index(store: Store) -> None:
+def test_index_that_is_not_text_is_refused(store: Store) -> None:
     store.where.index.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="is damaged"):
         StoreIndex.load(store.where.index)
 
 
-def test_images_that_came_since_are_counted_and_the_first_is_named(store: Store) -> None:
+def test_added_images_are_counted_and_the_first_is_named(store: Store) -> None:
     for row in (8, 7):
         write_image(store.images / f"{row:08d}_000.png", row)
     reason = store.refusal()
@@ -198,14 +198,14 @@ def test_images_that_came_since_are_counted_and_the_first_is_named(store: Store)
     assert reason.startswith("2 of 8 images are not in it, first: 0000000")
 
 
-def test_images_that_changed_since_are_counted_and_the_first_is_named(store: Store) -> None:
+def test_changed_images_are_counted_and_the_first_is_named(store: Store) -> None:
     for row in (2, 5):
         path = store.images / f"{row:08d}_000.png"
         path.write_bytes(path.read_bytes() + b"\0")
     assert store.refusal() == "2 images were changed since, first: 00000002_000.png"
 
 
-def test_a_bad_image_that_was_mended_is_a_image_changed_since(store: Store) -> None:
+def test_bad_image_that_was_fixed_counts_as_changed(store: Store) -> None:
     write_image(store.images / BAD, 3)
     assert store.refusal() == f"1 images were changed since, first: {BAD}"
 
@@ -213,7 +213,7 @@ def test_a_bad_image_that_was_mended_is_a_image_changed_since(store: Store) -> N
 # Not refused
 
 
-def test_a_store_may_be_taken_to_a_machine_without_the_images(store: Store) -> None:
+def test_store_is_usable_on_a_machine_without_the_images(store: Store) -> None:
     expected = [read_gray(store.paths[name], SIDE) for name in store.index.images if name != BAD]
     for path in store.images.iterdir():
         path.unlink()
@@ -223,18 +223,18 @@ def test_a_store_may_be_taken_to_a_machine_without_the_images(store: Store) -> N
     np.testing.assert_array_equal(out, np.stack(expected))
 
 
-def test_a_store_of_more_images_than_are_wanted_fits(store: Store) -> None:
+def test_store_with_more_images_than_needed_fits(store: Store) -> None:
     for row in (0, 4):
         (store.images / f"{row:08d}_000.png").unlink()
     assert store.refusal() is None
 
 
-def test_the_order_of_the_images_does_not_matter(store: Store) -> None:
+def test_order_of_the_images_does_not_matter(store: Store) -> None:
     backwards = dict(sorted(store.paths.items(), reverse=True))
     assert refusal(store.index, store.where.pixels, SETTINGS, backwards) is None
 
 
-def test_images_may_move_to_another_folder(store: Store) -> None:
+def test_images_may_be_moved_to_another_folder(store: Store) -> None:
     moved = store.images.with_name("images_001")
     store.images.rename(moved)
     assert refusal(store.index, store.where.pixels, SETTINGS, find_images(moved)) is None
@@ -253,10 +253,10 @@ def verified(store: Store, *, workers: int = 1) -> Dict[str, str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sound_store_has_nothing_wrong(
+def test_undamaged_store_has_nothing_wrong(
     store: Store, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_FEW_IMAGES", 0)
+    monkeypatch.setattr(store_build, "_FEW_IMAGES", 0)
     assert verified(store, workers=workers) == {}
 
 
@@ -275,12 +275,12 @@ def test_every_image_with_a_flipped_bit_is_named(store: Store, has_files: bool) 
     assert verified(store) == {f"{row:08d}_000.png": DAMAGED for row in (0, 1, 4)}
 
 
-def test_images_behind_the_end_of_a_store_cut_short_are_named(store: Store) -> None:
+def test_images_after_the_end_of_a_truncated_store_are_named(store: Store) -> None:
     os.truncate(store.where.pixels, 4 * SIDE**2 + 1)
     assert verified(store) == dict.fromkeys(("00000004_000.png", "00000005_000.png"), DAMAGED)
 
 
-def test_a_image_that_changed_without_changing_size_is_named(store: Store) -> None:
+def test_image_that_changed_but_kept_its_size_is_named(store: Store) -> None:
     path = store.images / "00000002_000.png"
     size = path.stat().st_size
     for seed in range(100, 200):
@@ -288,17 +288,17 @@ def test_a_image_that_changed_without_changing_size_is_named(store: Store) -> No
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
         if path.stat().st_size == size:
             break
-    assert store.refusal() is None  # the cheap look cannot see it
+    assert store.refusal() is None  # only file sizes are compared
     assert verified(store) == {"00000002_000.png": CHANGED}
 
 
-def test_a_image_that_went_bad_and_one_that_was_mended_are_named(store: Store) -> None:
+def test_image_that_became_bad_and_one_that_was_fixed_are_named(store: Store) -> None:
     (store.images / "00000001_000.png").write_bytes(b"no image")
     write_image(store.images / BAD, 3)
     assert verified(store) == {"00000001_000.png": CHANGED, BAD: CHANGED}
 
 
-def test_images_whose_files_are_gone_are_only_checked_for_damage(store: Store) -> None:
+def test_images_without_a_file_are_only_checked_for_damage(store: Store) -> None:
     shutil.rmtree(store.images)
     assert verified(store) == {}
 
@@ -309,7 +309,7 @@ def test_images_are_checked_without_a_store(store: Store, tmp_path: Path) -> Non
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_store_of_other_pixels_is_refused_at_the_start(store: Store) -> None:
+def test_store_of_other_pixels_is_refused_at_the_start(store: Store) -> None:
     pixels = store.where.pixels
     pixels.write_bytes(bytes(len(pixels.read_bytes())))  # the right size, and black
     with pytest.raises(DataError, match=r"is damaged: .* is not what its index says.*prepare"):
