@@ -1,4 +1,4 @@
-"""Train: config -> data -> model -> engine -> trainer, only composed here.
+"""Train a model.
 
 python train.py --config configs/vit_demo.yaml [more.yaml ...] [section.key=value ...]
 python train.py --resume runs/<name>
@@ -8,92 +8,91 @@ python train.py --config configs/vit_pod4.yaml --compile-only
 from __future__ import annotations
 
 from functools import partial
-from typing import Sequence
+from typing import TYPE_CHECKING, Dict, Sequence
 
 from cxr_vit.cli import EXIT_STOPPED, run, train_arguments
 from cxr_vit.config import BatchPlan, Config, check, load_config
 from cxr_vit.engines.processes import Launch
-from cxr_vit.planner.estimate import preflight
+from cxr_vit.planner.estimate import plan_of_run, preflight
 from cxr_vit.training.run_folder import RunFolder, open_run, with_weights_of
-from cxr_vit.training.schedule import Durations, LearningRate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the command line says; return the exit status."""
+    """Run the command line; return the exit status."""
     arguments = train_arguments(argv)
+    launch = Launch.from_environment()
     if arguments.compile_only:
         from cxr_vit.engines.ipu.offline import compile_offline
 
-        print(compile_offline(check(load_config(arguments.files, arguments.overrides))))
+        config = check(load_config(arguments.files, arguments.overrides))
+        preflight(config, "poptorch")
+        print(compile_offline(config, launch))
         return 0
-    opened = open_run(arguments.files, arguments.overrides, arguments.resume)
+    opened = open_run(arguments.files, arguments.overrides, arguments.resume, launch)
     print(opened.folder.path, flush=True)
-    with opened.folder as folder:
-        return train(opened.config, folder, resume=opened.resumes)
+    with opened.folder.locked():
+        return train(opened.config, opened.folder, launch, resume=opened.resumes)
 
 
-def train(config: Config, folder: RunFolder, *, resume: bool) -> int:
-    """Put the run together and fit; return the exit status."""
+def train(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) -> int:
+    """Build the run and train; return the exit status."""
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.process_group import main_first
-    from cxr_vit.evaluation.figures import roc_figure, start_figures
+    from cxr_vit.engines.process_group import run_store
+    from cxr_vit.evaluation.figures import image_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
     from cxr_vit.synthetic.dataset import write_sample_if_absent
-    from cxr_vit.training.build import open_alike, watchers
-    from cxr_vit.training.checkpoint import CheckpointStore
-    from cxr_vit.training.trainer import StopOnSignal, Trainer
+    from cxr_vit.training.build import build_callbacks, build_trainer, open_data
+    from cxr_vit.training.trainer import StopOnSignal
 
-    choice = choose_engine(config)
-    preflight(config, choice.name, choice.local_replicas)
-    with main_first("sample"):
+    choice = choose_engine(config, launch)
+    preflight(config, choice.name, launch.local_replicas)
+    with run_store(launch).main_first("sample"):
         write_sample_if_absent(config.data)
-    data = open_alike(config.data)
-    training = data.dataset("train", augment=config.augment, seed=config.run.seed)
-    names = data.names
-    batch = BatchPlan.from_section(config.batch)
-    durations = Durations.from_section(config.train, batch, len(training))
-    source = with_weights_of(config, folder.checkpoints / "last") if resume else config
+    data = open_data(config.data, launch)
+    names, batch = data.names, BatchPlan.from_section(config.batch)
+    source = with_weights_of(config, folder.last) if resume else config
     model = StagedViT.from_config(
         source, names=names, prevalence=data.prevalence(), for_ipu=choice.is_ipu
     )
-    with build_engine(config, model, choice) as engine:
-        trainer = Trainer(
-            engine=engine,
-            train=training,
-            val=data.dataset("val"),
-            durations=durations,
-            learning_rate=LearningRate.from_section(
-                config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
-            ),
-            seed=config.run.seed,
-            callbacks=watchers(
-                config,
-                folder,
-                training,
-                checkpoint_every=durations.checkpoint_every,
-                figures=partial(start_figures, config, choice.name, training, names),
-                roc=partial(roc_figure, names=names, title="validation ROC"),
-            ),
-            score=partial(flat_scores, names=names),
-            store=CheckpointStore(folder.checkpoints, writes=folder.writes),
-            model_files=model.hub_files(),
-            origin={"labels": names, **data.fingerprint()},
-        )
+    callbacks = build_callbacks(
+        config,
+        folder,
+        start_figures=lambda trainer: {
+            "train/images": image_grid(trainer.train, names),
+            **(plan_figures(config) if choice.is_ipu else {}),
+        },
+        eval_figures=lambda event: {"val/roc": roc_figure(event.logits, event.labels, names)},
+    )
+    score = partial(flat_scores, names=names)
+    with build_engine(config, model, choice, batch, launch) as engine:
+        trainer = build_trainer(config, folder, data, engine, callbacks, score, model.hub_files())
         if resume:
-            weights_only = config.train.resume_weights_only
-            trainer.resume(folder.checkpoints / "last", weights_only=weights_only)
+            trainer.resume(folder.last, weights_only=config.train.resume_weights_only)
         else:
-            folder.write_environment(device=engine.describe(), data=data.fingerprint())
+            folder.write_environment(engine.describe(), engine.facts(), data.fingerprint())
         folder.write_config(config)
         folder.write_skipped(data.skipped)
         print(data.describe(), engine.describe(), sep="\n")
         print(*model.plan.describe(engine.place), *batch.describe(), sep="\n")
-        print(durations.describe(trainer.step), flush=True)
-        with StopOnSignal(trainer.interrupt, quiet=Launch.from_environment().has_others):
+        print(trainer.durations.describe(trainer.step), flush=True)
+        with StopOnSignal(trainer.interrupt, quiet=launch.has_others):
             trainer.fit()
     print(trainer.describe_end(), flush=True)
     return EXIT_STOPPED if trainer.interrupted and not trainer.is_complete else 0
+
+
+def plan_figures(config: Config) -> Dict[str, Figure]:
+    """Draw the plan of a run on IPUs; none if the planner does not know the model's shape."""
+    from cxr_vit.planner.figures import memory_figure, timeline_figure
+
+    plan = plan_of_run(config)
+    if plan is None:
+        return {}
+    return {"plan/timeline": timeline_figure(plan), "plan/memory": memory_figure(plan)}
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Scores, predictions and figures. Importing this package imports no torch."""
+"""Scores, predictions and figures."""

@@ -1,9 +1,9 @@
-"""Figures: ROC curves, a grid of images, the plan of a run. Drawn off screen."""
+"""Figures: ROC curves and a grid of images, drawn without a display."""
 
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -11,28 +11,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_roc
 
-from cxr_vit.config import Config
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.evaluation.metrics import evaluate, probabilities
-from cxr_vit.planner.estimate import plan_of_run
-from cxr_vit.planner.figures import memory_figure, timeline_figure
 
-__all__ = ["image_grid", "roc_figure", "start_figures"]
+__all__ = ["image_grid", "roc_figure"]
 
 _COLUMNS = 5
 
 
-def roc_figure(logits: Tensor, labels: Tensor, names: Sequence[str], *, title: str) -> Figure:
-    """Draw one ROC curve a label, its AUROC in the heading; "undefined" where there is none.
+def roc_figure(
+    logits: Tensor, labels: Tensor, names: Sequence[str], *, title: str = "validation ROC"
+) -> Figure:
+    """Draw the ROC curve of each label, with its AUROC or "undefined" as heading.
 
     Parameters
     ----------
     logits, labels
         float32 ``[N, C]``.
-    names
-        The C label names.
-    title
-        Heading of the figure.
     """
     scores = evaluate(logits, labels, names)
     probs, truth = probabilities(logits), labels.to(torch.int64)
@@ -46,8 +41,8 @@ def roc_figure(logits: Tensor, labels: Tensor, names: Sequence[str], *, title: s
         if auroc is not None:
             false_positives, true_positives, _ = binary_roc(probs[:, column], truth[:, column])
             axis.plot(false_positives.numpy(), true_positives.numpy(), linewidth=1.6)
-        known = "undefined" if auroc is None else f"{auroc:.3f}"
-        axis.set_title(f"{name}\n{known} ({positives} positive)", fontsize=9)
+        text = "undefined" if auroc is None else f"{auroc:.3f}"
+        axis.set_title(f"{name}\n{text} ({positives} positive)", fontsize=9)
         axis.set_aspect("equal")
         axis.set_xticks([0, 1])
         axis.set_yticks([0, 1])
@@ -61,19 +56,7 @@ def roc_figure(logits: Tensor, labels: Tensor, names: Sequence[str], *, title: s
 def image_grid(
     dataset: ChestXrayDataset, names: Sequence[str], *, num_images: int = 15, seed: int = 0
 ) -> Figure:
-    """Draw images as the model gets them, each with its findings.
-
-    Parameters
-    ----------
-    dataset
-        The images.
-    names
-        The label names.
-    num_images
-        How many to draw at random.
-    seed
-        Seed of the draw.
-    """
+    """Draw random images as the model sees them, each with its findings as heading."""
     rows = np.random.default_rng(seed).permutation(len(dataset))[:num_images]
     lines = math.ceil(len(rows) / _COLUMNS)
     figure = Figure(figsize=(2.5 * _COLUMNS, 2.9 * lines), layout="constrained")
@@ -86,28 +69,3 @@ def image_grid(
         findings = [name for name, label in zip(names, labels) if label]
         axis.set_title("\n".join(findings) or "No Finding", fontsize=8)
     return figure
-
-
-def start_figures(
-    config: Config, engine: str, training: ChestXrayDataset, names: Sequence[str]
-) -> Dict[str, Figure]:
-    """Draw what is known when a run starts: images, and the plan of its pipeline.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    engine
-        The engine that was chosen.
-    training
-        The training images.
-    names
-        The label names.
-    """
-    figures = {"train/images": image_grid(training, names)}
-    planned = plan_of_run(config, engine)
-    if planned is not None:
-        plan, note = planned
-        figures["plan/timeline"] = timeline_figure(plan, note)
-        figures["plan/memory"] = memory_figure(plan)
-    return figures

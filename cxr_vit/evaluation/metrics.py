@@ -1,7 +1,7 @@
-"""Per-finding AUROC and average precision over a whole split, on torchmetrics.
+"""AUROC and average precision per label over a whole split, computed by torchmetrics.
 
-torchmetrics gives a class without positives 0.0 and averages it in. Here such a class is undefined
-(None), left out of the mean, and the mean says of how many classes it is.
+For a class without positives torchmetrics returns 0.0 and includes it in the mean. Here such a
+class is undefined (None) and excluded, and the number of defined classes is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["evaluate", "flat_scores", "probabilities"]
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Return the sigmoid of logits ``[N, C]`` in fp32: the findings do not exclude each other."""
+    """Return the sigmoid of logits ``[N, C]`` in float32: findings are not mutually exclusive."""
     return torch.sigmoid(logits.float())
 
 
@@ -30,17 +30,15 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     ----------
     logits, labels
         float32 ``[N, C]``; labels are 0 or 1.
-    names
-        The C label names.
 
     Returns
     -------
     dict
-        `num_samples`; `auroc` and `average_precision` with a value a name, None where undefined (no
-        positives, or no negatives); `positives` a name; `auroc_macro` and
-        `average_precision_macro`, the means over the defined *findings*, `auroc_defined` of
-        `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean that
-        the tutorial's 15 classes give.
+        `num_samples`; `auroc` and `average_precision`, each label name -> value, None where
+        undefined (no positives, or no negatives); `positives`, label name -> number; `auroc_macro`
+        and `average_precision_macro`, the means over the defined *findings*; `auroc_defined` and
+        `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean
+        over all classes.
 
     Raises
     ------
@@ -48,10 +46,10 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
         If a logit is NaN or infinite.
     """
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
-    if broken:  # torchmetrics would rank NaN without a word
+    if broken:  # torchmetrics would rank NaN silently
         raise NonFiniteLoss(
-            f"the model's logits are not finite for {broken} of {len(logits)} images; such weights"
-            " cannot be scored. Use an earlier checkpoint, or train with a lower optim.lr."
+            f"the model's logits are not finite for {broken} of {len(logits)} images, so it cannot"
+            " be scored. Use an earlier checkpoint, or train with a lower optim.lr."
         )
     probs, truth = probabilities(logits), labels.to(torch.int64)
     positives = truth.sum(dim=0).tolist()
@@ -94,9 +92,8 @@ def _mean(values: List[Optional[float]]) -> Optional[float]:
 
 def flat_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Optional[float]]:
     """Score a split under the tags of the logs: `auroc_macro`, `auroc/Hernia`, ..."""
-    scores = evaluate(logits, labels, names)
     flat: Dict[str, Optional[float]] = {}
-    for key, value in scores.items():
+    for key, value in evaluate(logits, labels, names).items():
         if key in ("auroc", "average_precision"):
             flat.update({f"{key}/{name}": score for name, score in value.items()})
         elif key not in ("positives", "num_samples"):

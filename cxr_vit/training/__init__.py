@@ -1,1 +1,1 @@
-"""The loop and what hangs on it. Importing this package imports no torch."""
+"""Training loop, callbacks, checkpoints and run folders."""

@@ -1,93 +1,102 @@
-"""The data of a run, opened by all its processes and found to be the same."""
+"""Build the data and the trainer of a run, for train.py and for tests."""
 
 from __future__ import annotations
 
-from typing import Callable, List, Mapping
+from typing import Callable, Dict, List, Sequence
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cxr_vit.config import Config, dump_config
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.engines.process_group import call_once, main_first, same_everywhere
+from cxr_vit.engines.base import Engine
+from cxr_vit.engines.process_group import run_store
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import DataError
-from cxr_vit.training.loggers import JsonlLogger, MetricsLogging, TensorBoardLogger
-from cxr_vit.training.progress import ProgressDisplay
+from cxr_vit.training.callbacks import EarlyStopping, NonFiniteGuard, ProgressDisplay
+from cxr_vit.training.checkpoint import CheckpointStore
+from cxr_vit.training.loggers import Figures, JsonlLogger, MetricsLogging, TensorBoardLogger
 from cxr_vit.training.run_folder import RunFolder
-from cxr_vit.training.trainer import Callback, Checkpointing, EarlyStopping, NonFiniteGuard
+from cxr_vit.training.schedule import Durations, LearningRate
+from cxr_vit.training.trainer import Callback, EvalEnd, Scores, Trainer
 
-__all__ = ["open_alike", "watchers"]
+__all__ = ["build_callbacks", "build_trainer", "open_data"]
 
 
-def open_alike(data: DataSection) -> ChestXrayDataModule:
-    """Open the data of a configuration, in the first process before the others.
-
-    Parameters
-    ----------
-    data
-        As for `ChestXrayDataModule`.
+def open_data(data: DataSection, launch: Launch) -> ChestXrayDataModule:
+    """Open the data of a configuration in all processes, in the main process first.
 
     Raises
     ------
     DataError
-        If this process has other data than the first one: its rows would be other images.
+        If this process has other data than the main process: its rows would be other images.
     """
-    with main_first("data"):
-        opened = ChestXrayDataModule(data, once=call_once)
-    differing = same_everywhere("data", opened.fingerprint())
+    store = run_store(launch)
+    with store.main_first("data"):
+        opened = ChestXrayDataModule(data, once=store.call_once)
+    differing = store.differences("data", opened.fingerprint())
     if differing:
         raise DataError(
-            f"the data of this host are not those of the first process: {'; '.join(differing)}."
+            f"this host's data differ from those of the first process: {'; '.join(differing)}."
             " Give all hosts the same CSV, lists and images."
         )
     return opened
 
 
-def watchers(
+def build_trainer(
     config: Config,
     folder: RunFolder,
-    training: ChestXrayDataset,
-    *,
-    checkpoint_every: int,
-    figures: Callable[[], Mapping[str, Figure]],
-    roc: Callable[[Tensor, Tensor], Figure],
-) -> List[Callback]:
-    """Make the callbacks; a process that does not write the run has those that all take part in.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    folder
-        The run's.
-    training
-        The training split.
-    checkpoint_every
-        Steps between saves.
-    figures, roc
-        Make the figures of TensorBoard: those of the start by tag, and that of a validation's
-        logits and labels.
-    """
-    every = config.train.log_every_steps
-    guards: List[Callback] = [EarlyStopping(config.train.early_stopping_patience)]
-    if not config.engine.synthetic_data:  # whose losses are whatever was in the buffers
-        guards.insert(0, NonFiniteGuard(training.image_names))
-    # Last, so that it saves what the others know.
-    saving = Checkpointing(every=checkpoint_every, keep_last=config.train.keep_last)
-    if not folder.writes:
-        return [*guards, saving]
-    tensorboard = TensorBoardLogger(
-        folder.tensorboard,
-        config_text=dump_config(config),
-        hparams=config.flat(),
-        figures=figures,
-        roc=roc,
+    data: ChestXrayDataModule,
+    engine: Engine,
+    callbacks: Sequence[Callback],
+    score: Callable[[Tensor, Tensor], Scores],
+    model_files: Dict[str, str],
+) -> Trainer:
+    """Build the trainer of a run; the parameters after `engine` are those of `Trainer`."""
+    train = data.dataset("train", augment=config.augment, seed=config.run.seed)
+    durations = Durations.from_section(config.train, engine.batch, len(train))
+    return Trainer(
+        engine=engine,
+        train=train,
+        val=data.dataset("val"),
+        durations=durations,
+        learning_rate=LearningRate.from_section(
+            config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
+        ),
+        seed=config.run.seed,
+        callbacks=callbacks,
+        score=score,
+        store=CheckpointStore(folder.checkpoints, writes=folder.writes),
+        keep_last=config.train.keep_last,
+        model_files=model_files,
+        origin={"labels": data.names, **data.fingerprint()},
     )
-    return [
-        *guards,
-        ProgressDisplay(every=every),
-        MetricsLogging([JsonlLogger(folder.metrics), tensorboard], every=every),
-        saving,
-    ]
+
+
+def build_callbacks(
+    config: Config,
+    folder: RunFolder,
+    *,
+    start_figures: Callable[[Trainer], Figures],
+    eval_figures: Callable[[EvalEnd], Figures],
+) -> List[Callback]:
+    """Build the callbacks of this process; only the one that writes the run displays and logs.
+
+    `start_figures` and `eval_figures` are those of `MetricsLogging`.
+    """
+    callbacks: List[Callback] = [EarlyStopping(config.train.early_stopping_patience)]
+    if not config.engine.synthetic_data:  # its losses are meaningless
+        callbacks.insert(0, NonFiniteGuard())
+    if not folder.writes:
+        return callbacks
+    every = config.train.log_every_steps
+    tensorboard = TensorBoardLogger(
+        folder.tensorboard, config_text=dump_config(config), hparams=config.flat()
+    )
+    metrics = MetricsLogging(
+        [JsonlLogger(folder.metrics), tensorboard],
+        every=every,
+        start_figures=start_figures,
+        eval_figures=eval_figures,
+    )
+    return [*callbacks, ProgressDisplay(every=every), metrics]

@@ -1,7 +1,7 @@
-"""Atomic checkpoint directories: safetensors and JSON, never a pickle.
+"""Atomic checkpoint folders of safetensors and JSON files, without pickle.
 
-A directory is written aside and renamed; `trainer_state.json` is written last and holds the SHA-256
-of the other files. So a checkpoint that is there is whole, and one that was tampered with is told.
+A folder is written under a temporary name and renamed, so a checkpoint that exists is complete.
+`trainer_state.json` has the SHA-256 of the other files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
+from cxr_vit.files import remove
 
 __all__ = ["CheckpointStore", "load_checkpoint", "verify_checkpoint"]
 
@@ -28,10 +29,12 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 _STEP_NAME = re.compile(r"^step_(\d{8})$")
-_FORMAT = 1
+_FORMAT = 2
+#: Keys of callback states: format 1 used class names.
+_FORMAT_1_KEYS = {"EarlyStopping": "early_stopping", "MetricsLogging": "metrics"}
 #: Between a parameter's name and its optimizer slot; no parameter name has a slash.
 _SLOT = "/"
-#: The device's random generator, beside the slots; hundreds of thousands of numbers on IPUs.
+#: The device's random generator, stored beside the slots: it is large on IPUs.
 _RNG = "rng_state"
 
 
@@ -41,10 +44,9 @@ class CheckpointStore:
     Parameters
     ----------
     folder
-        ``<run>/checkpoints``; made when first needed.
+        Created when first needed.
     writes
-        Whether this process writes there; of several only one does, the others go through the
-        motions.
+        Whether this process writes; the methods of other processes change nothing.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -63,14 +65,10 @@ class CheckpointStore:
 
         Parameters
         ----------
-        step
-            Updates made.
-        state
-            The engine's state.
         model_files
             File name -> text: config.json and preprocessor_config.json.
         trainer_state
-            JSON-able; `step`, `optimizer_kind`, `scalars` and `sha256` are added.
+            JSON-able; `format`, `step`, `optimizer_kind`, `scalars` and `sha256` are added.
 
         Returns
         -------
@@ -80,48 +78,48 @@ class CheckpointStore:
         final = self.folder / f"step_{step:08d}"
         if not self.writes:
             return final
-        aside = self.folder / f".{final.name}.writing"
-        _remove(aside)
-        aside.mkdir(parents=True)
-        save_file(state.weights, str(aside / WEIGHTS), metadata={"format": "pt"})
-        save_file(_flatten(state), str(aside / OPTIMIZER))
+        temporary = self.folder / f".{final.name}.writing"
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        save_file(state.weights, str(temporary / WEIGHTS), metadata={"format": "pt"})
+        save_file(_flatten(state), str(temporary / OPTIMIZER))
         for name, text in model_files.items():
-            (aside / name).write_text(text, encoding="utf-8")
-        whole = {
+            (temporary / name).write_text(text, encoding="utf-8")
+        content = {
             "format": _FORMAT,
             "step": step,
             "optimizer_kind": state.optimizer_kind,
             "scalars": state.scalars,
             **trainer_state,
-            "sha256": {path.name: _sha256(path) for path in sorted(aside.iterdir())},
+            "sha256": {path.name: _sha256(path) for path in sorted(temporary.iterdir())},
         }
-        (aside / STATE).write_text(json.dumps(whole, indent=2), encoding="utf-8")
-        _sync(aside)
-        if final.exists():  # a resumed run comes by again: the new one is as good, swap it in
+        (temporary / STATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        _sync(temporary)
+        if final.exists():  # a resumed run saves this step again: a folder cannot be overwritten
             old = self.folder / f".{final.name}.replaced"
-            _remove(old)
+            remove(old)
             os.replace(final, old)
-            os.replace(aside, final)
-            _remove(old)
+            os.replace(temporary, final)
+            remove(old)
         else:
-            os.replace(aside, final)
+            os.replace(temporary, final)
         self.link("last", final)
         return final
 
     def link(self, name: str, target: Path) -> None:
-        """Point ``checkpoints/<name>`` at a checkpoint, in one move."""
+        """Point ``checkpoints/<name>`` at a checkpoint, atomically."""
         if not self.writes:
             return
         temporary = self.folder / f".{name}.writing"
-        _remove(temporary)
+        remove(temporary)
         temporary.symlink_to(target.name)
-        place = self.folder / name
-        if place.is_dir() and not place.is_symlink():  # a copy of the run that followed the links
-            os.replace(place, self.folder / f"{name}_copied_{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(temporary, place)
+        path = self.folder / name
+        if path.is_dir() and not path.is_symlink():  # the run was copied with its links followed
+            os.replace(path, self.folder / f"{name}_copied_{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(temporary, path)
 
     def linked(self, name: str) -> Optional[Path]:
-        """Return the checkpoint a link points at, or None."""
+        """Return the checkpoint that a link points at, or None."""
         path = self.folder / name
         return path.resolve() if path.exists() else None
 
@@ -132,9 +130,9 @@ class CheckpointStore:
         kept = {path for path in (self.linked("best"), self.linked("last")) if path}
         for path in self.steps()[:-keep]:
             if path.resolve() not in kept:
-                _remove(path)
+                remove(path)
         for path in self.folder.glob(".step_*"):  # left by a process that was killed
-            _remove(path)
+            remove(path)
 
     def steps(self) -> List[Path]:
         """Return the checkpoints, oldest first."""
@@ -143,35 +141,20 @@ class CheckpointStore:
         return sorted(path for path in self.folder.iterdir() if _STEP_NAME.match(path.name))
 
 
-def _read_trainer_state(checkpoint: Path) -> Dict[str, Any]:
-    path = checkpoint / STATE
-    try:
-        state: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Use another checkpoint.") from error
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path}: checkpoint format {state.get('format')!r}; this version reads {_FORMAT}."
-        )
-    return state
-
-
 def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:
-    """Check every file's SHA-256 and return the content of `trainer_state.json`.
+    """Check the SHA-256 of each file and return the content of `trainer_state.json`.
 
     Parameters
     ----------
-    checkpoint
-        The folder.
     needs_optimizer
-        Whether the optimizer's state must be there; scoring does without.
+        Whether the optimizer's state must exist; scoring does not need it.
 
     Raises
     ------
     CheckpointError
-        If it is missing, incomplete or damaged.
+        If the checkpoint is missing, incomplete or damaged.
     """
-    trainer_state = _read_trainer_state(checkpoint)
+    trainer_state = _read_trainer_state(checkpoint / STATE)
     for name, expected in trainer_state["sha256"].items():
         path = checkpoint / name
         if name == OPTIMIZER and not needs_optimizer:
@@ -180,24 +163,19 @@ def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict
             raise CheckpointError(f"{path} is missing. Use another checkpoint.")
         if _sha256(path) != expected:
             raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not the one noted when it was written."
-                " Use another checkpoint."
+                f"{path} is damaged: its SHA-256 has changed since it was written. Use another"
+                " checkpoint."
             )
     return trainer_state
 
 
 def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
-    """Read a checkpoint after verifying it.
-
-    Returns
-    -------
-    tuple
-        The engine's state and the content of `trainer_state.json`.
+    """Verify a checkpoint; return the engine's state and the content of `trainer_state.json`.
 
     Raises
     ------
     CheckpointError
-        If it is missing, incomplete or damaged.
+        If the checkpoint is missing, incomplete or damaged.
     """
     trainer_state = verify_checkpoint(checkpoint)
     try:
@@ -208,6 +186,32 @@ def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
     rng = flat.pop(_RNG, None)
     kind, scalars = trainer_state["optimizer_kind"], trainer_state["scalars"]
     return EngineState(weights, _unflatten(flat), kind, scalars, rng), trainer_state
+
+
+def _read_trainer_state(path: Path) -> Dict[str, Any]:
+    try:
+        state: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}). Use another checkpoint.") from error
+    if state.get("format") == 1:
+        return _upgrade_from_1(state)
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: unknown checkpoint format {state.get('format')!r}; this version reads 1 and"
+            f" {_FORMAT}."
+        )
+    return state
+
+
+def _upgrade_from_1(state: Dict[str, Any]) -> Dict[str, Any]:
+    """Rename the callback states of format 1, where a callback held the best score."""
+    old = state.get("callbacks", {})
+    return {
+        **state,
+        "format": _FORMAT,
+        "best_score": old.get("Checkpointing", {}).get("best"),
+        "callbacks": {key: old[name] for name, key in _FORMAT_1_KEYS.items() if name in old},
+    }
 
 
 def _flatten(state: EngineState) -> Dict[str, Tensor]:
@@ -236,16 +240,9 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the files to the disk before the rename makes them a checkpoint."""
+    """Flush the files to disk before the folder is renamed."""
     for path in folder.iterdir():
-        # safetensors 0.8 lets only the owner read; colleagues may read what the umask lets them.
+        # safetensors 0.8 makes files readable by the owner only; apply the umask to them.
         shutil.copymode(folder / STATE, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

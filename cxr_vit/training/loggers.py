@@ -1,69 +1,59 @@
-"""Where the numbers go: metrics.jsonl and TensorBoard."""
+"""Loggers: metrics.jsonl and TensorBoard, and the callback that feeds them."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from torch import Tensor
+from matplotlib.figure import Figure
 
-from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd
+from cxr_vit.files import write_text
+from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd, Trainer
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["Figures", "JsonlLogger", "Logger", "MetricsLogging", "TensorBoardLogger", "Window"]
 
-    from cxr_vit.training.trainer import Trainer
+#: Tag -> value, None where it is undefined.
+Scalars = Mapping[str, Optional[float]]
+#: Tag -> figure.
+Figures = Mapping[str, Figure]
 
-__all__ = ["JsonlLogger", "MetricsLogging", "ScalarLogger", "TensorBoardLogger", "Window"]
-
-#: What the hparams page compares runs by; the values are those of the scalars.
+#: Columns of the hparams page; the values are the scalars of these tags.
 _HPARAM_SCORES = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
 
-Scalars = Mapping[str, Optional[float]]
 
-
-class ScalarLogger:
-    """A sink for scalars; this one does nothing."""
+class Logger:
+    """Base of loggers; every method does nothing."""
 
     def start(self, first_step: int) -> None:
-        """Begin, or go on after `first_step`."""
+        """Open the log; a resumed run begins after `first_step`."""
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """Take tag -> value, None where undefined."""
+        """Log scalars."""
 
-    def evaluated(self, event: EvalEnd) -> None:
-        """Take a validation's logits and labels, for pictures."""
+    def figures(self, step: int, figures: Figures) -> None:
+        """Log figures."""
 
     def close(self, final: Scalars) -> None:
-        """End; `final` are the last validation's scores."""
+        """Close the log; `final` are the scores of the last validation."""
 
 
-class JsonlLogger(ScalarLogger):
-    """One JSON object an event, flat keys, always with `step`.
-
-    Parameters
-    ----------
-    path
-        The file; a resumed run drops what was logged after its checkpoint and goes on.
-    """
+class JsonlLogger(Logger):
+    """Write one JSON object per event, with flat keys and always with `step`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def start(self, first_step: int) -> None:
-        """Keep the events up to `first_step`: those after it will happen again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) <= first_step]
-        aside = self.path.with_name(f".{self.path.name}.writing")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
+        """Drop the events after `first_step`: a resumed run repeats them."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
+            write_text(self.path, "".join(kept))
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """Append an event; opened and closed each time, so that a killed run loses none."""
+        """Append an event. The file is closed each time, so that a killed run loses none."""
         event = {"step": step, **{tag: _finite(value) for tag, value in values.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
@@ -72,58 +62,40 @@ class JsonlLogger(ScalarLogger):
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the half line of a killed process
+    except (ValueError, KeyError):  # the last line of a killed process may be incomplete
         return math.inf
 
 
 def _finite(value: Optional[float]) -> Optional[float]:
-    """JSON has no NaN."""
+    """Return None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
-class TensorBoardLogger(ScalarLogger):
-    """Scalars, the config, figures of the start, ROC curves and hparams for TensorBoard.
+class TensorBoardLogger(Logger):
+    """Write scalars, figures, the configuration and the hparams page for TensorBoard.
 
     Parameters
     ----------
-    folder
-        Where the event files go.
     config_text
         The resolved configuration as YAML.
     hparams
         Flat settings for the hparams page.
-    figures
-        Draws the pictures of the start, by tag.
-    roc
-        Draws ROC curves from logits and labels, float32 ``[N, C]``.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        config_text: str,
-        hparams: Mapping[str, Any],
-        figures: Callable[[], Mapping[str, Figure]],
-        roc: Callable[[Tensor, Tensor], Figure],
-    ) -> None:
+    def __init__(self, folder: Path, *, config_text: str, hparams: Mapping[str, Any]) -> None:
         self.folder = folder
         self.config_text = config_text
         self.hparams = dict(hparams)
-        self.figures = figures
-        self.roc = roc
         self._writer: Any = None
 
     def start(self, first_step: int) -> None:
-        """Open the event file; in a new run write the config and the figures."""
+        """Open the event file; in a new run write the configuration."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # Also of a run that was begun anew in its folder.
+        # Also purges the events of a run that was restarted in its folder.
         self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
         if not first_step:
             self._writer.add_text("config", f"```yaml\n{self.config_text}```")
-            for tag, figure in self.figures().items():
-                self._writer.add_figure(tag, figure)
 
     def scalars(self, step: int, values: Scalars) -> None:
         """Add the defined values; flushed, so that the curves are live."""
@@ -132,12 +104,13 @@ class TensorBoardLogger(ScalarLogger):
                 self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
-    def evaluated(self, event: EvalEnd) -> None:
-        """Add the ROC curves."""
-        self._writer.add_figure("val/roc", self.roc(event.logits, event.labels), event.step)
+    def figures(self, step: int, figures: Figures) -> None:
+        """Add figures."""
+        for tag, figure in figures.items():
+            self._writer.add_figure(tag, figure, step)
 
     def close(self, final: Scalars) -> None:
-        """Add the hparams page, which looks up the last validation's scores, and close the file."""
+        """Add the hparams page and close the file."""
         if self._writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -150,76 +123,94 @@ class TensorBoardLogger(ScalarLogger):
 
 
 class MetricsLogging(Callback):
-    """Gathers the numbers of a run under design.md's tags and hands them to the sinks.
+    """Hand the numbers and figures of a run to the loggers.
 
     Parameters
     ----------
-    sinks
-        JSONL, TensorBoard.
     every
         Steps between training events.
+    start_figures, eval_figures
+        Draw the figures of a new run and of a validation.
     """
 
-    def __init__(self, sinks: Sequence[ScalarLogger], *, every: int) -> None:
-        self.sinks = sinks
+    state_key = "metrics"
+
+    def __init__(
+        self,
+        loggers: Sequence[Logger],
+        *,
+        every: int,
+        start_figures: Callable[[Trainer], Figures] = lambda trainer: {},
+        eval_figures: Callable[[EvalEnd], Figures] = lambda event: {},
+    ) -> None:
+        self.loggers = loggers
         self.every = every
+        self.start_figures = start_figures
+        self.eval_figures = eval_figures
         self._window = Window()
         self._final: Dict[str, Optional[float]] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Open the sinks and log the compile time."""
-        for sink in self.sinks:
-            sink.start(trainer.step)
+        """Open the loggers; log the start figures of a new run and the compile time."""
+        for logger in self.loggers:
+            logger.start(trainer.step)
+        if not trainer.step:
+            self._log_figures(trainer.step, self.start_figures(trainer))
         self._log(trainer.step, {"perf/compile_s": trainer.compile_s})
 
     def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
-        """Log the mean over the steps since the last event."""
+        """Log the mean over the steps since the last event when due."""
         self._window.add(event)
         if trainer.is_due(event.first_step, self.every):
             self._log(event.step, {**self._window.summary(), **trainer.engine.device_stats()})
             self._window.clear()
 
     def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
-        """Log the validation."""
+        """Log the scores and the figures of a validation."""
         self._final = {f"val/{name}": value for name, value in event.scores.items()}
         self._final["val/loss"] = event.loss
         self._log(event.step, self._final)
-        for sink in self.sinks:
-            sink.evaluated(event)
+        self._log_figures(event.step, self.eval_figures(event))
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the sinks."""
+        """Close the loggers."""
         self._close()
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Close the sinks, so that what was logged is on the disk."""
+        """Close the loggers, so that what was logged is on the disk."""
         self._close()
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what was gathered since the last event, so that a resumed run logs the same."""
-        return dict(vars(self._window))
+        """Return the numbers since the last event, so that a resumed run logs the same."""
+        return self._window.state_dict()
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take up what was gathered."""
-        vars(self._window).update(state)
+        """Restore the numbers since the last event."""
+        self._window.load_state_dict(state)
 
     def _log(self, step: int, values: Scalars) -> None:
-        for sink in self.sinks:
-            sink.scalars(step, values)
+        for logger in self.loggers:
+            logger.scalars(step, values)
+
+    def _log_figures(self, step: int, figures: Figures) -> None:
+        for logger in self.loggers:
+            logger.figures(step, figures)
 
     def _close(self) -> None:
-        for sink in self.sinks:
-            sink.close(self._final)
+        for logger in self.loggers:
+            logger.close(self._final)
 
 
 class Window:
-    """Running sums over host batches; it keeps no batch, whose images would fill the memory."""
+    """Running sums over host batches, without the batches themselves."""
+
+    _STATE = ("losses", "num_samples", "seconds", "wait_s", "lr", "grad_norm")
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the sums."""
         self.losses: List[float] = []
         self.num_samples = 0
         self.seconds = 0.0
@@ -228,7 +219,7 @@ class Window:
         self.grad_norm: Optional[float] = None
 
     def add(self, event: StepEnd) -> None:
-        """Count a host batch in."""
+        """Add a host batch."""
         self.losses += event.output.losses.tolist()
         self.num_samples += event.output.num_samples
         self.seconds += event.seconds
@@ -238,10 +229,10 @@ class Window:
         self.grad_norm = None if norm is None else float(norm[-1])
 
     def summary(self) -> Dict[str, float]:
-        """Boil it down to loss, rate, gradient norm, speed and share of waiting.
+        """Return the metrics of the window.
 
-        `train/lr` and `train/grad_norm` are those of the last update counted in. The speed is of
-        the device and the loader together, without compilation and validation.
+        `train/lr` and `train/grad_norm` are the values of the last update. The speed includes the
+        loader, but neither compilation nor validation.
         """
         total_s = self.seconds + self.wait_s
         values = {
@@ -253,3 +244,13 @@ class Window:
         if self.grad_norm is not None:
             values["train/grad_norm"] = self.grad_norm
         return values
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the sums, JSON-able."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore the sums; an empty state resets them."""
+        self.clear()
+        for name in self._STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))

@@ -1,4 +1,4 @@
-"""Durations in steps, and the learning rate as a pure function of the step. Imports no torch."""
+"""Durations in steps, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Durations:
-    """The lengths of a run, all in steps (weight updates)."""
+    """Durations of a run in steps (weight updates)."""
 
     steps_per_epoch: int
     total_steps: int
@@ -26,24 +26,15 @@ class Durations:
 
     @classmethod
     def from_section(cls, train: TrainSection, batch: BatchPlan, num_samples: int) -> Durations:
-        """Turn epochs into steps.
+        """Convert epochs to steps.
 
-        An epoch is as many whole global batches as the training samples fill (at least one). The
-        whole run is a whole number of host calls.
-
-        Parameters
-        ----------
-        train
-            The lengths as configured, in epochs or steps.
-        batch
-            The batch arithmetic.
-        num_samples
-            Size of the training split.
+        An epoch is the number of whole global batches in the `num_samples` training samples, at
+        least one. The run is a whole number of host calls.
         """
         per_epoch = max(1, num_samples // batch.global_batch_size)
         if num_samples < batch.global_batch_size:
             logger.warning(
-                "the training split has %d images, fewer than the global batch of %d: a step sees"
+                "the training split has %d images, fewer than the global batch of %d: a step uses"
                 " images more than once",
                 num_samples,
                 batch.global_batch_size,
@@ -59,10 +50,10 @@ class Durations:
         )
 
     def describe(self, first_step: int = 0) -> str:
-        """Say in a line how long the run is."""
-        begin = f"from step {first_step} on, " if first_step else ""
+        """Describe the run in one line."""
+        start = f"from step {first_step} on, " if first_step else ""
         return (
-            f"{begin}{self.total_steps} steps, {self.steps_per_epoch} an epoch; validation every"
+            f"{start}{self.total_steps} steps, {self.steps_per_epoch} per epoch; validation every"
             f" {self.eval_every}, checkpoint every {self.checkpoint_every} steps"
         )
 
@@ -74,10 +65,10 @@ def _steps(epochs: Optional[float], steps_per_epoch: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate of every step: linear warm-up from 0, then decay to 0.
+    """Learning rate of each step: linear warm-up from 0, then decay to 0.
 
-    Equal to `get_cosine_schedule_with_warmup` and its linear and constant kin of
-    `transformers.optimization`: step 0 runs at rate 0 if there is a warm-up.
+    Equal to `get_cosine_schedule_with_warmup` of `transformers.optimization` and its linear and
+    constant variants: with a warm-up, step 0 has rate 0.
     """
 
     peak: float
@@ -89,7 +80,7 @@ class LearningRate:
     def from_section(
         cls, schedule: ScheduleSection, *, peak: float, total_steps: int
     ) -> LearningRate:
-        """Turn the warm-up ratio into steps, rounded up as transformers does."""
+        """Convert the warm-up ratio to steps, rounded up as transformers does."""
         warmup = schedule.warmup_steps
         if warmup is None:
             assert schedule.warmup_ratio is not None
@@ -97,7 +88,7 @@ class LearningRate:
         return cls(peak=peak, name=schedule.name, warmup_steps=warmup, total_steps=total_steps)
 
     def at(self, step: int) -> float:
-        """Return the learning rate of the update `step`, counted from 0."""
+        """Return the learning rate of update `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.name == "constant":

@@ -18,13 +18,13 @@ def scored():
 
 
 def pairwise_auroc(scores, truth):
-    """The definition: how often a positive image outranks a negative one, ties counting half."""
+    """Compute AUROC from its definition: the share of correctly ordered pairs, ties count half."""
     positive, negative = scores[truth == 1], scores[truth == 0]
     difference = positive[:, None] - negative[None]
     return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
 
 
-def test_auroc_is_the_share_of_pairs_in_the_right_order(scored):
+def test_auroc_is_the_share_of_correctly_ordered_pairs(scored):
     logits, labels = scored
     auroc = evaluate(logits, labels, FINDINGS)["auroc"]
     for column, name in enumerate(FINDINGS):
@@ -38,7 +38,7 @@ def test_ties_count_half():
     assert evaluate(logits, labels, ["Mass"])["auroc"]["Mass"] == 0.5
 
 
-def test_where_all_is_defined_it_is_torchmetrics(scored):
+def test_defined_scores_equal_torchmetrics(scored):
     logits, labels = scored
     scores = evaluate(logits, labels, FINDINGS)
     probs, truth = torch.sigmoid(logits), labels.long()
@@ -49,7 +49,7 @@ def test_where_all_is_defined_it_is_torchmetrics(scored):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_finding_without_positives_or_negatives_is_undefined(scored, value):
+def test_finding_without_positives_or_negatives_is_undefined(scored, value):
     logits, labels = scored
     full = evaluate(logits, labels, FINDINGS)
     labels[:, 13] = value
@@ -61,30 +61,30 @@ def test_a_finding_without_positives_or_negatives_is_undefined(scored, value):
     assert scores["auroc_macro"] == pytest.approx(sum(expected) / 13)
 
 
-def test_torchmetrics_alone_would_average_a_zero_in(scored):
+def test_torchmetrics_includes_a_zero_in_its_mean(scored):
     logits, labels = scored
     labels[:, 13] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = MultilabelAUROC(14, average=None)(torch.sigmoid(logits), labels.long())
-    assert float(theirs[13]) == 0.0, "if torchmetrics mends this, our own rule may go"
+    assert float(theirs[13]) == 0.0, "if torchmetrics changes this, our own rule is not needed"
 
 
-def test_nothing_defined_has_no_mean():
+def test_mean_of_undefined_scores_is_undefined():
     scores = evaluate(torch.randn(4, 2), torch.zeros(4, 2), ["Mass", "Nodule"])
     assert scores["auroc_macro"] is None
     assert scores["auroc_defined"] == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused_and_not_ranked(scored, bad):
+def test_non_finite_logits_are_refused(scored, bad):
     logits, labels = scored
     logits[3, 5] = bad
     with pytest.raises(NonFiniteLoss, match="not finite for 1 of 200 images"):
         evaluate(logits, labels, FINDINGS)
 
 
-def test_no_finding_never_enters_the_mean_of_the_findings(scored):
+def test_no_finding_is_not_part_of_the_mean_of_the_findings(scored):
     logits, labels = scored
     names = label_names(include_no_finding=True)
     healthy = (labels.sum(1) == 0).float()
@@ -102,7 +102,7 @@ def test_no_finding_never_enters_the_mean_of_the_findings(scored):
     )
 
 
-def test_findings_do_not_compete(scored):
+def test_score_of_a_finding_does_not_depend_on_the_others(scored):
     logits, labels = scored
     before = evaluate(logits, labels, FINDINGS)["auroc"]["Mass"]
     logits[:, 0] += 50 * torch.rand(200)  # a softmax would change every other finding's score

@@ -37,13 +37,13 @@ def report(dataset, tmp_path):
     return tmp_path / "report", metrics, logits, labels
 
 
-def test_the_folder_holds_metrics_predictions_and_plots(report):
+def test_folder_has_metrics_predictions_and_plots(report):
     folder = report[0]
     names = {path.name for path in folder.iterdir()}
     assert names == {"metrics.json", "predictions.csv", "roc.png", "roc.svg"}
 
 
-def test_metrics_have_the_designs_keys(report, dataset):
+def test_metrics_have_the_documented_keys(report, dataset):
     written = json.loads((report[0] / "metrics.json").read_text())
     assert written == report[1]
     assert (written["split"], written["num_samples"]) == ("test", len(dataset))
@@ -53,7 +53,7 @@ def test_metrics_have_the_designs_keys(report, dataset):
     assert "research" in written["notice"]
 
 
-def test_predictions_have_a_row_a_image_in_the_splits_order(report, dataset):
+def test_predictions_have_one_row_per_image_in_the_order_of_the_split(report, dataset):
     folder, _, logits, labels = report
     table = pd.read_csv(folder / "predictions.csv")
     assert list(table.columns[:5]) == [
@@ -72,7 +72,7 @@ def test_predictions_have_a_row_a_image_in_the_splits_order(report, dataset):
         assert np.allclose(table[f"{name}_probability"], expected, atol=1e-6)
 
 
-def test_metrics_can_be_recomputed_from_the_predictions(report):
+def test_metrics_can_be_computed_from_the_predictions(report):
     folder, metrics, *_ = report
     table = pd.read_csv(folder / "predictions.csv")
     ranks = table["Effusion_probability"].rank()
@@ -83,7 +83,7 @@ def test_metrics_can_be_recomputed_from_the_predictions(report):
     assert auroc == pytest.approx(metrics["auroc"]["Effusion"], abs=1e-6)
 
 
-def test_the_table_says_what_is_undefined_and_of_how_many_the_mean_is(report):
+def test_table_has_undefined_findings_and_the_number_of_defined_ones(report):
     console = Console(file=io.StringIO(), width=80)
     print_table(report[1], console)
     text = console.file.getvalue()
@@ -93,14 +93,14 @@ def test_the_table_says_what_is_undefined_and_of_how_many_the_mean_is(report):
     assert "research only" in text
 
 
-def test_the_roc_plot_is_a_picture_with_a_curve(report):
+def test_roc_plot_has_a_curve(report):
     with Image.open(report[0] / "roc.png") as image:
         assert image.width >= 1200
         colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
     assert any(blue > 1.3 * red for _, (red, _, blue) in colours), "matplotlib's first colour"
 
 
-def test_an_undefined_curve_says_so():
+def test_heading_of_an_undefined_curve_is_undefined():
     labels = torch.zeros(4, 2)
     labels[0, 0] = 1
     figure = roc_figure(torch.randn(4, 2), labels, ["Mass", "Hernia"], title="title")
@@ -109,7 +109,7 @@ def test_an_undefined_curve_says_so():
     assert "undefined" not in titles[0]
 
 
-def test_the_image_grid_names_each_images_findings(dataset):
+def test_image_grid_has_the_findings_of_each_image(dataset):
     figure = image_grid(dataset, FINDINGS, num_images=len(dataset))
     titles = sorted(axis.get_title().replace("\n", "|") for axis in figure.axes if axis.images)
     expected = sorted(

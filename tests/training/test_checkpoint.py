@@ -34,7 +34,7 @@ def store(tmp_path):
     return CheckpointStore(tmp_path / "checkpoints")
 
 
-def test_what_is_saved_is_loaded(store):
+def test_loaded_checkpoint_equals_the_saved_one(store):
     loaded, trainer_state = load_checkpoint(save(store, 7, 2.5))
     assert torch.equal(loaded.weights["classifier.bias"], torch.full((2,), 2.5))
     assert torch.equal(loaded.optimizer["classifier.bias"]["exp_avg"], torch.full((2,), 2.5))
@@ -43,7 +43,7 @@ def test_what_is_saved_is_loaded(store):
     assert (trainer_state["step"], trainer_state["labels"]) == (7, ["a", "b"])
 
 
-def test_the_random_generator_of_a_device_is_kept(store):
+def test_random_generator_of_a_device_is_saved(store):
     with_rng = state()
     with_rng.rng = torch.tensor([2**62, 0, 2**32 - 1])
     path = store.save(3, with_rng, model_files={}, trainer_state={})
@@ -53,7 +53,7 @@ def test_the_random_generator_of_a_device_is_kept(store):
     assert load_checkpoint(save(store, 4))[0].rng is None
 
 
-def test_the_folder_holds_the_designs_files(store):
+def test_folder_has_the_documented_files(store):
     path = save(store, 1000)
     assert path.name == "step_00001000"
     assert {file.name for file in path.iterdir()} == {
@@ -64,13 +64,13 @@ def test_the_folder_holds_the_designs_files(store):
     }
 
 
-def test_weights_are_readable_by_whoever_may_read_the_state(store):
+def test_all_files_have_the_same_permissions(store):
     path = save(store, 1)
     modes = {os.stat(str(file)).st_mode for file in path.iterdir()}
     assert len(modes) == 1
 
 
-def test_last_points_at_the_newest_and_best_where_told(store):
+def test_last_points_at_the_newest_and_best_at_its_target(store):
     first = save(store, 1)
     second = save(store, 2)
     store.link("best", first)
@@ -79,7 +79,7 @@ def test_last_points_at_the_newest_and_best_where_told(store):
     assert not os.path.isabs(os.readlink(str(store.folder / "best"))), "a moved run keeps its links"
 
 
-def test_pruning_keeps_the_newest_and_the_best(store):
+def test_prune_keeps_the_newest_and_the_best(store):
     paths = [save(store, step) for step in range(1, 6)]
     store.link("best", paths[0])
     store.prune(2)
@@ -100,7 +100,7 @@ def test_saving_a_step_again_replaces_it(store):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
-def test_a_flipped_bit_is_told(store, name):
+def test_flipped_bit_is_reported(store, name):
     path = save(store, 1)
     content = bytearray((path / name).read_bytes())
     content[-1] ^= 1
@@ -109,22 +109,59 @@ def test_a_flipped_bit_is_told(store, name):
         load_checkpoint(path)
 
 
-def test_a_missing_file_is_told(store):
+def test_missing_file_is_reported(store):
     path = save(store, 1)
     (path / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing"):
         load_checkpoint(path)
 
 
+def as_format_1(path, callbacks):
+    """Rewrite a checkpoint's trainer_state.json as format 1 has it."""
+    state = json.loads((path / "trainer_state.json").read_text())
+    state.pop("best_score", None)
+    state.update(format=1, callbacks=callbacks)
+    (path / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_format_1_is_read_with_its_callback_states_renamed(store):
+    path = save(store, 7)
+    window = {"losses": [0.5], "num_samples": 8}
+    as_format_1(
+        path,
+        {
+            "NonFiniteGuard": {},
+            "EarlyStopping": {"best": 0.75, "since_best": 1},
+            "MetricsLogging": window,
+            "Checkpointing": {"best": 0.75},
+        },
+    )
+    _, trainer_state = load_checkpoint(path)
+    assert trainer_state["best_score"] == 0.75
+    assert trainer_state["callbacks"] == {
+        "early_stopping": {"best": 0.75, "since_best": 1},
+        "metrics": window,
+    }
+    assert (trainer_state["step"], trainer_state["labels"]) == (7, ["a", "b"])
+
+
+@pytest.mark.parametrize("major", ["4", "5"])
+def test_stored_checkpoint_of_format_1_is_read(repository, major):
+    path = repository / "tests" / "fixtures" / f"transformers_{major}" / "checkpoint"
+    assert json.loads((path / "trainer_state.json").read_text())["format"] == 1
+    _, trainer_state = load_checkpoint(path)
+    assert (trainer_state["best_score"], trainer_state["callbacks"]) == (None, {})
+
+
 @pytest.mark.parametrize("text", ["", "[", '{"format": 99}'])
-def test_an_unreadable_state_is_told(store, text):
+def test_unreadable_state_is_reported(store, text):
     path = save(store, 1)
     (path / "trainer_state.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
         load_checkpoint(path)
 
 
-def test_an_error_while_writing_leaves_the_last_checkpoint_whole(store, monkeypatch):
+def test_error_while_writing_keeps_the_last_checkpoint(store, monkeypatch):
     first = save(store, 1)
     write = module.save_file
 
@@ -139,10 +176,10 @@ def test_an_error_while_writing_leaves_the_last_checkpoint_whole(store, monkeypa
     assert store.linked("last") == first.resolve()
     assert store.steps() == [first]
     monkeypatch.undo()
-    assert load_checkpoint(save(store, 2))[1]["step"] == 2, "the leftovers are cleared away"
+    assert load_checkpoint(save(store, 2))[1]["step"] == 2, "the temporary folder is removed"
 
 
-def test_a_copy_that_followed_the_links_can_go_on(store):
+def test_copied_run_with_followed_links_can_save(store):
     save(store, 1)
     copied = CheckpointStore(store.folder.parent / "copied")
     shutil.copytree(str(store.folder), str(copied.folder), symlinks=False)
@@ -151,14 +188,14 @@ def test_a_copy_that_followed_the_links_can_go_on(store):
     assert copied.linked("last") == second.resolve()
 
 
-def test_pruning_sweeps_what_killed_processes_left(store):
+def test_prune_deletes_what_killed_processes_left(store):
     save(store, 1)
     (store.folder / ".step_00000007.writing").mkdir()
     store.prune(2)
     assert sorted(path.name for path in store.folder.iterdir()) == ["last", "step_00000001"]
 
 
-def test_scoring_does_without_the_optimizers_state(store):
+def test_scoring_does_not_need_the_optimizer_state(store):
     path = save(store, 1)
     (path / "optimizer.safetensors").unlink()
     assert verify_checkpoint(path, needs_optimizer=False)["step"] == 1
@@ -184,7 +221,7 @@ save(store, 2)
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_process_killed_between_the_renames_leaves_a_whole_last(store, repository, call):
+def test_process_killed_between_the_renames_leaves_last_complete(store, repository, call):
     folder = str(store.folder)
     code = KILLED.format(tests=str(repository / "tests" / "training"), folder=folder, call=call)
     result = subprocess.run([sys.executable, "-c", code], cwd=str(repository))
@@ -194,7 +231,7 @@ def test_a_process_killed_between_the_renames_leaves_a_whole_last(store, reposit
     assert load_checkpoint(store.folder / "last")[1]["step"] == 2
 
 
-def test_the_states_hash_covers_every_other_file(store):
+def test_hashes_cover_every_other_file(store):
     path = save(store, 1)
     written = json.loads((path / "trainer_state.json").read_text())
     names = {file.name for file in path.iterdir()} - {"trainer_state.json"}

@@ -1,24 +1,19 @@
-import io
 import json
 import time
 
 import pytest
-import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callbacks import step_end
+from test_callbacks import eval_end, step_end
 
-from cxr_vit.training.loggers import JsonlLogger, TensorBoardLogger, Window
-from cxr_vit.training.progress import ProgressDisplay
-from cxr_vit.training.trainer import EvalEnd
+from cxr_vit.training.loggers import JsonlLogger, Logger, MetricsLogging, TensorBoardLogger, Window
 
 
 def events(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def figure(*_):
+def figure():
     drawn = Figure(figsize=(1, 1))
     drawn.subplots().plot([0, 1], [0, 1])
     return drawn
@@ -30,8 +25,6 @@ def tensorboard(tmp_path):
         tmp_path,
         config_text="optim: {lr: 0.1}\n",
         hparams={"optim.lr": 0.1, "model.name": "vit-micro"},
-        figures=lambda: {"train/images": figure(), "plan/timeline": figure()},
-        roc=figure,
     )
 
 
@@ -41,33 +34,33 @@ def read_back(folder):
     return accumulator
 
 
-def evaluated(step=4):
-    scores = {"auroc_macro": 0.5, "auroc_defined": 13, "num_findings": 14}
-    empty = torch.zeros(2, 1)
-    return EvalEnd(step, 0.1, scores, empty, empty, 1.0)
+# JsonlLogger
 
 
-def test_every_event_has_its_step_and_flat_keys(tmp_path):
-    sink = JsonlLogger(tmp_path / "metrics.jsonl")
-    sink.start(0)
-    sink.scalars(3, {"train/loss": 0.25, "val/auroc/Hernia": None})
-    assert events(sink.path) == [{"step": 3, "train/loss": 0.25, "val/auroc/Hernia": None}]
+def test_event_has_its_step_and_flat_keys(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.start(0)
+    logger.scalars(3, {"train/loss": 0.25, "val/auroc/Hernia": None})
+    assert events(logger.path) == [{"step": 3, "train/loss": 0.25, "val/auroc/Hernia": None}]
 
 
-def test_a_non_finite_number_is_null_and_not_invalid_json(tmp_path):
-    sink = JsonlLogger(tmp_path / "metrics.jsonl")
-    sink.scalars(1, {"train/grad_norm": float("nan")})
-    assert events(sink.path) == [{"step": 1, "train/grad_norm": None}]
+def test_non_finite_number_is_null_in_json(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.scalars(1, {"train/grad_norm": float("nan")})
+    assert events(logger.path) == [{"step": 1, "train/grad_norm": None}]
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
-    sink = JsonlLogger(tmp_path / "metrics.jsonl")
+def test_resumed_log_drops_the_events_after_the_checkpoint(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
     for step in (2, 4, 6):
-        sink.scalars(step, {"train/loss": 1.0})
-    with sink.path.open("a") as file:
+        logger.scalars(step, {"train/loss": 1.0})
+    with logger.path.open("a") as file:
         file.write('{"step": 4, "train/lo')  # the process was killed here
-    sink.start(4)
-    assert [event["step"] for event in events(sink.path)] == [2, 4]
+    logger.start(4)
+    assert [event["step"] for event in events(logger.path)] == [2, 4]
+
+
+# TensorBoardLogger
 
 
 def test_tensorboard_has_scalars_under_the_same_tags(tensorboard):
@@ -80,12 +73,14 @@ def test_tensorboard_has_scalars_under_the_same_tags(tensorboard):
     assert "val/auroc/Hernia" not in board.Tags()["scalars"]
 
 
-def test_tensorboard_has_images_roc_config_and_hparams(tensorboard):
+def test_tensorboard_has_figures_config_and_hparams(tensorboard):
     tensorboard.start(0)
-    tensorboard.evaluated(evaluated())
+    tensorboard.figures(0, {"train/images": figure(), "plan/timeline": figure()})
+    tensorboard.figures(4, {"val/roc": figure()})
     tensorboard.close({"val/auroc_macro": 0.5, "val/auroc/Hernia": 0.25})
     board = read_back(tensorboard.folder)
     assert board.Tags()["images"] == ["train/images", "plan/timeline", "val/roc"]
+    assert [event.step for event in board.Images("val/roc")] == [4]
     (text,) = board.Tensors("config/text_summary")
     assert b"lr: 0.1" in text.tensor_proto.string_val[0]
     plugins = board.SummaryMetadata("_hparams_/session_start_info").plugin_data
@@ -96,7 +91,7 @@ def test_tensorboard_has_images_roc_config_and_hparams(tensorboard):
     assert b"val/auroc/Hernia" not in experiment
 
 
-def test_a_resumed_board_purges_later_steps(tensorboard, tmp_path):
+def test_resumed_board_purges_later_steps(tensorboard, tmp_path):
     tensorboard.start(0)
     for step in (2, 4, 6):
         tensorboard.scalars(step, {"train/loss": float(step)})
@@ -111,6 +106,46 @@ def test_a_resumed_board_purges_later_steps(tensorboard, tmp_path):
     assert values == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
 
+# MetricsLogging
+
+
+class FigureRecorder(Logger):
+    """Records the figures by step."""
+
+    def __init__(self):
+        self.recorded = []
+
+    def figures(self, step, figures):
+        self.recorded.append((step, sorted(figures)))
+
+
+class FakeTrainer:
+    """A trainer that starts at a step."""
+
+    compile_s = 0.0
+
+    def __init__(self, step):
+        self.step = step
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, [(0, ["start"])]), (4, [])])
+def test_start_figures_are_drawn_in_new_runs_only(step, expected):
+    recorder = FigureRecorder()
+    logging = MetricsLogging(
+        [recorder],
+        every=1,
+        start_figures=lambda trainer: {"start": figure()},
+        eval_figures=lambda event: {"roc": figure()},
+    )
+    trainer = FakeTrainer(step)
+    logging.on_fit_start(trainer)
+    logging.on_eval_end(trainer, eval_end(0.5, step=6))
+    assert recorder.recorded == [*expected, (6, ["roc"])]
+
+
+# Window
+
+
 def test_summary_is_the_mean_over_the_window():
     window = Window()
     for losses in ([1.0, 2.0], [6.0]):
@@ -122,39 +157,10 @@ def test_summary_is_the_mean_over_the_window():
     assert "train/grad_norm" not in values, "a device that cannot report it logs none"
 
 
-class Run:
-    """What a display asks a trainer."""
-
-    step = 0
-    durations = type("Durations", (), {"total_steps": 4})
-
-    def is_due(self, first_step, every):
-        return self.step % every == 0
-
-
-def shown(console, steps=4):
-    display, run = ProgressDisplay(every=2, console=console), Run()
-    display.on_fit_start(run)
-    for first in range(steps):
-        run.step = first + 1
-        display.on_step_end(run, step_end([0.5], first_step=first))
-    display.on_eval_end(run, evaluated())
-    display.on_fit_end(run)
-    return console.file.getvalue()
-
-
-def test_without_a_terminal_there_are_plain_lines():
-    text = shown(Console(file=io.StringIO(), force_terminal=False))
-    lines = text.splitlines()
-    assert lines[0].startswith("step 2/4  loss 0.5000  lr 1.00e-03  2 samples/s")
-    assert "eta 0:00:0" in lines[0]
-    assert len(lines) == 3
-    assert "macro AUROC 0.5000 (13 of 14 findings)" in lines[2]
-    assert "\x1b" not in text
-
-
-def test_on_a_terminal_there_is_a_bar():
-    text = shown(Console(file=io.StringIO(), force_terminal=True, width=160))
-    assert "\x1b" in text
-    for part in ("4/4", "loss 0.5000", "samples/s", "eta"):
-        assert part in text
+def test_window_is_restored_from_json_and_reset_by_an_empty_state():
+    window, restored = Window(), Window()
+    window.add(step_end([1.0, 2.0]))
+    restored.load_state_dict(json.loads(json.dumps(window.state_dict())))
+    assert restored.summary() == window.summary()
+    restored.load_state_dict({})
+    assert restored.state_dict() == Window().state_dict()

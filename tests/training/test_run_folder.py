@@ -1,14 +1,14 @@
-"""A run's folder: made, found again, never written over."""
-
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from cxr_vit.config import Config, load_config
 from cxr_vit.config.schema import RunSection
-from cxr_vit.errors import ConfigError
-from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import CheckpointError, ConfigError
+from cxr_vit.training.run_folder import RunFolder, open_run, run_of_checkpoint
 
 SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
 
@@ -18,10 +18,15 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-# create
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path, writes=True)
 
 
-def test_folder_has_the_name_and_the_time(root):
+# RunFolder.create
+
+
+def test_folder_is_named_after_run_and_time(root):
     folder = RunFolder.create(RunSection(name="demo", root=str(root)))
     assert folder.path.is_dir()
     assert folder.path.parent == root
@@ -30,7 +35,7 @@ def test_folder_has_the_name_and_the_time(root):
     assert stamp.replace("-", "").isdigit()
 
 
-def test_two_runs_in_one_second_get_two_folders(root, monkeypatch):
+def test_two_runs_in_one_second_have_two_folders(root, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20240229-120000")
     section = RunSection(name="demo", root=str(root))
     first, second, third = (RunFolder.create(section).path for _ in range(3))
@@ -38,17 +43,17 @@ def test_two_runs_in_one_second_get_two_folders(root, monkeypatch):
     assert len({first, second, third}) == 3
 
 
-def test_run_dir_names_the_folder_outright(root):
+def test_run_dir_is_the_folder(root):
     section = RunSection(name="demo", root=str(root), dir=str(root / "a" / "b"))
     assert RunFolder.create(section).path == root / "a" / "b"
     assert (root / "a" / "b").is_dir()
 
 
-def test_empty_run_dir_is_taken(tmp_path):
+def test_empty_run_dir_is_used(tmp_path):
     assert RunFolder.create(RunSection(dir=str(tmp_path))).path == tmp_path
 
 
-def test_run_dir_that_holds_something_is_refused(tmp_path):
+def test_run_dir_with_content_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not empty") as caught:
         RunFolder.create(RunSection(dir=str(tmp_path)))
@@ -77,56 +82,58 @@ def test_run_root_that_is_a_file_is_refused(tmp_path):
         RunFolder.create(RunSection(root=str(tmp_path / "file")))
 
 
-# what lies in it
+# Content of the folder
 
 
-def test_parts_lie_in_the_folder(tmp_path):
-    folder = RunFolder(tmp_path)
+def test_files_are_in_the_folder(folder, tmp_path):
     assert folder.config == tmp_path / "config.yaml"
     assert folder.metrics == tmp_path / "metrics.jsonl"
     assert folder.checkpoints == tmp_path / "checkpoints"
+    assert folder.last == tmp_path / "checkpoints" / "last"
     assert folder.tensorboard == tmp_path / "tensorboard"
 
 
-def test_report_of_the_default_split_has_no_suffix(tmp_path):
-    assert RunFolder(tmp_path).report("test", is_default=True) == tmp_path / "report"
+def test_only_the_report_of_another_split_has_a_suffix(folder, tmp_path):
+    assert folder.report("test", is_default=True) == tmp_path / "report"
+    assert folder.report("val", is_default=False) == tmp_path / "report_val"
 
 
-def test_reports_of_two_splits_do_not_meet(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.report("val", is_default=False) != folder.report("test", is_default=True)
-
-
-def test_written_config_repeats_the_run(tmp_path):
+def test_written_config_repeats_the_run(folder):
     config = load_config([], ["optim.lr=1e-5", "train.steps=7", "run.name=demo", "run.seed=3"])
-    RunFolder(tmp_path).write_config(config)
-    assert load_config([tmp_path / "config.yaml"]) == config
+    folder.write_config(config)
+    assert load_config([folder.config]) == config
 
 
-def test_written_config_leaves_the_folder_out(tmp_path):
-    config = load_config([], [f"run.dir={tmp_path}", "run.seed=3"])
-    RunFolder(tmp_path).write_config(config)
-    again = load_config([tmp_path / "config.yaml"])
+def test_written_config_leaves_run_dir_out(folder, tmp_path):
+    folder.write_config(load_config([], [f"run.dir={tmp_path}", "run.seed=3"]))
+    again = load_config([folder.config])
     assert again.run.dir is None
     assert again.run.seed == 3
 
 
-def test_written_config_begins_with_the_command_that_repeats_it(tmp_path):
-    RunFolder(tmp_path).write_config(Config())
-    first_line = (tmp_path / "config.yaml").read_text(encoding="utf-8").split("\n")[0]
-    assert first_line == f"# python train.py --config {tmp_path / 'config.yaml'}"
+def test_written_config_leaves_resume_weights_only_out(folder):
+    folder.write_config(load_config([], ["train.resume_weights_only=true"]))
+    assert load_config([folder.config]).train.resume_weights_only is False
 
 
-def test_written_config_leaves_nothing_else(tmp_path):
-    RunFolder(tmp_path).write_config(Config())
-    RunFolder(tmp_path).write_config(Config())
+def test_written_config_begins_with_the_command_that_repeats_it(folder):
+    folder.write_config(Config())
+    first_line = folder.config.read_text(encoding="utf-8").split("\n")[0]
+    assert first_line == f"# python train.py --config {folder.config}"
+
+
+def test_written_config_leaves_no_other_file(folder, tmp_path):
+    folder.write_config(Config())
+    folder.write_config(Config())
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_environment_has_versions_device_and_the_datas_hashes(tmp_path):
-    RunFolder(tmp_path).write_environment(device="cpu (2 threads)", data={"csv_sha256": "ab12"})
+def test_environment_has_versions_device_engine_and_hashes(folder, tmp_path):
+    facts = {"name": "torch", "device": "CPU", "precision": "fp32", "processes": 1}
+    folder.write_environment("torch engine on CPU", facts, {"csv_sha256": "ab12"})
     found = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
-    assert found["device"] == "cpu (2 threads)"
+    assert found["device"] == "torch engine on CPU"
+    assert found["engine"] == facts
     assert found["csv_sha256"] == "ab12"
     assert {"torch", "transformers", "numpy"} <= set(found["versions"])
     assert {"python", "platform", "started", "git_commit"} <= set(found)
@@ -138,7 +145,7 @@ def test_empty_folder_is_discarded(tmp_path):
     assert not folder.path.exists()
 
 
-def test_folder_that_holds_something_is_kept(tmp_path):
+def test_folder_with_content_is_kept(tmp_path):
     folder = RunFolder.create(RunSection(dir=str(tmp_path / "run")))
     folder.write_config(Config())
     folder.discard_if_empty()
@@ -146,15 +153,208 @@ def test_folder_that_holds_something_is_kept(tmp_path):
 
 
 def test_discarding_an_absent_folder_is_no_error(tmp_path):
-    folder = RunFolder(tmp_path / "absent")
+    folder = RunFolder(tmp_path / "absent", writes=True)
     folder.discard_if_empty()
     assert not folder.path.exists()
 
 
-def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+def test_run_is_locked_by_one_process_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("cxr_vit.training.run_folder._LOCK_TIMEOUT_S", 0.1)
     (tmp_path / "note").touch()
-    with RunFolder(tmp_path), pytest.raises(ConfigError, match="another process"):
-        RunFolder(tmp_path).__enter__()
-    with RunFolder(tmp_path):
+    second = RunFolder(tmp_path, writes=True)
+    with folder.locked(), pytest.raises(ConfigError, match="another process"), second.locked():
+        pass
+    with folder.locked():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_locked_run_without_content_is_deleted_at_the_end(tmp_path):
+    folder = RunFolder.create(RunSection(dir=str(tmp_path / "run")))
+    with folder.locked():
+        assert folder.path.is_dir()
+    assert not folder.path.exists()
+
+
+def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool = True) -> Path:
+    """Create the files of a run that ended `age` seconds ago."""
+    path = root / folder
+    (path / "checkpoints").mkdir(parents=True)
+    config = load_config([], [*SOUND, f"run.root={root}", *overrides])
+    RunFolder(path, writes=True).write_config(config)
+    if saved:
+        (path / "checkpoints" / "step_00000010").mkdir()
+        (path / "checkpoints" / "last").symlink_to("step_00000010")
+    moment = path.stat().st_mtime - age
+    for changed in (path, path / "config.yaml", *path.glob("checkpoints/*"), path / "checkpoints"):
+        os.utime(str(changed), (moment, moment))
+    return path
+
+
+# open_run
+
+
+def test_new_run_uses_files_and_overrides(root, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("optim: {lr: 0.5}\nrun: {name: demo}\n", encoding="utf-8")
+    folder, config, _ = open_run([file], [*SOUND, f"run.root={root}", "run.seed=3"], None, Launch())
+    assert folder.path.name.startswith("demo-")
+    assert (config.optim.lr, config.run.seed) == (0.5, 3)
+
+
+def test_new_run_with_a_broken_rule_creates_no_folder(root):
+    overrides = ["model.name=vit-micro", "pipeline.layers_per_stage=[3]", f"run.root={root}"]
+    with pytest.raises(ConfigError, match="places 3 layers"):
+        open_run([], overrides, None, Launch())
+    assert not root.exists()
+
+
+def test_resume_uses_the_config_of_the_run(root):
+    path = make_run(root, "demo-1", "run.name=demo", "optim.lr=0.5")
+    folder, config, _ = open_run([], ["run.seed=9"], str(path), Launch())
+    assert folder.path == path
+    assert (config.optim.lr, config.run.seed) == (0.5, 9)
+
+
+def test_resume_without_a_folder_uses_run_dir(root):
+    path = make_run(root, "elsewhere")
+    make_run(root, "run-1")
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", f"run.dir={path}"], "", Launch())
+    assert folder.path == path
+
+
+def test_resume_without_a_folder_uses_the_newest_run(root):
+    make_run(root, "demo-20240101-000000", age=100)
+    newest = make_run(root, "demo-20240101-000200", age=10)
+    make_run(root, "demo-20240101-000100", age=50)
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert folder.path == newest
+
+
+def test_resume_skips_a_newer_run_without_a_checkpoint(root):
+    saved = make_run(root, "demo-20240101-000000", age=100)
+    make_run(root, "demo-20240101-000100", age=1, saved=False)
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert folder.path == saved
+
+
+def test_resume_skips_a_newer_run_of_another_name(root):
+    mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
+    make_run(root, "other-20240101-000100", "run.name=other", age=1)
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert folder.path == mine
+
+
+def test_resume_skips_a_run_with_a_longer_name(root):
+    mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
+    make_run(root, "demo-large-20240101-000100", "run.name=demo-large", age=1)
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert folder.path == mine
+
+
+def test_report_of_an_older_run_does_not_make_it_the_newest(root):
+    older = make_run(root, "demo-20240101-000000", age=100)
+    newest = make_run(root, "demo-20240101-000100", age=50)
+    (older / "report").mkdir()
+    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert folder.path == newest
+
+
+def test_error_without_a_run_to_resume_has_advice(root):
+    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+        open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+    assert f"{root}/demo-*" in str(caught.value)
+    assert "--resume runs/<name>" in str(caught.value)
+    assert "without --resume" in str(caught.value)
+
+
+def test_error_for_a_folder_without_a_checkpoint_has_advice(root):
+    path = make_run(root, "demo-1", saved=False)
+    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+        open_run([], [], str(path), Launch())
+    assert f"{path} has no checkpoints/last" in str(caught.value)
+    assert "without --resume" in str(caught.value)
+
+
+def test_resumed_config_is_checked(root):
+    path = make_run(root, "demo-1")
+    with pytest.raises(ConfigError, match="places 3 layers"):
+        open_run([], ["pipeline.layers_per_stage=[3]"], str(path), Launch())
+
+
+def test_folder_without_its_config_is_refused(root):
+    path = make_run(root, "demo-1")
+    (path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        open_run([], [], str(path), Launch())
+
+
+# run_of_checkpoint
+
+
+def test_run_of_a_checkpoint_is_two_folders_above(root):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    assert run_of_checkpoint(path / "checkpoints" / "step_00000010") == path
+
+
+def test_run_of_a_link_is_two_folders_above_the_link(root):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    assert run_of_checkpoint(path / "checkpoints" / "last") == path
+
+
+def test_run_of_a_relative_path_is_found(root, monkeypatch):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    monkeypatch.chdir(path / "checkpoints" / "step_00000010")
+    assert run_of_checkpoint(Path()).resolve() == path.resolve()
+
+
+def test_error_names_an_absent_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder") as caught:
+        run_of_checkpoint(tmp_path / "absent")
+    assert str(tmp_path / "absent") in str(caught.value)
+    assert "runs/<name>/checkpoints/best" in str(caught.value)
+
+
+def test_error_names_a_folder_that_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"it has no trainer_state\.json") as caught:
+        run_of_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_error_names_a_checkpoint_outside_a_run(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "best"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not in a run's folder") as caught:
+        run_of_checkpoint(checkpoint)
+    assert str(tmp_path / "config.yaml") in str(caught.value)
+
+
+def test_resume_of_a_folder_refuses_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="leave --config out"):
+        open_run([tmp_path / "any.yaml"], [], str(tmp_path), Launch())
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_only_the_main_process_writes(root, rank):
+    launch = Launch(rank=rank, world_size=4, launcher="poprun")
+    folder, config, _ = open_run([], [*SOUND, f"run.root={root}"], None, launch)
+    with folder.locked():
+        folder.write_config(config)
+        folder.write_environment("IPU", {}, {})
+    assert not root.exists()
+
+
+def test_other_process_finds_the_run_to_resume(root):
+    run = make_run(root, "demo-20240101-000000", "run.name=demo")
+    launch = Launch(rank=1, world_size=2, launcher="poprun")
+    folder, _, _ = open_run([], [], str(run), launch)
+    with folder.locked():
+        assert folder.path == run
+        assert not (run / ".lock").exists()

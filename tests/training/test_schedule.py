@@ -1,5 +1,3 @@
-"""Durations in steps, and the learning rate of every step."""
-
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -35,10 +33,10 @@ def tutorial_rate(tutorial: Durations) -> LearningRate:
     )
 
 
-# The tutorial's numbers
+# The numbers of Graphcore's tutorial
 
 
-def test_tutorial_has_832_steps_an_epoch(tutorial):
+def test_tutorial_has_832_steps_per_epoch(tutorial):
     assert tutorial.steps_per_epoch == 832
 
 
@@ -57,11 +55,11 @@ def test_tutorial_validates_every_epoch(tutorial):
 @pytest.mark.parametrize(
     ("step", "logged"), [(50, 1.602564102564103e-05), (2450, 2.978228636022262e-07)]
 )
-def test_rate_is_that_of_the_tutorials_log(tutorial_rate, step, logged):
+def test_rate_equals_the_log_of_the_tutorial(tutorial_rate, step, logged):
     assert tutorial_rate.at(step) == pytest.approx(logged, rel=1e-12, abs=0)
 
 
-def test_first_update_of_the_tutorial_runs_at_rate_0(tutorial_rate):
+def test_first_update_of_the_tutorial_has_rate_0(tutorial_rate):
     assert tutorial_rate.at(0) == 0
 
 
@@ -74,17 +72,17 @@ def test_peak_of_the_tutorial_is_at_the_end_of_the_warm_up(tutorial_rate):
 # Durations
 
 
-def test_epoch_is_as_many_whole_batches_as_the_samples_fill():
+def test_epoch_is_the_number_of_whole_batches_in_the_samples():
     assert durations(99, "batch.global_batch_size=10").steps_per_epoch == 9
     assert durations(100, "batch.global_batch_size=10").steps_per_epoch == 10
 
 
-def test_fewer_samples_than_a_global_batch_give_one_step_an_epoch():
+def test_epoch_has_at_least_one_step():
     found = durations(3, "batch.global_batch_size=10", "train.epochs=4")
     assert (found.steps_per_epoch, found.total_steps) == (1, 4)
 
 
-def test_steps_are_taken_as_given():
+def test_steps_are_used_as_given():
     found = durations(
         100,
         "train.steps=7",
@@ -94,7 +92,7 @@ def test_steps_are_taken_as_given():
     assert (found.total_steps, found.eval_every, found.checkpoint_every) == (7, 2, 3)
 
 
-def test_part_of_an_epoch_is_rounded_to_steps():
+def test_fraction_of_an_epoch_is_rounded_to_steps():
     found = durations(
         100,
         "train.epochs=0.5",
@@ -126,7 +124,7 @@ def test_run_is_at_least_one_host_call():
 
 def test_description_has_the_numbers():
     text = Durations(832, 2496, 416, 1000).describe()
-    assert text == ("2496 steps, 832 an epoch; validation every 416, checkpoint every 1000 steps")
+    assert text == ("2496 steps, 832 per epoch; validation every 416, checkpoint every 1000 steps")
 
 
 def test_description_of_a_resumed_run_names_the_first_step():
@@ -141,11 +139,11 @@ def test_warm_up_ratio_is_rounded_up_to_steps(ratio, steps):
     assert rate(10, f"schedule.warmup_ratio={ratio}").warmup_steps == steps
 
 
-def test_warm_up_steps_are_taken_as_given():
+def test_warm_up_steps_are_used_as_given():
     assert rate(10, "schedule.warmup_steps=4").warmup_steps == 4
 
 
-def test_without_warm_up_the_first_update_runs_at_the_peak():
+def test_first_update_without_warm_up_has_the_peak_rate():
     assert rate(10, "optim.lr=0.5").at(0) == 0.5
 
 
@@ -155,20 +153,20 @@ def test_rate_after_the_last_step_is_0(name):
     assert [found.at(step) for step in (10, 11, 100)] == [0, 0, 0]
 
 
-def test_rate_does_not_depend_on_the_steps_before():
+def test_rate_does_not_depend_on_earlier_steps():
     backward = rate(20, "schedule.warmup_ratio=0.3")
     forward = rate(20, "schedule.warmup_ratio=0.3")
     descending = [backward.at(step) for step in reversed(range(20))]
     assert descending[::-1] == [forward.at(step) for step in range(20)]
 
 
-# transformers' own schedules as the oracle
+# Comparison with the schedules of transformers
 
 PEAK = 2e-4
 
 
 def rates_of(make: Callable[..., object], *arguments: int, steps: int) -> Iterator[float]:
-    """Run transformers' scheduler over a torch optimizer as a training loop does."""
+    """Yield the rates of a scheduler of transformers in a training loop."""
     import torch
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)

@@ -2,86 +2,92 @@ import json
 
 import pytest
 import torch
-from conftest import engine_of
 
 from cxr_vit.config import BatchPlan
-from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.engines.choice import build_engine, choose_engine
+from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.checkpoint import CheckpointStore
+from cxr_vit.training.build import build_trainer, open_data
+from cxr_vit.training.callbacks import EarlyStopping, NonFiniteGuard
 from cxr_vit.training.loggers import JsonlLogger, MetricsLogging
-from cxr_vit.training.schedule import Durations, LearningRate
-from cxr_vit.training.trainer import Callback, Checkpointing, EarlyStopping, NonFiniteGuard, Trainer
+from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.training.trainer import Callback
 
 
 class Recorder(Callback):
-    """Writes down every hook with its step."""
+    """Records the hooks and the checkpoints, each with its step."""
 
     def __init__(self):
-        self.hooks = []
+        self.events = []
         self.lrs = []
 
     def on_fit_start(self, trainer):
-        self.hooks.append(("fit_start", trainer.step))
+        self.events.append(("fit_start", trainer.step))
+        save = trainer.store.save
+
+        def recorded(step, *arguments, **keywords):
+            self.events.append(("checkpoint", step))
+            return save(step, *arguments, **keywords)
+
+        trainer.store.save = recorded
 
     def on_step_end(self, trainer, event):
-        self.hooks.append(("step", event.step))
+        self.events.append(("step", event.step))
         self.lrs.append(event.lr)
 
     def on_eval_end(self, trainer, event):
-        self.hooks.append(("eval", event.step))
-
-    def on_checkpoint(self, trainer, path):
-        self.hooks.append(("checkpoint", int(path.name[5:])))
+        self.events.append(("eval", event.step))
 
     def on_fit_end(self, trainer):
-        self.hooks.append(("fit_end", trainer.step))
+        self.events.append(("fit_end", trainer.step))
 
     def on_exception(self, trainer, error):
-        self.hooks.append((type(error).__name__, trainer.step))
+        self.events.append((type(error).__name__, trainer.step))
 
     def of(self, kind):
-        return [step for hook, step in self.hooks if hook == kind]
+        return [step for name, step in self.events if name == kind]
+
+
+class StopAt(Callback):
+    """Interrupts the run within a step, as a signal does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer, event):
+        if event.step == self.step:
+            trainer.interrupt("test")
 
 
 @pytest.fixture
 def make_trainer(make_config, tmp_path):
-    """A trainer of six steps whose validation scores can be chosen."""
+    """Build a trainer of six steps with given validation scores."""
 
     def make(*overrides, scores=(), callbacks=(), folder="run"):
-        config = make_config(*overrides)
-        data = ChestXrayDataModule(config.data)
+        config, launch = make_config(*overrides), Launch()
+        data = open_data(config.data, launch)
         model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
-        training = data.dataset("train")
         batch = BatchPlan.from_section(config.batch)
-        durations = Durations.from_section(config.train, batch, len(training))
+        engine = build_engine(config, model, choose_engine(config, launch), batch, launch)
         upcoming = iter(scores)
-        return Trainer(
-            engine=engine_of(config, model),
-            train=training,
-            val=data.dataset("val"),
-            durations=durations,
-            learning_rate=LearningRate.from_section(
-                config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
-            ),
-            seed=config.run.seed,
-            callbacks=[
-                *callbacks,
-                Checkpointing(every=durations.checkpoint_every, keep_last=config.train.keep_last),
-            ],
-            score=lambda logits, labels: {"auroc_macro": next(upcoming, 0.5)},
-            store=CheckpointStore(tmp_path / folder),
-            model_files=model.hub_files(),
-            origin={"labels": data.names},
+        return build_trainer(
+            config,
+            RunFolder(tmp_path / folder, writes=True),
+            data,
+            engine,
+            callbacks,
+            lambda logits, labels: {"auroc_macro": next(upcoming, 0.5)},
+            model.hub_files(),
         )
 
     return make
 
 
-def test_hooks_come_in_the_documented_order(make_trainer):
+def test_hooks_are_called_in_the_documented_order(make_trainer):
     recorder = Recorder()
     make_trainer(callbacks=[recorder]).fit()
-    assert recorder.hooks == [
+    assert recorder.events == [
         ("fit_start", 0),
         ("step", 1),
         ("step", 2),
@@ -104,7 +110,7 @@ def test_device_iterations_count_as_steps(make_trainer):
     assert recorder.of("eval") == [4, 6], "3 lies within the second host call"
 
 
-def test_the_last_step_is_validated_and_saved_in_any_case(make_trainer):
+def test_last_step_is_always_validated_and_saved(make_trainer):
     recorder = Recorder()
     make_trainer(
         "train.eval_every_steps=4", "train.checkpoint_every_steps=100", callbacks=[recorder]
@@ -113,7 +119,7 @@ def test_the_last_step_is_validated_and_saved_in_any_case(make_trainer):
     assert recorder.of("checkpoint")[-1] == 6
 
 
-def test_learning_rates_are_the_schedules(make_trainer):
+def test_learning_rates_follow_the_schedule(make_trainer):
     recorder = Recorder()
     trainer = make_trainer("schedule.warmup_steps=3", "optim.lr=0.003", callbacks=[recorder])
     trainer.fit()
@@ -121,21 +127,21 @@ def test_learning_rates_are_the_schedules(make_trainer):
     assert recorder.lrs[:4] == pytest.approx([0, 0.001, 0.002, 0.003])
 
 
-def test_best_points_at_the_best_score_and_last_at_the_end(make_trainer):
+def test_best_points_at_the_best_score_and_last_at_the_last_step(make_trainer):
     trainer = make_trainer("train.eval_every_steps=2", scores=[0.6, 0.9, 0.7])
     trainer.fit()
     assert trainer.store.linked("best").name == "step_00000004"
     assert trainer.store.linked("last").name == "step_00000006"
 
 
-def test_until_a_score_is_defined_best_follows_the_last(make_trainer, caplog):
+def test_best_follows_last_until_a_score_is_defined(make_trainer, caplog):
     trainer = make_trainer(scores=[None, None])
     trainer.fit()
     assert trainer.store.linked("best").name == "step_00000006"
     assert "undefined" in caplog.text
 
 
-def test_an_undefined_score_does_not_displace_a_defined_one(make_trainer):
+def test_undefined_score_does_not_replace_a_defined_one(make_trainer):
     trainer = make_trainer(scores=[0.6, None])
     trainer.fit()
     assert trainer.store.linked("best").name == "step_00000003"
@@ -153,77 +159,60 @@ def test_early_stopping_ends_the_run_after_saving(make_trainer):
     assert trainer.step == 6
     assert "early stopping" in trainer.stop_reason and not trainer.interrupted
     assert trainer.store.linked("last").name == "step_00000006"
-    assert recorder.hooks[-1] == ("fit_end", 6)
+    assert recorder.events[-1] == ("fit_end", 6)
 
 
-def test_an_interruption_saves_the_step_it_came_to(make_trainer):
-    class Stop(Callback):
-        def on_step_end(self, trainer, event):
-            if event.step == 2:
-                trainer.interrupt("SIGTERM received")
-
+def test_interrupted_run_saves_its_step(make_trainer):
     recorder = Recorder()
-    trainer = make_trainer(callbacks=[recorder, Stop()])
+    trainer = make_trainer(callbacks=[recorder, StopAt(2)])
     trainer.fit()
     assert trainer.interrupted
     assert recorder.of("eval") == []
     assert recorder.of("checkpoint") == [2]
-    assert "stopped at step 2: SIGTERM received" in trainer.describe_end()
+    assert "stopped at step 2: test" in trainer.describe_end()
 
 
-def test_a_non_finite_loss_ends_the_run_and_is_not_saved(make_trainer):
+def test_non_finite_loss_ends_the_run_without_saving(make_trainer):
+    make_trainer(callbacks=[NonFiniteGuard()]).fit()
     recorder = Recorder()
-    trainer = make_trainer(callbacks=[recorder, NonFiniteGuard([f"{k}.png" for k in range(80)])])
-    trainer.fit()
-    broken = make_trainer(callbacks=[recorder, *trainer.callbacks[1:2]], folder="broken")
+    broken = make_trainer(callbacks=[recorder, NonFiniteGuard()], folder="broken")
     with torch.no_grad():
         broken.engine.model.stages[0].vit.embeddings.cls_token.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0 .*\.png"):
         broken.fit()
     assert broken.store.steps() == []
-    assert recorder.hooks[-1] == ("NonFiniteLoss", 1)
+    assert recorder.events[-1] == ("NonFiniteLoss", 1)
 
 
-def test_every_sample_of_an_epoch_is_seen_once(make_trainer):
+def test_each_sample_is_used_once_per_epoch(make_trainer):
     trainer = make_trainer("train.steps=20", "train.eval_every_steps=20")
-    train_step, seen, told = trainer.engine.train_step, [], []
+    train_step, seen, expected = trainer.engine.train_step, [], []
 
     def watched(batch, *, lr):
         seen.extend(batch.indices.tolist())
-        told.extend(trainer.rows(trainer.step))
+        expected.extend(trainer.rows(trainer.step))
         return train_step(batch, lr=lr)
 
     trainer.engine.train_step = watched
     trainer.fit()
-    assert told == seen
+    assert expected == seen
     count = len(trainer.train)
     assert sorted(seen[:count]) == list(range(count))
     assert sorted(seen[count : 2 * count]) == list(range(count))
     assert seen[:count] != seen[count : 2 * count]
 
 
-def test_a_stop_that_another_process_was_told_ends_the_run_here_too(make_trainer):
+def test_interruption_of_another_process_ends_the_run_here_too(make_trainer):
     trainer = make_trainer()
     trainer.engine.agree = lambda flag: trainer.step == 4
     trainer.fit()
     assert (trainer.step, trainer.interrupted) == (4, True)
-    assert "stopped at step 4: another process was told to stop" in trainer.describe_end()
+    assert "stopped at step 4: another process was interrupted" in trainer.describe_end()
     assert trainer.store.linked("last").name == "step_00000004"
 
 
-class StopAt(Callback):
-    """As a signal that comes within a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, trainer, event):
-        if event.step == self.step:
-            trainer.interrupt("test")
-
-
 @pytest.mark.parametrize("stop", [3, 6])
-def test_a_validation_that_a_stop_prevented_is_made_up_for(make_trainer, stop):
+def test_validation_prevented_by_a_stop_is_done_on_resume(make_trainer, stop):
     scores = {3: 0.9, 6: 0.8}
     stopped = make_trainer(callbacks=[StopAt(stop)], scores=[scores[3]])
     stopped.fit()
@@ -248,7 +237,7 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(make_trainer, stop):
         ("batch.gradient_accumulation=4", "global_batch_size"),
     ],
 )
-def test_a_run_is_not_resumed_as_another(make_trainer, override, fact):
+def test_run_with_other_facts_is_not_resumed(make_trainer, override, fact):
     make_trainer("train.steps=3").fit()
     other = make_trainer(override)
     with pytest.raises(CheckpointError, match=f"with another {fact}"):
@@ -269,14 +258,14 @@ def test_weights_alone_can_be_resumed(make_trainer):
     assert second.is_complete
 
 
-def test_a_run_is_not_resumed_past_its_end(make_trainer):
+def test_run_is_not_resumed_past_its_end(make_trainer):
     make_trainer().fit()
     shorter = make_trainer("train.steps=3")
     with pytest.raises(CheckpointError, match="at step 6, past this run's 3 steps"):
         shorter.resume(shorter.store.folder / "last")
 
 
-def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+def test_non_finite_weights_are_not_saved(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():
         trainer.engine.model.stages[3].classifier.bias[2] = float("inf")
@@ -285,7 +274,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer):
     assert trainer.store.steps() == []
 
 
-def test_a_resumed_log_is_the_uninterrupted_one(make_trainer, tmp_path):
+def test_resumed_log_equals_the_uninterrupted_one(make_trainer, tmp_path):
     def losses(name):
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         return [event for event in map(json.loads, lines) if "train/loss" in event]
@@ -304,7 +293,7 @@ def test_a_resumed_log_is_the_uninterrupted_one(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
     settings = ("model.dropout=0.1", "optim.weight_decay=0.1", "schedule.warmup_ratio=0.5")
     whole = make_trainer(*settings, folder="whole")
     whole.fit()
@@ -323,7 +312,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
             assert torch.equal(value, state.optimizer[name][slot]), (name, slot)
 
 
-def test_a_resumed_run_knows_the_best_score(make_trainer):
+def test_resumed_run_keeps_the_best_score(make_trainer):
     first = make_trainer("train.steps=3", scores=[0.9])
     first.fit()
     second = make_trainer(scores=[0.8])
@@ -332,10 +321,33 @@ def test_a_resumed_run_knows_the_best_score(make_trainer):
     assert second.store.linked("best").name == "step_00000003"
 
 
-def test_a_checkpoint_carries_labels_and_callback_states(make_trainer):
+def test_checkpoint_has_labels_best_score_and_callback_states(make_trainer):
     trainer = make_trainer(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)])
     trainer.fit()
     state = json.loads((trainer.store.folder / "last" / "trainer_state.json").read_text())
     assert state["labels"][0] == "Atelectasis"
-    assert state["callbacks"]["EarlyStopping"] == {"best": 0.7, "since_best": 1}
-    assert state["callbacks"]["Checkpointing"] == {"best": 0.7}
+    assert (state["format"], state["best_score"]) == (2, 0.7)
+    assert state["callbacks"] == {"early_stopping": {"best": 0.7, "since_best": 1}}
+
+
+def test_checkpoint_of_format_1_resumes_the_same_run(make_trainer, tmp_path):
+    def callbacks():
+        logging = MetricsLogging([JsonlLogger(tmp_path / "log.jsonl")], every=3)
+        return [EarlyStopping(5), logging]
+
+    cut = make_trainer(callbacks=[*callbacks(), StopAt(4)], scores=[0.7])
+    cut.fit()
+    file = cut.store.folder / "last" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    callback_states = state["callbacks"]
+    old_names = {"early_stopping": "EarlyStopping", "metrics": "MetricsLogging"}
+    state["callbacks"] = {old_names[key]: value for key, value in callback_states.items()}
+    state["callbacks"].update(NonFiniteGuard={}, Checkpointing={"best": state.pop("best_score")})
+    file.write_text(json.dumps({**state, "format": 1}))
+
+    resumed = make_trainer(callbacks=callbacks())
+    resumed.resume(resumed.store.folder / "last")
+    assert (resumed.step, resumed.evaluated_step, resumed.best_score) == (4, 3, 0.7)
+    assert callback_states["metrics"]["num_samples"] > 0
+    restored = {callback.state_key: callback.state_dict() for callback in resumed.callbacks}
+    assert restored == callback_states
