@@ -185,7 +185,7 @@ def _resume(
         lines = where.journal.read_bytes().splitlines(keepends=True)
     if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
         where.pixels.replace(where.partial)  # killed before the index was written
-    if not where.partial.exists() or not lines or lines[0] != f"{plan}\n".encode():
+    if not where.partial.exists() or not lines or not _has_plan(lines[0], plan):
         _start(where, plan, total_bytes)
         return {}
     complete = [line for line in lines if line.endswith(b"\n")]  # the last may be cut short
@@ -198,6 +198,15 @@ def _resume(
             for decoded in recorded
             if _are_written(pixels, decoded, settings.image_size**2)
         }
+
+
+def _has_plan(line: bytes, plan: str) -> bool:
+    """Compare the values only: the first release gave one of the keys another name."""
+    try:
+        recorded = list(json.loads(line).values())
+    except (ValueError, AttributeError):
+        return False
+    return line.endswith(b"\n") and recorded == list(json.loads(plan).values())
 
 
 def _start(where: StorePaths, plan: str, total_bytes: int) -> None:

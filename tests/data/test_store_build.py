@@ -183,6 +183,15 @@ def test_journal_without_its_first_line_restarts_the_build(
         assert_complete(where, reference)
 
 
+def test_build_of_the_first_release_is_resumed(reference: Reference, where: StorePaths) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    plan, *lines = where.journal.read_text().splitlines(keepends=True)
+    assert plan.count('"images"') == 1
+    where.journal.write_text("".join([plan.replace('"images"', '"pictures"'), *lines]))
+    assert build(where, reference.paths) == 192
+    assert_complete(where, reference)
+
+
 @pytest.mark.parametrize(
     "line", ["\0" * 40, "[192, [1, 2", "{}", "[5]"], ids=["zeros", "cut", "object", "short"]
 )
