@@ -36,17 +36,7 @@ if TYPE_CHECKING:
     from cxr_vit.planner.hardware import Target
     from cxr_vit.planner.speed import SpeedModel
 
-__all__ = [
-    "COMMANDS",
-    "EvaluateArguments",
-    "TrainArguments",
-    "config_parser",
-    "evaluate_arguments",
-    "main",
-    "read_config",
-    "run",
-    "train_arguments",
-]
+__all__ = ["COMMANDS", "evaluate_arguments", "main", "run", "train_arguments"]
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -116,9 +106,6 @@ def _print_error(error: Exception) -> int:
     return EXIT_USER_ERROR
 
 
-# Arguments of train.py, evaluate.py and the commands
-
-
 class TrainArguments(NamedTuple):
     """Command line of train.py; `resume` is None, a folder, or "" for the newest run."""
 
@@ -137,7 +124,7 @@ class EvaluateArguments(NamedTuple):
     overrides: List[str]
 
 
-def config_parser(program: str, description: str) -> argparse.ArgumentParser:
+def _config_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Make a parser with `--config` and overrides, whose help lists every field."""
     parser = argparse.ArgumentParser(
         program,
@@ -160,7 +147,7 @@ def config_parser(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_config(arguments: argparse.Namespace) -> Tuple[List[Path], List[str]]:
+def _read_config(arguments: argparse.Namespace) -> Tuple[List[Path], List[str]]:
     """Return the configuration files and the overrides of a parsed command line."""
     files, overrides = _split_overrides([word for words in arguments.config for word in words])
     return files, [*overrides, *arguments.overrides]
@@ -175,7 +162,7 @@ def _split_overrides(words: Sequence[str]) -> Tuple[List[Path], List[str]]:
 
 def train_arguments(argv: Sequence[str]) -> TrainArguments:
     """Parse the command line of train.py."""
-    parser = config_parser("train.py", "Fine-tune a Vision Transformer on chest X-rays.")
+    parser = _config_parser("train.py", "Fine-tune a Vision Transformer on chest X-rays.")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -192,7 +179,7 @@ def train_arguments(argv: Sequence[str]) -> TrainArguments:
         " SDK, but no IPU and no data",
     )
     namespace = parser.parse_intermixed_args(argv)
-    files, overrides = read_config(namespace)
+    files, overrides = _read_config(namespace)
     resume = namespace.resume
     if resume and "=" in resume and not Path(resume).exists():
         resume, overrides = "", [resume, *overrides]  # `--resume train.epochs=5`
@@ -233,9 +220,6 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     )
 
 
-# python -m cxr_vit sample, check, prepare, data-report
-
-
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="default: 2000")
@@ -258,7 +242,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from cxr_vit.planner.estimate import describe_memory, preflight
 
-    config = check(load_config(*read_config(arguments)))
+    config = check(load_config(*_read_config(arguments)))
     print(dump_config(config))
     print(*BatchPlan.from_section(config.batch).describe(), sep="\n")
     print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
@@ -286,7 +270,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from cxr_vit.data.datamodule import prepare, verify_cache
     from cxr_vit.synthetic.dataset import write_sample_if_absent
 
-    data = check(load_config(*read_config(arguments))).data
+    data = check(load_config(*_read_config(arguments))).data
     write_sample_if_absent(data)
     print(verify_cache(data) if arguments.verify else prepare(data))
     return 0
@@ -304,16 +288,13 @@ def _data_report(arguments: argparse.Namespace) -> int:
     from cxr_vit.dataset_report.report import write_data_report
     from cxr_vit.synthetic.dataset import write_sample_if_absent
 
-    data = check(load_config(*read_config(arguments))).data
+    data = check(load_config(*_read_config(arguments))).data
     write_sample_if_absent(data)
     # The report lists missing and unusable images, so neither may stop it.
     lenient = data.model_copy(update={"on_missing": "skip", "on_bad_image": "skip"})
     print(write_data_report(ChestXrayDataModule(lenient), arguments.out))
     print(f"page: {arguments.out}")
     return 0
-
-
-# python -m cxr_vit plan
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -358,7 +339,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from cxr_vit.planner.report import plan_lines, source_lines
 
     _check_plan_arguments(arguments)
-    files, overrides = read_config(arguments)
+    files, overrides = _read_config(arguments)
     folders, more = _split_overrides(arguments.calibrate)
     overrides += more
     hardware = [f"planner.hardware={arguments.hardware}"] if arguments.hardware else []
@@ -461,9 +442,6 @@ def _draw(plan: Plan, folder: Path) -> None:
     print(f"figures: {', '.join(map(str, paths))}")
 
 
-# The table of commands
-
-
 class Command(NamedTuple):
     """A command of `python -m cxr_vit`."""
 
@@ -507,7 +485,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command that the first word names; return the exit status."""
     if argv and argv[0] in COMMANDS:
         command, program = COMMANDS[argv[0]], f"python -m cxr_vit {argv[0]}"
-        make = config_parser if command.takes_config else argparse.ArgumentParser
+        make = _config_parser if command.takes_config else argparse.ArgumentParser
         parser = make(program, description=command.summary)
         command.add_arguments(parser)
         return command.call(parser.parse_intermixed_args(argv[1:]))

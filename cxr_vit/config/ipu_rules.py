@@ -163,27 +163,23 @@ def _arithmetic_is_the_ipus(config: Config) -> Optional[Problem]:
 
 def _every_stage_has_a_proportion(config: Config) -> Optional[Problem]:
     given = config.pipeline.available_memory_proportion
-    stages = len(config.pipeline.layers_per_stage)
-    if not isinstance(given, list) or len(given) == stages:
+    training, evaluation = len(config.pipeline.layers_per_stage), len(eval_layers(config))
+    if not isinstance(given, list):
         return None
-    return Problem(
-        f"pipeline.available_memory_proportion={given}",
-        f"has {len(given)} numbers; there are {stages} stages.",
-        "Give one number per stage, or a single number for all.",
-    )
-
-
-def _evaluation_has_proportions(config: Config) -> Optional[Problem]:
-    given = config.pipeline.available_memory_proportion
-    stages, training = len(eval_layers(config)), len(config.pipeline.layers_per_stage)
-    if not isinstance(given, list) or stages <= training:
-        return None
-    return Problem(
-        "pipeline.available_memory_proportion",
-        f"has one number for each of the {training} stages of training, but evaluation has"
-        f" {stages}.",
-        "Give a single number for all.",
-    )
+    if len(given) != training:
+        return Problem(
+            f"pipeline.available_memory_proportion={given}",
+            f"has {len(given)} numbers; there are {training} stages.",
+            "Give one number per stage, or a single number for all.",
+        )
+    if evaluation > training:
+        return Problem(
+            f"pipeline.available_memory_proportion={given}",
+            f"has one number for each of the {training} stages of training, but evaluation has"
+            f" {evaluation}.",
+            "Give a single number for all.",
+        )
+    return None
 
 
 def _activation_is_the_ipus(config: Config) -> Optional[Problem]:
@@ -227,7 +223,6 @@ RULES: Tuple[Callable[[Config], Optional[Problem]], ...] = (
     _device_is_the_ipu,
     _arithmetic_is_the_ipus,
     _every_stage_has_a_proportion,
-    _evaluation_has_proportions,
     _activation_is_the_ipus,
     _clipping_is_of_gradients,
     _scaled_loss_has_fp16_gradients,

@@ -22,9 +22,6 @@ __all__ = ["dump_config", "load_config"]
 _COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
 
-#: Dotted key -> file and line, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
-Places = Dict[str, str]
-
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     """Merge configuration files and overrides, and validate the result.
@@ -41,19 +38,19 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     ConfigError
         Listing every unknown or duplicate key, wrong type and value out of range.
     """
+    reader = _Reader()
     merged: Dict[str, Any] = {}
-    places: Places = {}
-    problems: List[str] = []
     for file in files:
-        _merge(merged, _read_file(file, places, problems))
-    _merge(merged, _read_overrides(overrides, places, problems))
+        _merge(merged, reader.read_file(file))
+    _merge(merged, reader.read_overrides(overrides))
+    problems = reader.problems
     config: Optional[Config] = None
     try:
         config = Config(**merged)
     except ValidationError as error:
         # A field of several types has one error per type: keep the first.
         first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
-        problems += [explain(detail, places) for detail in reversed(list(first.values()))]
+        problems += [explain(detail, reader.places) for detail in reversed(list(first.values()))]
     if problems or config is None:
         raise ConfigError("\n".join(problems))
     return config
@@ -64,120 +61,126 @@ def dump_config(config: Config) -> str:
     return str(yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None))
 
 
-def _read_file(file: Path, places: Places, problems: List[str]) -> Dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot read the configuration: {getattr(error, 'strerror', None) or error}."
-            " (An override is written section.key=value.)"
-        ) from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            f"{file}: a configuration has sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
-        )
-    try:
-        layer = _plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}", places, problems)
-    except RecursionError as error:
-        raise ConfigError(
-            f"{file}: an alias (*name) contains itself. Write the value out."
-        ) from error
-    return _one_of_each_pair(_mappings_only(layer, places, problems), places, problems)
+class _Reader:
+    """Reads files and overrides as layers: section -> key -> dicts, lists, text and None.
 
+    Attributes
+    ----------
+    places
+        Dotted key -> file and line, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
+    problems
+        Messages of all errors so far.
+    """
 
-def _read_overrides(
-    overrides: Sequence[str], places: Places, problems: List[str]
-) -> Dict[str, Any]:
-    """Read all overrides as one layer; the last value of a key counts."""
-    layer: Dict[str, Any] = {}
-    for text in overrides:
-        for section, values in _read_override(text, places, problems).items():
-            below = layer.get(section)
-            if isinstance(values, dict) and isinstance(below, dict):
-                values = {**below, **values}
-            layer[section] = values
-    return _one_of_each_pair(layer, places, problems)
+    def __init__(self) -> None:
+        self.places: Dict[str, str] = {}
+        self.problems: List[str] = []
 
-
-def _read_override(text: str, places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Read ``section.key=value`` as a layer of one value."""
-    key, equals, value = text.partition("=")
-    section, _, name = key.strip().partition(".")
-    if not equals or not section:
-        problems.append(f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value")
-        return {}
-    try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        problems.append(f"{_COMMAND_LINE}: {text!r}: the value is not valid YAML")
-        return {}
-    places[key.strip()] = _COMMAND_LINE
-    places.setdefault(section, _COMMAND_LINE)
-    plain = None
-    if node is not None:
-        plain = _plain(node, key.strip(), lambda key_node: _COMMAND_LINE, places, problems)
-    return _mappings_only({section: {name: plain} if name else plain}, places, problems)
-
-
-def _plain(
-    node: yaml.Node,
-    path: str,
-    place: Callable[[yaml.Node], str],
-    places: Places,
-    problems: List[str],
-) -> Any:
-    """Convert a YAML node to dicts, lists, text and None; record the place of each key."""
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.style is None and node.value in _NULL else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, path, place, places, problems) for item in node.value]
-    mapping: Dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        key_path = f"{path}.{key}" if path else key
-        here = place(key_node)
-        if key in mapping:
-            problems.append(
-                f"{here}: duplicate key '{key_path}', first given at {places[key_path]}. Keep one."
+    def read_file(self, file: Path) -> Dict[str, Any]:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"{file}: cannot read the configuration: {reason}. (An override is written"
+                " section.key=value.)"
+            ) from error
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}: not valid YAML: {error}") from error
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(
+                f"{file}: a configuration has sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
             )
-        places[key_path] = here
-        mapping[key] = _plain(value_node, key_path, place, places, problems)
-    return mapping
+        try:
+            layer = self._plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}")
+        except RecursionError as error:
+            raise ConfigError(
+                f"{file}: an alias (*name) contains itself. Write the value out."
+            ) from error
+        return self._one_of_each_pair(self._mappings_only(layer))
 
+    def read_overrides(self, overrides: Sequence[str]) -> Dict[str, Any]:
+        """Read all overrides as one layer; the last value of a key counts."""
+        layer: Dict[str, Any] = {}
+        for text in overrides:
+            for section, values in self._read_override(text).items():
+                below = layer.get(section)
+                if isinstance(values, dict) and isinstance(below, dict):
+                    values = {**below, **values}
+                layer[section] = values
+        return self._one_of_each_pair(layer)
 
-def _mappings_only(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Report and drop sections that are not mappings; an empty section counts as not given."""
-    for name, section in SECTIONS.items():
-        values = layer.get(name)
-        if values is not None and not isinstance(values, dict):
-            keys = ", ".join(list(section.model_fields)[:3])
-            problems.append(
-                f"{places[name]}: '{name}' is a section with keys ({keys}, ...), not {values!r}"
+    def _read_override(self, text: str) -> Dict[str, Any]:
+        """Read ``section.key=value`` as a layer of one value."""
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        section, _, name = key.partition(".")
+        if not equals or not section:
+            self.problems.append(
+                f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value"
             )
-        if not isinstance(values, dict):
-            layer.pop(name, None)
-    return layer
+            return {}
+        try:
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            self.problems.append(f"{_COMMAND_LINE}: {text!r}: the value is not valid YAML")
+            return {}
+        self.places[key] = _COMMAND_LINE
+        self.places.setdefault(section, _COMMAND_LINE)
+        plain = None if node is None else self._plain(node, key, lambda key_node: _COMMAND_LINE)
+        return self._mappings_only({section: {name: plain} if name else plain})
 
+    def _plain(self, node: yaml.Node, path: str, place: Callable[[yaml.Node], str]) -> Any:
+        """Convert a YAML node to dicts, lists, text and None; record the place of each key."""
+        if isinstance(node, yaml.ScalarNode):
+            return None if node.style is None and node.value in _NULL else node.value
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, path, place) for item in node.value]
+        mapping: Dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            key_path = f"{path}.{key}" if path else key
+            here = place(key_node)
+            if key in mapping:
+                first = self.places[key_path]
+                self.problems.append(
+                    f"{here}: duplicate key '{key_path}', first given at {first}. Keep one."
+                )
+            self.places[key_path] = here
+            mapping[key] = self._plain(value_node, key_path, place)
+        return mapping
 
-def _one_of_each_pair(layer: Dict[str, Any], places: Places, problems: List[str]) -> Dict[str, Any]:
-    """Report exclusive keys given together; drop the second, so that other errors are found."""
-    for name, section in SECTIONS.items():
-        values = layer.get(name, {})
-        for first, second in section.exclusive:
-            if values.get(first) is not None and values.get(second) is not None:
-                where = places[f"{name}.{second}"]
-                problems.append(f"{where}: {name}: give '{first}' or '{second}', not both")
-                del values[second]
-    return layer
+    def _mappings_only(self, layer: Dict[str, Any]) -> Dict[str, Any]:
+        """Report and drop sections that are not mappings; an empty section counts as not given."""
+        for name, section in SECTIONS.items():
+            values = layer.get(name)
+            if values is not None and not isinstance(values, dict):
+                keys = ", ".join(list(section.model_fields)[:3])
+                self.problems.append(
+                    f"{self.places[name]}: '{name}' is a section with keys ({keys}, ...), not"
+                    f" {values!r}"
+                )
+            if not isinstance(values, dict):
+                layer.pop(name, None)
+        return layer
+
+    def _one_of_each_pair(self, layer: Dict[str, Any]) -> Dict[str, Any]:
+        """Report exclusive keys given together; drop the second, so that other errors are found."""
+        for name, section in SECTIONS.items():
+            values = layer.get(name, {})
+            for first, second in section.exclusive:
+                if values.get(first) is not None and values.get(second) is not None:
+                    where = self.places[f"{name}.{second}"]
+                    self.problems.append(f"{where}: {name}: give '{first}' or '{second}', not both")
+                    del values[second]
+        return layer
 
 
 def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -45,6 +45,8 @@ def _expand(text: str) -> str:
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 
+FloatType = Literal["fp32", "fp16"]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are immutable and finite."""
@@ -118,11 +120,9 @@ class DataSection(Section):
     images: Optional[PathText] = Field(
         None, description="folder of the images, nested or not, if it is not the root"
     )
-    boxes: Optional[PathText] = Field(
-        None, description="NIH's BBox_List_2017.csv, if it is not in the root"
-    )
+    boxes: Optional[PathText] = Field(None, description="BBox_List_2017.csv, if not in the root")
     relabels: Optional[PathText] = Field(
-        None, description="Google's 2019 labels by radiologists, if they are not in the root"
+        None, description="Google's 2019 labels by radiologists, if not in the root"
     )
     split: Literal["auto", "official", "patient", "random"] = Field(
         "auto",
@@ -394,15 +394,11 @@ class OptimSection(Section):
         description="factor on the loss that keeps fp16 gradients from underflow, removed before"
         " the update; auto: adjusted by PopART (IPU; the torch engine has its own scaler)",
     )
-    accumulator: Literal["fp32", "fp16"] = Field(
-        "fp32", description="dtype of the accumulated gradients (IPU)"
-    )
-    first_moment: Literal["fp32", "fp16"] = Field(
+    accumulator: FloatType = Field("fp32", description="dtype of the accumulated gradients (IPU)")
+    first_moment: FloatType = Field(
         "fp32", description="dtype of the first moment, for sgd of the velocity (IPU)"
     )
-    second_moment: Literal["fp32", "fp16"] = Field(
-        "fp32", description="dtype of the second moment (IPU)"
-    )
+    second_moment: FloatType = Field("fp32", description="dtype of the second moment (IPU)")
 
 
 class ScheduleSection(Section):
@@ -469,10 +465,8 @@ class EngineSection(Section):
         gt=0,
         description="under torchrun: seconds to wait for another process before the run ends",
     )
-    weights: Literal["fp32", "fp16"] = Field(
-        "fp32", description="dtype in which weights are stored and updated (IPU)"
-    )
-    partials: Literal["fp32", "fp16"] = Field(
+    weights: FloatType = Field("fp32", description="dtype of the weights and their update (IPU)")
+    partials: FloatType = Field(
         "fp16", description="dtype of partial sums; always fp32 in fp32 arithmetic (IPU)"
     )
     stochastic_rounding: bool = Field(

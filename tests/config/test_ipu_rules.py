@@ -94,7 +94,7 @@ def test_inner_stage_without_layers_is_refused(key):
                 "pipeline.eval_layers_per_stage=[3, 3, 3, 3]",
                 "pipeline.available_memory_proportion=[0.1, 0.2]",
             ],
-            "pipeline.available_memory_proportion has one number",
+            "pipeline.available_memory_proportion=[0.1, 0.2] has one number",
         ),
         (["model.hidden_act=gelu"], "model.hidden_act=gelu"),
         (["optim.name=lamb", "optim.max_grad_norm=1"], "optim.max_grad_norm=1.0"),
