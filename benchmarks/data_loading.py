@@ -1,11 +1,11 @@
-"""Images per second of one process, by the way they are read; the tutorial's way is the measure.
+"""Measure how many images per second one process reads, relative to the tutorial's transform.
 
     python -m benchmarks.data_loading [--images DIR] [--out FILE]
 
-A few thousand images are made of the real ones by linking, so that the store is larger than the
-processor's caches. All files are in the system's cache: what is measured is work, not the disk. The
-ways take turns over several rounds; a ratio is the median of those within a round. Prints a table,
-writes a JSON.
+A few thousand images are linked from the real ones, so that the store is larger than the
+processor's caches. All files are in the page cache: the benchmark measures work, not the disk. The
+ways take turns over several rounds; a ratio is the median over the rounds. Prints a table and
+writes a JSON file.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_image
 from cxr_vit.data.store_build import build_store
 
 BATCH_SIZE = 128
-#: Images that are decoded a round; the same ones in every way that decodes.
+#: Images decoded per round, the same ones in every way that decodes.
 DECODED = 2 * BATCH_SIZE
-#: Times that the store is read through a round, plain and with augmentation.
+#: Passes over the store per round, plain and with augmentation.
 PASSES, AUGMENTED_PASSES = 8, 1
-#: Batches of a loader that are not timed: its process starts and fills its queue.
+#: Batches of a loader before timing starts: its process starts and fills its queue.
 WARM_BATCHES = 4
 AUGMENT = AugmentSection(
     rotation=10,
@@ -56,7 +56,7 @@ AUGMENT = AugmentSection(
     horizontal_flip=0.5,
 )
 TUTORIAL = "tutorial"
-#: Way -> what it is, and how many times the tutorial's it should reach.
+#: Way -> description, and the ratio to the tutorial's that it should reach.
 WAYS: Dict[str, Tuple[str, float]] = {
     TUTORIAL: ("PIL, RGB, resize, tensor, normalise, fp16", 0),
     "direct": ("files through ChestXrayDataset", 1.5),
@@ -70,7 +70,7 @@ WAYS: Dict[str, Tuple[str, float]] = {
 
 
 class Images(NamedTuple):
-    """The data set that is read: its folder, the images' paths by name, records and store."""
+    """The data set: its folder, the paths of the images by name, records and store."""
 
     root: Path
     paths: Dict[str, str]
@@ -80,17 +80,17 @@ class Images(NamedTuple):
 
 
 def tutorial_transform(size: int) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """Return the tutorial's transform, and what it is made of.
+    """Return the tutorial's transform and its description.
 
-    Without torchvision (0.15.2 belongs to torch 2.0.1) the same operations are done one by one;
-    the tensors are equal.
+    Without torchvision (0.15.2 belongs to torch 2.0.1) it is made of the same operations in PIL and
+    torch; the tensors are equal.
     """
     try:
         import torchvision
         from torchvision import transforms
     except ImportError:
         return lambda image: _transform_by_hand(image, size), (
-            "the same operations by PIL and torch, as torchvision is not installed"
+            "the same operations in PIL and torch; torchvision is not installed"
         )
     steps = [
         transforms.Lambda(lambda image: image.convert("RGB")),
@@ -122,7 +122,7 @@ def make_images(root: Path, originals: Sequence[Path], num_images: int, size: in
 
 
 def direct_dataset(images: Images) -> ChestXrayDataset:
-    """Return the images as they are decoded each time."""
+    """Return a data set that decodes the files at each access."""
     source = FileReader(
         images.paths,
         list(images.paths),
@@ -133,7 +133,7 @@ def direct_dataset(images: Images) -> ChestXrayDataset:
 
 
 def cached_dataset(images: Images, *, augmented: bool) -> ChestXrayDataset:
-    """Return the images of the store."""
+    """Return a data set that reads the store."""
     source = open_images(StoreIndex.load(images.store.index), images.store.pixels)
     size = images.settings.image_size
     augmentation = Augmentation(AUGMENT, num_samples=len(source), image_size=size, seed=0)
@@ -144,11 +144,11 @@ def cached_dataset(images: Images, *, augmented: bool) -> ChestXrayDataset:
     )
 
 
-def shuffled(num_images: int, passes: int, turn: int) -> List[List[int]]:
-    """Return batches of draws: so many epochs, each in a new order, none seen in another turn."""
+def shuffled(num_images: int, passes: int, round_: int) -> List[List[int]]:
+    """Return batches of draws over `passes` epochs; each epoch of each round has its own order."""
     draws = [
         epoch * num_images + np.random.default_rng(epoch).permutation(num_images)
-        for epoch in range(turn * passes, (turn + 1) * passes)
+        for epoch in range(round_ * passes, (round_ + 1) * passes)
     ]
     stream = np.concatenate(draws)
     return [
@@ -157,7 +157,7 @@ def shuffled(num_images: int, passes: int, turn: int) -> List[List[int]]:
 
 
 def timed(act: Callable[[Any], Any], batches: Sequence[Sequence[Any]]) -> float:
-    """Return the samples per second of an action on batches."""
+    """Return the samples per second of an action over batches."""
     start = time.perf_counter()
     for batch in batches:
         act(batch)
@@ -165,7 +165,7 @@ def timed(act: Callable[[Any], Any], batches: Sequence[Sequence[Any]]) -> float:
 
 
 def timed_loader(dataset: ChestXrayDataset, batches: List[List[int]], workers: int) -> float:
-    """Return the samples per second of torch's loader, as the engines make it, once it runs."""
+    """Return the samples per second of torch's loader, made as in the engines, once it runs."""
     loader: Iterable[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -181,7 +181,7 @@ def timed_loader(dataset: ChestXrayDataset, batches: List[List[int]], workers: i
 
 
 def timed_build(images: Images) -> float:
-    """Return the images per second of a cache built by this process alone."""
+    """Return the images per second of a cache build in this process alone."""
     folder = images.root / "build"
     folder.mkdir()
     paths = dict(itertools.islice(images.paths.items(), DECODED))
@@ -196,7 +196,7 @@ def timed_build(images: Images) -> float:
 def make_ways(
     images: Images, transform: Callable[[Image.Image], torch.Tensor]
 ) -> Dict[str, Callable[[int], float]]:
-    """Return way -> samples per second of a turn."""
+    """Return way -> function of the round that returns its samples per second."""
     direct = direct_dataset(images)
     cached, augmented = (cached_dataset(images, augmented=on) for on in (False, True))
     count, size = len(cached), images.settings.image_size
@@ -212,28 +212,28 @@ def make_ways(
         wanted = np.asarray(rows) % count
         return np.take(pixels, wanted, axis=0, out=buffer[: len(rows)], mode="clip")
 
-    def plain(turn: int) -> List[List[int]]:
-        return shuffled(count, PASSES, turn)
+    def plain(round_: int) -> List[List[int]]:
+        return shuffled(count, PASSES, round_)
 
     return {
-        TUTORIAL: lambda turn: timed(by_tutorial, files),
-        "direct": lambda turn: timed(direct.__getitems__, same),
-        "cached": lambda turn: timed(cached.__getitems__, plain(turn)),
-        "augmented": lambda turn: timed(
-            augmented.__getitems__, shuffled(count, AUGMENTED_PASSES, turn)
+        TUTORIAL: lambda round_: timed(by_tutorial, files),
+        "direct": lambda round_: timed(direct.__getitems__, same),
+        "cached": lambda round_: timed(cached.__getitems__, plain(round_)),
+        "augmented": lambda round_: timed(
+            augmented.__getitems__, shuffled(count, AUGMENTED_PASSES, round_)
         ),
-        "memory_map": lambda turn: timed(by_map, plain(turn)),
-        "loader_0": lambda turn: timed_loader(cached, plain(turn), 0),
-        "loader_1": lambda turn: timed_loader(cached, plain(turn), 1),
-        "build": lambda turn: timed_build(images),
+        "memory_map": lambda round_: timed(by_map, plain(round_)),
+        "loader_0": lambda round_: timed_loader(cached, plain(round_), 0),
+        "loader_1": lambda round_: timed_loader(cached, plain(round_), 1),
+        "build": lambda round_: timed_build(images),
     }
 
 
 def cached_equals_direct(images: Images) -> bool:
-    """Whether the store holds, bit for bit, what the files give; every image of the first turn."""
+    """Whether the stored pixels equal the decoded files bit for bit, for the images decoded."""
     direct, cached = direct_dataset(images), cached_dataset(images, augmented=False)
     rows = range(DECODED)
-    return all(np.array_equal(direct.images([row]), cached.images([row])) for row in rows)
+    return all(np.array_equal(direct.read_images([row]), cached.read_images([row])) for row in rows)
 
 
 def summarise(rates: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
@@ -254,7 +254,7 @@ def summarise(rates: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
 
 
 def print_table(summary: Dict[str, Dict[str, Any]]) -> None:
-    """Print a line a way."""
+    """Print one line per way."""
     print(f"{'':12} {'':42} {'samples/s':>10} {'ratio':>8} {'lowest..highest':>16}   goal")
     for way, figures in summary.items():
         span = f"{figures['lowest_ratio']:.4g}..{figures['highest_ratio']:.4g}"
@@ -269,24 +269,24 @@ def print_table(summary: Dict[str, Dict[str, Any]]) -> None:
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
-    """Measure all ways in turns; return what the JSON says."""
+    """Measure all ways in interleaved rounds; return the content of the JSON file."""
     originals = original_images(arguments.images)
     images = make_images(root, originals, arguments.num_images, arguments.image_size)
-    transform, made_of = tutorial_transform(arguments.image_size)
+    transform, description = tutorial_transform(arguments.image_size)
     equal = cached_equals_direct(images)
     ways = make_ways(images, transform)
     rates: Dict[str, List[float]] = {way: [] for way in WAYS}
-    for turn in range(arguments.rounds + 1):
+    for round_ in range(arguments.rounds + 1):
         for way, act in ways.items():
-            rate = act(turn)
-            if turn:  # the first one warms up
+            rate = act(round_)
+            if round_:  # the first one warms up
                 rates[way].append(rate)
     store_bytes = images.store.pixels.stat().st_size
     packages = ("torch", "numpy", "pillow", "kornia-rs", "opencv-python-headless")
     modes = [Image.open(path).mode for path in originals]
     return {
         **describe_machine(*packages),
-        "tutorial_transform": made_of,
+        "tutorial_transform": description,
         "image_size": arguments.image_size,
         "original_images": {mode: modes.count(mode) for mode in sorted(set(modes))},
         "images": arguments.num_images,
@@ -300,7 +300,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and write."""
+    """Measure, print a table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=Path, default=NIH / "images", metavar="DIR")
     parser.add_argument(
@@ -312,14 +312,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.num_images < DECODED or arguments.rounds < 1:
         parser.error(f"at least {DECODED} images and one round are needed")
-    logging.getLogger("cxr_vit").setLevel(logging.WARNING)  # the builds are many
+    logging.getLogger("cxr_vit").setLevel(logging.WARNING)  # there are many builds
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(prefix="data_loading-") as root:
         result = measure(arguments, Path(root))
     print(
-        f"{result['machine']}, one process, {result['images']} images in {result['store_mb']:.0f} MB;"
-        f" the tutorial's transform: {result['tutorial_transform']}"
+        f"{result['machine']}, one process, {result['images']} images in {result['store_mb']:.0f}"
+        f" MB; the tutorial's transform: {result['tutorial_transform']}"
     )
     print_table(result["ways"])
     equal = result["cached_equals_direct"]

@@ -1,10 +1,10 @@
-"""Two numbers that docs/ipu.md gives: what GELU's tanh form changes, and what fp16 gradients lose.
+"""Compute the effects of GELU's tanh form and of fp16 gradients that docs/ipu.md quotes.
 
     python -m benchmarks.ipu_numerics --checkpoint runs/<name>/checkpoints/best [--out FILE]
 
-GELU: the checkpoint's test images scored with the exact and the tanh form. Gradients: the hidden
-states' gradients of ViT-B/16 at the start of a fine-tuning, computed in fp32; the part that fp16
-would round to zero at each loss scaling. Prints a table, writes a JSON.
+GELU: the scores of the checkpoint's test images with the exact and the tanh form. Gradients: those
+of the hidden states of ViT-B/16 at the start of fine-tuning, computed in fp32, and the fraction
+that fp16 rounds to zero at each loss scaling. Prints a table and writes a JSON file.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.run_folder import run_of_checkpoint, with_weights_of
 
-#: Half of fp16's smallest number: what is nearer to zero becomes zero.
+#: Half of fp16's smallest positive number; smaller magnitudes round to zero.
 LOST_BELOW = 2.0**-25
 SCALINGS = (1, 16, 128, 1024, 16384)
 
 
 def gelu_difference(checkpoint: Path) -> Dict[str, float]:
-    """Score the test split with either form."""
+    """Score the test split with both forms and compare."""
     folder = run_of_checkpoint(checkpoint)
     config = load_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
     data = ChestXrayDataModule(config.data)
     dataset = data.dataset(data.default_split())
+    launch, batch = Launch(), BatchPlan.from_section(config.batch)
     logits, scores = {}, {}
     for form in ("gelu", "gelu_pytorch_tanh"):
         model = config.model.model_copy(update={"hidden_act": form})
         changed: Config = with_weights_of(config.model_copy(update={"model": model}), checkpoint)
         staged = StagedViT.from_config(changed, names=data.names, prevalence=None)
-        batch, launch = BatchPlan.from_section(changed.batch), Launch()
         choice = choose_engine(changed, launch)
         with build_engine(changed, staged, choice, batch, launch) as engine:
             logits[form], labels = engine.predict_dataset(dataset)
@@ -62,7 +62,7 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
 
 
 def gradients_lost(num_images: int) -> Dict[str, Dict[str, float]]:
-    """Return, by loss scaling, the part of the hidden states' gradients that fp16 rounds to 0."""
+    """Return loss scaling -> fraction of the hidden states' gradients that fp16 rounds to zero."""
     config = check(load_config([], ["model.name=vit-base"]))
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.05))
     hidden: List[torch.Tensor] = []
@@ -92,7 +92,7 @@ def gradients_lost(num_images: int) -> Dict[str, Dict[str, float]]:
 
 
 def main(argv: List[str]) -> int:
-    """Measure, print and write."""
+    """Measure, print a table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--images", type=int, default=4, metavar="N")

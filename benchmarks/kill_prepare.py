@@ -1,11 +1,11 @@
-"""Kill `prepare` at random moments, go on, and compare the store with one built in one go.
+"""Kill `prepare` at random moments, resume it, and compare the store with an uninterrupted one.
 
     python -m benchmarks.kill_prepare [--kills N] [--seed N] [--images DIR]
 
-SIGKILL comes at a random moment of the build, or of what is left of it; the command is run again
-until it ends, and its files are compared byte for byte. Then the moments after the last image are
-aimed at, by waiting for what the files do. After each kill no process may be left over. Exit
-status 1 if anything is not as it should be.
+SIGKILL comes at a random moment of the build or of its resumption; the command is run again until
+it ends, and its files are compared byte for byte. Then kills at chosen moments after the last image
+follow, triggered by changes of the files. No process may be left after a kill. The exit status is 1
+if anything is wrong.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from cxr_vit.data.store import StorePaths
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE_SIZE = 224
-#: In the environment of every process of a command, by which those left over are found.
+#: Set in the environment of every process of a command, to find those left over.
 MARK = "CXR_VIT_KILL_PREPARE"
-#: A killed command's processes have to be gone after so long, seconds.
+#: Seconds after which a killed command's processes must be gone.
 PATIENCE_S = 2.0
-GOING_ON = re.compile(r"resuming an interrupted cache: (\d+) of")
+RESUMING = re.compile(r"resuming an interrupted cache: (\d+) of")
 
 Condition = Callable[[], bool]
 
@@ -45,11 +45,11 @@ class Trial:
     Parameters
     ----------
     root
-        The data set.
+        Folder of the data set.
     folder
-        The cache's folder.
+        Folder of the cache.
     workers
-        Processes that decode.
+        Number of decoding processes.
     """
 
     def __init__(self, root: Path, folder: Path, workers: int) -> None:
@@ -57,7 +57,7 @@ class Trial:
         self.paths = StorePaths.of(folder, IMAGE_SIZE)
         self.faults: List[str] = []
         self.slowest_end_s = 0.0
-        self._noted = 0
+        self._done = 0
         self._log = folder.with_name(f"{folder.name}.log")
         self._command = [
             *(sys.executable, "-m", "cxr_vit", "prepare"),
@@ -71,7 +71,7 @@ class Trial:
         Returns
         -------
         float or None
-            When it was killed, seconds after its start; None if it ended before.
+            Seconds from its start to the kill; None if it ended before.
         """
         mark = uuid.uuid4().hex
         start = time.monotonic()
@@ -85,7 +85,7 @@ class Trial:
             )
             while process.poll() is None and not condition():
                 pass
-            process.send_signal(signal.SIGKILL)  # nothing happens to one that has ended
+            process.send_signal(signal.SIGKILL)  # no effect on one that has ended
             status = process.wait()
         seconds = time.monotonic() - start
         self._check_progress(ended=status == 0)
@@ -96,24 +96,24 @@ class Trial:
             self.faults.append(f"prepare exited with {status}: {self._log.read_text()}")
         return None
 
-    def images_noted(self) -> int:
-        """Return how many images the journal says are done."""
+    def images_done(self) -> int:
+        """Return the number of finished images in the journal."""
         if not self.paths.journal.is_file():
             return 0
         lines = self.paths.journal.read_text(encoding="utf-8").splitlines(keepends=True)
         return sum(len(json.loads(line)[1]) for line in lines[1:] if line.endswith("\n"))
 
     def present(self) -> str:
-        """Name the store's files that are there."""
-        return " ".join(sorted(path.name for path in self.folder.glob("films_*"))) or "nothing yet"
+        """Return the names of the store's existing files."""
+        return " ".join(sorted(path.name for path in self.folder.glob("*films_*"))) or "nothing yet"
 
     def _check_progress(self, *, ended: bool) -> None:
-        """See that a run that got so far took up every image noted before it."""
-        said = GOING_ON.search(self._log.read_text(encoding="utf-8"))
-        taken_up = int(said.group(1)) if said else 0
-        if (said or ended) and taken_up != self._noted:
-            self.faults.append(f"{self._noted} images were noted, and {taken_up} taken up")
-        self._noted = self.images_noted()
+        """Check that a resumed run reuses every image in the journal."""
+        resumed = RESUMING.search(self._log.read_text(encoding="utf-8"))
+        reused = int(resumed.group(1)) if resumed else 0
+        if (resumed or ended) and reused != self._done:
+            self.faults.append(f"{self._done} images were in the journal, {reused} were reused")
+        self._done = self.images_done()
 
     def _check_left_over(self, mark: str) -> None:
         start = time.monotonic()
@@ -123,11 +123,11 @@ class Trial:
             left = processes_marked(mark)
         self.slowest_end_s = max(self.slowest_end_s, time.monotonic() - start)
         if left:
-            self.faults.append(f"left over {PATIENCE_S} s after the kill: {left}")
+            self.faults.append(f"still running {PATIENCE_S} s after the kill: {left}")
 
 
 def processes_marked(mark: str) -> Dict[int, str]:
-    """Return the command lines of the processes whose environment has the mark, by number."""
+    """Return process id -> command line of the processes whose environment has the mark."""
     found: Dict[int, str] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -136,19 +136,19 @@ def processes_marked(mark: str) -> Dict[int, str]:
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
                 found[int(folder.name)] = command.decode(errors="replace")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def never() -> bool:
-    """Do not hold."""
+    """Return False, after a short sleep."""
     time.sleep(0.01)
     return False
 
 
 def after(seconds: float) -> Condition:
-    """Hold so long after now."""
+    """Make a condition that holds from this many seconds after now."""
     end = time.monotonic() + seconds
 
     def holds() -> bool:
@@ -159,7 +159,7 @@ def after(seconds: float) -> Condition:
 
 
 def appears(path: Path) -> Condition:
-    """Hold once a file is there that was not."""
+    """Make a condition that holds once a file is created or replaced."""
 
     def stamp() -> Optional[Tuple[int, int]]:
         try:
@@ -173,23 +173,23 @@ def appears(path: Path) -> Condition:
 
 
 def vanishes(path: Path) -> Condition:
-    """Hold once a file that has been there is gone."""
+    """Make a condition that holds once a file has existed and is gone."""
     seen = [False]
 
     def holds() -> bool:
-        there = path.exists()
-        seen[0] = seen[0] or there
-        return seen[0] and not there
+        exists = path.exists()
+        seen[0] = seen[0] or exists
+        return seen[0] and not exists
 
     return holds
 
 
-def all_noted(trial: Trial, num_images: int) -> Condition:
-    """Hold once the journal has the last image."""
+def all_done(trial: Trial, num_images: int) -> Condition:
+    """Make a condition that holds once the journal has the last image."""
 
     def holds() -> bool:
         time.sleep(0.01)
-        return trial.images_noted() == num_images
+        return trial.images_done() == num_images
 
     return holds
 
@@ -203,20 +203,20 @@ def differences(folder: Path, reference: Path) -> List[str]:
         if not (here.exists() and there.exists()):
             different.append(f"{name} is only in {folder if here.exists() else reference}")
         elif here.read_bytes() != there.read_bytes():
-            different.append(f"{name} differs from the one built in one go")
+            different.append(f"{name} differs from the uninterrupted one")
     return different
 
 
 def finish(trial: Trial, reference: Path) -> None:
-    """Let `prepare` end, compare, and start anew."""
+    """Run `prepare` to its end and compare."""
     if trial.run(never) is None:
         compare(trial, reference)
 
 
 def compare(trial: Trial, reference: Path) -> None:
-    """Compare a finished cache, and remove it."""
+    """Compare a finished cache with the reference, then remove it."""
     found = differences(trial.folder, reference)
-    print("    ended;", "; ".join(found) if found else "identical to the one built in one go")
+    print("    ended;", "; ".join(found) if found else "identical to the uninterrupted one")
     trial.faults += found
     shutil.rmtree(trial.folder)
 
@@ -224,39 +224,39 @@ def compare(trial: Trial, reference: Path) -> None:
 def kill_at_random(
     trial: Trial, reference: Path, *, kills: int, longest_s: float, source: random.Random
 ) -> None:
-    """Kill so many times, going on each time; whenever the build ends, compare and start anew."""
+    """Kill this many times and resume each time; when a build ends, compare and start again."""
     done = 0
     while done < kills:
         seconds = trial.run(after(source.uniform(0, longest_s)))
         if seconds is None:
             compare(trial, reference)
             continue
-        if trial.paths.index.exists():  # it was on its way out: proves little, so is not counted
-            print(f"   (a kill after {seconds:.2f} s found the store whole)")
+        if trial.paths.index.exists():  # it was about to end: not counted
+            print(f"   (a kill after {seconds:.2f} s found the store complete)")
             continue
         done += 1
         print(
-            f"kill {done:2} after {seconds:5.2f} s: {trial.images_noted():5} images noted;"
+            f"kill {done:2} after {seconds:5.2f} s: {trial.images_done():5} images done;"
             f" {trial.present()}"
         )
     finish(trial, reference)
 
 
 def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_images: int) -> None:
-    """Kill after the last image: before, between and after the renames that end a build."""
+    """Kill after the last image: before, between and after the final renames."""
     paths = trial.paths
-    index_aside = paths.index.with_name(paths.index.name + ".partial")
+    temporary = paths.index.with_name(f".{paths.index.name}.writing")  # files.replacing
     moments: Dict[str, Callable[[], Condition]] = {
-        "the last image is noted": lambda: all_noted(trial, num_images),
-        "the pixels have their name": lambda: vanishes(paths.partial),
-        "the index is being written": lambda: appears(index_aside),
-        "the index has its name": lambda: appears(paths.index),
+        "the journal has the last image": lambda: all_done(trial, num_images),
+        "the pixels are renamed": lambda: vanishes(paths.partial),
+        "the index is being written": lambda: appears(temporary),
+        "the index is renamed": lambda: appears(paths.index),
     }
     for _ in range(rounds):
         for moment, condition in moments.items():
             seconds = trial.run(condition())
             if seconds is None:
-                print(f"when {moment}: it ended before the kill came")
+                print(f"when {moment}: it ended before the kill")
                 compare(trial, reference)
                 continue
             print(f"when {moment} ({seconds:.2f} s): {trial.present()}")
@@ -264,7 +264,7 @@ def kill_at_the_end(trial: Trial, reference: Path, *, rounds: int, num_images: i
 
 
 def make_data(root: Path, images: Path, num_images: int) -> None:
-    """Link the real images, or where there are none write synthetic ones of 512 pixels."""
+    """Link the real images; without any, write synthetic ones of 512 pixels."""
     if images == NIH / "images" and not images.is_dir():
         print(f"no real images in {images}: synthetic ones of 512 pixels")
         command = [sys.executable, "-m", "cxr_vit", "sample", "--out", str(root)]
@@ -275,7 +275,7 @@ def make_data(root: Path, images: Path, num_images: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Kill, go on, compare; return 1 if anything was wrong."""
+    """Kill, resume, compare; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=Path, default=NIH / "images", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=1500, metavar="N")
@@ -288,13 +288,16 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kill_prepare-") as folder:
         data, reference = Path(folder) / "data", Path(folder) / "reference"
         make_data(data, arguments.images, arguments.num_images)
-        whole = Trial(data, reference, arguments.workers)
+        uninterrupted = Trial(data, reference, arguments.workers)
         start = time.monotonic()
-        whole.run(never)
+        uninterrupted.run(never)
         longest_s = time.monotonic() - start
-        print(f"{arguments.num_images} images in one go: {longest_s:.1f} s, {whole.present()}")
+        print(
+            f"{arguments.num_images} images without interruption: {longest_s:.1f} s,"
+            f" {uninterrupted.present()}"
+        )
         trial = Trial(data, Path(folder) / "killed", arguments.workers)
-        if not whole.faults:
+        if not uninterrupted.faults:
             source = random.Random(arguments.seed)
             kill_at_random(
                 trial, reference, kills=arguments.kills, longest_s=longest_s, source=source
@@ -302,8 +305,8 @@ def main(argv: Sequence[str]) -> int:
             kill_at_the_end(
                 trial, reference, rounds=arguments.rounds, num_images=arguments.num_images
             )
-    faults = [*whole.faults, *trial.faults]
-    print(f"processes were gone {trial.slowest_end_s:.2f} s after a kill at the latest")
+    faults = [*uninterrupted.faults, *trial.faults]
+    print(f"all processes ended within {trial.slowest_end_s:.2f} s of a kill")
     print("\n".join(["FAULTS:", *faults]) if faults else "all stores are identical; no fault")
     return 1 if faults else 0
 

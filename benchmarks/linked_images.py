@@ -1,4 +1,4 @@
-"""Data sets of any size out of a few real images: each is linked under many names."""
+"""Make data sets of any size from a few real images, each linked under many names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cxr_vit.synthetic.dataset import CSV_HEADER, CSV_NAME
 
 __all__ = ["NIH", "link_images", "original_images", "write_linked_set"]
 
-#: NIH's real files, which lie beside the repository on some machines.
+#: NIH's real files; optional, beside the repository.
 NIH = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih"
 
 
 def original_images(folder: Path) -> List[Path]:
-    """Return the PNGs of a folder; without any, say so and exit with status 2."""
+    """Return the PNGs of a folder; exit with status 2 if there are none."""
     images = sorted(folder.glob("*.png"))
     if not images:
         print(
-            f"there are no images (*.png) in {folder}. Give a folder of NIH's original 1024 x 1024"
+            f"no images (*.png) in {folder}. Give a folder of NIH's original 1024 x 1024"
             " images with --images DIR.",
             file=sys.stderr,
         )
@@ -30,18 +30,18 @@ def original_images(folder: Path) -> List[Path]:
 
 
 def link_images(originals: Sequence[Path], paths: Sequence[Path]) -> None:
-    """Put image i modulo their number at path i: one copy each, the others are hard links to it.
+    """Copy each original once, and link the remaining paths to the copies in turn.
 
-    What is there already stays. The copy keeps the links off the originals, which may be read-only
-    or on another disk; where a file system has no hard links, symbolic ones serve.
+    Existing files stay. The originals are not linked themselves, because they may be read-only or
+    on another disk. Without hard links in the file system, the links are symbolic.
     """
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         if path.exists():
             continue
-        if place < len(originals):
-            shutil.copyfile(originals[place], path)
+        if index < len(originals):
+            shutil.copyfile(originals[index], path)
             continue
-        copy = paths[place % len(originals)]
+        copy = paths[index % len(originals)]
         try:
             os.link(copy, path)
         except OSError:
@@ -49,7 +49,7 @@ def link_images(originals: Sequence[Path], paths: Sequence[Path]) -> None:
 
 
 def write_linked_set(root: Path, originals: Sequence[Path], num_images: int) -> List[str]:
-    """Write a data set in NIH's layout, every image of another patient; return the file names."""
+    """Write a data set in NIH's layout, one image per patient; return the file names."""
     names = [f"{patient:08d}_000.png" for patient in range(1, num_images + 1)]
     images = root / "images"
     images.mkdir(parents=True)

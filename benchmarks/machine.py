@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: the machine, the versions and the commit."""
+"""Machine, versions and commit, which every benchmark writes beside its figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describe_machine"]
 
 
 def describe_machine(*packages: str) -> Dict[str, Any]:
-    """Return date, processor, cores, memory, system, Python, versions of packages, and commit."""
+    """Return facts about this machine and the versions of the given packages."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "measured": time.strftime("%Y-%m-%d"),

@@ -1,11 +1,11 @@
-"""The whole of ChestX-ray14 by size: prepare, start, train, evaluate; seconds and memory of each.
+"""Measure seconds and memory of prepare, start, train and evaluate at the size of ChestX-ray14.
 
     python -m benchmarks.nih_size [--root DIR] [--fresh] [--out FILE]
 
 The 112,120 rows and list files are the real ones; the 21 real images are linked under all names.
-Everything runs through the real commands, one after another. What a former call has measured is
-not measured again, and `prepare` goes on where it was stopped, unless --fresh is given. Exit
-status 1 if a count, the memory or the time to start is not as it should be.
+The real commands run one after another. Results of earlier calls are kept and an interrupted
+`prepare` resumes, unless --fresh is given. The exit status is 1 if a count, the memory or the
+startup time is wrong.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LISTS = ("train_val_list.txt", "test_list.txt", "community_val_list.txt")
 ARCHIVES = (4999, *[10000] * 10, 7121)
 SIZES = {"train": 75312, "val": 11212, "test": 25596}
 MOST_MEMORY_MB, LONGEST_START_S = 2000.0, 5.0
-#: How often the processes are looked at, seconds; the system keeps the peak in between.
-LOOK_EVERY_S = 0.1
+#: Seconds between looks at the processes; the system records the peak in between.
+POLL_S = 0.1
 STARTS = 3
-#: Run by a fresh Python: what a command does before it can read the first image.
+#: Run in a new Python process: what a command does before it reads the first image.
 START_UP = """
 import json, sys, time
 begin = time.perf_counter()
@@ -52,20 +52,14 @@ print(json.dumps({**seconds, "sizes": sizes}))
 
 
 class Runs:
-    """Runs commands, and keeps their output and the peak memory of each of their processes.
-
-    Parameters
-    ----------
-    logs
-        Folder of the outputs.
-    """
+    """Runs commands; records their output in `logs`, and the peak memory of their processes."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         logs.mkdir(exist_ok=True)
 
     def run(self, name: str, *arguments: str) -> Tuple[str, Dict[str, Any]]:
-        """Run Python with these arguments; return its output and figures.
+        """Run Python with these arguments; return its output, seconds and peak memory.
 
         Raises
         ------
@@ -85,7 +79,7 @@ class Runs:
             while process.poll() is None:
                 for pid in family(process.pid):
                     peaks[pid] = max(peak_memory_mb(pid), peaks.get(pid, 0.0))
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_S)
         seconds = time.monotonic() - start
         output = log.read_text(encoding="utf-8")
         if process.returncode != 0:
@@ -101,7 +95,7 @@ class Runs:
 
 
 def family(pid: int) -> List[int]:
-    """Return a process and all that it has started, directly or not, and that still run."""
+    """Return a process and its running descendants."""
     children: Dict[int, List[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -118,7 +112,7 @@ def family(pid: int) -> List[int]:
 
 
 def peak_memory_mb(pid: int) -> float:
-    """Return the largest resident memory a process has had; 0 if it has ended."""
+    """Return the peak resident memory of a process in MB; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -128,7 +122,7 @@ def peak_memory_mb(pid: int) -> float:
 
 
 def make_set(root: Path, originals: Sequence[Path]) -> None:
-    """Unpack the CSV and the lists, and link the images under all names into twelve folders."""
+    """Unpack the CSV and the lists; link the images under all names into twelve folders."""
     root.mkdir(parents=True, exist_ok=True)
     for name in (CSV, *LISTS):
         with gzip.open(NIH / f"{name}.gz", "rb") as packed, (root / name).open("wb") as plain:
@@ -145,7 +139,7 @@ def make_set(root: Path, originals: Sequence[Path]) -> None:
 
 
 def data_overrides(root: Path) -> List[str]:
-    """Return the overrides of the `data` section, the same for each command."""
+    """Return the overrides of the `data` section for every command."""
     return [
         f"data.root={root}",
         "data.split=official",
@@ -154,11 +148,11 @@ def data_overrides(root: Path) -> List[str]:
 
 
 def prepare(runs: Runs, root: Path) -> Dict[str, Any]:
-    """Build the cache, or what is missing of it."""
+    """Build the cache, or resume its build."""
     output, figures = runs.run("prepare", "-m", "cxr_vit", "prepare", *data_overrides(root))
-    taken_up = re.search(r"resuming an interrupted cache: (\d+) of", output)
+    reused = re.search(r"resuming an interrupted cache: (\d+) of", output)
     cached = re.search(r"cached (\d+) images .* (\d+) s\)", output)
-    decoded = int(cached.group(1)) - int(taken_up.group(1) if taken_up else 0) if cached else 0
+    decoded = int(cached.group(1)) - int(reused.group(1) if reused else 0) if cached else 0
     store = next((root / "cxr_vit_cache").glob("films_*.u8"))
     return {
         **figures,
@@ -169,20 +163,20 @@ def prepare(runs: Runs, root: Path) -> Dict[str, Any]:
 
 
 def start_up(runs: Runs, root: Path) -> Dict[str, Any]:
-    """Make the data module in fresh processes; medians."""
-    seen: List[Dict[str, Any]] = []
+    """Make the data module in new processes; return the medians."""
+    starts: List[Dict[str, Any]] = []
     for _ in range(STARTS):
         output, figures = runs.run("start_up", "-c", START_UP, *data_overrides(root))
-        seen.append({**figures, **json.loads(output.splitlines()[-1])})
+        starts.append({**figures, **json.loads(output.splitlines()[-1])})
     medians = {
-        key: statistics.median(values[key] for values in seen)
+        key: statistics.median(values[key] for values in starts)
         for key in ("seconds", "imports_s", "data_s", "data_cpu_s", "peak_memory_mb")
     }
-    return {**medians, "sizes": seen[0]["sizes"], "child_processes": 0}
+    return {**medians, "sizes": starts[0]["sizes"], "child_processes": 0}
 
 
 def train(runs: Runs, root: Path, *, workers: int) -> Dict[str, Any]:
-    """Train 50 steps of 128 with a small model, and validate once."""
+    """Train 50 steps of 128 images with a small model, and validate once."""
     folder = run_folder(root, workers)
     shutil.rmtree(folder, ignore_errors=True)
     _, figures = runs.run(
@@ -206,7 +200,7 @@ def train(runs: Runs, root: Path, *, workers: int) -> Dict[str, Any]:
 
 
 def run_folder(root: Path, workers: int) -> Path:
-    """Name the folder of a training."""
+    """Return the run folder of a training."""
     return root / "runs" / f"train_{workers}_workers"
 
 
@@ -227,7 +221,7 @@ def evaluate(runs: Runs, root: Path, *, workers: int) -> Dict[str, Any]:
 
 
 def failures(steps: Dict[str, Dict[str, Any]]) -> List[str]:
-    """Say what is not as it should be."""
+    """List what is wrong."""
     found = []
     for name, figures in steps.items():
         largest = max(figures["peak_memory_mb"], figures.get("largest_child_peak_memory_mb", 0.0))
@@ -247,13 +241,13 @@ def failures(steps: Dict[str, Dict[str, Any]]) -> List[str]:
 
 
 def print_table(steps: Dict[str, Dict[str, Any]]) -> None:
-    """Print a line a step."""
+    """Print one line per step."""
     shown = {
         "images_per_s": "{:,.0f} images/s",
         "store_gb": "store {:.2f} GB",
         "imports_s": "imports {:.2f} s",
         "data_s": "CSV, index, split, cache {:.2f} s",
-        "data_cpu_s": "of them {:.2f} s of work",
+        "data_cpu_s": "{:.2f} s of that on the CPU",
         "perf/samples_per_s": "{:,.0f} samples/s",
         "perf/data_wait_pct": "{:.1f} % waiting for data",
         "rows": "{:,} rows of predictions.csv",
@@ -268,8 +262,8 @@ def print_table(steps: Dict[str, Dict[str, Any]]) -> None:
         )
 
 
-def former(out: Path, fresh: bool) -> Dict[str, Dict[str, Any]]:
-    """Return the figures of former calls."""
+def earlier(out: Path, fresh: bool) -> Dict[str, Dict[str, Any]]:
+    """Return the results of earlier calls."""
     if fresh or not out.is_file():
         return {}
     steps: Dict[str, Dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["steps"]
@@ -277,11 +271,11 @@ def former(out: Path, fresh: bool) -> Dict[str, Dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and write; return 1 if something is not as it should be."""
+    """Measure, print a table, write the JSON file; return 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path("/tmp/nih_size"), metavar="DIR")
-    parser.add_argument("--workers", type=int, default=2, help="of the second training and scoring")
-    parser.add_argument("--fresh", action="store_true", help="measure all anew")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers of the second run")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <root>/nih_size.json")
     arguments = parser.parse_args(argv)
     root: Path = arguments.root.resolve()
@@ -299,7 +293,7 @@ def main(argv: Sequence[str]) -> int:
     if workers:
         to_do[f"train, {workers} workers"] = lambda: train(runs, root, workers=workers)
         to_do[f"evaluate, {workers} workers"] = lambda: evaluate(runs, root, workers=workers)
-    steps = former(out, arguments.fresh)
+    steps = earlier(out, arguments.fresh)
     for name, measure in to_do.items():
         if name not in steps:
             steps[name] = measure()
@@ -312,8 +306,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(out: Path, steps: Dict[str, Dict[str, Any]]) -> None:
-    """Write what has been measured so far."""
-    # Of the commands that ended since this process began, and the processes they waited for.
+    """Write the results so far."""
+    # Of the commands that this process has waited for, and of their own children.
     largest_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
     packages = ("torch", "numpy", "pandas", "pillow", "kornia-rs", "opencv-python-headless")
     result = {**describe_machine(*packages), "largest_process_mb": largest_mb, "steps": steps}

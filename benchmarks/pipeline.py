@@ -1,18 +1,18 @@
-"""How near the pipeline over four processes comes to its ideal time, and what memory it takes.
+"""Compare time and memory of a pipeline over four processes with the ideal.
 
     python -m benchmarks.pipeline [--rounds N] [--micro-batches 4,8,16,32] [--out FILE]
 
-Time: of M micro-batches through S stages, an update ideally takes (M + S - 1) / M times what its
-micro-batches take in the steady state; the rest, (S - 1) / (M + S - 1), is the bubble, in which
-stages wait. What a micro-batch takes in the steady state is the slope of a straight line through
-the measured times over M, fitted to the relative errors: only differences between updates tell it,
-whatever else an update costs. The stages are measured asleep, each for the same time whatever the
-machine, with a tiny model's real tensors, connections and updates; and at work, where the bubble
-shows in full only if each of them has a core or a GPU for itself. Asleep once more, one stage twice
-as long as the others: there the bubble to compare with is the planner's (cxr_vit.planner.timeline).
+Time: with M micro-batches and S stages, an update ideally takes (M + S - 1) / M times the
+steady-state time of its micro-batches; the rest, (S - 1) / (M + S - 1), is the bubble, in which
+stages wait. The steady-state time of a micro-batch is the slope of a straight line through the
+measured times over M, fitted to the relative errors, so that constant costs of an update do not
+count. The stages are measured asleep, each sleeping the same time on any machine, with a tiny
+model's real tensors, connections and updates; then at work, where the bubble shows in full only if
+each stage has a core or a GPU of its own; then asleep with one stage twice as slow as the others,
+compared with the planner's bubble (cxr_vit.planner.timeline).
 
 Memory: the peak of each stage in the same updates, above what it held before them. 1F1B's must not
-grow with M. The exit status is 1 if it does. Prints tables, writes a JSON.
+grow with M; the exit status is 1 if it does. Prints tables and writes a JSON file.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ STAGES = 4
 SCHEDULES = ("gpipe", "1f1b")
 #: 1F1B with torch's own stage in place of LeanStage.
 PLAIN = "1f1b, plain"
-#: Peak memory at the most micro-batches over that at the fewest: what is still no growth.
+#: Largest ratio of the peak memory at the most micro-batches to the fewest that is no growth.
 NO_GROWTH = 1.1
 COMMON = ("engine.name=pipeline", "engine.precision=fp32")
 MICRO = (*COMMON, "model.name=vit-micro", "pipeline.layers_per_stage=[1,1,1,1]")
-#: Five tokens: what it computes is little beside the time that it sleeps.
+#: Five tokens: little computation compared with the sleep.
 ASLEEP = (*MICRO, "model.patch_size=16", "data.image_size=32", "batch.micro_batch_size=1")
-#: The demo's model; so narrow that activations are nearly all of the memory.
+#: The demo's model; it is so narrow that activations are nearly all of the memory.
 DEMO = (*MICRO, "model.patch_size=8", "data.image_size=64")
 BASE = (
     *(*COMMON, "model.name=vit-base", "pipeline.layers_per_stage=[3,3,3,3]"),
@@ -53,18 +53,18 @@ BASE = (
 )
 AT_WORK = {"cpu": (*DEMO, "batch.micro_batch_size=8"), "cuda": BASE}
 FOR_MEMORY = {"cpu": (*DEMO, "batch.micro_batch_size=32"), "cuda": BASE}
-#: Tensors that are freed leave the resident memory at once.
+#: Freed tensors leave the resident memory at once.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
-#: What the worker wrote of one schedule and number of micro-batches in one round.
+#: Output of the worker for one schedule and number of micro-batches in one round.
 Measured = Dict[str, Any]
 
 
 class Timing(NamedTuple):
-    """The time of an update, beside the ideal.
+    """Time of an update compared with the ideal.
 
-    `ratio` is over the time of as many micro-batches in the steady state, `bubble` the share of the
-    update that is more than that, `gap_points` what it has above the ideal, in percentage points.
+    `ratio` is relative to the steady-state time of the same micro-batches, `bubble` the fraction of
+    the update above it, `gap_points` the bubble minus the ideal one, in percentage points.
     """
 
     schedule: str
@@ -81,7 +81,7 @@ class Timing(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The peak memory of a stage by number of micro-batches, and the last over the first."""
+    """Peak memory of a stage by number of micro-batches, and the ratio of the last to the first."""
 
     schedule: str
     stage: int
@@ -96,12 +96,12 @@ def launch(
     schedules: Sequence[str] = SCHEDULES,
     environment: Optional[Dict[str, str]] = None,
 ) -> List[Measured]:
-    """Start the processes with torchrun; return what they measured.
+    """Start the processes with torchrun; return their measurements.
 
     Raises
     ------
     SystemExit
-        If they fail; they have said why.
+        If they fail; they have printed the reason.
     """
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         out = Path(folder) / "measured.json"
@@ -124,7 +124,7 @@ def launch(
 
 
 def steady_state_s(update_s: Dict[int, float]) -> float:
-    """Fit seconds = start + slope * micro-batches to the relative errors; return the slope."""
+    """Fit seconds = overhead + slope * micro-batches to the relative errors; return the slope."""
     counts, seconds = np.array(list(update_s)), np.array(list(update_s.values()))
     return float(np.polyfit(counts, seconds, 1, w=1 / seconds)[0])
 
@@ -132,7 +132,7 @@ def steady_state_s(update_s: Dict[int, float]) -> float:
 def timings(
     measured: Sequence[Measured], schedule: str, sleeps_ms: Sequence[float]
 ) -> List[Timing]:
-    """Return the median times of a schedule beside the ideal: what the planner says."""
+    """Return the median times of a schedule, with the ideal computed by the planner."""
     own = [sleeps_ms[stage % len(sleeps_ms)] for stage in range(STAGES)]
     times = [StageTime(milliseconds, 0, 2 * milliseconds) for milliseconds in own]
     seconds: Dict[int, List[float]] = {}
@@ -164,7 +164,7 @@ def timings(
 
 
 def memories(measured: Sequence[Measured], name: str) -> List[Memory]:
-    """Return the peaks of the stages of a schedule, the only one that was measured."""
+    """Return the peaks of each stage from the measurements of one schedule."""
     rows = []
     for stage in range(STAGES):
         peaks = {case["micro_batches"]: case["peak_mb"][stage] for case in measured}
@@ -175,9 +175,9 @@ def memories(measured: Sequence[Measured], name: str) -> List[Memory]:
 def measure_time(
     arguments: argparse.Namespace, title: str, *words: Any, sleeps_ms: Sequence[float] = (1,)
 ) -> Dict[str, Any]:
-    """Time both schedules in turns; print a table; return what the JSON says.
+    """Time both schedules, print a table, return the content of the JSON file.
 
-    `sleeps_ms` are the stages' own times, or what they are to one another.
+    `sleeps_ms` are the forward times of the stages, or numbers proportional to them.
     """
     measured = launch(
         arguments, words, "--rounds", arguments.rounds, "--warm-steps", 1, "--steps", 1
@@ -206,18 +206,20 @@ def measure_time(
 
 
 def measure_memory(arguments: argparse.Namespace, device: str) -> Dict[str, Any]:
-    """Weigh both schedules in turns; print a table; return what the JSON says."""
+    """Measure the memory of both schedules, print a table, return the content of the JSON file."""
     words = (*FOR_MEMORY[device], f"engine.device={device}")
     measured = launch(arguments, words, environment=RETURN_MEMORY)
-    weighed = {name: [case for case in measured if case["schedule"] == name] for name in SCHEDULES}
+    by_schedule = {
+        name: [case for case in measured if case["schedule"] == name] for name in SCHEDULES
+    }
     if arguments.plain_stage:
-        weighed[PLAIN] = launch(
+        by_schedule[PLAIN] = launch(
             arguments, words, "--plain-stage", schedules=["1f1b"], environment=RETURN_MEMORY
         )
-    rows = [row for name, cases in weighed.items() for row in memories(cases, name)]
+    rows = [row for name, cases in by_schedule.items() for row in memories(cases, name)]
     title = (
-        f"{'allocated on the GPU' if device == 'cuda' else 'resident'}, MB above what was held"
-        f" before the first update, the peak of {' '.join(words[2:])}"
+        f"peak of {'allocated GPU' if device == 'cuda' else 'resident'} memory, MB above that"
+        f" before the first update, {' '.join(words[2:])}"
     )
     print(f"\n{title}")
     counts = sorted(arguments.micro_batches)
@@ -227,11 +229,11 @@ def measure_memory(arguments: argparse.Namespace, device: str) -> Dict[str, Any]
         peaks = "".join(f"{row.peak_mb[count]:9.1f}" for count in counts)
         print(f"{row.schedule:12} {row.stage:5}{peaks}   {row.growth:.2f}")
     sys.stdout.flush()
-    return {"what": title, "rows": [row._asdict() for row in rows], "measured": weighed}
+    return {"what": title, "rows": [row._asdict() for row in rows], "measured": by_schedule}
 
 
 def verdict(memory: Dict[str, Any]) -> bool:
-    """Say which stages of 1F1B grow with M, and how much those of GPipe do."""
+    """Print whether stages of 1F1B grow with M, and how much those of GPipe do."""
     growths: Dict[str, Dict[int, float]] = {}
     for row in memory["rows"]:
         growths.setdefault(row["schedule"], {})[row["stage"]] = row["growth"]
@@ -239,15 +241,15 @@ def verdict(memory: Dict[str, Any]) -> bool:
     of_gpipe = growths["gpipe"].values()
     print(
         f"1f1b's peak {'GROWS with M in ' + ', '.join(growing) if growing else 'does not grow'}"
-        f" (more than {NO_GROWTH:g} times is growth; its largest is"
-        f" {max(growths['1f1b'].values()):.2f}); gpipe's becomes {min(of_gpipe):.2f} to"
-        f" {max(of_gpipe):.2f} times what it was"
+        f" (growth is a ratio above {NO_GROWTH:g}; its largest is"
+        f" {max(growths['1f1b'].values()):.2f}); gpipe's ratio is {min(of_gpipe):.2f} to"
+        f" {max(of_gpipe):.2f}"
     )
     return not growing
 
 
 def measure(arguments: argparse.Namespace, devices: Sequence[str]) -> Dict[str, Any]:
-    """Measure all; return what the JSON says."""
+    """Measure everything; return the content of the JSON file."""
     cores, sleep = len(os.sched_getaffinity(0)), arguments.stage_ms
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     result: Dict[str, Any] = {
@@ -263,18 +265,18 @@ def measure(arguments: argparse.Namespace, devices: Sequence[str]) -> Dict[str, 
         f" {result['load_average']:.1f}), torch {torch.__version__}, {STAGES} processes"
     )
     if len(gpus) < STAGES:
-        print(f"not measured on GPUs: {STAGES} are needed, and there are {len(gpus)}")
+        print(f"not measured on GPUs: needs {STAGES}, found {len(gpus)}")
     result["asleep"] = measure_time(
         arguments,
         f"ASLEEP: each stage sleeps {sleep:g} ms forward and {2 * sleep:g} ms backward, over gloo:"
-        f" {3 * sleep:g} ms a micro-batch at the least",
+        f" at least {3 * sleep:g} ms per micro-batch",
         *(*ASLEEP, "engine.device=cpu", "--stage-ms", sleep),
     )
     uneven = [sleep, 2 * sleep, sleep, sleep]
     result["uneven"] = measure_time(
         arguments,
-        f"UNEVEN: the stages sleep {uneven} ms forward and twice that backward; 'ideal' is the"
-        " planner's",
+        f"UNEVEN: the stages sleep {uneven} ms forward and twice as long backward; 'ideal' is the"
+        " planner's bubble",
         *(*ASLEEP, "engine.device=cpu", "--stage-ms", *uneven),
         sleeps_ms=uneven,
     )
@@ -284,7 +286,7 @@ def measure(arguments: argparse.Namespace, devices: Sequence[str]) -> Dict[str, 
         title = f"AT WORK: the stages compute on {where}, {' '.join(words[2:])}"
         if device == "cpu" and cores < STAGES:
             title += (
-                f"\n{STAGES} stages share {cores} cores: while one waits another has its core, so"
+                f"\n{STAGES} stages share {cores} cores: while one waits, another uses its core, so"
                 " the bubble does not show in full"
             )
         result[f"at_work_{device}"] = measure_time(arguments, title, *words)
@@ -294,32 +296,34 @@ def measure(arguments: argparse.Namespace, devices: Sequence[str]) -> Dict[str, 
 
 
 def counts_of(text: str) -> List[int]:
-    """Read the numbers of micro-batches."""
+    """Parse the numbers of micro-batches."""
     counts = sorted({int(word) for word in text.split(",")})
     if len(counts) < 2 or counts[0] < STAGES:
         raise argparse.ArgumentTypeError(
-            f"{text}: at least two numbers, none below the {STAGES} stages that 1f1b must fill"
+            f"{text}: needs two or more numbers, none below the {STAGES} stages that 1f1b must fill"
         )
     return counts
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and write; return 1 if the memory of 1F1B grows."""
+    """Measure, print tables, write the JSON file; return 1 if the memory of 1F1B grows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--micro-batches", type=counts_of, default="4,8,16,32", metavar="M,M,...")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="an update each")
-    parser.add_argument("--stage-ms", type=float, default=20, metavar="MS", help="slept forward")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="one update per round")
+    parser.add_argument(
+        "--stage-ms", type=float, default=20, metavar="MS", help="sleep per forward"
+    )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help=f"default: CPU, and GPUs where there are {STAGES}"
     )
     parser.add_argument(
-        "--plain-stage", action="store_true", help="weigh 1f1b with torch's own stage as well"
+        "--plain-stage", action="store_true", help="measure 1f1b with torch's own stage as well"
     )
     parser.add_argument("--out", type=Path, default=Path("pipeline.json"), metavar="FILE")
     arguments = parser.parse_args(argv)
     gpus = torch.cuda.device_count()
     if arguments.device == "cuda" and gpus < STAGES:
-        parser.error(f"--device cuda needs {STAGES} CUDA devices, and there are {gpus}")
+        parser.error(f"--device cuda needs {STAGES} CUDA devices; found {gpus}")
     everywhere = ["cpu", "cuda"] if gpus >= STAGES else ["cpu"]
     devices = [arguments.device] if arguments.device else everywhere
     result = measure(arguments, devices)

@@ -1,9 +1,9 @@
-"""One stage of a pipeline, timed and weighed: benchmarks.pipeline starts four of it with torchrun.
+"""Measure time and memory of one pipeline stage; benchmarks.pipeline starts four with torchrun.
 
     torchrun --nproc-per-node 4 -m benchmarks.pipeline_worker --out FILE [section.key=value ...]
 
-Each case, a schedule and a number of micro-batches an update, is a pipeline engine of its own; the
-cases take turns over several rounds. The first process writes what all of them measured.
+Each case, a schedule and a number of micro-batches per update, builds a pipeline engine of its own;
+the cases are interleaved over several rounds. Rank 0 writes the measurements of all ranks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LEARNING_RATE = 1e-4
 
 
 class PlainStage(PipelineStage):
-    """torch's own stage, as it is."""
+    """torch's own stage."""
 
-    awaited: Dict[Any, str] = {}  # noqa: RUF012  (what it waits for is not known)
+    awaited: Dict[Any, str] = {}  # noqa: RUF012  (it does not record what it waits for)
     last_send = ""
 
 
 class Memory:
-    """The most memory since it was made: allocated on a GPU, resident on a CPU (Linux)."""
+    """Peak memory since construction: allocated on a GPU, resident on a CPU (Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -53,7 +53,7 @@ class Memory:
         self.held_mb = self.peak_mb()
 
     def peak_mb(self) -> float:
-        """Return the peak, what was held before included."""
+        """Return the peak, including the memory held before."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ class Memory:
 
 
 def sleep_in(stage: nn.Module, seconds: float) -> None:
-    """Let a stage sleep each time it has run forward, and twice as long before it runs backward."""
+    """Make a stage sleep after each forward, and twice as long before each backward."""
 
     def forward(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         time.sleep(seconds)
@@ -73,7 +73,7 @@ def sleep_in(stage: nn.Module, seconds: float) -> None:
 
 
 def make_batch(config: Config, *, reads_images: bool) -> Batch:
-    """Make the images of an update: noise, with findings by chance."""
+    """Make the images and labels of one update at random."""
     size = config.batch.micro_batch_size * config.batch.gradient_accumulation
     side = config.data.image_size if reads_images else 0
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -84,14 +84,13 @@ def make_batch(config: Config, *, reads_images: bool) -> Batch:
     )
 
 
-def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
-    """Make updates with a new engine; return their seconds, and each stage's memory.
+def measure(config: Config, launch: Launch, arguments: argparse.Namespace) -> Dict[str, Any]:
+    """Run updates with a new engine; return their seconds, and the memory of each stage.
 
-    The memory is that of everything from the first micro-batch on: connections, buffers,
-    activations, gradients, the optimizer's state. Weights and images were there before.
+    The memory counts what is allocated from the first micro-batch on: connections, buffers,
+    activations, gradients, optimizer state. Weights and images are allocated before.
     """
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(len(FINDINGS), 0.5))
-    launch = Launch.from_environment()
     choice, plan = choose_engine(config, launch), BatchPlan.from_section(config.batch)
     with build_engine(config, model, choice, plan, launch) as engine:
         assert isinstance(engine, pipeline_engine.PipelineEngine)
@@ -105,7 +104,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
         seconds = []
         for _ in range(arguments.warm_steps + arguments.steps):
             start = time.perf_counter()
-            engine.train_step(batch, lr=LEARNING_RATE)  # ends with an exchange between all
+            engine.train_step(batch, lr=LEARNING_RATE)  # ends with a collective of all ranks
             seconds.append(time.perf_counter() - start)
         own = torch.tensor([[memory.held_mb, memory.peak_mb()]], dtype=torch.float64)
         (stages,) = engine.group.concatenate((own,))
@@ -119,7 +118,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> Dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure all cases in turns and write them."""
+    """Measure all cases in interleaved rounds and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
     parser.add_argument("--schedules", nargs="+", required=True, metavar="NAME")
@@ -133,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
         type=float,
         default=[0.0],
         metavar="MS",
-        help="slept forward, by every stage, or a number each",
+        help="sleep per forward, of every stage or one number per stage",
     )
     parser.add_argument("--plain-stage", action="store_true", help="without LeanStage")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -154,9 +153,10 @@ def main(argv: Sequence[str]) -> int:
         for count in arguments.micro_batches
         for schedule in arguments.schedules
     ]
-    measure(cases[0], arguments)  # the first engine of a process loads libraries
-    measured = [measure(case, arguments) for _ in range(arguments.rounds) for case in cases]
-    if Launch.from_environment().is_main:
+    launch = Launch.from_environment()
+    measure(cases[0], launch, arguments)  # the first engine of a process loads libraries
+    measured = [measure(case, launch, arguments) for _ in range(arguments.rounds) for case in cases]
+    if launch.is_main:
         arguments.out.write_text(json.dumps(measured), encoding="utf-8")
     return 0
 
