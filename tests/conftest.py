@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: a small synthetic data set and a small run."""
+"""Shared fixtures: a small synthetic data set and the configuration of a short run."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ from cxr_vit.engines.processes import Launch
 if TYPE_CHECKING:
     from cxr_vit.engines.base import Engine
 
-# Two cores: torch's threads and the test's processes would fight for them.
+# Tests start several processes, which would compete with torch's threads for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test may ask the hub for anything.
+# Tests must not download from the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: A model and a batch that take a moment on one core.
+#: Overrides for a run that takes a moment on one core.
 SMALL = (
     "model.name=vit-micro",
     "model.patch_size=8",
