@@ -1,4 +1,1 @@
-"""The planner: what a configuration will take and how fast it will be, before it runs.
-
-Importing this package imports no torch.
-"""
+"""Predicts memory, time and speed of a configuration before it runs."""

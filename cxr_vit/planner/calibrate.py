@@ -1,53 +1,82 @@
-"""Refits the constants of the speed to runs of one's own, from what they logged.
-
-Imports no torch.
-"""
+"""Fits the constants of the speed to logged runs."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import Config, load_config
-from cxr_vit.console import columns, prose, signed_percent
+from cxr_vit.console import columns, percent, prose, signed_percent
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import choose_hardware
-from cxr_vit.planner.hardware import Hardware
-from cxr_vit.planner.speed import Measured, SpeedModel, Workload, fit, published_model, workload
+from cxr_vit.planner.estimate import speed_of
+from cxr_vit.planner.hardware import Target, make_target
+from cxr_vit.planner.speed import RELATIVE, Measured, SpeedModel, Workload, fit, workload
 
 __all__ = ["Calibration", "RunSpeed", "calibrate", "calibration_lines", "config_of_run"]
 
 _SPEED, _WAIT, _CYCLES = "perf/samples_per_s", "perf/data_wait_pct", "perf/ipu_cycles"
+#: Fields of environment.json["engine"] that are read.
+_FACTS = ("name", "device", "precision")
 
 
 class RunSpeed(NamedTuple):
-    """A run's own speed: the seconds of an update without waiting for data, the median."""
+    """A run and its measured time per update, without waiting for data."""
 
     name: str
-    device: str
-    work: Workload
-    seconds: float
+    target: Target
+    measured: Measured
 
 
 class Calibration(NamedTuple):
-    """The runs, and the constants before and after they were fitted to them."""
+    """Runs, and the constants before and after they were fitted to them."""
 
     runs: List[RunSpeed]
     before: SpeedModel
     after: SpeedModel
 
+    def target_for(self, planned: Target) -> Target:
+        """Return what is planned for, with the runs' name of the device and their precision.
+
+        Raises
+        ------
+        ConfigError
+            If the runs had another engine, device or precision.
+        """
+        run = self.runs[0]
+        differing = _differing(run.target, planned)
+        if differing:
+            raise ConfigError(
+                f"--calibrate: {run.name} is a run of {run.target.describe()}, and the"
+                f" configuration is planned for {planned.describe()}: they differ in {differing}."
+                " Plan a configuration of the runs' engine (engine.name, engine.device,"
+                " engine.precision, --hardware); planner.device_memory_gib plans for a GPU that is"
+                " not in this machine."
+            )
+        return planned._replace(name=run.target.name, precision=run.target.precision)
+
+
+def _differing(one: Target, other: Target) -> str:
+    """Name which of engine, device and precision differ; unknown ones do not."""
+    is_unnamed = one.kind == other.kind and "GPU" in (one.name, other.name)
+    is_open = "auto" in (one.precision, other.precision)
+    differ = {
+        "engine": one.engine != other.engine,
+        "device": one.name != other.name and not is_unnamed,
+        "precision": one.precision != other.precision and not is_open,
+    }
+    return ", ".join(name for name, differs in differ.items() if differs)
+
 
 def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return a run's configuration, its engine the one that ran it.
+    """Return a run's configuration, with the engine that ran it.
 
     Raises
     ------
     ConfigError
-        If the folder holds no run.
+        If the folder holds no run, or one written by an older version.
     """
     return _read_run(folder, overrides)[0]
 
@@ -55,143 +84,139 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
 def calibrate(folders: Sequence[Path], overrides: Sequence[str] = ()) -> Calibration:
     """Fit the constants to the logs of runs.
 
-    With runs of one kind both constants are scaled by one factor; runs of unlike micro-batches tell
-    them apart.
-
     Parameters
     ----------
-    folders
-        The runs' folders.
     overrides
-        Of their configurations, such as ``planner.hardware=bow``.
+        Overrides of the runs' configurations, such as ``planner.hardware=bow``.
 
     Raises
     ------
     ConfigError
-        If a folder holds no run, a run logged no speed, or they were made on unlike devices.
+        If a folder holds no run, a run logged no speed, or the runs differ in engine, device or
+        precision.
     """
     runs = [_measure(folder, overrides) for folder in folders]
-    hardware = runs[0].work.hardware
+    first = runs[0]
     for run in runs[1:]:
-        if _kind(run.device) != _kind(runs[0].device):
+        differing = _differing(first.target, run.target)
+        if differing:
             raise ConfigError(
-                f"{runs[0].name} ran on {_kind(runs[0].device)} and {run.name} on"
-                f" {_kind(run.device)}: one device has one set of constants. Calibrate them one at"
-                " a time."
+                f"--calibrate: {first.name} is a run of {first.target.describe()}, and {run.name}"
+                f" of {run.target.describe()}: they differ in {differing}. Constants hold for one"
+                " engine, device and precision; calibrate such runs separately."
             )
-    before = published_model(hardware)
+    before = speed_of(first.target)
     names = ", ".join(run.name for run in runs)
-    measured = [Measured(run.work, run.seconds) for run in runs]
-    after = fit(measured, before, f"fitted to {names}")
-    if after.efficiency > 1:
+    after = fit([run.measured for run in runs], before, names)
+    ipu, precision = first.target.ipu, first.target.precision
+    if ipu and after.constants.flops_per_s > ipu.peak_flops(precision):
+        part = after.constants.flops_per_s / ipu.peak_flops(precision)
         raise ConfigError(
-            f"{names}: as fast as {100 * after.efficiency:,.0f} % of the peak of {hardware.name}"
-            " would be. Is it another device (--hardware)?"
+            f"{names}: this speed needs {100 * part:,.0f} % of the peak of {ipu.name}. Is it"
+            " another device (--hardware)?"
         )
     return Calibration(runs, before, after)
 
 
-def _kind(device: str) -> str:
-    """Return what a run was on, of the line that its engine says of itself."""
-    found = re.search(r"engine on (?:\d+ )?(.+?)(?: \(| in )", device)
-    return found.group(1) if found else device
-
-
-def _read_run(folder: Path, overrides: Sequence[str]) -> Tuple[Config, str]:
-    """Return a run's configuration and the line that says what it ran on."""
+def _read_run(folder: Path, overrides: Sequence[str]) -> Tuple[Config, Target]:
+    """Return a run's configuration and what it ran on."""
     if not (folder / "config.yaml").is_file():
         what = "it has no config.yaml" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"--calibrate {folder}: {what}. Give a run's folder, e.g. runs/<name>.")
+    facts = _read_facts(folder)
+    name, device, precision = (str(facts[key]) for key in _FACTS)
+    ran = [f"engine.name={name}", f"engine.precision={precision}"]
+    if name != "poptorch":
+        ran.append(f"engine.device={'cpu' if device == 'CPU' else 'cuda'}")
+    config = load_config([folder / "config.yaml"], [*ran, *overrides])
+    return config, make_target(name, device, precision, config.planner.hardware)
+
+
+def _read_facts(folder: Path) -> Any:
     try:
-        environment: Dict[str, Any] = json.loads(
-            (folder / "environment.json").read_text(encoding="utf-8")
-        )
-        device = str(environment["device"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--calibrate {folder}: its environment.json does not say what it ran on."
+            f"--calibrate {folder}: its environment.json is missing or unreadable. Give another"
+            " run."
         ) from error
-    ran = [f"engine.name={device.split(' ')[0]}"]  # "torch engine on CPU in fp32 (...)"
-    precision = re.search(r" in (fp32|bf16|fp16)\b", device)
-    if precision:
-        ran.append(f"engine.precision={precision.group(1)}")
-    return load_config([folder / "config.yaml"], [*ran, *overrides]), device
+    facts = environment.get("engine") if isinstance(environment, dict) else None
+    if not isinstance(facts, dict) or not set(_FACTS) <= set(facts):
+        raise ConfigError(
+            f"--calibrate {folder}: its environment.json does not name engine, device and"
+            " precision: the run was written by an older version. Repeat it for a few steps:"
+            f" python train.py --config {folder / 'config.yaml'}"
+        )
+    return facts
 
 
 def _measure(folder: Path, overrides: Sequence[str]) -> RunSpeed:
-    config, device = _read_run(folder, overrides)
-    hardware = choose_hardware(config)
-    if hardware.is_ipu != (config.engine.name == "poptorch"):
-        raise ConfigError(
-            f"--calibrate {folder}: it ran on {_kind(device)}, and that tells nothing of"
-            f" {hardware.name}. Leave --hardware out, or give runs on that device."
-        )
-    work = workload(config, hardware)
-    seconds = _update_seconds(folder, work, hardware, config.batch.device_iterations)
-    return RunSpeed(folder.name, device, work, seconds)
+    config, target = _read_run(folder, overrides)
+    work = workload(config, target)
+    measured = _measured(folder, work, config.batch.device_iterations)
+    return RunSpeed(folder.name, target, measured)
 
 
-def _update_seconds(
-    folder: Path, work: Workload, hardware: Hardware, device_iterations: int
-) -> float:
-    """Return the median over the log's events but the first, in which things warm up."""
+def _measured(folder: Path, work: Workload, device_iterations: int) -> Measured:
+    """Take the median over the log's events but the first, in which caches warm up."""
     path = folder / "metrics.jsonl"
-    # A killed run's last line may end in half a character.
+    # The last line of a killed run may end in half a character.
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = [_seconds_of(line, work, hardware, device_iterations) for line in text.splitlines()]
+    found = [_seconds_of(line, work, device_iterations) for line in text.splitlines()]
     seconds = [value for value in found if value is not None]
     if not seconds:
         raise ConfigError(
-            f"--calibrate {folder}: no {_SPEED} in its metrics.jsonl. Let it train for more steps"
-            " than train.log_every_steps."
+            f"--calibrate {folder}: no {_SPEED} in its metrics.jsonl. Train for more steps than"
+            " train.log_every_steps."
         )
-    median = statistics.median(seconds[1:] or seconds)
+    seconds = seconds[1:] or seconds
+    median = statistics.median(seconds)
     if median <= max(work.update_s):
         raise ConfigError(
             f"--calibrate {folder}: an update took {1e3 * median:.3g} ms, less than"
-            f" {hardware.name} is predicted to take for the weights alone. Is it another device"
+            f" {work.target.name} is predicted to take for the weights alone. Is it another device"
             " (--hardware)?"
         )
-    return median
+    scatter = statistics.median(abs(value - median) for value in seconds) / median
+    return Measured(work, median, scatter)
 
 
-def _seconds_of(
-    line: str, work: Workload, hardware: Hardware, device_iterations: int
-) -> Optional[float]:
-    """Return the seconds of an update, by the device's own clock where it was counted.
+def _seconds_of(line: str, work: Workload, device_iterations: int) -> Optional[float]:
+    """Return the seconds per update of a log line, or None if it has none.
 
-    None where a line of the log does not tell them.
+    The device's own cycle count wins over the host's clock.
     """
     try:
         event = json.loads(line)
         cycles = event.get(_CYCLES)
-        if cycles:
-            return float(cycles) / hardware.clock_hz.value / device_iterations
+        if cycles and work.target.ipu:
+            return float(cycles) / work.target.ipu.clock_hz.value / device_iterations
         busy = 1 - float(event.get(_WAIT) or 0.0) / 100
-        seconds = work.samples / float(event[_SPEED]) * busy
+        seconds = work.batch.global_batch_size / float(event[_SPEED]) * busy
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None  # another event, or the half line of a killed run
     return seconds if math.isfinite(seconds) and seconds > 0 else None
 
 
 def calibration_lines(calibration: Calibration) -> List[str]:
-    """Hold the runs' measured speed against what was and what is now predicted."""
-    rows = [["run", "measured", "published constants", "refitted", "measured over it"]]
-    for run in calibration.runs:
-        refitted_s = run.work.seconds(calibration.after)
+    """Compare the measured speed of the runs with the one predicted before and after."""
+    rows = [["run", "measured", "published constants", "fitted", "measured over it"]]
+    for name, _, (work, seconds, _) in calibration.runs:
+        images, fitted_s = work.batch.global_batch_size, work.seconds(calibration.after.constants)
+        published = f"{images / work.seconds(calibration.before.constants):,.1f}"
         rows.append(
             [
-                run.name,
-                f"{run.work.samples / run.seconds:,.1f}",
-                f"{run.work.samples / run.work.seconds(calibration.before):,.1f}",
-                f"{run.work.samples / refitted_s:,.1f}",
-                signed_percent(refitted_s / run.seconds - 1),
+                name,
+                f"{images / seconds:,.1f}",
+                "none" if calibration.before is RELATIVE else published,
+                f"{images / fitted_s:,.1f}",
+                # One factor meets one run exactly, which shows nothing.
+                signed_percent(fitted_s / seconds - 1) if len(calibration.runs) > 1 else "-",
             ]
         )
+    text = (
+        f"{calibration.runs[0].target.describe()}; predictions are stated with an error of"
+        f" {percent(calibration.after.error)} either way"
+    )
     lines = ["calibration, samples/s without waiting for data", *columns(rows)]
-    for run in calibration.runs:
-        lines += prose("", f"{run.name}: {run.device.split(' (')[0]}")
-    if any(" on CPU " in run.device for run in calibration.runs):
-        name = calibration.runs[0].work.hardware.name
-        lines += prose("", f"The times are a CPU's; memory below is the {name}'s, of the table.")
-    return lines
+    return [*lines, *prose("", text)]

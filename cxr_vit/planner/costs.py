@@ -1,44 +1,30 @@
-"""What the parts of a ViT cost: parameters, operations and bytes, from its shape alone.
+"""Costs of the parts of a ViT: parameters, operations and bytes, from its shape alone.
 
-Counted exactly: parameters, matrix products, and what a pipeline keeps of a stage. Estimated: what
-is live while a layer is differentiated. Imports no torch.
+Parameters, matrix products and what a pipeline keeps of a stage are counted exactly. What is live
+while a layer is differentiated is estimated.
 """
 
 from __future__ import annotations
 
+import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.architectures import known_architecture
 from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.hardware import (
-    CODE_BYTES,
-    DEFAULT_PROPORTION,
-    IMBALANCE,
-    MEMORY_UNCERTAINTY,
-    Hardware,
-)
+from cxr_vit.planner.hardware import ESTIMATES, MEMORY_UNCERTAINTY, Ipu, Target
 
-__all__ = [
-    "CATEGORIES",
-    "Formats",
-    "ModelShape",
-    "StageCost",
-    "StageMemory",
-    "stage_cost",
-    "stage_memory",
-]
-
+__all__ = ["CATEGORIES", "Formats", "ModelShape", "StageCost", "stage_cost", "stage_memory"]
 
 #: Operations of a multiplication and an addition.
 _MULTIPLY_ADD = 2
 
 
 class ModelShape(NamedTuple):
-    """The sizes of a ViT and of the images it takes.
+    """Sizes of a ViT and of its images; `image_bytes` cross to the device per image.
 
-    `image_bytes` is what an image takes as it crosses to the device.
+    Operations, activations and products below are those of one image.
     """
 
     hidden_size: int
@@ -53,17 +39,17 @@ class ModelShape(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Config) -> ModelShape:
-        """Read the shape off a configuration.
+        """Read the shape from a configuration.
 
         Raises
         ------
         ConfigError
-            If `model.name` does not tell it without being loaded.
+            If `model.name` does not imply the shape.
         """
         found = known_architecture(config.model.name)
         if found is None:
             raise ConfigError(
-                f"model.name={config.model.name} does not tell its size, and nothing is loaded to"
+                f"model.name={config.model.name} does not imply its size, and nothing is loaded to"
                 " plan. Give a size (vit-base, ...), a hub name such as"
                 " google/vit-base-patch16-224-in21k, or a folder with its config.json."
             )
@@ -77,7 +63,7 @@ class ModelShape(NamedTuple):
             num_channels=found.num_channels,
             image_size=size,
             num_labels=len(label_names(include_no_finding=config.data.include_no_finding)),
-            image_bytes=size * size,  # one gray byte a pixel
+            image_bytes=size * size,  # one gray byte per pixel
         )
 
     @property
@@ -87,83 +73,68 @@ class ModelShape(NamedTuple):
 
     @property
     def hidden_elements(self) -> int:
-        """Elements of the hidden states of one image."""
+        """Elements of the hidden states."""
         return self.tokens * self.hidden_size
 
     def embedding_tensors(self) -> List[int]:
-        """Elements of each parameter of the embedding."""
+        """Return the elements of each parameter of the embedding."""
         pixels = self.num_channels * self.patch_size**2
         width = self.hidden_size
         return [width * pixels, width, width, self.hidden_elements]
 
     def layer_tensors(self) -> List[int]:
-        """Elements of each parameter of an encoder layer."""
+        """Return the elements of each parameter of an encoder layer."""
         width, mlp = self.hidden_size, self.mlp_size
         attention = [width * width, width] * 4
         return [*attention, width * mlp, mlp, mlp * width, width, *[width] * 4]
 
     def head_tensors(self) -> List[int]:
-        """Elements of each parameter of the last layer norm and the classifier."""
+        """Return the elements of each parameter of the last layer norm and the classifier."""
         width = self.hidden_size
         return [width, width, width * self.num_labels, self.num_labels]
 
     def embedding_flops(self) -> int:
-        """Operations of the embedding's matrix products on one image, forward."""
+        """Return the operations of the embedding, forward."""
         pixels = self.num_channels * self.patch_size**2
         return _MULTIPLY_ADD * (self.tokens - 1) * pixels * self.hidden_size
 
     def layer_flops(self) -> int:
-        """Operations of an encoder layer's matrix products on one image, forward."""
+        """Return the operations of an encoder layer, forward."""
         tokens, width = self.tokens, self.hidden_size
         projections = 4 * tokens * width * width
         attention = 2 * tokens * tokens * width
         return _MULTIPLY_ADD * (projections + attention + 2 * tokens * width * self.mlp_size)
 
-    def head_flops(self) -> int:
-        """Operations of the classifier's matrix product on one image, forward."""
-        return _MULTIPLY_ADD * self.hidden_size * self.num_labels
+    def attention_elements(self) -> int:
+        """Return the elements of an encoder layer's attention probabilities."""
+        return self.num_heads * self.tokens**2
 
     def layer_activations(self) -> int:
-        """Elements that the backward pass of an encoder layer needs of one image, plain attention.
+        """Return the elements that the backward pass of an encoder layer needs, plain attention.
 
         With s tokens, width h, MLP m and a heads: input and output of both layer norms, query, key,
         value, context (8 sh), both sides of the activation (2 sm) and the attention's probabilities
-        (a s^2). What torch saves for it is the same number (tests/planner/test_costs.py).
+        (a s^2). torch saves as many (tests/planner/test_costs.py).
         """
-        attention = self.num_heads * self.tokens**2
-        return 8 * self.hidden_elements + 2 * self.tokens * self.mlp_size + attention
+        mlp = 2 * self.tokens * self.mlp_size
+        return 8 * self.hidden_elements + mlp + self.attention_elements()
 
     def layer_gradients(self) -> int:
-        """Elements of one image's gradients at the peak of a layer's backward pass.
+        """Return the elements of the gradients at the peak of a layer's backward pass.
 
-        Those of the residual stream and of the MLP's hidden layer, while all activations are there.
+        The gradients of the residual stream and of the MLP's hidden layer, while all activations
+        are there.
         """
         return self.hidden_elements + self.tokens * self.mlp_size
 
-    def largest_product(self) -> int:
-        """Multiplications of a layer's largest matrix product on one image."""
-        return self.tokens * self.hidden_size * max(self.mlp_size, self.hidden_size)
-
 
 class StageCost(NamedTuple):
-    """What one stage costs; all but the parameters for one image.
+    """Costs of one stage; all but the parameters are per image.
 
-    Attributes
-    ----------
-    num_layers
-        Encoder layers.
-    tensors
-        Elements of each parameter.
-    forward_flops, recompute_flops, backward_flops
-        Operations of the matrix products.
-    kept
-        Elements that a pipeline keeps of each micro-batch on its way, without the stage's input.
-    is_first, is_last
-        Whether it has the embedding, the head.
-    live
-        Elements that are there at once while the stage is differentiated.
-    passed
-        Elements handed to or taken from the neighbours, gradients included.
+    `tensors` are the elements of each parameter. A pipeline keeps `kept` elements of each
+    micro-batch in flight, without the stage's input. At most `live` elements exist at once while
+    the stage is differentiated. `passed` elements are sent to or received from the neighbours,
+    gradients included. The first stage has the embedding, the last the head.
     """
 
     num_layers: int
@@ -184,7 +155,7 @@ class StageCost(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Operations of a micro-batch of one image, forward and backward."""
+        """Operations forward and backward."""
         return self.forward_flops + self.recompute_flops + self.backward_flops
 
 
@@ -197,96 +168,90 @@ def stage_cost(
     kept: Sequence[int] = (),
     recomputes: bool = True,
 ) -> StageCost:
-    """Count what a stage costs.
+    """Count the costs of a stage.
 
     Parameters
     ----------
-    shape
-        The model's.
-    num_layers
-        Encoder layers on the stage.
-    is_first, is_last
-        Whether it has the embedding, the head.
     kept
-        Which of its layers, counted from its first, have their output kept.
+        Layers, counted from the stage's first, whose output is kept.
     recomputes
-        Whether all but the kept outputs and the stage's input is computed again for the backward
-        pass. On the last stage PopART does so only up to the last output that is kept
+        Whether everything but the kept outputs and the stage's input is computed again for the
+        backward pass. On the last stage PopART does so only up to the last kept output
         (pipeline.cpp, setFinalFwdStageRecomputation).
     """
-    tensors = [*(shape.embedding_tensors() if is_first else [])]
-    tensors += shape.layer_tensors() * num_layers
-    tensors += shape.head_tensors() if is_last else []
+    tensors: List[int] = shape.layer_tensors() * num_layers
+    if is_first:
+        tensors = shape.embedding_tensors() + tensors
+    if is_last:
+        tensors = tensors + shape.head_tensors()
     layers = num_layers * shape.layer_flops()
     embedding = shape.embedding_flops() if is_first else 0
-    head = shape.head_flops() if is_last else 0
-    again = (max(kept) + 1 if kept else 0) if is_last else num_layers
-    embedding_again = embedding if not is_last or again else 0
+    head = _MULTIPLY_ADD * shape.hidden_size * shape.num_labels if is_last else 0
     hidden = shape.hidden_elements
-    span = _longest_span(num_layers, kept) if recomputes else num_layers
+    recomputed, span = 0, num_layers
+    if recomputes:
+        again = num_layers if not is_last else max(kept, default=-1) + 1
+        recomputed = again * shape.layer_flops()
+        if again or not is_last:
+            recomputed += embedding
+        span = _longest_span(num_layers, kept)
     # An output that only the next stage reads is not kept here.
     outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
-    pixels = shape.num_channels * shape.image_size**2
-    borders = (not is_first) + (not is_last)
+    live = span * shape.layer_activations() + (shape.layer_gradients() if num_layers else hidden)
+    if is_first:
+        live += shape.num_channels * shape.image_size**2 + hidden
+    borders = [is_first, is_last].count(False)
     return StageCost(
         num_layers=num_layers,
         tensors=tuple(tensors),
         forward_flops=embedding + layers + head,
-        recompute_flops=again * shape.layer_flops() + embedding_again if recomputes else 0,
+        recompute_flops=recomputed,
         # Gradients of weights and of inputs; the images need none.
         backward_flops=embedding + 2 * (layers + head),
         kept=len(outputs) * hidden,
         is_first=is_first,
         is_last=is_last,
-        live=span * shape.layer_activations()
-        + (shape.layer_gradients() if num_layers else hidden)
-        + (pixels + hidden if is_first else 0),
+        live=live,
         passed=2 * borders * hidden,
     )
 
 
 def _longest_span(num_layers: int, kept: Sequence[int]) -> int:
-    """Return how many layers at most lie between two outputs that are kept."""
+    """Return the largest number of layers between two kept outputs."""
     borders = [-1, *sorted(kept), num_layers - 1]
     return max(end - start for start, end in zip(borders, borders[1:]))
 
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-#: PopART shards only tensors of so many elements (sessionoptions.hpp,
+#: PopART shards only tensors with this many elements or more (sessionoptions.hpp,
 #: minElementsForReplicatedTensorSharding).
 _LEAST_SHARDED = 8192
 
-#: Bytes that torch saves of an activation under autocast: some in fp32, some in 16 bits (measured
+#: Bytes that torch saves per activation under autocast: some in fp32, some in 16 bits (measured
 #: with saved_tensors_hooks; tests/planner/test_costs.py).
 _AUTOCAST_BYTES = 2.5
 
-#: The parts of `StageMemory` in the order of the reports, with what they are called there.
+#: Category of `StageMemory` -> its name in reports, in their order.
 CATEGORIES = {
     "weights": "weights",
     "accumulators": "gradient accumulators",
     "optimizer": "optimizer state",
     "stash": "activation stash",
     "live": "live in backward",
-    "transient": "transient of products",
+    "temporaries": "matmul temporaries",
     "io": "input and output",
     "code": "code",
-    "uneven": "unevenness of tiles",
+    "imbalance": "tile imbalance",
 }
 
 
 class Formats(NamedTuple):
-    """Bytes of an element of each kind, and where the optimizer's state lies.
+    """Bytes per element of each kind, and where the optimizer state is.
 
-    Attributes
-    ----------
-    proportion
-        Part of the memory that a product's working data may take; None for PopLibs' own.
-    shards
-        Replicas that share the optimizer's state out among them: those of one process
-        (PopTorch, Compiler.cpp:740).
-    accumulates
-        Whether gradients are added up over several micro-batches.
+    `shards` replicas share the optimizer state: those of one process (PopTorch, Compiler.cpp:740).
+    `accumulates` if gradients are added up over several micro-batches. `proportion` of each stage's
+    memory may be a product's working data; None for PopLibs' own.
     """
 
     activation: float
@@ -301,80 +266,80 @@ class Formats(NamedTuple):
 
     @classmethod
     def from_config(
-        cls, config: Config, hardware: Hardware, local_replicas: Optional[int] = None
+        cls,
+        config: Config,
+        target: Target,
+        batch: BatchPlan,
+        local_replicas: Optional[int] = None,
     ) -> Formats:
-        """Read them off a configuration; one process has all replicas where nothing is said."""
-        optim, engine, batch = config.optim, config.engine, config.batch
-        accumulates = BatchPlan.from_section(batch).gradient_accumulation > 1
+        """Read the formats from a configuration; one process has all replicas by default."""
+        optim, engine, stages = config.optim, config.engine, len(config.pipeline.layers_per_stage)
         has_momentum = optim.name != "sgd" or optim.momentum > 0
-        if not hardware.is_ipu:
-            moments = 8 if optim.name != "sgd" else 4 * has_momentum
-            activation = 4.0 if engine.precision == "fp32" else _AUTOCAST_BYTES
+        if target.ipu is None:
+            moments = (4 if has_momentum else 0) + (4 if optim.name != "sgd" else 0)
+            activation = 4.0 if target.is_fp32 else _AUTOCAST_BYTES
             return cls(activation, 4, 4, 4, moments, True, 1, True, None)
-        precision = "fp32" if engine.precision == "fp32" else "fp16"
-        moments = _BYTES[optim.first_moment] * has_momentum
+        moments = _BYTES[optim.first_moment] if has_momentum else 0
         if optim.name != "sgd":
             moments += _BYTES[optim.second_moment]
+        proportion = config.pipeline.available_memory_proportion
+        if isinstance(proportion, list):  # one that is too short is refused elsewhere
+            proportion = (proportion + proportion[-1:] * stages)[:stages]
+        elif proportion is not None:
+            proportion = [proportion] * stages
         return cls(
-            activation=_BYTES[precision],
+            activation=_BYTES[target.precision],
             weight=_BYTES[engine.weights],
-            partial=_BYTES[engine.partials if precision == "fp16" else "fp32"],
+            partial=_BYTES["fp32" if target.is_fp32 else engine.partials],
             accumulator=_BYTES[optim.accumulator],
             moments=moments,
             on_chip=engine.optimizer_state_on_chip,
             shards=(local_replicas or batch.replicas) if engine.replicated_tensor_sharding else 1,
-            accumulates=accumulates,
-            proportion=_proportions(config),
+            accumulates=batch.gradient_accumulation > 1,
+            proportion=None if proportion is None else tuple(proportion),
         )
 
 
-def _proportions(config: Config) -> Optional[Tuple[float, ...]]:
-    """Return one a stage; of a list of another length, which is refused, the last goes on."""
-    given = config.pipeline.available_memory_proportion
-    stages = len(config.pipeline.layers_per_stage)
-    if given is None:
-        return None
-    each = given if isinstance(given, list) else [given]
-    return tuple(each[min(stage, len(each) - 1)] for stage in range(stages))
-
-
 class StageMemory(NamedTuple):
-    """Bytes of a stage on its device, by category, and what the device has."""
+    """Bytes of a stage on its device by category; `limit` is infinite if that is unknown."""
 
     weights: float
     accumulators: float
     optimizer: float
     stash: float
     live: float
-    transient: float
+    temporaries: float
     io: float
     code: float
-    uneven: float
+    imbalance: float
     limit: float
 
     @property
     def total(self) -> float:
-        """What the device must have, bytes: on an IPU the fullest tile times their number."""
-        return sum(self[:-1])
+        """Bytes that the device must have; on an IPU the fullest tile times their number."""
+        total: float = sum(getattr(self, category) for category in CATEGORIES)
+        return total
 
     @property
     def share(self) -> float:
-        """The total over what the device has."""
+        """The total over the limit."""
         return self.total / self.limit
 
     @property
     def headroom(self) -> float:
-        """What is left, bytes; negative where it does not fit."""
+        """Bytes left; negative if the stage does not fit."""
         return self.limit - self.total
 
     @property
     def fits(self) -> bool:
-        """Whether it is predicted to fit, however closely."""
+        """Whether the stage is predicted to fit, even if closely."""
         return self.share <= 1
 
     @property
     def verdict(self) -> str:
-        """Say whether it fits, given the uncertainty of the prediction."""
+        """Whether it fits, given the error of the prediction."""
+        if math.isinf(self.limit):
+            return "unknown"
         if self.share * (1 + MEMORY_UNCERTAINTY) <= 1:
             return "fits"
         if self.fits:
@@ -386,60 +351,53 @@ def stage_memory(
     cost: StageCost,
     shape: ModelShape,
     formats: Formats,
-    hardware: Hardware,
+    target: Target,
     *,
     stage: int,
     depth: int,
     micro_batch_size: int,
 ) -> StageMemory:
-    """Predict what a stage takes of its device.
+    """Predict the memory of a stage on its device.
 
     Parameters
     ----------
-    cost
-        What the stage costs.
-    shape
-        The model's.
-    formats
-        Of the configuration.
-    hardware
-        The device.
-    stage
-        Which stage it is.
     depth
-        How many micro-batches it holds at most (`timeline.in_flight`).
-    micro_batch_size
-        Images of a micro-batch.
+        Most micro-batches that the stage holds at once (`timeline.in_flight`).
     """
-    border = shape.image_bytes * cost.is_first + 4 * shape.num_labels * cost.is_last
-    own_input: float = shape.image_bytes
-    if not cost.is_first:
-        own_input = shape.hidden_elements * formats.activation
-    kept = cost.kept * formats.activation
-    if not hardware.is_ipu:  # nothing is computed again, and no attention is kept
-        attention = shape.num_heads * shape.tokens**2
-        kept = cost.num_layers * (shape.layer_activations() - attention) * formats.activation
-    filled = StageMemory(
+    size = formats.activation
+    own_input: float = shape.image_bytes if cost.is_first else shape.hidden_elements * size
+    images = shape.image_bytes if cost.is_first else 0
+    labels = 4 * shape.num_labels if cost.is_last else 0
+    memory = StageMemory(
         weights=formats.weight * cost.parameters,
-        accumulators=formats.accumulator * cost.parameters * formats.accumulates,
+        accumulators=formats.accumulator * cost.parameters if formats.accumulates else 0,
         optimizer=_optimizer_bytes(cost, formats),
-        stash=depth * micro_batch_size * (own_input + kept),
-        live=micro_batch_size * cost.live * formats.activation,
-        transient=_transient_bytes(cost, shape, formats, hardware, stage, micro_batch_size),
-        io=micro_batch_size * (border + cost.passed * formats.activation),
-        code=CODE_BYTES.value,
-        uneven=0.0,
-        limit=hardware.memory_bytes,
+        stash=depth * micro_batch_size * (own_input + cost.kept * size),
+        live=micro_batch_size * cost.live * size,
+        temporaries=0.0,
+        io=micro_batch_size * (images + labels + cost.passed * size),
+        code=0.0,
+        imbalance=0.0,
+        limit=math.inf if target.memory_bytes is None else target.memory_bytes,
     )
-    if hardware.is_ipu:
-        return filled._replace(uneven=(IMBALANCE.value - 1) * filled.total)
-    gradients = micro_batch_size * shape.layer_gradients() * formats.activation
-    cast = 2.0 * cost.parameters if formats.activation < formats.weight else 0.0
-    return filled._replace(live=gradients, transient=cast, code=0.0)
+    if target.ipu is None:
+        # Nothing is computed again, and attention is fused: its probabilities are not kept.
+        per_layer = shape.layer_activations() - shape.attention_elements()
+        kept = own_input + cost.num_layers * per_layer * size
+        return memory._replace(
+            stash=depth * micro_batch_size * kept,
+            live=micro_batch_size * shape.layer_gradients() * size,
+            temporaries=2.0 * cost.parameters if size < formats.weight else 0.0,  # cast weights
+        )
+    memory = memory._replace(
+        temporaries=_temporary_bytes(cost, shape, formats, target.ipu, stage, micro_batch_size),
+        code=ESTIMATES["code_bytes"].value,
+    )
+    return memory._replace(imbalance=(ESTIMATES["imbalance"].value - 1) * memory.total)
 
 
 def _optimizer_bytes(cost: StageCost, formats: Formats) -> float:
-    """Return the bytes of the moments; off the chip, those of the tensor that is being updated."""
+    """Return the bytes of the moments; off the chip only those of the tensor being updated."""
     if not formats.on_chip:
         return formats.moments * max(cost.tensors)
     sharded = sum(size for size in cost.tensors if size >= _LEAST_SHARDED)
@@ -447,33 +405,26 @@ def _optimizer_bytes(cost: StageCost, formats: Formats) -> float:
     return formats.moments * (whole + sharded / formats.shards)
 
 
-def _transient_bytes(
-    cost: StageCost,
-    shape: ModelShape,
-    formats: Formats,
-    hardware: Hardware,
-    stage: int,
-    images: int,
+def _temporary_bytes(
+    cost: StageCost, shape: ModelShape, formats: Formats, ipu: Ipu, stage: int, images: int
 ) -> float:
     """Return the working data of the largest product, and the weights cast for one layer.
 
-    A product of m x k by k x n, spread over T tiles so that least is moved, takes 3 (mkn)^(2/3)
-    T^(1/3) elements: its two factors and its partial sums (Irony, Toledo, Tiskin 2004). PopLibs may
-    take more, up to the memory proportion, to be faster.
+    A product of m x k by k x n, spread over T tiles with the least data movement, takes
+    3 (mkn)^(2/3) T^(1/3) elements: its two factors and its partial sums (Irony, Toledo, Tiskin
+    2004). PopLibs may take more, up to the memory proportion, to be faster.
     """
-    most = DEFAULT_PROPORTION.value
+    most = ESTIMATES["default_proportion"].value
     if formats.proportion is not None:
         most = formats.proportion[stage]
-    product = images * (
-        shape.largest_product()
-        if cost.num_layers
-        else cost.forward_flops // 2  # the embedding's or the head's alone
-    )
+    product = shape.hidden_elements * max(shape.mlp_size, shape.hidden_size)
+    if not cost.num_layers:  # the embedding or the head alone
+        product = cost.forward_flops // _MULTIPLY_ADD
     least = (2 * formats.activation + formats.partial) * (
-        product ** (2 / 3) * hardware.tiles.value ** (1 / 3)
+        (images * product) ** (2 / 3) * ipu.tiles.value ** (1 / 3)
     )
     cast = 0.0
     if formats.activation < formats.weight and cost.num_layers:
         cast = formats.activation * sum(shape.layer_tensors())
-    transient: float = min(most * hardware.memory_bytes, least) + cast
-    return transient
+    temporary: float = min(most * ipu.memory_bytes, least) + cast
+    return temporary

@@ -1,46 +1,42 @@
-"""A configuration's plan: memory of each device, time of an update, speed. Imports no torch."""
+"""The plan of a configuration: memory of each device, time of a weight update, speed."""
 
 from __future__ import annotations
 
 import logging
 import math
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 from cxr_vit.config import BatchPlan, Config
-from cxr_vit.config.ipu_rules import ipu_problems, reserved_ipus
+from cxr_vit.config.ipu_rules import reserved_ipus
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.text_files import find_lists, read_list
 from cxr_vit.errors import ConfigError, DataError
-from cxr_vit.planner.costs import Formats, ModelShape, StageCost, StageMemory, stage_memory
-from cxr_vit.planner.hardware import HARDWARE, IPUS_A_MACHINE, Hardware, Sourced
-from cxr_vit.planner.speed import (
-    SpeedModel,
-    Workload,
-    published_corners,
-    published_model,
-    workload,
-)
+from cxr_vit.planner.costs import StageCost, StageMemory, stage_memory
+from cxr_vit.planner.hardware import Target, find_target
+from cxr_vit.planner.speed import RELATIVE, SpeedModel, Workload, published_model, workload
 from cxr_vit.planner.timeline import StageTime, Timeline, in_flight, simulate
 
 __all__ = [
     "Plan",
     "StagePrediction",
-    "choose_hardware",
     "describe_memory",
     "make_plan",
     "plan_of_run",
     "preflight",
-    "processes_needed",
+    "speed_of",
 ]
 
+logger = logging.getLogger(__name__)
 
-#: NIH's official training list, of which the validation images are drawn; all images.
+#: NIH's official training list, from which the validation images are drawn; all images.
 _NIH_TRAINING, _NIH_ALL = 86_524, 112_120
+#: Share of test images in the synthetic sample (cxr_vit/synthetic/dataset.py).
+_SAMPLE_TEST_SHARE = 0.25
 
 
 class StagePrediction(NamedTuple):
-    """What is predicted of one stage and its device."""
+    """Prediction for one stage and its device; `depth` micro-batches are held at once."""
 
     stage: int
     cost: StageCost
@@ -50,95 +46,85 @@ class StagePrediction(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is predicted of a configuration on a device.
+    """Prediction for a configuration on its devices.
 
     Attributes
     ----------
-    hardware
-        The device.
-    shape
-        The model's.
     work
-        What a replica has to do.
-    stages
-        The predictions of the stages.
+        Work of one replica.
     model
-        The constants that the times are made with.
+        Constants of the times.
     seconds
-        Of a weight update.
-    lowest_s, highest_s
-        The range that the constants leave it in.
+        Time of a weight update; without `has_time` its operations.
     images, images_source
-        Training images an epoch, and where their number is from.
-    devices
-        How many are taken, replicas included; IPUs are reserved in powers of two.
-    formats
-        Bytes of elements, and where the optimizer's state lies.
+        Training images per epoch, and where their number is from.
     """
 
-    hardware: Hardware
-    shape: ModelShape
     work: Workload
     stages: Tuple[StagePrediction, ...]
     model: SpeedModel
     seconds: float
-    lowest_s: float
-    highest_s: float
     images: int
     images_source: str
-    devices: int
-    formats: Formats
 
     @property
-    def place(self) -> str:
-        """What a stage runs on."""
-        return "IPU" if self.hardware.is_ipu else "GPU"
+    def target(self) -> Target:
+        """Engine, device and precision."""
+        return self.work.target
+
+    @property
+    def has_time(self) -> bool:
+        """Whether times are seconds; else they are operations, and only their ratios count."""
+        return self.model is not RELATIVE
+
+    @property
+    def devices(self) -> int:
+        """Number of devices, replicas included; IPUs are reserved in powers of two."""
+        stages, replicas = len(self.stages), self.work.batch.replicas
+        return reserved_ipus(stages, replicas) if self.target.ipu else stages * replicas
 
     @property
     def samples_per_s(self) -> float:
-        """Images trained on a second."""
-        return self.work.samples / self.seconds
+        """Training images per second."""
+        return self.work.batch.global_batch_size / self.seconds
 
     @property
     def speed_range(self) -> Tuple[float, float]:
-        """The lowest and the highest speed that the constants allow."""
-        return self.work.samples / self.highest_s, self.work.samples / self.lowest_s
+        """Lowest and highest speed within the error of the constants."""
+        shortest_s, longest_s = self.model.range_s(self.work)
+        images = self.work.batch.global_batch_size
+        return images / longest_s, images / shortest_s
 
     @property
     def epoch_minutes(self) -> float:
-        """Minutes of an epoch, without validation and compilation."""
+        """Minutes per epoch, without validation and compilation."""
         return self.images / self.samples_per_s / 60
 
     @property
     def host_bytes_per_s(self) -> float:
-        """Bytes that cross from the host a second: images and labels."""
-        return self.samples_per_s * (self.shape.image_bytes + 4 * self.shape.num_labels)
+        """Bytes per second from the host: images and labels."""
+        shape = self.work.shape
+        return self.samples_per_s * (shape.image_bytes + 4 * shape.num_labels)
 
     @property
     def bubble(self) -> float:
-        """The part of an update in which the pipeline fills and drains."""
-        return self.work.bubble(self.model)
-
-    @property
-    def host_bandwidth(self) -> float:
-        """What the links of all machines carry, bytes a second."""
-        machines = -(-self.devices // IPUS_A_MACHINE) if self.hardware.is_ipu else 1
-        return machines * self.hardware.host_bandwidth.value
+        """Share of an update in which the pipeline fills and drains."""
+        return self.work.bubble(self.model.constants)
 
     @property
     def timeline(self) -> Timeline:
         """One weight update, laid out in time."""
         times = [stage.time for stage in self.stages]
-        return simulate(self.work.schedule, times, self.work.micro_batches)
+        return simulate(self.work.schedule, times, self.work.batch.gradient_accumulation)
 
     @property
     def fullest(self) -> StagePrediction:
-        """The stage whose device is the fullest."""
-        return max(self.stages, key=lambda stage: stage.memory.share)
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether every device is predicted to hold its stage, however closely."""
+        """Whether every device is predicted to hold its stage; true if its memory is unknown."""
         return self.fullest.memory.fits
 
     def by_speed(self) -> List[StagePrediction]:
@@ -146,203 +132,150 @@ class Plan(NamedTuple):
         return sorted(self.stages, key=lambda stage: -stage.time.micro_batch_s)
 
 
-def choose_hardware(config: Config, engine: Optional[str] = None) -> Hardware:
-    """Return the device that `planner.hardware` means; `engine` as in `make_plan`."""
-    name = config.planner.hardware
-    if name == "auto":
-        name = "gpu" if (engine or config.engine.name) in ("torch", "pipeline") else "mk2"
-    return HARDWARE[name]
+def speed_of(target: Target) -> SpeedModel:
+    """Return the constants of a device: the published ones of an IPU, none of another."""
+    return published_model(target.ipu, target.precision) if target.ipu else RELATIVE
 
 
 def make_plan(
     config: Config,
     *,
-    engine: Optional[str] = None,
+    target: Optional[Target] = None,
     local_replicas: Optional[int] = None,
     model: Optional[SpeedModel] = None,
     images: Optional[int] = None,
     image_bytes: Optional[int] = None,
 ) -> Plan:
-    """Predict what a configuration takes.
+    """Predict memory and speed of a configuration.
 
     Parameters
     ----------
-    config
-        The configuration.
-    engine
-        The engine that was chosen; None for `engine.name`.
+    target
+        What to plan for; None for `find_target`.
     local_replicas
-        Of one process, which share the optimizer's state out; None for all.
+        Replicas of one process, which share the optimizer state; None for all.
     model
-        Constants of the speed; None for those fitted to published runs.
+        Constants of the speed; None for `speed_of`.
     images
-        Training images an epoch; None to count those of the lists, else to take NIH's.
+        Training images per epoch; None to count the lists' images, or without lists NIH's.
     image_bytes
-        What an image takes as it crosses to the device; None for one gray byte a pixel.
+        Bytes that cross to the device per image; None for one gray byte per pixel.
 
     Raises
     ------
     ConfigError
-        If the model's shape is not known without loading it, or a stage has nothing to do.
+        If the model's shape is unknown without loading it, or a stage has no work.
     """
-    hardware = choose_hardware(config, engine)
-    work = workload(config, hardware, engine, local_replicas)
-    formats = Formats.from_config(config, hardware, local_replicas)
-    shape = ModelShape.from_config(config)
+    target = target or find_target(config)
+    work = workload(config, target, local_replicas)
     if image_bytes is not None:
-        shape = shape._replace(image_bytes=image_bytes)
-    corners: Sequence[SpeedModel] = [model] if model else published_corners(hardware)
-    model = model or published_model(hardware)
-    seconds = work.seconds(model)
-    every = [seconds, *(work.seconds(corner) for corner in corners)]
-    count, source = (images, "--images") if images else _training_images(config.data)
-    replicas, stages = BatchPlan.from_section(config.batch).replicas, len(work.costs)
+        work = work._replace(shape=work.shape._replace(image_bytes=image_bytes))
+    model = model or speed_of(target)
+    number, source = (images, "--images") if images else _training_images(config.data)
     return Plan(
-        hardware=hardware,
-        shape=shape,
         work=work,
-        stages=_predict_stages(formats, shape, work, model),
+        stages=tuple(_predict_stages(work, model)),
         model=model,
-        seconds=seconds,
-        lowest_s=min(every),
-        highest_s=max(every),
-        images=count,
+        seconds=work.seconds(model.constants),
+        images=number,
         images_source=source,
-        devices=reserved_ipus(stages, replicas) if hardware.is_ipu else stages * replicas,
-        formats=formats,
     )
 
 
-def _predict_stages(
-    formats: Formats, shape: ModelShape, work: Workload, model: SpeedModel
-) -> Tuple[StagePrediction, ...]:
+def _predict_stages(work: Workload, model: SpeedModel) -> List[StagePrediction]:
     found = []
-    for index, (cost, time) in enumerate(zip(work.costs, work.stage_times(model))):
-        depth = in_flight(work.schedule, index, len(work.costs), work.micro_batches)
+    for stage, (cost, time) in enumerate(zip(work.costs, work.stage_times(model.constants))):
+        accumulation = work.batch.gradient_accumulation
+        depth = in_flight(work.schedule, stage, len(work.costs), accumulation)
         memory = stage_memory(
             cost,
-            shape,
-            formats,
-            work.hardware,
-            stage=index,
+            work.shape,
+            work.formats,
+            work.target,
+            stage=stage,
             depth=depth,
-            micro_batch_size=work.micro_batch_size,
+            micro_batch_size=work.batch.micro_batch_size,
         )
-        found.append(StagePrediction(index, cost, depth, memory, time))
-    return tuple(found)
+        found.append(StagePrediction(stage, cost, depth, memory, time))
+    return found
 
 
 def _training_images(data: DataSection) -> Tuple[int, str]:
-    """Count the training images as far as the lists tell; else assume NIH's."""
+    """Count the training images from the lists; without them assume NIH's."""
     kept = 1 - data.val_fraction
     if data.sample_images and not Path(data.root).exists():
-        from cxr_vit.synthetic.dataset import TEST_SHARE
-
-        return math.floor(data.sample_images * (1 - TEST_SHARE) * kept), "of the synthetic sample"
+        number = math.floor(data.sample_images * (1 - _SAMPLE_TEST_SHARE) * kept)
+        return number, "of the synthetic sample"
     if data.split not in ("auto", "official"):
         return math.floor(_NIH_ALL * (kept - data.test_fraction)), "of NIH's"
+    nih = math.floor(_NIH_TRAINING * kept), "NIH's official list"
     try:
         lists = find_lists(Path(data.root), data)
         if not {"train_list", "test_list"} <= set(lists):
-            return math.floor(_NIH_TRAINING * kept), "NIH's official list"
+            return nih
         names = read_list(lists["train_list"])
         if "val_list" in lists:
             return len(names - read_list(lists["val_list"])), f"of {lists['train_list']}"
-    except DataError:  # training says what is wrong with it
-        return math.floor(_NIH_TRAINING * kept), "NIH's official list"
+    except DataError:  # training reports it
+        return nih
     return math.floor(len(names) * kept), f"of {lists['train_list']}"
 
 
-def processes_needed(samples_per_s: float, each: Sourced) -> int:
-    """Return how many processes deliver so many images a second, if one delivers `each`."""
-    return math.ceil(samples_per_s / each.value)
-
-
-logger = logging.getLogger(__name__)
-
-
 def preflight(config: Config, engine: str, local_replicas: Optional[int] = None) -> None:
-    """Plan a run on IPUs; where it is not predicted to fit, warn, or with `planner.strict` stop.
+    """Warn before a run on IPUs that is not predicted to fit; with `planner.strict` stop it.
 
     Parameters
     ----------
-    config
-        The configuration.
     engine
-        The engine that was chosen; nothing is done for another than ``"poptorch"``.
+        The engine that was chosen; nothing is done unless it is ``"poptorch"``.
     local_replicas
-        Those of this process, which share the optimizer's state out; None for all.
+        Replicas of this process, which share the optimizer state; None for all.
 
     Raises
     ------
     ConfigError
-        If it is predicted not to fit, and `planner.strict` asks to stop.
+        If the run is predicted not to fit and `planner.strict` is set.
     """
     if engine != "poptorch":
         return
-    config = _on_ipus(config)
     try:
-        plan = make_plan(config, engine=engine, local_replicas=local_replicas)
-    except ConfigError as error:  # a model that must be loaded to know its shape
+        plan = _plan_on_ipus(config, local_replicas)
+    except ConfigError as error:  # the shape is unknown before the model is loaded
         if config.planner.strict:
             logger.warning("memory is not predicted: %s", error)
         return
     if plan.fits:
         return
-    words = _describe(config, plan, local_replicas)
+    message = _describe(config, plan, local_replicas)
     if config.planner.strict:
-        raise ConfigError(f"{words} (planner.strict=true stops here.)")
-    logger.warning("%s", words)
+        raise ConfigError(f"{message} (planner.strict=true stops here.)")
+    logger.warning("%s", message)
 
 
 def describe_memory(config: Config) -> str:
-    """Say in a line how full the fullest IPU is predicted to be, and what would help."""
-    config = _on_ipus(config)
+    """Describe in a line how full the fullest IPU is predicted to be, and what would help."""
     try:
-        return _describe(config, make_plan(config, engine="poptorch"), None)
+        return _describe(config, _plan_on_ipus(config), None)
     except ConfigError as error:
         return f"memory is not predicted: {error}"
 
 
-def plan_of_run(config: Config, engine: str) -> Optional[Tuple[Plan, str]]:
-    """Plan a run for its pictures, and say what is to be said of them.
-
-    Processes are planned as a stage a GPU; any other engine's stages as a pipeline of IPUs, which
-    is what they are cut for, unless `planner.hardware` names another device.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    engine
-        The engine that was chosen.
-
-    Returns
-    -------
-    tuple or None
-        The plan and the note; None where the model must be loaded to know its shape.
-    """
-    hardware = config.planner.hardware
-    if engine == "poptorch" or (engine == "torch" and hardware == "auto"):
-        config = _on_ipus(config)
+def plan_of_run(config: Config) -> Optional[Plan]:
+    """Plan a run on IPUs for its pictures; None if the model must be loaded to know its shape."""
     try:
-        plan = make_plan(config, engine=engine)
+        return _plan_on_ipus(config)
     except ConfigError as error:
         logger.info("no plan is drawn: %s", error)
         return None
-    refused = plan.hardware.is_ipu and ipu_problems(config, replicas=1)
-    return plan, "; PopTorch would refuse it" if refused else ""
 
 
-def _on_ipus(config: Config) -> Config:
-    """Return the configuration planned for IPUs, the Mk2 where it names none."""
-    ipu = "bow" if config.planner.hardware == "bow" else "mk2"
-    return config.changed(planner={"hardware": ipu})
+def _plan_on_ipus(config: Config, local_replicas: Optional[int] = None) -> Plan:
+    target = find_target(config, "poptorch")
+    return make_plan(config, target=target, local_replicas=local_replicas)
 
 
 def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
-    fullest = plan.fullest
-    memory, place = fullest.memory, f"{plan.place} {fullest.stage}"
+    memory, place = plan.fullest.memory, f"{plan.target.place} {plan.fullest.stage}"
     text = (
         f"predicted memory of {place}, the fullest: {memory.total / 1e6:,.0f} of"
         f" {memory.limit / 1e6:,.0f} MB, {100 * memory.share:.0f} %: {memory.verdict}."
@@ -359,9 +292,9 @@ def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
 def _remedies(
     config: Config, plan: Plan, local_replicas: Optional[int]
 ) -> Tuple[List[str], List[str]]:
-    """Return single changes that make it fit, and those that only lower it."""
+    """Return single changes that make the run fit, and changes that only lower its memory."""
     changes: List[Tuple[str, Config]] = []
-    smaller = _largest_that_fits(config, local_replicas)
+    smaller = _largest_that_fits(config, plan.work.batch, local_replicas)
     if smaller is not None:
         changes.append(smaller)
     changes += [
@@ -378,7 +311,7 @@ def _remedies(
         changes.append(("engine.optimizer_state_on_chip=false", changed))
     enough, less = [], []
     for text, changed in changes:
-        other = make_plan(changed, engine="poptorch", local_replicas=local_replicas)
+        other = _plan_on_ipus(changed, local_replicas)
         if other.fits:
             enough.append(text)
         elif other.fullest.memory.share < plan.fullest.memory.share - 0.005:
@@ -387,17 +320,16 @@ def _remedies(
 
 
 def _largest_that_fits(
-    config: Config, local_replicas: Optional[int]
+    config: Config, batch: BatchPlan, local_replicas: Optional[int]
 ) -> Optional[Tuple[str, Config]]:
-    """Return the next smaller micro-batch of the same global batch that fits, told and set."""
-    batch = BatchPlan.from_section(config.batch)
+    """Return the next smaller micro-batch of the same global batch that fits, as text and set."""
     images = batch.micro_batch_size * batch.gradient_accumulation
     for size in range(batch.micro_batch_size - 1, 0, -1):
         if images % size:
             continue
         keys = {"micro_batch_size": size, "gradient_accumulation": images // size}
         changed = config.changed(batch={**keys, "global_batch_size": None})
-        if make_plan(changed, engine="poptorch", local_replicas=local_replicas).fits:
+        if _plan_on_ipus(changed, local_replicas).fits:
             if config.batch.global_batch_size is not None:
                 del keys["gradient_accumulation"]
             return " ".join(f"batch.{key}={value}" for key, value in keys.items()), changed

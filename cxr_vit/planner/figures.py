@@ -1,19 +1,20 @@
-"""Pictures of a plan: the pipeline over time, and the memory of each device. Drawn off screen."""
+"""Figures of a plan: the pipeline over time, and the memory of each device."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cxr_vit.console import count
 from cxr_vit.planner.costs import CATEGORIES
 from cxr_vit.planner.estimate import Plan
 from cxr_vit.planner.timeline import Slot, Timeline, num_cycles, phases
 
 __all__ = ["memory_figure", "timeline_figure"]
 
-#: Okabe and Ito's palette, told apart by the colour-blind too.
+#: Okabe and Ito's palette, which the colour-blind can distinguish.
 _WORK = {
     "forward": "#56B4E9",
     "recompute": "#F0E442",
@@ -26,39 +27,40 @@ _MEMORY = {
     "optimizer": "#CC79A7",
     "stash": "#D55E00",
     "live": "#E69F00",
-    "transient": "#F0E442",
+    "temporaries": "#F0E442",
     "io": "#8C564B",
     "code": "#009E73",
-    "uneven": "#BBBBBB",
+    "imbalance": "#BBBBBB",
 }
 #: More micro-batches than this are drawn without their middle.
 _WHOLE = 24
-#: Width of a figure, and of what a block needs for a number of so many digits, inches.
+#: Width of a figure, and of a block with room for a number, by its digits, inches.
 _WIDTH = 12.0
 _NUMBER_IN = {1: 0.12, 2: 0.18, 3: 0.25, 4: 0.32}
-#: A weight update is drawn at least this part of the time shown, so that it is seen.
+#: Least width of a weight update, as a share of the time shown, so that it is visible.
 _LEAST_UPDATE = 0.012
 
 
-def timeline_figure(plan: Plan, note: str = "") -> Figure:
-    """Draw who works on what in one weight update; `note` ends the heading.
+def timeline_figure(plan: Plan) -> Figure:
+    """Draw which device works on what in one weight update.
 
-    Rows are devices, blocks carry the number of their micro-batch; of a long update the middle,
-    which repeats, is left out.
+    Rows are devices, and blocks carry the number of their micro-batch. The middle of a long update,
+    which repeats itself, is left out. Without times the unit is one percent of the update.
     """
     timeline = plan.timeline
+    unit_s = 1e-3 if plan.has_time else timeline.end_s / 100
     spans = _spans(timeline)
     rows = timeline.num_stages
     figure = Figure(figsize=(_WIDTH, 1.6 + 0.45 * rows), layout="constrained")
-    figure.suptitle(_title(plan) + note, fontsize=11)
+    figure.suptitle(_title(plan), fontsize=11)
     lengths = [end_s - start_s for start_s, end_s in spans]
     axes = figure.subplots(1, len(spans), sharey=True, squeeze=False, width_ratios=lengths)[0]
     for axis, span in zip(axes, spans):
-        _draw_span(axis, timeline, span, per_inch_s=sum(lengths) / (_WIDTH - 1.5))
-    axes[0].set_yticks(range(rows), [f"{plan.place} {row}" for row in range(rows)])
+        _draw_span(axis, timeline, span, unit_s, per_inch_s=sum(lengths) / (_WIDTH - 1.5))
+    axes[0].set_yticks(range(rows), [f"{plan.target.place} {row}" for row in range(rows)])
     axes[0].set_ylim(rows - 0.5, -0.95 if _phases(timeline) else -0.5)
-    figure.supxlabel("milliseconds", fontsize=9)
-    shown = {slot.kind for slot in timeline.slots}
+    figure.supxlabel("milliseconds" if plan.has_time else "% of the update", fontsize=9)
+    shown = {slot.kind for slot in timeline.slots if slot.end_s > slot.start_s}
     least_s = _LEAST_UPDATE * lengths[-1]
     widened = min(stage.time.update_s for stage in plan.stages) < least_s
     handles = [
@@ -71,31 +73,28 @@ def timeline_figure(plan: Plan, note: str = "") -> Figure:
 
 
 def _title(plan: Plan) -> str:
-    work, count = plan.work, len(plan.stages)
-    batches = f"{work.micro_batches} x {work.micro_batch_size} images"
+    work, stages = plan.work, len(plan.stages)
+    accumulation = work.batch.gradient_accumulation
+    time = f", predicted: {1e3 * plan.seconds:,.1f} ms" if plan.has_time else ""
+    head = (
+        f"one weight update on {plan.target.of(stages)}{time}\n{accumulation} x"
+        f" {work.batch.micro_batch_size} images"
+    )
     if work.schedule == "in_order":
-        return (
-            f"one weight update on {count} x {plan.hardware.name}, predicted:"
-            f" {1e3 * plan.seconds:,.1f} ms\n{batches}"
-            f"{', one stage at a time' if count > 1 else ''}"
-        )
+        return f"{head}, one stage at a time" if stages > 1 else head
     how = work.schedule
     if work.schedule == "lockstep":
-        fill, _, drain = phases(count, work.micro_batches)
-        cycles = num_cycles(count, work.micro_batches)
+        fill, _, drain = phases(stages, accumulation)
+        cycles = num_cycles(stages, accumulation)
         how = f"{cycles} pipeline cycles, {fill} to fill and {drain} to drain"
-    return (
-        f"one weight update on {count} x {plan.hardware.name}, predicted:"
-        f" {1e3 * plan.seconds:,.1f} ms\n{batches}, {how}; bubble {100 * plan.bubble:.1f} %"
-    )
+    return f"{head}, {how}; bubble {100 * plan.bubble:.1f} %"
 
 
 def _spans(timeline: Timeline) -> List[Tuple[float, float]]:
-    """Return what is drawn, seconds: all, or the beginning and the end."""
-    whole = [(0.0, timeline.end_s)]
+    """Return the spans to draw, seconds: everything, or the beginning and the end."""
     first, second = 3, timeline.micro_batches - 1 - 2 * timeline.num_stages
     if timeline.micro_batches <= _WHOLE or timeline.schedule == "gpipe" or second <= first:
-        return whole
+        return [(0.0, timeline.end_s)]
     backward = [slot for slot in timeline.slots if slot.kind == "backward" and slot.stage == 0]
     ends = {slot.micro_batch: slot.end_s for slot in backward}
     return [(0.0, ends[first]), (ends[second], timeline.end_s)]
@@ -109,110 +108,114 @@ def _phases(timeline: Timeline) -> List[Tuple[str, float, float]]:
     fill_s, drain_s = fill * timeline.cycle_s, timeline.micro_batches * timeline.cycle_s
     return [
         ("fill", 0.0, fill_s),
-        (f"steady, {steady} cycle{'s' * (steady > 1)}", fill_s, drain_s),
+        (f"steady, {count(steady, 'cycle')}", fill_s, drain_s),
         ("drain", drain_s, timeline.work_s),
     ]
 
 
 def _draw_span(
-    axis: Any, timeline: Timeline, span: Tuple[float, float], *, per_inch_s: float
+    axis: Any,
+    timeline: Timeline,
+    span: Tuple[float, float],
+    unit_s: float,
+    *,
+    per_inch_s: float,
 ) -> None:
     start_s, end_s = span
     shown = [slot for slot in timeline.slots if slot.end_s > start_s and slot.start_s < end_s]
     for kind, color in _WORK.items():
         for row in range(timeline.num_stages):
             blocks = [
-                _block(slot, span) for slot in shown if (slot.kind, slot.stage) == (kind, row)
+                (slot.start_s / unit_s, _length_s(slot, span) / unit_s)
+                for slot in shown
+                if (slot.kind, slot.stage) == (kind, row)
             ]
             axis.broken_barh(
                 blocks, (row - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.5
             )
     for slot in shown:
-        left_ms, length_ms = _block(slot, span)
-        number = str(slot.micro_batch)
-        has_room = length_ms / 1e3 > _NUMBER_IN.get(len(number), 0.4) * per_inch_s
+        number, length_s = str(slot.micro_batch), slot.end_s - slot.start_s
+        has_room = length_s > _NUMBER_IN.get(len(number), 0.4) * per_inch_s
         is_whole = slot.start_s >= start_s and slot.end_s <= end_s
         if slot.kind in ("forward", "backward") and has_room and is_whole:
-            axis.text(
-                left_ms + length_ms / 2, slot.stage, number, ha="center", va="center", fontsize=7
-            )
-    _draw_phases(axis, timeline, span)
+            middle = (slot.start_s + length_s / 2) / unit_s
+            axis.text(middle, slot.stage, number, ha="center", va="center", fontsize=7)
+    _draw_phases(axis, timeline, span, unit_s)
     if timeline.cycle_s:
         for cycle in range(round(start_s / timeline.cycle_s), round(end_s / timeline.cycle_s) + 1):
-            axis.axvline(1e3 * cycle * timeline.cycle_s, color="0.85", linewidth=0.6, zorder=0)
-    extra_ms = max((left + length for left, length in _updates(shown, span)), default=0.0)
-    axis.set_xlim(1e3 * start_s, max(1e3 * end_s, extra_ms))
+            axis.axvline(cycle * timeline.cycle_s / unit_s, color="0.85", linewidth=0.6, zorder=0)
+    ends_s = [slot.start_s + _length_s(slot, span) for slot in shown if slot.kind == "update"]
+    axis.set_xlim(start_s / unit_s, max([end_s, *ends_s]) / unit_s)
     axis.tick_params(axis="both", labelsize=8, length=2)
     axis.locator_params(axis="x", nbins=6)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _draw_phases(axis: Any, timeline: Timeline, span: Tuple[float, float]) -> None:
-    """Write the phases over the rows, those of which enough is shown."""
+def _draw_phases(axis: Any, timeline: Timeline, span: Tuple[float, float], unit_s: float) -> None:
+    """Write the phases over the rows, if enough of them is shown."""
     for name, begin_s, finish_s in _phases(timeline):
         left_s, right_s = max(begin_s, span[0]), min(finish_s, span[1])
         if right_s - left_s < 0.5 * timeline.cycle_s:
             continue
-        axis.plot([1e3 * left_s, 1e3 * right_s], [-0.55, -0.55], color="0.4", linewidth=1.2)
+        line = [left_s / unit_s, right_s / unit_s]
+        axis.plot(line, [-0.55, -0.55], color="0.4", linewidth=1.2)
         words = name if right_s - left_s > 4 * timeline.cycle_s else name.split(",")[0]
-        axis.text(1e3 * (left_s + right_s) / 2, -0.6, words, ha="center", va="bottom", fontsize=8)
+        axis.text(sum(line) / 2, -0.6, words, ha="center", va="bottom", fontsize=8)
 
 
-def _block(slot: Slot, span: Tuple[float, float]) -> Tuple[float, float]:
-    """Return where a block begins and how long it is, milliseconds."""
+def _length_s(slot: Slot, span: Tuple[float, float]) -> float:
+    """Return the length of a block, seconds; a short weight update is widened."""
     length_s = slot.end_s - slot.start_s
-    if slot.kind == "update":
-        length_s = max(length_s, _LEAST_UPDATE * (span[1] - span[0]))
-    return 1e3 * slot.start_s, 1e3 * length_s
-
-
-def _updates(slots: Sequence[Slot], span: Tuple[float, float]) -> List[Tuple[float, float]]:
-    return [_block(slot, span) for slot in slots if slot.kind == "update"]
+    if slot.kind == "update" and length_s:
+        return max(length_s, _LEAST_UPDATE * (span[1] - span[0]))
+    return length_s
 
 
 def memory_figure(plan: Plan) -> Figure:
-    """Draw what each device's memory has to hold, by category, against what it has."""
-    stages = plan.stages
-    limit_mb = plan.hardware.memory_bytes / 1e6
+    """Draw the memory of each device by category, against its limit if that is known."""
+    stages, target = plan.stages, plan.target
+    rows = [stage.stage for stage in stages]
     figure = Figure(figsize=(_WIDTH, 1.8 + 0.5 * len(stages)), layout="constrained")
     figure.suptitle(
-        f"memory of {len(stages)} x {plan.hardware.name}, predicted: micro-batch"
-        f" {plan.work.micro_batch_size}",
+        f"memory of {target.of(len(stages))}, predicted: micro-batch"
+        f" {plan.work.batch.micro_batch_size}",
         fontsize=11,
     )
     axis = figure.subplots()
-    left: Dict[int, float] = {stage.stage: 0.0 for stage in stages}
+    left: List[float] = [0.0] * len(stages)
     for category, name in CATEGORIES.items():
         sizes = [getattr(stage.memory, category) / 1e6 for stage in stages]
         if not any(sizes):
             continue
-        hatch = "///" if category == "uneven" else None
         axis.barh(
-            [stage.stage for stage in stages],
+            rows,
             sizes,
-            left=list(left.values()),
+            left=left,
             color=_MEMORY[category],
             edgecolor="white",
             linewidth=0.5,
-            hatch=hatch,
+            hatch="///" if category == "imbalance" else None,
             label=name,
         )
-        for stage, size in zip(stages, sizes):
-            left[stage.stage] += size
-    widest = max([limit_mb, *left.values()])
-    for stage in stages:
+        left = [end + size for end, size in zip(left, sizes)]
+    widest = max(left)
+    if target.memory_bytes is not None:
+        limit = target.memory_bytes / 1e6
+        widest = max(widest, limit)
+        axis.axvline(limit, color="black", linewidth=2, label=f"limit, {limit:,.0f} MB")
+    for stage, end in zip(stages, left):
+        text = f"{100 * stage.memory.share:.0f} %, {stage.memory.verdict}"
         axis.text(
-            left[stage.stage] + 0.008 * widest,
+            end + 0.008 * widest,
             stage.stage,
-            f"{100 * stage.memory.share:.0f} %, {stage.memory.verdict}",
+            f"{end:,.0f} MB" if target.memory_bytes is None else text,
             va="center",
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
-    axis.axvline(limit_mb, color="black", linewidth=2, label=f"limit, {limit_mb:,.0f} MB")
     axis.set_xlim(0, 1.18 * widest)
-    axis.set_yticks([stage.stage for stage in stages], [f"{plan.place} {s.stage}" for s in stages])
+    axis.set_yticks(rows, [f"{target.place} {row}" for row in rows])
     axis.invert_yaxis()
     axis.set_xlabel("MB (10^6 bytes)", fontsize=9)
     axis.tick_params(labelsize=9)

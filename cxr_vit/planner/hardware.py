@@ -1,47 +1,45 @@
-"""The devices that can be planned for, and what others have measured on them, each with its source.
-
-"peers" in a source is a study of public systems for the same job; the place it names is the
-original. Imports no torch.
-"""
+"""Devices to plan for, and published measurements, each number with its source."""
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Tuple
+import os
+from pathlib import Path
+from typing import NamedTuple, Optional, Tuple
+
+from cxr_vit.config import Config
 
 __all__ = [
-    "CACHED_PER_S",
-    "CODE_BYTES",
-    "DECODED_PER_S",
-    "DEFAULT_PROPORTION",
-    "HARDWARE",
-    "IMBALANCE",
-    "IPUS_A_MACHINE",
+    "ESTIMATES",
+    "IPUS",
+    "IPUS_PER_MACHINE",
     "MEMORY_UNCERTAINTY",
     "PUBLISHED",
     "SPEED_UNCERTAINTY",
     "TUTORIAL",
-    "Hardware",
+    "Ipu",
     "PublishedRun",
     "Sourced",
+    "Target",
+    "find_target",
+    "make_target",
 ]
 
 
 class Sourced(NamedTuple):
-    """A number, and where it is from."""
+    """A number and its source."""
 
     value: float
     source: str
 
 
-class Hardware(NamedTuple):
-    """A device; bytes, hertz, operations and bytes a second.
+class Ipu(NamedTuple):
+    """Numbers of an IPU: bytes, hertz, operations per second and bytes per second.
 
-    `tiles` share the memory out on an IPU, and each has its own part; a GPU counts as one.
-    `streaming_bandwidth` is that of the memory beside an IPU, where moments may lie.
+    Each of the `tiles` has its own part of the memory. `streaming_bandwidth` is that of the memory
+    beside the chip, which may hold the moments.
     """
 
     name: str
-    is_ipu: bool
     tiles: Sourced
     tile_bytes: Sourced
     clock_hz: Sourced
@@ -54,75 +52,153 @@ class Hardware(NamedTuple):
 
     @property
     def memory_bytes(self) -> float:
-        """The device's own memory, bytes."""
+        """Memory on the chip, bytes."""
         return self.tiles.value * self.tile_bytes.value
 
     def peak_flops(self, precision: str) -> float:
-        """Return the peak in ``"fp32"`` or any 16-bit arithmetic, operations a second."""
+        """Return the peak in ``"fp32"`` or ``"fp16"``, operations per second."""
         return self.fp32_flops.value if precision == "fp32" else self.fp16_flops.value
 
 
-_TILES = Sourced(1472, "Bow-2000 datasheet: 5,888 processor cores on four IPUs")
-_TILE_BYTES = Sourced(
-    638_976,
-    "graphcore/popliner, parse_args.py, --mem-per-tile; graphcore/popart,"
-    " available_memory_proportion_test.py:160",
-)
-_IPU_LINK = Sourced(320e9, "thecharlieblake.co.uk/ipus: IPU-Links, 320 GB/s an IPU")
-_IPU_HOST = Sourced(12.5e9, "Bow-2000 datasheet: 100 Gb/s RoCEv2 NIC, shared by its four IPUs")
-_STREAMING = Sourced(12.5e9, "assumed for each IPU: no figure is published (100 Gb/s)")
 #: IPUs that share a machine and its link to the host (Bow-2000 datasheet).
-IPUS_A_MACHINE = 4
-_ON_CHIP = Sourced(47.5e12, "thecharlieblake.co.uk/ipus: In-Processor-Memory, 47.5 TB/s")
+IPUS_PER_MACHINE = 4
+_CLOCK = "commonly quoted, in no datasheet; the two clocks have the ratio of the fp16 peaks"
+_MK2 = Ipu(
+    name="Mk2 IPU (GC200)",
+    tiles=Sourced(1472, "Bow-2000 datasheet: 5,888 processor cores on four IPUs"),
+    tile_bytes=Sourced(
+        638_976,
+        "graphcore/popliner, parse_args.py, --mem-per-tile; graphcore/popart,"
+        " available_memory_proportion_test.py:160",
+    ),
+    clock_hz=Sourced(1.325e9, _CLOCK),
+    fp16_flops=Sourced(250e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
+    fp32_flops=Sourced(62.5e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
+    memory_bandwidth=Sourced(47.5e12, "thecharlieblake.co.uk/ipus: In-Processor-Memory, 47.5 TB/s"),
+    link_bandwidth=Sourced(320e9, "thecharlieblake.co.uk/ipus: IPU-Links, 320 GB/s per IPU"),
+    host_bandwidth=Sourced(
+        12.5e9, "Bow-2000 datasheet: 100 Gb/s RoCEv2 NIC, shared by its four IPUs"
+    ),
+    streaming_bandwidth=Sourced(12.5e9, "assumed for each IPU: no figure is published (100 Gb/s)"),
+)
+_BOW = _MK2._replace(
+    name="Bow IPU",
+    clock_hz=Sourced(1.85e9, _CLOCK),
+    fp16_flops=Sourced(350e12, "Bow-2000 datasheet: 1.4 petaFLOPS FP16.16 on four IPUs"),
+    fp32_flops=Sourced(87.5e12, "the Mk2's, by the ratio of the fp16 peaks"),
+)
+#: `planner.hardware` -> IPU.
+IPUS = {"mk2": _MK2, "bow": _BOW}
 
-HARDWARE: Dict[str, Hardware] = {
-    "mk2": Hardware(
-        name="Mk2 IPU (GC200)",
-        is_ipu=True,
-        tiles=_TILES,
-        tile_bytes=_TILE_BYTES,
-        clock_hz=Sourced(1.325e9, "peers: general knowledge; agrees with the ratio of the peaks"),
-        fp16_flops=Sourced(250e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
-        fp32_flops=Sourced(62.5e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
-        memory_bandwidth=_ON_CHIP,
-        link_bandwidth=_IPU_LINK,
-        host_bandwidth=_IPU_HOST,
-        streaming_bandwidth=_STREAMING,
-    ),
-    "bow": Hardware(
-        name="Bow IPU",
-        is_ipu=True,
-        tiles=_TILES,
-        tile_bytes=_TILE_BYTES,
-        clock_hz=Sourced(1.85e9, "peers: general knowledge; agrees with the ratio of the peaks"),
-        fp16_flops=Sourced(350e12, "Bow-2000 datasheet: 1.4 petaFLOPS FP16.16 on four IPUs"),
-        fp32_flops=Sourced(87.5e12, "the Mk2's, by the ratio of the fp16 peaks"),
-        memory_bandwidth=_ON_CHIP,
-        link_bandwidth=_IPU_LINK,
-        host_bandwidth=_IPU_HOST,
-        streaming_bandwidth=_STREAMING,
-    ),
-    "gpu": Hardware(
-        name="GeForce RTX 3090",
-        is_ipu=False,
-        tiles=Sourced(1, "a GPU's memory is one"),
-        tile_bytes=Sourced(24e9, "Nvidia: 24 GB GDDR6X"),
-        clock_hz=Sourced(1.695e9, "Nvidia: boost clock"),
-        fp16_flops=Sourced(71e12, "Nvidia, GA102: tensor cores, FP16 added up in FP32, dense"),
-        fp32_flops=Sourced(35.6e12, "Nvidia: FP32"),
-        memory_bandwidth=Sourced(936e9, "Nvidia: GDDR6X"),
-        link_bandwidth=Sourced(31.5e9, "PCIe Gen4 x16"),
-        host_bandwidth=Sourced(31.5e9, "PCIe Gen4 x16"),
-        streaming_bandwidth=Sourced(31.5e9, "PCIe Gen4 x16; not used"),
-    ),
-}
+
+class Target(NamedTuple):
+    """Engine, device and precision that a plan is for.
+
+    `kind` is IPU, GPU or CPU. `name` is ``"GPU"`` for a GPU that is not in this machine.
+    `precision` is ``"auto"`` if only the machine of the run decides. `memory_bytes` is per device,
+    or per process on CPUs; None if unknown. `ipu` is None for other devices.
+    """
+
+    engine: str
+    kind: str
+    name: str
+    precision: str
+    memory_bytes: Optional[float] = None
+    memory_source: str = ""
+    ipu: Optional[Ipu] = None
+
+    @property
+    def place(self) -> str:
+        """What a stage runs on."""
+        return "process" if self.kind == "CPU" else self.kind
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether activations are counted as fp32; on a CPU also for ``"auto"``."""
+        return self.precision == "fp32" or (self.precision == "auto" and self.kind == "CPU")
+
+    def of(self, devices: int) -> str:
+        """Name a number of devices."""
+        if self.kind == "CPU":
+            return f"CPU, {devices} process{'es' * (devices > 1)}"
+        return f"{devices} x {self.name}"
+
+    def describe(self) -> str:
+        """Name engine, device and precision."""
+        precision = "any precision" if self.precision == "auto" else self.precision
+        return f"engine {self.engine} on {self.name} in {precision}"
+
+
+def find_target(config: Config, engine: Optional[str] = None) -> Target:
+    """Return what a configuration is planned for.
+
+    `planner.hardware` wins, then the engine. For the torch and pipeline engines the device is this
+    machine's own; its memory is `planner.device_memory_gib` or read from it. torch is imported only
+    if a GPU may be there.
+
+    Parameters
+    ----------
+    engine
+        The engine that was chosen; None for `engine.name`.
+    """
+    name, hardware = engine or config.engine.name, config.planner.hardware
+    if name == "auto" and config.engine.device != "auto":
+        name = "torch"
+    if name in ("auto", "poptorch") or hardware != "auto":
+        return make_target("poptorch", "IPU", config.engine.precision, hardware)
+    given, device = config.planner.device_memory_gib, config.engine.device
+    gpu = None if device == "cpu" or (device == "cuda" and given) else _read_gpu()
+    is_cpu = device == "cpu" or (device == "auto" and gpu is None)
+    target = make_target(name, "CPU" if is_cpu else "GPU", config.engine.precision)
+    if given:
+        source = "planner.device_memory_gib"
+        return target._replace(memory_bytes=given * 2**30, memory_source=source)
+    if is_cpu:
+        stages = len(config.pipeline.layers_per_stage) if name == "pipeline" else 1
+        processes = stages * config.batch.replicas
+        source = "read from this machine"
+        if processes > 1:
+            source += f", divided by {processes} processes"
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+        return target._replace(memory_bytes=memory, memory_source=source)
+    if gpu is None:
+        return target
+    gpu_name, memory = gpu
+    return target._replace(
+        name=gpu_name, memory_bytes=memory, memory_source="read from this machine"
+    )
+
+
+def make_target(engine: str, device: str, precision: str, hardware: str = "auto") -> Target:
+    """Return the target of an engine, of a device's name and of `planner.hardware`."""
+    if engine != "poptorch":
+        return Target(engine, device if device == "CPU" else "GPU", device, precision)
+    ipu = IPUS["mk2" if hardware == "auto" else hardware]
+    own = "fp32" if precision == "fp32" else "fp16"
+    return Target(engine, "IPU", ipu.name, own, ipu.memory_bytes, ipu.tile_bytes.source, ipu)
+
+
+#: Device files of GPU drivers: NVIDIA's, AMD's, and Windows' for Linux.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def _read_gpu() -> Optional[Tuple[str, float]]:
+    """Return name and memory, bytes, of the first GPU that torch can use, or None."""
+    if not any(Path(driver).exists() for driver in _DRIVERS):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, float(properties.total_memory)
 
 
 class PublishedRun(NamedTuple):
-    """Somebody's measured training of ViT-B/16 at 224 pixels.
+    """A published training of ViT-B/16 at 224 pixels on IPUs.
 
-    `settings` are overrides of a configuration, `image_bytes` what an image took on its way in;
-    `is_fitted` tells the runs that the time of a pipeline cycle is fitted to.
+    `settings` are overrides of a configuration; `image_bytes` cross to the device per image. The
+    constants of the speed are fitted to the runs with `is_fitted`.
     """
 
     what: str
@@ -150,7 +226,7 @@ _BASE = (
 )
 _POD16 = (*_BASE, "batch.replicas=4", "engine.replicated_tensor_sharding=true")
 
-#: Graphcore's tutorial, from the settings that its log prints.
+#: Graphcore's tutorial, with the settings that its log prints.
 TUTORIAL = PublishedRun(
     what="Graphcore's tutorial (ChestX-ray14, four IPUs)",
     hardware="mk2",
@@ -163,11 +239,12 @@ TUTORIAL = PublishedRun(
     ),
     image_bytes=_FP16_RGB,
     samples_per_s=307.745,
-    source="the tutorial's printed log; it does not name the machine, a Mk2 is assumed",
+    source="graphcore/examples, tutorials/pytorch/vit_model_training, the printed log; it does not"
+    " name the machine, a Mk2 is assumed",
     is_fitted=False,
-    note="bound by its host, most likely: eight workers decoded full-size PNGs, and its evaluation,"
-    " forward passes only, ran no faster (262 to 276 samples/s); it also kept the moments off the"
-    " chip",
+    note="most likely limited by its host: eight workers decoded full-size PNGs, and its"
+    " evaluation, forward passes only, ran no faster (262 to 276 samples/s); it also kept the"
+    " moments off the chip",
 )
 
 PUBLISHED: Tuple[PublishedRun, ...] = (
@@ -204,42 +281,39 @@ PUBLISHED: Tuple[PublishedRun, ...] = (
         is_fitted=True,
     ),
     TUTORIAL,
-    PublishedRun(
-        what="one RTX 3090, AMP, 192 a batch",
-        hardware="gpu",
-        settings=(
-            *("model.name=vit-base", "model.patch_size=16", "data.image_size=224"),
-            *("pipeline.layers_per_stage=[12]", "batch.micro_batch_size=192"),
-            *("engine.name=torch", "engine.precision=fp16", "optim.name=sgd"),
-        ),
-        image_bytes=_FP16_RGB,
-        samples_per_s=390.9,
-        source="timm, results/benchmark-train-amp-nchw-pt112-cu113-rtx3090.csv",
-        is_fitted=True,
+)
+
+#: Estimates that hold for all IPUs or hosts.
+ESTIMATES = {
+    # Vertex code and state, exchange and control code of a training stage.
+    "code_bytes": Sourced(
+        70e6,
+        "estimated, 50 to 90 MB: graphcore/popliner, tests/test_popart_bert_inf.py, has 50 to 55 MB"
+        " for BERT in inference; a repeated layer is outlined, so the code hardly grows with their"
+        " number",
     ),
-)
-
-#: Vertex code and state, exchange and control code of a training stage.
-CODE_BYTES = Sourced(
-    70e6,
-    "peers: 50 to 90 MB, read off popliner's tests (BERT, 50 to 55 MB in inference); a layer"
-    " that repeats is outlined, so the code hardly grows with their number",
-)
-#: What the fullest tile holds, over the mean of what is counted.
-IMBALANCE = Sourced(
-    1.33,
-    "fitted: the largest published micro-batch of this model on four IPUs is 17"
-    " (graphcore/examples, configs.yml, b16_imagenet1k); from 1.31 to 1.34 17 fits and 18 does not",
-)
-#: PopLibs' own memory proportion, where none is given.
-DEFAULT_PROPORTION = Sourced(0.6, "graphcore/examples, vision/unet_medical/tensorflow2/README.md")
-#: Part of the predicted total, either way.
+    # Memory of the fullest tile over the mean of what is counted.
+    "imbalance": Sourced(
+        1.33,
+        "fitted: the largest published micro-batch of this model on four IPUs is 17"
+        " (graphcore/examples, configs.yml, b16_imagenet1k); from 1.31 to 1.34 17 fits and 18 does"
+        " not",
+    ),
+    # PopLibs' own memory proportion, used if none is given.
+    "default_proportion": Sourced(
+        0.6, "graphcore/examples, vision/unet_medical/tensorflow2/README.md"
+    ),
+    # Images per second that a core decodes and resizes, and that a loader process reads from the
+    # cache.
+    "decoded_per_s": Sourced(
+        142, "benchmarks.data_loading, README: data.cache=off, per core (AMD EPYC)"
+    ),
+    "cached_per_s": Sourced(
+        25_000, "benchmarks.data_loading, README: the cache, one loader process, 224 pixels"
+    ),
+}
+#: Error of the predicted memory, as a share of it, either way.
 MEMORY_UNCERTAINTY = 0.10
-#: How far the published speeds may be off from one another: they are of other recipes.
+#: Least error of a predicted speed, as a share of it, either way: the published recipes differ from
+#: each other and from ours.
 SPEED_UNCERTAINTY = 0.05
-
-#: Images that a core decodes and resizes, and that a loader process serves from the cache, a second.
-DECODED_PER_S = Sourced(142, "benchmarks.data_loading, README: data.cache=off, a core (AMD EPYC)")
-CACHED_PER_S = Sourced(
-    25_000, "benchmarks.data_loading, README: the cache, one loader process, 224 pixels"
-)

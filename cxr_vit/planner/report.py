@@ -1,276 +1,261 @@
-"""What the planner prints of a plan. Imports no torch."""
+"""Text of a plan, of a search and of the planner's sources."""
 
 from __future__ import annotations
 
-from typing import Callable, List, Optional, Sequence
+import math
+from typing import Any, Callable, List, Optional, Sequence
 
-from cxr_vit.config import BatchPlan, Config, load_config
+from cxr_vit.config import Config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.console import columns, count, percent, prose, signed_percent
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, Problem
 from cxr_vit.planner.costs import CATEGORIES
-from cxr_vit.planner.estimate import (
-    Plan,
-    StagePrediction,
-    choose_hardware,
-    make_plan,
-    processes_needed,
-)
+from cxr_vit.planner.estimate import Plan, StagePrediction, make_plan
 from cxr_vit.planner.hardware import (
-    CACHED_PER_S,
-    CODE_BYTES,
-    DECODED_PER_S,
-    DEFAULT_PROPORTION,
-    HARDWARE,
-    IMBALANCE,
+    ESTIMATES,
+    IPUS_PER_MACHINE,
     MEMORY_UNCERTAINTY,
     PUBLISHED,
     TUTORIAL,
-    Hardware,
     Sourced,
+    Target,
 )
 from cxr_vit.planner.search import Candidate, Found
-from cxr_vit.planner.speed import published_model, published_workload
+from cxr_vit.planner.speed import published_workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
-__all__ = ["UNKNOWN_START", "plan_lines", "search_lines", "source_lines"]
+__all__ = ["describe_result", "plan_lines", "search_lines", "source_lines"]
 
 
-_MEBIBYTE = 2**20
+_MEBIBYTE, _GIBIBYTE = 2**20, 2**30
 
-#: Side of the images that `CACHED_PER_S` was measured with.
+#: Side of the images that the cache's speed was measured with.
 _PIXELS_MEASURED = 224
 
-#: Where `SpeedModel.start_cycles` is 0.
-UNKNOWN_START = (
-    "What a start takes is not known for this device: 0 is too little, and small micro-batches"
-    " look too fast. --calibrate with two runs of unlike micro-batches tells it"
+_UNKNOWN_OVERHEAD = (
+    "The fixed overhead of a micro-batch is unknown: small micro-batches look too fast."
+    " --calibrate with runs of three micro-batch sizes or more determines it."
 )
+_UNKNOWN_MEMORY = "memory of the device is unknown: set planner.device_memory_gib"
 
 
 def plan_lines(config: Config, plan: Plan) -> List[str]:
-    """Say what a configuration is predicted to take."""
-    return [
-        *_heading(config, plan),
-        *_refused(config, plan),
-        "",
-        *_memory(plan),
-        "",
-        *_times(plan),
-        "",
-        *_speed(config, plan),
-        *_host(config, plan),
-        *_basis(config, plan),
-        *_tutorial(plan),
-    ]
+    """Describe the prediction for a configuration."""
+    lines = [*_heading(config, plan), "", *_memory(plan), "", *_times(plan), ""]
+    lines += prose("update", _update(config, plan))
+    if not plan.has_time:
+        return lines + prose("speed", _no_speed(plan.target))
+    return [*lines, *_speed(plan), *_host(config, plan), *_basis(plan), *_tutorial(plan)]
 
 
 def _heading(config: Config, plan: Plan) -> List[str]:
-    stages, replicas = len(plan.stages), plan.work.replicas
-    reserved = "" if plan.devices == stages * replicas else f", {plan.devices} reserved"
-    return [
-        f"{stages * replicas} x {plan.hardware.name}{reserved}: {count(replicas, 'replica')} of"
+    stages, batch, target = len(plan.stages), plan.work.batch, plan.target
+    used = stages * batch.replicas
+    reserved = "" if plan.devices == used else f", {plan.devices} reserved"
+    lines = [
+        f"{target.of(used)}{reserved}: {count(batch.replicas, 'replica')} of"
         f" {count(stages, 'stage')}",
-        f"{config.model.name} at {plan.shape.image_size} pixels,"
+        f"{config.model.name} at {plan.work.shape.image_size} pixels,"
         f" {sum(stage.cost.parameters for stage in plan.stages):,} parameters",
-        *_allocation(plan),
-        BatchPlan.from_section(config.batch).describe()[0],
     ]
-
-
-def _refused(config: Config, plan: Plan) -> List[str]:
-    """List what PopTorch, or torch's schedule, would refuse."""
-    problems: List[Optional[str]] = []
-    if plan.hardware.is_ipu:
-        problems += ipu_problems(config)
-    elif plan.work.schedule != "in_order":
-        problems.append(schedule_problem(config, len(plan.stages)))
-    return [line for problem in problems if problem for line in prose("refused", problem)]
-
-
-def _allocation(plan: Plan) -> List[str]:
-    """Write the device allocation, a line a device."""
-    lines = []
     start = 0
     for stage in plan.stages:
         end = start + stage.cost.num_layers
-        layers = f"layers {start} to {end - 1}" if end > start + 1 else f"layer {start}"
-        parts = ["embedding"] * stage.cost.is_first + [layers] * (end > start)
-        parts += ["head"] * stage.cost.is_last
-        lines.append(f"  {plan.place} {stage.stage}  {', '.join(parts)}")
+        parts = ["embedding"] if stage.cost.is_first else []
+        if end > start:
+            parts.append(f"layers {start} to {end - 1}" if end > start + 1 else f"layer {start}")
+        if stage.cost.is_last:
+            parts.append("head")
+        lines.append(f"  {target.place} {stage.stage}  {', '.join(parts)}")
         start = end
+    lines.append(batch.describe()[0])
+    problems: Sequence[Optional[Problem]] = []
+    if target.ipu:
+        problems = ipu_problems(config)
+    elif target.engine == "pipeline":
+        problems = [schedule_problem(config, stages)]
+    for problem in problems:
+        if problem:
+            lines += prose("refused", str(problem))
     return lines
 
 
 def _memory(plan: Plan) -> List[str]:
-    limit = plan.hardware.memory_bytes
-    head = f"memory, MB (a {plan.place} has {limit / 1e6:,.0f})"
-    if plan.hardware.is_ipu:
-        head = f"memory, MB (an IPU has {limit / 1e6:.1f}, or {limit / _MEBIBYTE:,.0f} MiB)"
+    target, limit = plan.target, plan.target.memory_bytes
+    head = f"memory, MB (a {target.place} has {(limit or 0) / _GIBIBYTE:,.1f} GiB)"
+    if target.ipu:
+        megabytes, mebibytes = target.ipu.memory_bytes / 1e6, target.ipu.memory_bytes / _MEBIBYTE
+        head = f"memory, MB (an IPU has {megabytes:.1f}, or {mebibytes:,.0f} MiB)"
+    elif limit is None:
+        head = "memory, MB"
 
     def row(name: str, text: Callable[[StagePrediction], str]) -> List[str]:
         return [name, *map(text, plan.stages)]
 
-    def megabytes(category: str) -> Callable[[StagePrediction], str]:
+    def megabytes_of(category: str) -> Callable[[StagePrediction], str]:
         return lambda stage: f"{getattr(stage.memory, category) / 1e6:.1f}"
 
     rows = [
-        row(head, lambda stage: f"{plan.place} {stage.stage}"),
+        row(head, lambda stage: f"{target.place} {stage.stage}"),
         row("parameters, millions", lambda stage: f"{stage.cost.parameters / 1e6:.2f}"),
     ]
     for category, name in CATEGORIES.items():
         if any(getattr(stage.memory, category) for stage in plan.stages):
             label = _optimizer_label(plan) if category == "optimizer" else name
-            rows.append(row(label, megabytes(category)))
-    rows += [
-        row("total", megabytes("total")),
-        row("share", lambda stage: percent(stage.memory.share)),
-        row("headroom", megabytes("headroom")),
-        row(f"verdict (+- {100 * MEMORY_UNCERTAINTY:.0f} %)", lambda stage: stage.memory.verdict),
-        row("micro-batches held at a time", lambda stage: str(stage.depth)),
-    ]
-    return columns(rows)
+            rows.append(row(label, megabytes_of(category)))
+    rows.append(row("total", megabytes_of("total")))
+    if limit is not None:
+        verdict = f"verdict (+- {100 * MEMORY_UNCERTAINTY:.0f} %)"
+        rows += [
+            row("share", lambda stage: percent(stage.memory.share)),
+            row("headroom", megabytes_of("headroom")),
+            row(verdict, lambda stage: stage.memory.verdict),
+        ]
+    rows.append(row("micro-batches held at a time", lambda stage: str(stage.depth)))
+    lines = columns(rows)
+    if limit is None:
+        lines.append(_UNKNOWN_MEMORY)
+    elif not target.ipu:
+        lines.append(f"memory of the device: {target.memory_source}")
+    return lines
 
 
 def _optimizer_label(plan: Plan) -> str:
-    """Say where the optimizer's state lies."""
-    formats, name = plan.formats, CATEGORIES["optimizer"]
-    if not plan.hardware.is_ipu:
+    """Name the optimizer state with its place."""
+    formats, name = plan.work.formats, CATEGORIES["optimizer"]
+    if not plan.target.ipu:
         return name
     place = "on chip" if formats.on_chip else "off chip"
-    shared = f", 1/{formats.shards} a replica" if formats.shards > 1 else ""
+    shared = f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
     return f"{name}, {place}{shared}"
 
 
 def _times(plan: Plan) -> List[str]:
-    start_ms = 1e3 * plan.model.start_s(plan.hardware)
-    rows = [["time, ms", *(f"{plan.place} {stage.stage}" for stage in plan.stages)]]
+    """Tabulate the milliseconds, or without them the operations, of each stage."""
+    place, scale = plan.target.place, 1e3 if plan.has_time else 1e-9
+    title = "time, ms" if plan.has_time else "operations, G"
+    rows = [[title, *(f"{place} {stage.stage}" for stage in plan.stages)]]
     for name, kind in (
         ("forward", "forward_s"),
         ("recompute", "recompute_s"),
         ("backward", "backward_s"),
-        ("a micro-batch", "micro_batch_s"),
-        ("an update of the weights", "update_s"),
+        ("per micro-batch", "micro_batch_s"),
+        ("per weight update", "update_s"),
     ):
-        values = [1e3 * getattr(stage.time, kind) for stage in plan.stages]
+        values = [scale * getattr(stage.time, kind) for stage in plan.stages]
         if any(values):
             rows.append([name, *(f"{value:.3f}" for value in values)])
     lines = columns(rows)
     slowest, *others = plan.by_speed()
     if others and plan.work.schedule != "in_order":
-        next_one = others[0]
-        more = slowest.time.micro_batch_s / next_one.time.micro_batch_s - 1
+        more = slowest.time.micro_batch_s / others[0].time.micro_batch_s - 1
+        overhead = ""
+        if plan.model.constants.overhead_s:
+            milliseconds = 1e3 * plan.model.constants.overhead_s
+            overhead = f"; {milliseconds:.2f} ms of each micro-batch are fixed overhead"
         lines.append(
-            f"{plan.place} {slowest.stage} is the slowest, {percent(more)} over"
-            f" {plan.place} {next_one.stage}; {start_ms:.2f} ms of each micro-batch are its start"
+            f"{place} {slowest.stage} is the slowest, {percent(more)} over {place}"
+            f" {others[0].stage}{overhead}"
         )
     return lines
 
 
-def _speed(config: Config, plan: Plan) -> List[str]:
-    low, high = plan.speed_range
-    spread = f" ({low:,.0f} to {high:,.0f})" if high > 1.001 * low else ""
-    return [
-        *prose("update", f"{1e3 * plan.seconds:,.1f} ms: {_rounds(config, plan)}"),
-        *prose(
-            "speed",
-            f"{plan.samples_per_s:,.0f} samples/s{spread}, predicted; an epoch of {plan.images:,}"
-            f" images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min",
-        ),
-    ]
-
-
-def _rounds(config: Config, plan: Plan) -> str:
-    """Say how the micro-batches of an update go through the stages."""
+def _update(config: Config, plan: Plan) -> str:
+    """Describe the time of an update, and how its micro-batches go through the stages."""
     work, stages, bubble = plan.work, len(plan.stages), percent(plan.bubble)
-    micro_batches = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
+    accumulation = work.batch.gradient_accumulation
+    micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
+    time = f"{1e3 * plan.seconds:,.1f} ms: " if plan.has_time else ""
     if work.schedule == "in_order":
         idle = f", one stage at a time: each idles {percent(1 - 1 / stages)}" if stages > 1 else ""
-        return f"{micro_batches}{idle}"
+        return f"{time}{micro_batches}{idle}"
     if work.schedule != "lockstep":
         planned = ""
         if config.pipeline.schedule == "interleaved_1f1b":
-            planned = " (interleaved_1f1b is planned as that, with a stage a device)"
-        return f"{work.schedule}{planned} with {micro_batches}; bubble {bubble}"
-    cycles = num_cycles(stages, work.micro_batches)
-    fill, steady, drain = phases(stages, work.micro_batches)
-    of_them = f" ({fill} fill, {steady} steady, {drain} drain)" if steady and fill else ""
+            planned = " (interleaved_1f1b is planned as 1f1b, with one stage per device)"
+        source = "" if plan.has_time else ", from the stages' operations alone"
+        return f"{time}{work.schedule}{planned} with {micro_batches}; bubble {bubble}{source}"
+    cycles = num_cycles(stages, accumulation)
+    fill, steady, drain = phases(stages, accumulation)
+    parts = f" ({fill} fill, {steady} steady, {drain} drain)" if steady and fill else ""
     return (
-        f"{cycles} pipeline cycles = {work.micro_batches} micro-batches +"
-        f" {num_pipeline_stages(stages)} pipeline stages - 1{of_them}; used"
-        f" {work.micro_batches}/{cycles}, bubble {bubble}"
+        f"{time}{cycles} pipeline cycles = {accumulation} micro-batches +"
+        f" {num_pipeline_stages(stages)} pipeline stages - 1{parts}; used"
+        f" {accumulation}/{cycles}, bubble {bubble}"
+    )
+
+
+def _no_speed(target: Target) -> str:
+    return (
+        "not predicted: no speed of this device is published for this model. --calibrate with runs"
+        f" of {target.describe()} predicts it; --hardware mk2 or bow predicts IPUs"
+    )
+
+
+def _speed(plan: Plan) -> List[str]:
+    low, high = plan.speed_range
+    return prose(
+        "speed",
+        f"{plan.samples_per_s:,.0f} samples/s ({low:,.0f} to {high:,.0f}), predicted; an epoch of"
+        f" {plan.images:,} images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min",
     )
 
 
 def _host(config: Config, plan: Plan) -> List[str]:
     needed, workers = plan.samples_per_s, config.data.num_workers
-    text = (
-        f"must read {needed:,.0f} images/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
-        f" ({percent(plan.host_bytes_per_s / plan.host_bandwidth)} of what its links carry). "
-    )
+    text = f"must read {needed:,.0f} images/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
+    if plan.target.ipu:
+        machines = math.ceil(plan.devices / IPUS_PER_MACHINE)
+        links = machines * plan.target.ipu.host_bandwidth.value
+        text += f" ({percent(plan.host_bytes_per_s / links)} of what its links carry)"
     if config.data.cache == "off":
-        each, what = DECODED_PER_S, "data.cache=off decodes some"
-        remedy = "Bound by the host, not by the devices: use the cache"
+        each, what = ESTIMATES["decoded_per_s"].value, "data.cache=off decodes about"
+        remedy = "use the cache"
     else:
-        pixels = (_PIXELS_MEASURED / plan.shape.image_size) ** 2
-        each, what = (
-            CACHED_PER_S._replace(value=CACHED_PER_S.value * pixels),
-            "The cache serves some",
+        each = (
+            ESTIMATES["cached_per_s"].value * (_PIXELS_MEASURED / plan.work.shape.image_size) ** 2
         )
-        remedy = "Bound by the host, not by the devices: raise data.num_workers"
-    processes = processes_needed(needed, each)
+        what, remedy = "The cache serves about", "raise data.num_workers"
+    processes = math.ceil(needed / each)
     text += (
-        f"{what} {each.value:,.0f} images/s a process: {processes} for this speed, and"
+        f". {what} {each:,.0f} images/s per process: {processes} for this speed, and"
         f" data.num_workers is {workers}"
     )
     if processes > max(1, workers):
-        text += f". {remedy}"
+        text += f". The host limits the speed, not the devices: {remedy}"
     return prose("host", text)
 
 
-def _basis(config: Config, plan: Plan) -> List[str]:
-    model, hardware = plan.model, plan.hardware
-    rate = model.flops_per_s(hardware, plan.work.precision)
-    text = (
-        f"a start of {1e3 * model.start_s(hardware):.2f} ms a micro-batch and"
-        f" {rate / 1e12:,.4g} TFLOPS ({percent(model.efficiency)} of the peak), {model.basis}"
-    )
-    if model is published_model(hardware):
-        text += "; nothing here was measured on your machine"
-    if model.start_cycles == 0:
-        text += f". {UNKNOWN_START}"
-    return [*prose("basis", text), *_other_devices(config, plan)]
-
-
-def _other_devices(config: Config, plan: Plan) -> List[str]:
-    """Say what else could be planned where a GPU is."""
-    if plan.hardware.is_ipu:
-        return []
-    ways = ["--hardware mk2 plans for IPUs"]
-    if config.engine.name != "pipeline":
-        ways.insert(0, "engine.name=pipeline plans a GPU for each stage")
-    return prose("device", f"GPUs as engine.name={config.engine.name} takes; {', '.join(ways)}")
+def _basis(plan: Plan) -> List[str]:
+    constants, ipu = plan.model.constants, plan.target.ipu
+    text = f"{constants.flops_per_s / 1e12:,.4g} TFLOPS"
+    if ipu:
+        share = constants.flops_per_s / ipu.peak_flops(plan.target.precision)
+        text += f" ({percent(share)} of the peak)"
+    if constants.overhead_s:
+        text = f"an overhead of {1e3 * constants.overhead_s:.2f} ms per micro-batch and {text}"
+    text += f", {plan.model.basis}; stated error +- {percent(plan.model.error)}"
+    if constants.overhead_s == 0:
+        text += f". {_UNKNOWN_OVERHEAD} The range covers no overhead and nothing but overhead"
+    return prose("basis", text)
 
 
 def _tutorial(plan: Plan) -> List[str]:
-    """Hold Graphcore's tutorial against the plan, where that is of the same batch and split."""
-    theirs = published_workload(TUTORIAL)
-    same_size = [cost.parameters for cost in plan.work.costs] == [
-        cost.parameters for cost in theirs.costs
-    ]
-    same_batch = (plan.work.micro_batch_size, plan.work.micro_batches, plan.work.replicas) == (
-        theirs.micro_batch_size,
-        theirs.micro_batches,
-        theirs.replicas,
+    """Compare the plan with Graphcore's tutorial, if batch, split and device are the same."""
+    theirs, ours = published_workload(TUTORIAL), plan.work
+    is_same = (
+        theirs.target == ours.target
+        and theirs.schedule == ours.schedule
+        and theirs.batch.micro_batch_size == ours.batch.micro_batch_size
+        and theirs.batch.global_batch_size == ours.batch.global_batch_size
+        and theirs.batch.replicas == ours.batch.replicas
+        and [cost.parameters for cost in theirs.costs] == [cost.parameters for cost in ours.costs]
     )
-    same = same_size and same_batch and plan.work.schedule == theirs.schedule
-    if plan.hardware is not HARDWARE[TUTORIAL.hardware] or not same:
-        return []
-    if plan.work.precision != theirs.precision or plan.samples_per_s < TUTORIAL.samples_per_s:
+    if not is_same or plan.samples_per_s < TUTORIAL.samples_per_s:
         return []
     below = 1 - TUTORIAL.samples_per_s / plan.samples_per_s
-    own = theirs.samples / theirs.seconds(plan.model)
+    own = theirs.batch.global_batch_size / theirs.seconds(plan.model.constants)
     return prose(
         "note",
         f"Graphcore's tutorial printed {TUTORIAL.samples_per_s:.1f} samples/s for this batch and"
@@ -280,57 +265,57 @@ def _tutorial(plan: Plan) -> List[str]:
     )
 
 
-def search_lines(config: Config, found: Found) -> List[str]:
-    """List what a search found, and say why the first wins.
-
-    Parameters
-    ----------
-    config
-        The configuration that was searched around.
-    found
-        What was found.
-    """
-    hardware, stages = choose_hardware(config), len(config.pipeline.layers_per_stage)
+def search_lines(config: Config, found: Found, target: Target) -> List[str]:
+    """List the results of a search around a configuration, and why the first is the fastest."""
+    stages = len(config.pipeline.layers_per_stage)
     lines = [
-        f"{stages * config.batch.replicas} x {hardware.name}: {found.tried:,} cuts x batches x"
-        " placements tried"
+        f"{target.of(stages * config.batch.replicas)}: {found.tried:,} cuts x batches x placements"
+        " tried"
     ]
     if found.refused:
         counts = ", ".join(map(str, found.refused))
         lines += prose("refused", f"accumulation {counts}: {list(found.refused.values())[-1]}")
+    if target.memory_bytes is None:
+        lines += prose("memory", f"{_UNKNOWN_MEMORY}; nothing is left out for it")
     if found.too_large is not None:
         lines += prose("memory", f"micro-batch {found.too_large} and larger: fit in no cut")
     if found.best:
-        return [*lines, *_table(found.best), *_why(config, found.best)]
+        return [*lines, *_table(found.best), *prose("why", _why(config, found.best))]
     if found.too_large is None:
         more = "is left: give other --accumulations, or smaller --micro-batches."
         return [*lines, *prose("nothing", more)]
-    smaller = "fewer images a micro-batch"
-    if hardware.is_ipu:
+    smaller = "fewer images per micro-batch"
+    if target.ipu:
         smaller += ", engine.weights=fp16, optim.accumulator=fp16"
     more = f"fits: try more stages (pipeline.layers_per_stage) or {smaller}."
     return [*lines, *prose("nothing", more)]
 
 
 def _table(best: Sequence[Candidate]) -> List[str]:
-    on_ipus = best[0].plan.hardware.is_ipu
-    rows = [["", "layers", "micro-batch", "accum.", "images"]]
-    rows[0] += [*(["keeps", "moments"] if on_ipus else []), "samples/s", "fullest"]
+    first = best[0].plan
+    place, on_ipus = first.target.place, first.target.ipu is not None
+    heads = ["", "layers", "micro-batch", "accum.", "images"]
+    heads += ["keeps", "moments"] if on_ipus else []
+    rows = [[*heads, "samples/s" if first.has_time else "relative speed", "fullest"]]
     for rank, (layout, plan) in enumerate(best, 1):
-        kept = _kept_text(layout.recompute) if plan.work.recomputes else "all"
-        place = ("on chip" if layout.on_chip else "off chip") + ", sharded" * layout.sharded
-        rows.append(
-            [
-                str(rank),
-                _list(layout.layers_per_stage),
-                str(layout.micro_batch_size),
-                str(layout.gradient_accumulation),
-                str(plan.work.samples),
-                *([kept, place] if on_ipus else []),
-                f"{plan.samples_per_s:,.0f}",
-                f"{plan.place} {plan.fullest.stage} {percent(plan.fullest.memory.share)}",
-            ]
-        )
+        row = [
+            str(rank),
+            _list(layout.layers_per_stage),
+            str(layout.micro_batch_size),
+            str(layout.gradient_accumulation),
+            str(plan.work.batch.global_batch_size),
+        ]
+        if on_ipus:
+            moments = "on chip" if layout.placement.on_chip else "off chip"
+            row.append(_kept_text(layout.recompute) if plan.work.recomputes else "all")
+            row.append(f"{moments}, sharded" if layout.placement.sharded else moments)
+        relative = percent(plan.samples_per_s / first.samples_per_s)
+        row.append(f"{plan.samples_per_s:,.0f}" if plan.has_time else relative)
+        memory = plan.fullest.memory
+        full = f"{memory.total / 1e6:,.0f} MB"
+        if plan.target.memory_bytes is not None:
+            full = percent(memory.share)
+        rows.append([*row, f"{place} {plan.fullest.stage} {full}"])
     return columns(rows)
 
 
@@ -338,94 +323,93 @@ def _list(values: Sequence[object]) -> str:
     return str(list(values)).replace(" ", "")
 
 
-def _kept_text(recompute: Sequence[object]) -> str:
-    """Shorten `pipeline.recompute`: what each stage keeps besides its input."""
+def _kept_text(recompute: Sequence[Any]) -> str:
+    """Shorten `pipeline.recompute` to what each stage keeps besides its input."""
     short = {"stage_inputs": "-", "every_layer": "all"}
     return " ".join(
-        short[choice] if isinstance(choice, str) else str(choice).replace(" ", "")
-        for choice in recompute
+        short[choice] if isinstance(choice, str) else _list(choice) for choice in recompute
     )
 
 
-def _why(config: Config, best: Sequence[Candidate]) -> List[str]:
-    """Say what makes the first faster than the configuration, and than the second."""
+def _why(config: Config, best: Sequence[Candidate]) -> str:
+    """Explain why the first is faster than the configuration and than the second."""
     first = best[0].plan
-    text = f"1 wins with {_character(first)}.{_against_own(config, first)}"
+    text = f"1 is the fastest, with {_character(first)}.{_against_own(config, first)}"
     if len(best) > 1:
         second = best[1].plan
-        text += (
-            f" 2 is {percent(1 - second.samples_per_s / first.samples_per_s)} slower:"
-            f" {_character(second)}."
-        )
-    if first.fullest.memory.verdict != "fits":
-        roomy = next(
-            (rank for rank, row in enumerate(best, 1) if row.plan.fullest.memory.verdict == "fits"),
-            None,
-        )
-        where = f"{roomy} is the first with room for that" if roomy else "none has room for that"
-        text += (
-            f" 1 fits closely, and the prediction may be off by {100 * MEMORY_UNCERTAINTY:.0f} %:"
-            f" {where}."
-        )
-    if first.model.start_cycles == 0:
-        text += f" {UNKNOWN_START}."
-    return prose("why", text)
+        slower = percent(1 - second.samples_per_s / first.samples_per_s)
+        text += f" 2 is {slower} slower: {_character(second)}."
+    if first.fullest.memory.verdict == "fits, closely":
+        ranks = [
+            rank for rank, row in enumerate(best, 1) if row.plan.fullest.memory.verdict == "fits"
+        ]
+        where = f"{ranks[0]} is the first with room for that" if ranks else "none has room for that"
+        error = f"{100 * MEMORY_UNCERTAINTY:.0f} %"
+        text += f" 1 fits closely, and the prediction may be off by {error}: {where}."
+    return text if first.model.constants.overhead_s else f"{text} {_UNKNOWN_OVERHEAD}"
 
 
 def _against_own(config: Config, first: Plan) -> str:
-    """Hold the first against the configuration's own layout."""
+    """Compare the first with the configuration's own layout."""
     try:
-        own = make_plan(config, model=first.model)
+        own = make_plan(config, target=first.target, model=first.model)
     except ConfigError:
         return " The configuration's own cut is refused."
+    batch = own.work.batch
     layout = (
-        f"{_list(config.pipeline.layers_per_stage)}, {own.work.micro_batch_size} x"
-        f" {own.work.micro_batches}"
+        f"{_list(config.pipeline.layers_per_stage)}, {batch.micro_batch_size} x"
+        f" {batch.gradient_accumulation}"
     )
-    if own.hardware.is_ipu and ipu_problems(config):
+    if own.target.ipu and ipu_problems(config):
         return f" The configuration's own, {layout}, is refused."
     if not own.fits:
         full = percent(own.fullest.memory.share)
-        return (
-            f" The configuration's own, {layout}, does not fit: {full} of {own.place}"
-            f" {own.fullest.stage}."
-        )
+        place = f"{own.target.place} {own.fullest.stage}"
+        return f" The configuration's own, {layout}, does not fit: {full} of {place}."
+    speed = f"{own.samples_per_s:,.0f} samples/s with " if own.has_time else ""
     return (
-        f" The configuration's own, {layout}: {own.samples_per_s:,.0f} samples/s with"
-        f" {_character(own)}; 1 is {first.samples_per_s / own.samples_per_s:.2f} times as fast."
+        f" The configuration's own, {layout}: {speed}{_character(own)}; 1 is"
+        f" {first.samples_per_s / own.samples_per_s:.2f} times as fast."
     )
 
 
 def _character(plan: Plan) -> str:
-    start_s, images = plan.model.start_s(plan.hardware), plan.work.micro_batch_size
+    images, overhead_s = plan.work.batch.micro_batch_size, plan.model.constants.overhead_s
+    scale, unit = (1e3, "ms") if plan.has_time else (1e-9, "G operations")
     update_s = max(plan.work.update_s)
-    update = f", {1e3 * update_s:.1f} ms an update" if update_s > 0.01 * plan.seconds else ""
+    update = f", {1e3 * update_s:.1f} ms per update" if update_s > 0.01 * plan.seconds else ""
     if plan.work.schedule == "in_order":
         all_s = sum(stage.time.micro_batch_s for stage in plan.stages)
-        return f"{1e3 * all_s / images:.2f} ms an image through all stages{update}"
+        return f"{scale * all_s / images:.2f} {unit} per image through all stages{update}"
     slowest = plan.by_speed()[0]
-    start = start_s / slowest.time.micro_batch_s
+    stage = f"{plan.target.place} {slowest.stage}"
+    if overhead_s:
+        stage += f"; {percent(overhead_s / slowest.time.micro_batch_s)} of it overhead"
     return (
-        f"{1e3 * slowest.time.micro_batch_s / images:.2f} ms an image on the slowest stage"
-        f" ({plan.place} {slowest.stage}; {percent(start)} of it the start){update} and a bubble of"
-        f" {percent(plan.bubble)}"
+        f"{scale * slowest.time.micro_batch_s / images:.2f} {unit} per image on the slowest stage"
+        f" ({stage}){update} and a bubble of {percent(plan.bubble)}"
     )
 
 
-def source_lines(hardware: Hardware) -> List[str]:
+def describe_result(plan: Plan) -> str:
+    """Describe in a line what a search found, for the head of the file that it writes."""
+    speed = f": predicted {plan.samples_per_s:,.0f} samples/s" if plan.has_time else ""
+    full = ""
+    if plan.target.memory_bytes is not None:
+        full = f", the fullest {100 * plan.fullest.memory.share:.0f} % full"
+    return f"for {plan.target.of(plan.devices)}{speed}{full}"
+
+
+def source_lines(target: Target) -> List[str]:
     """List a device's numbers and the published runs, each with its source."""
-    lines = [hardware.name]
-    for field, value in zip(hardware._fields, hardware):
+    lines = [target.name]
+    for field, value in target.ipu._asdict().items() if target.ipu else ():
         if isinstance(value, Sourced):
             lines += prose("", f"{field} {value.value:,.15g}: {value.source}")
-    constants = {
-        "code_bytes": CODE_BYTES,
-        "imbalance": IMBALANCE,
-        "default_proportion": DEFAULT_PROPORTION,
-        "decoded_per_s": DECODED_PER_S,
-        "cached_per_s": CACHED_PER_S,
-    }
-    for name, value in constants.items():
+    if not target.ipu:
+        memory = f"memory {target.memory_bytes or 0:,.0f} bytes: {target.memory_source}"
+        lines += prose("", _UNKNOWN_MEMORY if target.memory_bytes is None else memory)
+    for name, value in ESTIMATES.items():
         lines += prose("", f"{name} {value.value:,.15g}: {value.source}")
     lines.append("published runs, samples/s, and how full their fullest device is predicted")
     rows = [["", "published", "predicted", "measured over it", "", "fullest"]]

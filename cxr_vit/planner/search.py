@@ -1,9 +1,9 @@
-"""How a model is laid out on a number of devices, as part of a configuration. Imports no torch."""
+"""Search for the fastest layout of a model on a number of devices."""
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from dataclasses import replace
 from heapq import merge
 from itertools import chain, combinations, product
 from pathlib import Path
@@ -16,41 +16,36 @@ from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import Formats, ModelShape, stage_cost, stage_memory
-from cxr_vit.planner.estimate import Plan, choose_hardware, make_plan
-from cxr_vit.planner.speed import SpeedModel, Workload, published_model, update_seconds, workload
-from cxr_vit.planner.timeline import in_flight, num_cycles
+from cxr_vit.planner.costs import Formats, stage_cost, stage_memory
+from cxr_vit.planner.estimate import Plan, make_plan, speed_of
+from cxr_vit.planner.hardware import Target, find_target
+from cxr_vit.planner.speed import SpeedModel, Workload, update_seconds, workload
+from cxr_vit.planner.timeline import in_flight, num_cycles, num_pipeline_stages
 
-__all__ = [
-    "UNFIT",
-    "Candidate",
-    "Choice",
-    "Found",
-    "Layout",
-    "Placement",
-    "StageChoices",
-    "all_cuts",
-    "kept_choices",
-    "search",
-]
+__all__ = ["Candidate", "Found", "Layout", "StatePlacement", "all_cuts", "kept_choices", "search"]
 
 
-#: Whether the optimizer's state is on the chip, and whether the replicas share it out.
-Placement = Tuple[bool, bool]
-
-#: More cuts than this take too long, and too much memory.
+#: More cuts than this take too much time and memory.
 _MOST_CUTS = 2_000_000
+#: Number of layouts that are returned.
+_TOP = 10
+
+
+class StatePlacement(NamedTuple):
+    """Whether the optimizer state is on the chip, and whether the replicas share it."""
+
+    on_chip: bool
+    sharded: bool
 
 
 class Layout(NamedTuple):
-    """What is searched: how a model is laid out on a number of devices."""
+    """A searched layout; `recompute` is `pipeline.recompute`."""
 
     layers_per_stage: List[int]
     micro_batch_size: int
     gradient_accumulation: int
     recompute: List[Any]
-    on_chip: bool
-    sharded: bool
+    placement: StatePlacement
 
     @classmethod
     def of_stages(
@@ -60,13 +55,13 @@ class Layout(NamedTuple):
         *,
         micro_batch_size: int,
         gradient_accumulation: int,
-        placement: Placement,
+        placement: StatePlacement,
     ) -> Layout:
-        """Make a layout of each stage's layers and the outputs it keeps, counted from its first."""
+        """Make a layout; `kept` are the layers of each stage, counted from its first."""
         recompute: List[Any] = []
         start = 0
         for stage, (count, own) in enumerate(zip(layers, kept)):
-            # The next stage keeps what the last layer of this one gives.
+            # The next stage keeps the output of this one's last layer.
             whole = count if stage == len(layers) - 1 else count - 1
             if not own:
                 recompute.append("stage_inputs")
@@ -75,10 +70,10 @@ class Layout(NamedTuple):
             else:
                 recompute.append([start + layer for layer in own])
             start += count
-        return cls(list(layers), micro_batch_size, gradient_accumulation, recompute, *placement)
+        return cls(list(layers), micro_batch_size, gradient_accumulation, recompute, placement)
 
     def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
-        """Return it as sections and keys of a configuration."""
+        """Return the layout as sections and keys of a configuration."""
         overlay: Dict[str, Dict[str, Any]] = {
             "pipeline": {"layers_per_stage": self.layers_per_stage},
             "batch": {
@@ -89,28 +84,19 @@ class Layout(NamedTuple):
         if on_ipus:
             overlay["pipeline"]["recompute"] = self.recompute
             overlay["engine"] = {
-                "optimizer_state_on_chip": self.on_chip,
-                "replicated_tensor_sharding": self.sharded,
+                "optimizer_state_on_chip": self.placement.on_chip,
+                "replicated_tensor_sharding": self.placement.sharded,
             }
         return overlay
 
     def applied_to(self, config: Config, *, on_ipus: bool) -> Config:
-        """Return a configuration laid out so."""
+        """Return a configuration with this layout."""
         overlay = self.overlay(on_ipus=on_ipus)
         overlay["batch"]["global_batch_size"] = None
         return config.changed(**overlay)
 
     def write(self, path: Path, *, on_ipus: bool, comment: Sequence[str]) -> None:
-        """Write it as a configuration to be laid over another; never over a file that is there.
-
-        Parameters
-        ----------
-        path
-            The file.
-        on_ipus
-            Whether the keys of IPUs are meant.
-        comment
-            Lines for its head.
+        """Write the layout, under comment lines, as a new file of overrides.
 
         Raises
         ------
@@ -133,7 +119,7 @@ class Layout(NamedTuple):
 
 
 def all_cuts(num_layers: int, stages: int) -> np.ndarray:
-    """Return all cuts, int16 ``[cuts, stages]``: only the first and the last may have no layers.
+    """Return all cuts, int16 ``[cuts, stages]``; only the first and last may have no layers.
 
     Raises
     ------
@@ -169,88 +155,50 @@ def kept_choices(num_layers: int) -> List[Tuple[int, ...]]:
     return sorted({*choices, tuple(range(num_layers))}, key=len)
 
 
-class Choice(NamedTuple):
-    """One way: seconds of a micro-batch and of an update, share of the memory, outputs kept."""
+class _Choice(NamedTuple):
+    """A stage with some outputs kept: seconds per micro-batch, bytes, seconds per update."""
 
     seconds: float
-    share: float
-    kept: Tuple[int, ...]
+    memory: float
     update_s: float
+    kept: Tuple[int, ...]
 
 
-UNFIT = Choice(math.inf, math.inf, (), 0.0)
+_UNFIT = _Choice(math.inf, math.inf, 0.0, ())
 
 
-class StageChoices:
-    """All that fit, by stage and number of layers; worked out once for batches alike.
-
-    Parameters
-    ----------
-    config
-        The configuration, but for what `of` takes.
-    model
-        Constants of the speed.
-    """
-
-    def __init__(self, config: Config, model: SpeedModel) -> None:
-        self.config, self.model = config, model
-        self.shape = ModelShape.from_config(config)
-        self._known: Dict[Any, List[List[List[Choice]]]] = {}
-
-    def of(self, work: Workload, placement: Placement) -> List[List[List[Choice]]]:
-        """Return what fits of each stage with each number of layers, the fastest first."""
-        stages, count = len(work.costs), work.micro_batches
-        depths = [in_flight(work.schedule, stage, stages, count) for stage in range(stages)]
-        key = (work.micro_batch_size, placement, tuple(depths), count > 1)
-        if key not in self._known:
-            on_chip, sharded = placement
-            config = self.config.changed(batch={"gradient_accumulation": count})
-            formats = Formats.from_config(config, work.hardware)._replace(
-                on_chip=on_chip, shards=work.replicas if sharded else 1
-            )
-            self._known[key] = [
-                [
-                    self._choices(work, formats, stage, layers, depths)
-                    for layers in range(self.shape.num_layers + 1)
-                ]
-                for stage in range(stages)
-            ]
-        return self._known[key]
-
-    def _choices(
-        self, work: Workload, formats: Formats, stage: int, layers: int, depths: Sequence[int]
-    ) -> List[Choice]:
-        last = len(depths) - 1
-        if layers == 0 and 0 < stage < last:
-            return []  # in no cut
-        choices = []
-        for kept in kept_choices(layers) if work.recomputes else [()]:
-            cost = stage_cost(
-                self.shape,
-                num_layers=layers,
-                is_first=stage == 0,
-                is_last=stage == last,
-                kept=kept,
-                recomputes=work.recomputes,
-            )
-            memory = stage_memory(
-                cost,
-                self.shape,
-                formats,
-                work.hardware,
-                stage=stage,
-                depth=depths[stage],
-                micro_batch_size=work.micro_batch_size,
-            )
-            if memory.fits:
-                update_s = update_seconds(cost, formats, work.hardware, work.replicas)
-                alone = work._replace(costs=(cost,), update_s=(update_s,))
-                (time,) = alone.stage_times(self.model)
-                choices.append(Choice(time.micro_batch_s, memory.share, kept, update_s))
-        return sorted(choices)
-
-
-_TOP = 10
+def _choices(
+    work: Workload, formats: Formats, model: SpeedModel, stage: int, layers: int, depth: int
+) -> List[_Choice]:
+    """Return what fits of a stage with a number of layers, the fastest first."""
+    last = len(work.costs) - 1
+    if layers == 0 and 0 < stage < last:
+        return []  # in no cut
+    choices = []
+    for kept in kept_choices(layers) if work.recomputes else [()]:
+        cost = stage_cost(
+            work.shape,
+            num_layers=layers,
+            is_first=stage == 0,
+            is_last=stage == last,
+            kept=kept,
+            recomputes=work.recomputes,
+        )
+        memory = stage_memory(
+            cost,
+            work.shape,
+            formats,
+            work.target,
+            stage=stage,
+            depth=depth,
+            micro_batch_size=work.batch.micro_batch_size,
+        )
+        if memory.fits:
+            update_s = update_seconds(cost, formats, work.target.ipu, work.batch.replicas)
+            alone = work._replace(costs=(cost,), update_s=(update_s,))
+            (time,) = alone.stage_times(model.constants)
+            choices.append(_Choice(time.micro_batch_s, memory.total, update_s, kept))
+    return sorted(choices)
 
 
 class Candidate(NamedTuple):
@@ -261,18 +209,10 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search found.
+    """Result of a search: the best layouts, the fastest first, of the `tried` combinations.
 
-    Attributes
-    ----------
-    best
-        The fastest that fit and are not refused, the fastest first.
-    tried
-        Number of combinations of cut, batch and placement.
-    refused
-        Accumulations that are refused, each with the reason.
-    too_large
-        The smallest micro-batch that fits in no cut; None where all fit in some.
+    `refused` holds refused accumulations with the reason, `too_large` the smallest micro-batch that
+    fits in no cut.
     """
 
     best: List[Candidate]
@@ -282,21 +222,22 @@ class Found(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    """A combination by what it is ranked by, before it is planned."""
+    """A combination, before it is planned; ordered by its fields."""
 
-    seconds_a_image: float
+    seconds_per_image: float
     preference: int
-    share: float
+    memory: float
     layers: Tuple[int, ...]
     micro_batch_size: int
     accumulation: int
-    placement: Placement
+    placement: StatePlacement
     kept: Tuple[Tuple[int, ...], ...]
 
 
 def search(
     config: Config,
     *,
+    target: Optional[Target] = None,
     micro_batches: Optional[Sequence[int]] = None,
     accumulations: Optional[Sequence[int]] = None,
     model: Optional[SpeedModel] = None,
@@ -306,49 +247,68 @@ def search(
     Parameters
     ----------
     config
-        Says all that is not searched, the number of stages and replicas among it.
+        Gives everything that is not searched, also the number of stages and replicas.
+    target, model
+        As in `make_plan`.
     micro_batches
-        Sizes to try; None for all that divide the global batch.
+        Sizes to try; None for all that divide the global batch. If the overhead of a micro-batch is
+        unknown, None is the configuration's own: small ones would look too fast.
     accumulations
-        To try with each of them; None for the one that gives the configuration's global batch.
-    model
-        Constants of the speed; None for those fitted to published runs.
+        Accumulations to try with each size; None for the one that keeps the global batch.
 
     Raises
     ------
     ConfigError
         If the configuration has no pipeline to cut, the model's shape is unknown, there are too
-        many cuts to try, or PopTorch would refuse it however it is laid out.
+        many cuts to try, or PopTorch refuses the configuration with any layout.
     """
-    hardware = choose_hardware(config)
-    stages = len(config.pipeline.layers_per_stage)
-    cuts = all_cuts(ModelShape.from_config(config).num_layers, stages)
-    even = [int(count) for count in cuts[np.argmin(cuts.max(axis=1))]]
-    neutral = _neutral(config, even)
-    work = workload(neutral, hardware)
+    target = target or find_target(config)
+    model = model or speed_of(target)
+    neutral = _neutral(config)
+    work = workload(neutral, target)
     _check(neutral, work)
-    pairs = _pairs(config, micro_batches, accumulations)
+    cuts = all_cuts(work.shape.num_layers, len(work.costs))
+    batch = BatchPlan.from_section(config.batch)
+    if micro_batches is None and model.constants.overhead_s == 0:
+        micro_batches = [batch.micro_batch_size]
+    pairs = _pairs(batch, micro_batches, accumulations)
     refused = _refused(neutral, work, sorted({count for _, count in pairs}))
-    legal = [(size, count) for size, count in pairs if count not in refused]
-    placements = _placements(config, work)
-    constants = model or published_model(hardware)
-    every_choice = StageChoices(neutral, constants)
-    tables: Dict[int, _Table] = {}
+    legal = [
+        replace(batch, micro_batch_size=size, gradient_accumulation=count)
+        for size, count in pairs
+        if count not in refused
+    ]
+    placements = _placements(config, target)
+    tables: Dict[Tuple[object, ...], _Table] = {}
     fitting = set()
     ranked: List[Iterator[_Ranked]] = []
-    for placement, (size, count) in product(placements, legal):
-        batch = work._replace(micro_batch_size=size, micro_batches=count)
-        choices = every_choice.of(batch, placement)
-        table = tables.setdefault(id(choices), _Table(cuts, choices, placement))
-        if np.isfinite(table.share).any():
-            fitting.add(size)
-            ranked.append(table.ranked(batch, preference=placements.index(placement)))
-    unfit = sorted({size for size, _ in legal} - fitting)
+    for preference, placement in enumerate(placements):
+        for own in legal:
+            tried = work._replace(batch=own)
+            # Everything that a table depends on; the depths stop growing with the accumulation.
+            depths, accumulates = _depths(tried), own.gradient_accumulation > 1
+            key = (placement, own.micro_batch_size, depths, accumulates)
+            if key not in tables:
+                tables[key] = _Table(tried, cuts, placement, depths, model)
+            if np.isfinite(tables[key].memory).any():
+                fitting.add(own.micro_batch_size)
+                ranked.append(tables[key].ranked(tried, preference))
+    unfit = sorted({own.micro_batch_size for own in legal} - fitting)
     return Found(
-        best=_best(config, merge(*ranked), model, work),
+        best=_best(config, merge(*ranked), target, model),
         tried=len(cuts) * len(pairs) * len(placements),
         refused=refused,
         too_large=unfit[0] if unfit else None,
+    )
+
+
+def _neutral(config: Config) -> Config:
+    """Return the configuration with a cut, accumulation and placement that no rule refuses."""
+    stages = len(config.pipeline.layers_per_stage)
+    return config.changed(
+        pipeline={"layers_per_stage": [1] * stages, "recompute": "every_layer"},
+        batch={"gradient_accumulation": num_pipeline_stages(stages), "global_batch_size": None},
+        engine={"optimizer_state_on_chip": True, "replicated_tensor_sharding": False},
     )
 
 
@@ -359,40 +319,35 @@ def _check(neutral: Config, work: Workload) -> None:
             "there is nothing to search: all stages run on one device. Give a pipeline"
             " (engine.name=poptorch or pipeline, two stages or more)."
         )
-    problems = ipu_problems(neutral) if work.hardware.is_ipu else []
+    problems = ipu_problems(neutral) if work.target.ipu else []
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(map(str, problems)))
 
 
-def _neutral(config: Config, layers: List[int]) -> Config:
-    """Return the configuration with what is searched set to what nobody refuses."""
-    return config.changed(
-        pipeline={"layers_per_stage": layers, "recompute": "every_layer"},
-        batch={"gradient_accumulation": 1_000_000, "global_batch_size": None},
-        engine={"optimizer_state_on_chip": True, "replicated_tensor_sharding": False},
-    )
+def _depths(work: Workload) -> Tuple[int, ...]:
+    """Return the most micro-batches that each stage holds at once."""
+    stages, accumulation = len(work.costs), work.batch.gradient_accumulation
+    return tuple(in_flight(work.schedule, stage, stages, accumulation) for stage in range(stages))
 
 
 def _refused(config: Config, work: Workload, counts: Sequence[int]) -> Dict[int, str]:
-    """Return the accumulations that the pipeline cannot have, each with the reason."""
+    """Return the accumulations that the pipeline refuses, each with the reason."""
     refused = {}
     for count in counts:
         tried = config.changed(batch={"gradient_accumulation": count})
-        if work.hardware.is_ipu:
-            problems = ipu_problems(tried)
+        if work.target.ipu:
+            problem = next(iter(ipu_problems(tried)), None)
         else:
             problem = schedule_problem(tried, len(work.costs))
-            problems = [problem] if problem else []
-        if problems:
-            refused[count] = problems[0]
+        if problem:
+            refused[count] = str(problem)
     return refused
 
 
 def _pairs(
-    config: Config, sizes: Optional[Sequence[int]], counts: Optional[Sequence[int]]
+    batch: BatchPlan, sizes: Optional[Sequence[int]], counts: Optional[Sequence[int]]
 ) -> List[Tuple[int, int]]:
     """Return the micro-batch sizes and accumulations to try together."""
-    batch = BatchPlan.from_section(config.batch)
     share = batch.global_batch_size // batch.replicas
     if sizes is None:
         sizes = [size for size in range(1, share + 1) if share % size == 0]
@@ -407,124 +362,118 @@ def _pairs(
     return pairs
 
 
-def _placements(config: Config, work: Workload) -> List[Placement]:
-    """Return where the optimizer's state may lie, (on the chip, sharded), the own place first."""
-    if not work.hardware.is_ipu:
-        return [(True, False)]
+def _placements(config: Config, target: Target) -> List[StatePlacement]:
+    """Return the placements of the optimizer state to try, the configuration's own first."""
+    if not target.ipu:
+        return [StatePlacement(on_chip=True, sharded=False)]
     engine = config.engine
-    own = (engine.optimizer_state_on_chip, engine.replicated_tensor_sharding)
+    own = StatePlacement(engine.optimizer_state_on_chip, engine.replicated_tensor_sharding)
     sharded = [False, True] if config.batch.replicas > 1 else [False]
-    every = [(on_chip, shard) for on_chip in (True, False) for shard in sharded]
+    every = [StatePlacement(on_chip, shard) for on_chip in (True, False) for shard in sharded]
     return sorted(every, key=lambda placement: placement != own)
 
 
 class _Table:
-    """What each cut takes of each stage, at one placement and micro-batch."""
+    """Time and memory of each cut, with one placement, micro-batch and depths.
+
+    The costs of a stage depend on its place and its own layers only, so each is computed once.
+    """
 
     def __init__(
         self,
+        work: Workload,
         cuts: np.ndarray,
-        choices: Sequence[Sequence[Sequence[Choice]]],
-        placement: Placement,
+        placement: StatePlacement,
+        depths: Sequence[int],
+        model: SpeedModel,
     ) -> None:
-        self.cuts, self.choices, self.placement = cuts, choices, placement
-
-    @cached_property
-    def seconds(self) -> np.ndarray:
-        """Seconds of a micro-batch, float64 ``[cuts, stages]``; infinite where it does not fit."""
-        return self._of_the_quickest("seconds")
-
-    @cached_property
-    def share(self) -> np.ndarray:
-        """How full the fullest device is, float64 ``[cuts]``."""
-        fullest: np.ndarray = self._of_the_quickest("share").max(axis=1)
-        return fullest
-
-    @cached_property
-    def update_s(self) -> np.ndarray:
-        """Seconds that the weights' update takes, float64 ``[cuts]``."""
-        longest: np.ndarray = self._of_the_quickest("update_s").max(axis=1)
-        return longest
-
-    def _of_the_quickest(self, field: str) -> np.ndarray:
-        table = np.array(
-            [
-                [getattr((choices or [UNFIT])[0], field) for choices in by_layers]
-                for by_layers in self.choices
-            ]
+        self.cuts, self.placement = cuts, placement
+        accumulates = work.batch.gradient_accumulation > 1 or work.target.ipu is None
+        formats = work.formats._replace(
+            on_chip=placement.on_chip,
+            shards=work.batch.replicas if placement.sharded else 1,
+            accumulates=accumulates,
         )
-        values: np.ndarray = table[np.arange(len(self.choices)), self.cuts]
-        return values
+        #: By stage and number of layers, the fastest first.
+        self.choices = [
+            [
+                _choices(work, formats, model, stage, layers, depth)
+                for layers in range(work.shape.num_layers + 1)
+            ]
+            for stage, depth in enumerate(depths)
+        ]
+        fastest = np.array(
+            [[(choices or [_UNFIT])[0][:3] for choices in stage] for stage in self.choices]
+        )
+        #: float64 ``[cuts, stages, 3]``; infinite if it does not fit.
+        values = fastest[np.arange(len(depths)), cuts]
+        self.seconds = values[:, :, 0]
+        #: Of the slowest stage, of the fullest, and of the longest weight update, ``[cuts]``.
+        self.slowest_s, self.memory, self.update_s = values.max(axis=1).T
 
-    def ranked(self, work: Workload, *, preference: int) -> Iterator[_Ranked]:
-        """Yield the cuts that fit, those first of which an update takes the least at least."""
+    def ranked(self, work: Workload, preference: int) -> Iterator[_Ranked]:
+        """Yield the cuts that fit, by the lower bound of an update's time."""
         least_s = self._least_s(work) + self.update_s
-        images = work.micro_batch_size * work.micro_batches * work.replicas
         candidates = np.arange(len(least_s))
         if work.schedule in ("lockstep", "in_order") and len(least_s) > _TOP:
-            # It takes no more either: the first and all that tie with the last of them will do.
+            # The bound is the time itself: the first and all that tie with the last are enough.
             limit = np.partition(least_s, _TOP)[_TOP]
             candidates = np.flatnonzero(least_s <= limit * (1 + 1e-12))
-        order = np.lexsort((self.share[candidates], np.round(least_s[candidates], 12)))
+        order = np.lexsort((self.memory[candidates], np.round(least_s[candidates], 12)))
         for row in candidates[order]:
             if not np.isfinite(least_s[row]):
                 return
             layers = tuple(int(count) for count in self.cuts[row])
-            chosen = self._chosen(work, layers, float(self.seconds[row].max()))
+            chosen = self._chosen(work, layers, float(self.slowest_s[row]))
             yield _Ranked(
-                round(float(least_s[row]) / images, 12),
+                round(float(least_s[row]) / work.batch.global_batch_size, 12),
                 preference,
-                max(choice.share for choice in chosen),
+                max(choice.memory for choice in chosen),
                 layers,
-                work.micro_batch_size,
-                work.micro_batches,
+                work.batch.micro_batch_size,
+                work.batch.gradient_accumulation,
                 self.placement,
                 tuple(choice.kept for choice in chosen),
             )
 
     def _least_s(self, work: Workload) -> np.ndarray:
-        """Return what an update of each cut takes at least, but for the weights' own."""
-        own, count = self.seconds, work.micro_batches
+        """Return a lower bound of the time of each cut's micro-batches."""
+        own, count = self.seconds, work.batch.gradient_accumulation
         least: np.ndarray
         if work.schedule == "lockstep":
-            least = num_cycles(own.shape[1], count) * self._slowest
+            least = num_cycles(own.shape[1], count) * self.slowest_s
         elif work.schedule == "in_order":
             least = count * own.sum(axis=1)
         else:
-            # Before a stage begins, those before it pass a micro-batch on, and take it back at the
-            # end; in between it does its own work.
+            # The stages before a stage pass a micro-batch on before it starts, and take one back
+            # at the end; in between it does its own work.
             before = np.cumsum(np.hstack([np.zeros((len(own), 1)), own[:, :-1]]), axis=1)
             least = (before + count * own).max(axis=1)
         return least
 
-    @cached_property
-    def _slowest(self) -> np.ndarray:
-        slowest: np.ndarray = self.seconds.max(axis=1)
-        return slowest
-
-    def _chosen(self, work: Workload, layers: Tuple[int, ...], slowest_s: float) -> List[Choice]:
-        """Choose for each stage what takes the least memory and makes no round longer."""
+    def _chosen(self, work: Workload, layers: Tuple[int, ...], slowest_s: float) -> List[_Choice]:
+        """Choose for each stage the least memory that does not slow the update."""
         chosen = []
         for stage, count in enumerate(layers):
             choices = self.choices[stage][count]
             limit_s = slowest_s if work.schedule == "lockstep" else choices[0].seconds
             quick = [choice for choice in choices if choice.seconds <= limit_s * (1 + 1e-9)]
-            chosen.append(min(quick, key=lambda choice: choice.share))
+            chosen.append(min(quick, key=lambda choice: choice.memory))
         return chosen
 
 
 def _best(
-    config: Config, ranked: Iterable[_Ranked], model: Optional[SpeedModel], work: Workload
+    config: Config, ranked: Iterable[_Ranked], target: Target, model: SpeedModel
 ) -> List[Candidate]:
-    """Plan the most promising until no other can be among the best."""
-    on_ipus = work.hardware.is_ipu
+    """Plan the most promising combinations until no other can be among the best."""
+    on_ipus = target.ipu is not None
     best: List[Candidate] = []
     seen = set()
     for row in ranked:
-        if len(best) >= _TOP and 1 / row.seconds_a_image < best[_TOP - 1].plan.samples_per_s:
+        if len(best) >= _TOP and 1 / row.seconds_per_image < best[_TOP - 1].plan.samples_per_s:
             break
         key = (row.layers, row.micro_batch_size, row.accumulation)
-        if key in seen:  # no faster with the optimizer's state elsewhere
+        if key in seen:  # no faster with the optimizer state elsewhere
             continue
         layout = Layout.of_stages(
             row.layers,
@@ -534,7 +483,7 @@ def _best(
             placement=row.placement,
         )
         laid_out = layout.applied_to(config, on_ipus=on_ipus)
-        plan = make_plan(laid_out, model=model)
+        plan = make_plan(laid_out, target=target, model=model)
         if plan.fits and not (on_ipus and ipu_problems(laid_out)):
             seen.add(key)
             best.append(Candidate(layout, plan))

@@ -1,7 +1,7 @@
-"""How long a stage takes, by two constants, and what they are fitted to.
+"""Time of a weight update, from two constants of a device.
 
-A micro-batch on a stage takes a start (messages, programs, waiting) and the time of its matrix
-products at a part of the device's peak. Imports no torch.
+A micro-batch on a stage takes a fixed overhead (messages, programs, waiting) and the time of its
+matrix products at a constant rate.
 """
 
 from __future__ import annotations
@@ -11,88 +11,105 @@ from functools import lru_cache
 from itertools import product
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-from cxr_vit.config import BatchPlan, Config, load_config
-from cxr_vit.config.plans import StagePlan
+from cxr_vit.config import BatchPlan, Config, StagePlan, load_config
+from cxr_vit.config.plans import empty_stage_problem
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import Formats, ModelShape, StageCost, stage_cost
 from cxr_vit.planner.hardware import (
-    HARDWARE,
+    IPUS,
     PUBLISHED,
     SPEED_UNCERTAINTY,
-    Hardware,
+    Ipu,
     PublishedRun,
+    Target,
+    make_target,
 )
 from cxr_vit.planner.timeline import StageTime, num_cycles, simulate
 
 __all__ = [
+    "RELATIVE",
+    "Constants",
     "Measured",
     "SpeedModel",
     "Workload",
     "fit",
-    "published_corners",
     "published_model",
     "published_workload",
     "update_seconds",
     "workload",
 ]
 
-#: Micro-batches after which a pipeline of processes is as steady as it will be.
+#: Micro-batches after which every further one of a process pipeline takes equally long.
 _STEADY = 512
+#: The published runs are of this IPU.
+_PUBLISHED_IPU = IPUS["bow"]
+
+
+class Constants(NamedTuple):
+    """Overhead of a micro-batch on a stage, and operations per second of the products."""
+
+    overhead_s: float
+    flops_per_s: float
 
 
 class SpeedModel(NamedTuple):
-    """The two constants, without a unit of one device; `basis` says what they are fitted to.
+    """The constants of a device and their error.
 
     Attributes
     ----------
-    start_cycles
-        Clock cycles that a micro-batch takes on a stage besides its products.
-    efficiency
-        The part of the peak that the products reach.
+    others
+        Further constants that the measurements allow as well.
+    error
+        Error of the predicted speed, as a share, either way.
+    basis
+        What the constants are fitted to.
     """
 
-    start_cycles: float
-    efficiency: float
+    constants: Constants
+    others: Tuple[Constants, ...]
+    error: float
     basis: str
 
-    def start_s(self, hardware: Hardware) -> float:
-        """Return the start on a device, seconds."""
-        return self.start_cycles / hardware.clock_hz.value
+    def range_s(self, work: Workload) -> Tuple[float, float]:
+        """Return the shortest and the longest time of a weight update, seconds."""
+        every = [work.seconds(constants) for constants in (self.constants, *self.others)]
+        slowest_s = every[0] / (1 - self.error) if self.error < 1 else math.inf
+        return min(*every, every[0] / (1 + self.error)), max(*every, slowest_s)
 
-    def flops_per_s(self, hardware: Hardware, precision: str) -> float:
-        """Return what the products reach on a device, operations a second."""
-        return self.efficiency * hardware.peak_flops(precision)
+
+#: Constants for a device without measurements: its times are operations, and only their ratios mean
+#: something. The overhead is unknown: it may be nothing or everything.
+RELATIVE = SpeedModel(Constants(0.0, 1.0), (Constants(1.0, math.inf),), 0.0, "")
 
 
 class Workload(NamedTuple):
-    """What one replica has to do in one weight update, on which device, in which order."""
+    """Work of one replica in one weight update.
 
-    hardware: Hardware
+    Attributes
+    ----------
+    schedule
+        As in `timeline.simulate`.
+    recomputes
+        Whether the stages compute again what they do not keep.
+    update_s
+        Seconds of each stage's weight update.
+    """
+
+    target: Target
+    shape: ModelShape
+    batch: BatchPlan
+    formats: Formats
     schedule: str
-    precision: str
-    micro_batch_size: int
-    micro_batches: int
-    replicas: int
+    recomputes: bool
     costs: Tuple[StageCost, ...]
     update_s: Tuple[float, ...]
 
-    @property
-    def samples(self) -> int:
-        """Images of a weight update of all replicas."""
-        return self.micro_batch_size * self.micro_batches * self.replicas
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether the stages compute again what they do not keep."""
-        return _recomputes(self.hardware, self.schedule, len(self.costs))
-
-    def stage_times(self, model: SpeedModel) -> List[StageTime]:
-        """Return the time of a micro-batch on each stage."""
-        start_s = model.start_s(self.hardware)
-        rate = model.flops_per_s(self.hardware, self.precision)
+    def stage_times(self, constants: Constants) -> List[StageTime]:
+        """Return the times of a micro-batch on each stage."""
+        images = self.batch.micro_batch_size
         times = []
         for cost, update_s in zip(self.costs, self.update_s):
-            whole_s = start_s + self.micro_batch_size * cost.flops / rate
+            whole_s = constants.overhead_s + images * cost.flops / constants.flops_per_s
             forward, again = cost.forward_flops / cost.flops, cost.recompute_flops / cost.flops
             backward = 1 - forward - again
             times.append(
@@ -100,195 +117,210 @@ class Workload(NamedTuple):
             )
         return times
 
-    def seconds(self, model: SpeedModel) -> float:
+    def seconds(self, constants: Constants) -> float:
         """Return the time of a weight update."""
-        return self._work_s(model, self.micro_batches) + max(self.update_s)
+        work_s = self.micro_batches_s(constants, self.batch.gradient_accumulation)
+        return work_s + max(self.update_s)
 
-    def _work_s(self, model: SpeedModel, micro_batches: int) -> float:
+    def micro_batches_s(self, constants: Constants, micro_batches: int) -> float:
         """Return the time of an update's micro-batches."""
-        times = self.stage_times(model)
+        times = self.stage_times(constants)
         if self.schedule == "lockstep":
             cycles = num_cycles(len(times), micro_batches)
             return cycles * max(time.micro_batch_s for time in times)
         if self.schedule == "in_order":
             return micro_batches * sum(time.micro_batch_s for time in times)
-        if micro_batches > _STEADY:  # from here on each takes as long as the one before
-            half, whole = (self._work_s(model, count) for count in (_STEADY // 2, _STEADY))
+        if micro_batches > _STEADY:
+            half, whole = (
+                self.micro_batches_s(constants, count) for count in (_STEADY // 2, _STEADY)
+            )
             return whole + (micro_batches - _STEADY) * (whole - half) / (_STEADY - _STEADY // 2)
         return simulate(self.schedule, times, micro_batches).work_s
 
-    def bubble(self, model: SpeedModel) -> float:
-        """Return the part of an update's work that is more than the slowest stage's own.
+    def bubble(self, constants: Constants) -> float:
+        """Return the share of an update's work in which the slowest stage waits.
 
-        Of stages in order none is the slowest: another always works.
+        Stages in order have no slowest one: another always works.
         """
-        times = [time.micro_batch_s for time in self.stage_times(model)]
+        count = self.batch.gradient_accumulation
+        times = [time.micro_batch_s for time in self.stage_times(constants)]
         own = sum(times) if self.schedule == "in_order" else max(times)
-        return 1 - self.micro_batches * own / self._work_s(model, self.micro_batches)
-
-    def coefficients(self) -> Tuple[float, float]:
-        """Return what an update's work takes for one cycle of a start, and at the whole peak."""
-        starts = self._work_s(SpeedModel(1.0, math.inf, ""), self.micro_batches)
-        return starts, self._work_s(SpeedModel(0.0, 1.0, ""), self.micro_batches)
+        return 1 - count * own / self.micro_batches_s(constants, count)
 
 
-def workload(
-    config: Config,
-    hardware: Hardware,
-    engine: Optional[str] = None,
-    local_replicas: Optional[int] = None,
-) -> Workload:
-    """Work out what a configuration has a device do.
+def workload(config: Config, target: Target, local_replicas: Optional[int] = None) -> Workload:
+    """Return the work that a configuration gives a device.
 
     Parameters
     ----------
-    config
-        The configuration.
-    hardware
-        The device.
-    engine
-        The engine that was chosen; None for `engine.name`.
     local_replicas
-        Of one process; None for all.
+        Replicas of one process; None for all.
 
     Raises
     ------
     ConfigError
-        If the model's shape is not known without loading it, or a stage has nothing to do.
+        If the model's shape is unknown without loading it, or a stage has no work.
     """
     shape, batch = ModelShape.from_config(config), BatchPlan.from_section(config.batch)
-    layers, schedule = _stages(config, hardware, engine or config.engine.name)
-    if 0 in layers[1:-1]:
-        raise ConfigError(
-            f"pipeline.layers_per_stage={layers} leaves stage {layers.index(0, 1)} without work."
-            " Only the first stage (embedding) and the last (head) may have 0 layers."
-        )
-    recomputes = _recomputes(hardware, schedule, len(layers))
+    formats = Formats.from_config(config, target, batch, local_replicas)
+    layers, schedule = _stages(config, target)
+    problem = empty_stage_problem(layers)
+    if problem:
+        raise ConfigError(str(problem))
+    # PopTorch sets autoRecomputation for pipelines of several IPUs (Compiler.cpp:571).
+    recomputes = schedule == "lockstep" and len(layers) > 1
     plan = StagePlan.from_list(layers)
     kept = plan.kept_layers(config.pipeline.recompute) if recomputes else [[]] * len(layers)
     costs = tuple(
         stage_cost(
             shape,
             num_layers=count,
-            is_first=stage == 0,
-            is_last=stage == len(layers) - 1,
+            is_first=plan.has_embedding(stage),
+            is_last=plan.has_head(stage),
             kept=[layer - plan.layers(stage).start for layer in kept[stage]],
             recomputes=recomputes,
         )
         for stage, count in enumerate(layers)
     )
-    formats = Formats.from_config(config, hardware, local_replicas)
-    return Workload(
-        hardware=hardware,
-        schedule=schedule,
-        precision="fp32" if config.engine.precision == "fp32" else "fp16",
-        micro_batch_size=batch.micro_batch_size,
-        micro_batches=batch.gradient_accumulation,
-        replicas=batch.replicas,
-        costs=costs,
-        update_s=tuple(update_seconds(cost, formats, hardware, batch.replicas) for cost in costs),
-    )
+    update_s = tuple(update_seconds(cost, formats, target.ipu, batch.replicas) for cost in costs)
+    return Workload(target, shape, batch, formats, schedule, recomputes, costs, update_s)
 
 
-def _recomputes(hardware: Hardware, schedule: str, stages: int) -> bool:
-    """Whether PopTorch sets autoRecomputation (Compiler.cpp:571): for pipelines of several IPUs."""
-    return hardware.is_ipu and schedule == "lockstep" and stages > 1
-
-
-def _stages(config: Config, hardware: Hardware, engine: str) -> Tuple[List[int], str]:
+def _stages(config: Config, target: Target) -> Tuple[List[int], str]:
     """Return the layers of each device's stage, and the schedule."""
     pipeline = config.pipeline
-    if hardware.is_ipu:
+    if target.engine == "poptorch":
         in_order = pipeline.execution == "sharded"
         return pipeline.layers_per_stage, "in_order" if in_order else "lockstep"
-    if engine != "pipeline":  # the torch engine: the stages in turn on one device
+    if target.engine == "torch":  # all stages on one device, in order
         return [sum(pipeline.layers_per_stage)], "in_order"
     return pipeline.layers_per_stage, "gpipe" if pipeline.schedule == "gpipe" else "1f1b"
 
 
-def update_seconds(cost: StageCost, formats: Formats, hardware: Hardware, replicas: int) -> float:
+def update_seconds(cost: StageCost, formats: Formats, ipu: Optional[Ipu], replicas: int) -> float:
     """Return the time of a stage's weight update: memory traffic, all-reduce, streamed moments.
 
-    The replicas' gradients go round a ring (2 (R - 1) / R of them over each link; Patarasuk and
-    Yuan 2009).
+    The gradients go round a ring of the replicas: 2 (R - 1) / R of them over each link (Patarasuk
+    and Yuan 2009). For devices other than IPUs it is 0: a calibrated rate includes the update.
     """
-    touched = 2 * formats.weight + formats.accumulator + 2 * formats.moments * formats.on_chip
-    update_s = touched * cost.parameters / hardware.memory_bandwidth.value
+    if ipu is None:
+        return 0.0
+    touched = 2 * formats.weight + formats.accumulator
+    if formats.on_chip:
+        touched += 2 * formats.moments
+    update_s = touched * cost.parameters / ipu.memory_bandwidth.value
     exchanged = 2 * (replicas - 1) / replicas * formats.accumulator * cost.parameters
-    update_s += exchanged / hardware.link_bandwidth.value
+    update_s += exchanged / ipu.link_bandwidth.value
     if not formats.on_chip:
         streamed = 2 * formats.moments * cost.parameters / formats.shards
-        update_s += streamed / hardware.streaming_bandwidth.value
+        update_s += streamed / ipu.streaming_bandwidth.value
     return update_s
 
 
 class Measured(NamedTuple):
-    """A workload and the seconds that its update was measured to take."""
+    """A workload, the measured seconds of its update, and how they scatter, as a share of them."""
 
-    workload: Workload
+    work: Workload
     seconds: float
+    scatter: float = 0.0
+
+    @property
+    def work_s(self) -> float:
+        """Seconds without the weight update itself."""
+        return self.seconds - max(self.work.update_s)
+
+    def predicted_s(self, constants: Constants) -> float:
+        """Return the predicted value of `work_s`."""
+        return self.work.seconds(constants) - max(self.work.update_s)
 
 
-def fit(measured: Sequence[Measured], prior: SpeedModel, basis: str) -> SpeedModel:
-    """Fit the constants to measurements, by least squares of the relative errors.
+def fit(measured: Sequence[Measured], prior: SpeedModel, names: str) -> SpeedModel:
+    """Fit constants to measurements, by least squares of the relative errors.
 
-    Where all of them are of one mix of starts and products, the two cannot be told apart, and the
-    prior's are scaled by one factor.
+    Runs of three or more micro-batch sizes determine both constants; the others that they allow are
+    the fits without one of the runs. Fewer determine one factor on the prior's constants. The error
+    is the largest residual or scatter of a run, and at least `SPEED_UNCERTAINTY`.
     """
-    rows, scales = [], []
-    for run in measured:
-        starts, products = run.workload.coefficients()
-        work_s = run.seconds - max(run.workload.update_s)
-        rows.append((starts / work_s, products / work_s))
-        scales.append((run.workload.seconds(prior) - max(run.workload.update_s)) / work_s)
+    sizes = {run.work.batch.micro_batch_size for run in measured}
+    both = _fit_both(measured) if len(sizes) >= 3 else None
+    if both:
+        constants, what = both, "2 constants"
+        without = [_fit_both([*measured[:i], *measured[i + 1 :]]) for i in range(len(measured))]
+        others = tuple(found for found in without if found)
+    else:
+        constants, what = _scaled(measured, prior.constants), "1 constant"
+        others = tuple(_scaled(measured, other) for other in prior.others)
+    residuals = [abs(run.work.seconds(constants) / run.seconds - 1) for run in measured]
+    error = max(SPEED_UNCERTAINTY, *residuals, *(run.scatter for run in measured))
+    runs = f"{len(measured)} run{'s' * (len(measured) > 1)}"
+    return SpeedModel(constants, others, error, f"{what} fitted to {runs} ({names})")
+
+
+def _fit_both(measured: Sequence[Measured]) -> Optional[Constants]:
+    """Return both constants, or None if the measurements do not determine them."""
+    rows = [
+        (
+            run.predicted_s(Constants(1.0, math.inf)) / run.work_s,
+            run.predicted_s(Constants(0.0, 1.0)) / run.work_s,
+        )
+        for run in measured
+    ]
     ss = sum(s * s for s, _ in rows)
     pp = sum(p * p for _, p in rows)
     sp = sum(s * p for s, p in rows)
     s1, p1 = sum(s for s, _ in rows), sum(p for _, p in rows)
     determinant = ss * pp - sp * sp
-    if determinant > 1e-6 * ss * pp:
-        start = (s1 * pp - p1 * sp) / determinant
-        inverse = (ss * p1 - sp * s1) / determinant
-        if start < 0:
-            start, inverse = 0.0, p1 / pp
-        if inverse > 0:
-            return SpeedModel(start, 1 / inverse, basis)
-    factor = sum(scales) / sum(scale * scale for scale in scales)
-    return SpeedModel(prior.start_cycles * factor, prior.efficiency / factor, basis)
+    if determinant <= 1e-6 * ss * pp:
+        return None
+    overhead = (s1 * pp - p1 * sp) / determinant
+    inverse = (ss * p1 - sp * s1) / determinant
+    if overhead < 0:
+        overhead, inverse = 0.0, p1 / pp
+    return Constants(overhead, 1 / inverse) if inverse > 0 else None
+
+
+def _scaled(measured: Sequence[Measured], prior: Constants) -> Constants:
+    """Return the prior, slower or faster by the factor that fits best."""
+    ratios = [run.predicted_s(prior) / run.work_s for run in measured]
+    factor = sum(ratios) / sum(ratio * ratio for ratio in ratios)
+    return Constants(prior.overhead_s * factor, prior.flops_per_s / factor)
 
 
 def published_workload(run: PublishedRun) -> Workload:
-    """Return what a published run had its devices do."""
-    return workload(load_config([], run.settings), HARDWARE[run.hardware])
-
-
-def _published(hardware: Hardware) -> List[Measured]:
-    """Return the published runs that a device's constants are fitted to."""
-    found = []
-    for run in PUBLISHED:
-        if run.is_fitted and HARDWARE[run.hardware].is_ipu == hardware.is_ipu:
-            work = published_workload(run)
-            found.append(Measured(work, work.samples / run.samples_per_s))
-    return found
+    """Return the workload of a published run."""
+    config = load_config([], run.settings)
+    return workload(config, make_target("poptorch", "IPU", config.engine.precision, run.hardware))
 
 
 @lru_cache(maxsize=None)
-def published_model(hardware: Hardware) -> SpeedModel:
-    """Return the constants fitted to what others published; IPUs differ in clock and peak alone."""
-    runs = _published(hardware)
-    points = "one published run" if len(runs) == 1 else f"{len(runs)} published runs"
-    return fit(runs, SpeedModel(0.0, 1.0, ""), f"fitted to {points}")
-
-
-@lru_cache(maxsize=None)
-def published_corners(hardware: Hardware) -> Tuple[SpeedModel, ...]:
-    """Return the constants as they would be, were the published runs as far off as they may be."""
-    runs = _published(hardware)
-    corners = []
-    for signs in product((-1, 1), repeat=len(runs)):
+def _published_fits() -> Tuple[Constants, ...]:
+    """Fit the published runs as they are, then with each `SPEED_UNCERTAINTY` off either way."""
+    fitted = [run for run in PUBLISHED if run.is_fitted]
+    works = [published_workload(run) for run in fitted]
+    fits = []
+    for signs in [(0,) * len(fitted), *product((-1, 1), repeat=len(fitted))]:
         moved = [
-            Measured(run.workload, run.seconds * (1 + sign * SPEED_UNCERTAINTY))
-            for run, sign in zip(runs, signs)
+            Measured(
+                work,
+                work.batch.global_batch_size / run.samples_per_s * (1 + sign * SPEED_UNCERTAINTY),
+            )
+            for work, run, sign in zip(works, fitted, signs)
         ]
-        corners.append(fit(moved, SpeedModel(0.0, 1.0, ""), ""))
-    return tuple(corners)
+        fits.append(_fit_both(moved))
+    return tuple(found for found in fits if found)
+
+
+@lru_cache(maxsize=None)
+def published_model(ipu: Ipu, precision: str) -> SpeedModel:
+    """Return the constants fitted to published runs; IPUs differ in clock and peak only."""
+    slower = _PUBLISHED_IPU.clock_hz.value / ipu.clock_hz.value
+    faster = ipu.peak_flops(precision) / _PUBLISHED_IPU.peak_flops("fp16")
+    constants, *others = (
+        Constants(found.overhead_s * slower, found.flops_per_s * faster)
+        for found in _published_fits()
+    )
+    basis = (
+        "2 constants fitted to 2 published runs, so no third run checks them; nothing here was"
+        " measured on your machine"
+    )
+    return SpeedModel(constants, tuple(others), SPEED_UNCERTAINTY, basis)

@@ -1,8 +1,7 @@
-"""Who does what when in one weight update: the pipeline's schedule with its times.
+"""The schedule of one weight update: which stage does what and when.
 
-IPUs go in lockstep: a pipeline cycle ends for all of them when the slowest is done
-(graphcore/popart, docs/notes/transforms/pipelining.md). Processes wait for their neighbours alone.
-Imports no torch.
+IPUs work in lockstep: a pipeline cycle ends for all of them when the slowest is done
+(graphcore/popart, docs/notes/transforms/pipelining.md). Processes wait for their neighbours only.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = [
 
 
 class StageTime(NamedTuple):
-    """Seconds that one micro-batch takes on a stage, and one weight update."""
+    """Seconds of one micro-batch on a stage, and of one weight update."""
 
     forward_s: float
     recompute_s: float
@@ -52,12 +51,10 @@ class Timeline(NamedTuple):
     ----------
     schedule
         As in `simulate`.
-    num_stages, micro_batches
-        How many take part.
     slots
         The work, in no particular order.
     cycle_s
-        Length of a pipeline cycle; 0 but for lockstep.
+        Length of a pipeline cycle; 0 unless in lockstep.
     """
 
     schedule: str
@@ -68,10 +65,9 @@ class Timeline(NamedTuple):
 
     @property
     def work_s(self) -> float:
-        """When the last micro-batch is done, and the weights can be updated."""
-        cycles = num_cycles(self.num_stages, self.micro_batches)
+        """When the last micro-batch is done and the weights can be updated."""
         if self.schedule == "lockstep":
-            return cycles * self.cycle_s
+            return num_cycles(self.num_stages, self.micro_batches) * self.cycle_s
         return max(slot.end_s for slot in self.slots if slot.kind != "update")
 
     @property
@@ -86,18 +82,18 @@ def num_pipeline_stages(num_ipus: int) -> int:
 
 
 def num_cycles(num_ipus: int, micro_batches: int) -> int:
-    """Return the pipeline cycles of an update: accumulation + stages - 1 (pipelining.md)."""
+    """Return the pipeline cycles per update: accumulation + stages - 1 (pipelining.md)."""
     return micro_batches + num_pipeline_stages(num_ipus) - 1
 
 
 def phases(num_ipus: int, micro_batches: int) -> Tuple[int, int, int]:
-    """Return how many pipeline cycles fill, run steadily and drain; 0 steady where too few."""
+    """Return how many pipeline cycles fill, run steadily and drain; 0 steady if too few."""
     ends = num_pipeline_stages(num_ipus) - 1
     return ends, max(0, micro_batches - ends), ends
 
 
 def in_flight(schedule: str, stage: int, num_stages: int, micro_batches: int) -> int:
-    """Return how many micro-batches a stage holds at most.
+    """Return the most micro-batches that a stage holds at once.
 
     In lockstep 2 (N - i) - 1 (graphcore/popart, pipeline.cpp, getStashSize); in 1F1B N - i
     (Narayanan et al. 2019, PipeDream); in GPipe all of them.
@@ -112,17 +108,15 @@ def in_flight(schedule: str, stage: int, num_stages: int, micro_batches: int) ->
 
 
 def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> Timeline:
-    """Lay one weight update out in time.
+    """Lay out one weight update in time.
 
     Parameters
     ----------
     schedule
-        ``"lockstep"``: IPUs in a pipeline; ``"1f1b"`` or ``"gpipe"``: processes in one, by torch's
-        schedules; ``"in_order"``: one stage after the other.
+        ``"lockstep"``: a pipeline of IPUs; ``"1f1b"`` or ``"gpipe"``: a pipeline of processes with
+        torch's schedules; ``"in_order"``: one stage after the other.
     times
-        Of each stage.
-    micro_batches
-        Micro-batches of the update.
+        Times of each stage.
     """
     cycle_s = 0.0
     if schedule == "lockstep":
@@ -134,18 +128,18 @@ def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> T
         slots = _processes(schedule, times, micro_batches)
     timeline = Timeline(schedule, len(times), micro_batches, slots, cycle_s)
     begin_s = timeline.work_s
-    slots += [
-        Slot(stage, "update", -1, begin_s, begin_s + time.update_s)
-        for stage, time in enumerate(times)
-    ]
+    for stage, time in enumerate(times):
+        slots.append(Slot(stage, "update", -1, begin_s, begin_s + time.update_s))
     return timeline
 
 
 def _backward(stage: int, time: StageTime, micro_batch: int, start_s: float) -> List[Slot]:
-    """Lay out the backward pass, what is computed again first."""
+    """Lay out the recomputation, if any, and the backward pass."""
     middle_s = start_s + time.recompute_s
-    again = [Slot(stage, "recompute", micro_batch, start_s, middle_s)] if time.recompute_s else []
-    return [*again, Slot(stage, "backward", micro_batch, middle_s, middle_s + time.backward_s)]
+    slots = [Slot(stage, "backward", micro_batch, middle_s, middle_s + time.backward_s)]
+    if time.recompute_s:
+        slots.insert(0, Slot(stage, "recompute", micro_batch, start_s, middle_s))
+    return slots
 
 
 def _lockstep(times: Sequence[StageTime], micro_batches: int, cycle_s: float) -> List[Slot]:
@@ -177,7 +171,7 @@ def _in_order(times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
 
 
 def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> List[Tuple[str, int]]:
-    """List a process's work as torch's schedule does it."""
+    """List a process's work in the order of torch's schedule."""
     warm = in_flight(schedule, stage, num_stages, micro_batches)
     order = [("forward", micro_batch) for micro_batch in range(warm)]
     for micro_batch in range(micro_batches):
@@ -188,7 +182,7 @@ def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> Li
 
 
 def _processes(schedule: str, times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
-    """Begin each piece of work when its stage is free and its neighbour has delivered."""
+    """Start each piece of work when its stage is free and its neighbour has delivered."""
     last = len(times) - 1
     orders = [_order(schedule, stage, last + 1, micro_batches) for stage in range(last + 1)]
     done_s: Dict[Tuple[int, str, int], float] = {}

@@ -1,4 +1,4 @@
-"""Parameters, operations and activations: counted from the shape, held against the real model."""
+"""Parameters, operations and activations, compared with the real model."""
 
 import json
 
@@ -19,7 +19,7 @@ from .shapes import base_shape, pod4, quarters
 
 
 def counted(config):
-    """The planner's parameters of each stage."""
+    """Return the planner's parameters of each stage."""
     layers, shape = config.pipeline.layers_per_stage, ModelShape.from_config(config)
     last = len(layers) - 1
     return [
@@ -29,7 +29,7 @@ def counted(config):
 
 
 def real(config):
-    """Elements of each parameter of each stage of Hugging Face's model, cut as it is trained."""
+    """Return the elements of each parameter of each stage of Hugging Face's model."""
     names = [*FINDINGS, "No Finding"] if config.data.include_no_finding else list(FINDINGS)
     prevalence = np.full(len(names), 0.1)
     model = StagedViT.from_config(config, names=names, prevalence=prevalence)
@@ -37,7 +37,6 @@ def real(config):
 
 
 def test_vit_base_has_the_published_parameters():
-    # peers 3.4: per layer 7,087,872; embeddings 742,656; layer norm and head (14) 12,302
     shape = base_shape()
     assert sum(shape.layer_tensors()) == 7_087_872
     assert sum(shape.embedding_tensors()) == 742_656
@@ -58,25 +57,25 @@ def test_vit_base_has_the_published_parameters():
         ["model.name=vit-small", "pipeline.layers_per_stage=[12]", "data.include_no_finding=true"],
     ],
 )
-def test_every_stage_has_the_real_models_parameters(overrides):
+def test_parameters_of_each_stage_are_the_real_models(overrides):
     config = pod4(*overrides)
     assert [sorted(stage) for stage in counted(config)] == [sorted(stage) for stage in real(config)]
 
 
-def test_the_forward_pass_has_the_published_operations():
+def test_operations_of_the_forward_pass_are_the_published_ones():
     # timm, benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv: 17.58 GMACs with 1,000 classes
     forward = sum(stage.forward_flops for stage in quarters(keeps_all=True))
     assert forward / 2 == pytest.approx(17.58e9, rel=0.002)
 
 
 @pytest.mark.parametrize(("name", "layers"), [("vit-micro", [4]), ("vit-tiny", [12])])
-def test_the_operations_are_those_that_torch_counts(name, layers):
+def test_operations_are_those_that_torch_counts(name, layers):
     flop_counter = pytest.importorskip("torch.utils.flop_counter", reason="torch 2.1 has it")
     config = pod4(
         f"model.name={name}", f"pipeline.layers_per_stage={layers}", "model.patch_size=16"
     )
     prevalence = np.full(len(FINDINGS), 0.1)
-    # Of fused attention torch counts nothing on a CPU.
+    # torch counts no operations of fused attention on a CPU.
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=prevalence, for_ipu=True)
     images = torch.zeros(1, 1, 224, 224, dtype=torch.uint8)
     with flop_counter.FlopCounterMode(display=False) as forward:
@@ -90,7 +89,7 @@ def test_the_operations_are_those_that_torch_counts(name, layers):
 
 
 def saved_bytes(depth, *, images, attention, autocast=False):
-    """Bytes that torch keeps for the backward pass of a ViT-Ti/16, parameters left out."""
+    """Return the bytes that torch saves for a ViT-Ti/16's backward pass, without parameters."""
     config = ViTConfig(
         num_hidden_layers=depth,
         hidden_size=192,
@@ -107,7 +106,10 @@ def saved_bytes(depth, *, images, attention, autocast=False):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # kept alive: no address is reused
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -129,37 +131,36 @@ def saved_of_a_layer(*, images, attention, autocast=False):
 
 needs_transformers_5 = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,
-    reason="transformers 4 also keeps copies that it reshapes",
+    reason="transformers 4 also saves reshaped copies",
 )
 
 
 @needs_transformers_5
-def test_a_layer_keeps_the_activations_that_torch_saves():
+def test_activations_of_a_layer_are_those_that_torch_saves():
     saved = saved_of_a_layer(images=2, attention="eager")
     assert saved == pytest.approx(2 * 4 * TINY.layer_activations(), rel=0.01)
 
 
 @needs_transformers_5
-def test_autocast_keeps_two_and_a_half_bytes_of_an_activation_and_the_weights_it_cast():
+def test_autocast_saves_two_and_a_half_bytes_per_activation_and_the_cast_weights():
     many, few = (
         saved_of_a_layer(images=images, attention="sdpa", autocast=True) for images in (8, 2)
     )
-    a_image = (many - few) / 6
+    per_image = (many - few) / 6
     fused = TINY.layer_activations() - TINY.num_heads * TINY.tokens**2
-    assert a_image == pytest.approx(2.5 * fused, rel=0.02)
-    cast = few - 2 * a_image
+    assert per_image == pytest.approx(2.5 * fused, rel=0.02)
+    cast = few - 2 * per_image
     assert cast == pytest.approx(2 * sum(TINY.layer_tensors()), rel=0.01)
 
 
-def test_the_published_formula_of_live_activations():
-    # peers 3.4: 32 s h + 2 a s^2 fp16 bytes, 5.8 MB an image
+def test_activations_of_a_vit_base_layer_in_fp16():
     shape = base_shape()
-    bytes_a_layer = 2 * shape.layer_activations()
-    assert bytes_a_layer == 32 * 197 * 768 + 2 * 12 * 197**2
-    assert bytes_a_layer / 1e6 == pytest.approx(5.8, abs=0.05)
+    bytes_per_layer = 2 * shape.layer_activations()
+    assert bytes_per_layer == 32 * 197 * 768 + 2 * 12 * 197**2
+    assert bytes_per_layer / 1e6 == pytest.approx(5.8, abs=0.05)
 
 
-def test_a_stage_in_the_middle_computes_all_again_and_the_last_one_from_its_last_kept_output():
+def test_the_last_stage_recomputes_up_to_its_last_kept_output_and_others_everything():
     whole = {"num_layers": 3, "is_first": False}
     layer = base_shape().layer_flops()
     middle = stage_cost(base_shape(), **whole, is_last=False)
@@ -169,7 +170,7 @@ def test_a_stage_in_the_middle_computes_all_again_and_the_last_one_from_its_last
         assert last.recompute_flops == again * layer
 
 
-def test_what_is_live_spans_the_layers_between_two_kept_outputs():
+def test_live_activations_span_the_layers_between_two_kept_outputs():
     shape = base_shape()
     live = [
         stage_cost(shape, num_layers=5, is_first=False, is_last=False, kept=kept).live
@@ -185,7 +186,7 @@ def test_images_need_no_gradient():
     assert alone.backward_flops == alone.forward_flops == shape.embedding_flops()
 
 
-def test_the_shape_of_a_folder_is_in_its_config(tmp_path):
+def test_shape_of_a_folder_is_read_from_its_config(tmp_path):
     settings = ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=50,
         patch_size=8, image_size=32,
@@ -197,12 +198,12 @@ def test_the_shape_of_a_folder_is_in_its_config(tmp_path):
     assert shape.tokens == 17
 
 
-def test_a_hub_name_tells_its_size_and_patches():
+def test_hub_name_implies_size_and_patches():
     shape = ModelShape.from_config(load_config([], ["model.name=google/vit-large-patch32-384"]))
     assert shape.hidden_size == SIZES["vit-large"].hidden_size
     assert shape.patch_size == 32
 
 
-def test_a_name_that_tells_nothing_is_a_mistake_of_the_users():
-    with pytest.raises(ConfigError, match="owner/model does not tell its size"):
+def test_unknown_model_name_is_refused():
+    with pytest.raises(ConfigError, match="owner/model does not imply its size"):
         ModelShape.from_config(load_config([], ["model.name=owner/model"]))

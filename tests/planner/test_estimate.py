@@ -1,17 +1,20 @@
-"""A configuration's plan as a whole."""
+"""The plan of a configuration as a whole."""
 
 import pytest
 
 from cxr_vit.config import load_config
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import choose_hardware, make_plan, processes_needed
-from cxr_vit.planner.hardware import DECODED_PER_S, HARDWARE
+from cxr_vit.planner import estimate
+from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.hardware import find_target
+from cxr_vit.planner.speed import RELATIVE
 from cxr_vit.planner.timeline import simulate
+from cxr_vit.synthetic.dataset import TEST_SHARE
 
-from .shapes import POD4, ROOT, pod4
+from .shapes import DEMO, GPU4, POD4, gpu4, pod4
 
 
-def test_the_plan_of_the_tutorials_recipe():
+def test_plan_of_the_tutorials_recipe():
     plan = make_plan(pod4())
     assert plan.work.schedule == "lockstep"
     assert plan.timeline.work_s == pytest.approx(134 * plan.by_speed()[0].time.micro_batch_s)
@@ -19,14 +22,14 @@ def test_the_plan_of_the_tutorials_recipe():
     assert [stage.depth for stage in plan.stages] == [7, 5, 3, 1]
     assert sum(stage.cost.parameters for stage in plan.stages) == 85_809_422
     assert plan.by_speed()[0].stage == 0, "the embedding makes the first the slowest"
-    assert plan.fits
+    assert plan.fits and plan.has_time
     assert plan.devices == 4
 
 
-def test_the_time_of_an_update_is_that_of_the_timeline():
-    for file in ("vit_pod4.yaml", "vit_gpu4.yaml", "vit_demo.yaml"):
-        plan = make_plan(load_config([ROOT / "configs" / file]))
-        assert plan.seconds == pytest.approx(plan.timeline.end_s), file
+@pytest.mark.parametrize("file", [POD4, GPU4, DEMO], ids=lambda file: file.stem)
+def test_time_of_an_update_is_that_of_the_timeline(file):
+    plan = make_plan(load_config([file]))
+    assert plan.seconds == pytest.approx(plan.timeline.end_s)
 
 
 def test_three_stages_reserve_four_ipus():
@@ -42,45 +45,37 @@ def test_replicas_multiply_speed_and_devices():
     assert 3.9 < four.samples_per_s / one.samples_per_s < 4
 
 
-@pytest.mark.parametrize(
-    ("overrides", "name"),
-    [
-        ([], "mk2"),
-        (["engine.name=poptorch"], "mk2"),
-        (["engine.name=torch"], "gpu"),
-        (["engine.name=pipeline"], "gpu"),
-        (["engine.name=torch", "planner.hardware=bow"], "bow"),
-    ],
-)
-def test_the_hardware_follows_the_engine(overrides, name):
-    assert choose_hardware(pod4(*overrides)) is HARDWARE[name]
-
-
-def test_the_torch_engine_holds_all_stages_on_one_device():
-    plan = make_plan(load_config([ROOT / "configs" / "vit_demo.yaml"]))
+def test_torch_engine_holds_all_stages_on_one_device():
+    plan = make_plan(load_config([DEMO]))
     assert len(plan.stages) == 1
     assert plan.stages[0].cost.num_layers == 4
+    assert plan.work.schedule == "in_order"
+
+
+def test_other_devices_have_a_bubble_but_no_time():
+    plan = make_plan(gpu4())
+    assert plan.model is RELATIVE and not plan.has_time
+    assert plan.bubble == pytest.approx(3 / 11, abs=0.01), "1F1B of four almost even stages"
+    # Only the ratios of the operations count.
+    faster = RELATIVE._replace(constants=RELATIVE.constants._replace(flops_per_s=1e12))
+    assert make_plan(gpu4(), model=faster).bubble == pytest.approx(plan.bubble)
 
 
 def test_processes_follow_their_schedule():
     for schedule, planned in (("gpipe", "gpipe"), ("1f1b", "1f1b"), ("interleaved_1f1b", "1f1b")):
-        overrides = ["engine.name=pipeline", f"pipeline.schedule={schedule}"]
-        plan = make_plan(pod4(*overrides))
+        plan = make_plan(pod4("engine.name=pipeline", f"pipeline.schedule={schedule}"))
         assert plan.work.schedule == planned
         assert plan.timeline == simulate(planned, [s.time for s in plan.stages], 128)
 
 
 @pytest.mark.parametrize("cut", ["[3,3,3,3]", "[2,5,2,3]"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_long_updates_of_processes_are_reckoned_from_short_ones(cut, schedule):
-    overrides = [
-        "engine.name=pipeline",
-        f"pipeline.schedule={schedule}",
-        "batch.micro_batch_size=2",
-    ]
+def test_long_updates_of_processes_are_extrapolated(cut, schedule):
     plan = make_plan(
         pod4(
-            *overrides,
+            "engine.name=pipeline",
+            f"pipeline.schedule={schedule}",
+            "batch.micro_batch_size=2",
             f"pipeline.layers_per_stage={cut}",
             "pipeline.recompute=every_layer",
             "batch.gradient_accumulation=1500",
@@ -91,7 +86,7 @@ def test_long_updates_of_processes_are_reckoned_from_short_ones(cut, schedule):
     assert plan.bubble == pytest.approx(1 - 1500 * slowest / plan.timeline.work_s)
 
 
-def test_an_empty_stage_is_a_mistake_and_no_crash():
+def test_empty_stage_is_refused():
     cut = ["pipeline.layers_per_stage=[4,0,4,4]", "pipeline.recompute=every_layer"]
     with pytest.raises(ConfigError, match="leaves stage 1 without work"):
         make_plan(pod4(*cut))
@@ -99,21 +94,16 @@ def test_an_empty_stage_is_a_mistake_and_no_crash():
     assert [stage.cost.num_layers for stage in ends.stages] == [0, 6, 6, 0]
 
 
-def test_a_list_of_proportions_of_another_length_is_planned_beside_its_refusal():
+def test_list_of_proportions_of_another_length_is_planned_beside_its_refusal():
     short = make_plan(pod4("pipeline.available_memory_proportion=[0.3,0.2]"))
-    assert short.formats.proportion == (0.3, 0.2, 0.2, 0.2)
+    assert short.work.formats.proportion == (0.3, 0.2, 0.2, 0.2)
 
 
-def test_auto_on_a_gpu_is_the_torch_engine():
-    plan = make_plan(pod4("planner.hardware=gpu"))
-    assert (len(plan.stages), plan.work.schedule) == (1, "in_order")
-    assert len(make_plan(pod4("planner.hardware=gpu"), engine="pipeline").stages) == 4
-
-
-def test_every_four_ipus_have_a_link_of_their_own():
-    assert (
-        make_plan(pod4("batch.replicas=4")).host_bandwidth == 4 * make_plan(pod4()).host_bandwidth
-    )
+def test_chosen_engine_is_planned():
+    config = pod4("engine.device=cpu")
+    torch = make_plan(config, target=find_target(config, "torch"))
+    assert (len(torch.stages), torch.work.schedule) == (1, "in_order")
+    assert len(make_plan(config, target=find_target(config, "pipeline")).stages) == 4
 
 
 def images_of(root, *overrides):
@@ -124,7 +114,7 @@ def write_names(path, numbers):
     path.write_text("".join(f"{number:08d}_000.png\n" for number in numbers))
 
 
-def test_an_epoch_is_of_the_lists_images(tmp_path):
+def test_images_per_epoch_are_those_of_the_lists(tmp_path):
     write_names(tmp_path / "train_val_list.txt", range(200))
     write_names(tmp_path / "test_list.txt", range(200, 300))
     assert images_of(tmp_path, "data.val_fraction=0.1") == 180
@@ -136,23 +126,24 @@ def test_an_epoch_is_of_the_lists_images(tmp_path):
     assert plan.epoch_minutes == pytest.approx(150 / plan.samples_per_s / 60)
 
 
-def test_lists_that_cannot_be_read_are_trainings_business(tmp_path):
+def test_unreadable_lists_are_left_to_training(tmp_path):
     (tmp_path / "train_val_list.txt").write_bytes(b"\xff\xfe\x00")
     write_names(tmp_path / "test_list.txt", range(5))
     assert images_of(tmp_path) == images_of(tmp_path, "data.train_list=nowhere") == 82_197
 
 
-def test_without_lists_it_is_of_nihs():
+def test_images_per_epoch_are_nihs_without_lists():
     assert make_plan(pod4()).images == 82_197  # 95 % of 86,524
     assert make_plan(pod4(), images=1000).images == 1000
     patients = make_plan(pod4("data.split=patient", "data.val_fraction=0.1"))
     assert patients.images == 78_484  # 70 % of 112,120
 
 
-def test_the_host_sends_gray_bytes_and_labels():
+def test_images_of_the_synthetic_sample_leave_out_its_test_images():
+    assert estimate._SAMPLE_TEST_SHARE == TEST_SHARE
+    assert images_of("nowhere", "data.sample_images=1000", "data.val_fraction=0.1") == 675
+
+
+def test_host_sends_gray_bytes_and_labels():
     plan = make_plan(pod4())
     assert plan.host_bytes_per_s == pytest.approx(plan.samples_per_s * (224 * 224 + 4 * 14))
-
-
-def test_how_many_cores_decode_at_the_devices_speed():
-    assert processes_needed(DECODED_PER_S.value * 3.2, DECODED_PER_S) == 4

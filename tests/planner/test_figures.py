@@ -1,4 +1,4 @@
-"""The pictures: 1200 pixels wide, and no text over another."""
+"""The figures: 1200 pixels wide, and no text overlaps another."""
 
 from itertools import combinations
 
@@ -10,7 +10,7 @@ from cxr_vit.config import load_config
 from cxr_vit.planner.estimate import make_plan
 from cxr_vit.planner.figures import memory_figure, timeline_figure
 
-from .shapes import ROOT, pod4
+from .shapes import DEMO, gpu4, pod4
 
 LARGE = (
     "model.name=vit-large",
@@ -30,16 +30,15 @@ PLANS = {
         pod4(*LARGE, f"pipeline.layers_per_stage={[1] * 24}", "batch.gradient_accumulation=47")
     ),
     "thousands": lambda: make_plan(pod4("batch.gradient_accumulation=2048")),
-    "gpipe": lambda: make_plan(
-        load_config([ROOT / "configs/vit_gpu4.yaml"], ["pipeline.schedule=gpipe"])
-    ),
+    "gpipe": lambda: make_plan(gpu4("pipeline.schedule=gpipe", "planner.device_memory_gib=24")),
+    "unknown memory": lambda: make_plan(gpu4()),
     "sharded": lambda: make_plan(pod4("pipeline.execution=sharded")),
-    "alone": lambda: make_plan(load_config([ROOT / "configs/vit_demo.yaml"])),
+    "alone": lambda: make_plan(load_config([DEMO])),
 }
 
 
 def texts(figure):
-    """All visible text with its place, pixels."""
+    """Return all visible text with its box, pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -54,7 +53,7 @@ def texts(figure):
 
 
 def labels_beyond(axes):
-    """The labels of ticks that are not drawn: they lie outside of what is shown."""
+    """Yield the labels of ticks outside the limits, which are not drawn."""
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         for tick in axis.get_major_ticks():
@@ -64,7 +63,7 @@ def labels_beyond(axes):
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("draw", [timeline_figure, memory_figure])
-def test_no_text_lies_over_another_or_beyond_the_edge(draw, name):
+def test_no_text_overlaps_another_or_the_edge(draw, name):
     found, width, height = texts(draw(PLANS[name]()))
     assert width == 1200
     assert len(found) > 5
@@ -74,10 +73,10 @@ def test_no_text_lies_over_another_or_beyond_the_edge(draw, name):
     for (one, box), (other, place) in combinations(found, 2):
         across = min(box.x1, place.x1) - max(box.x0, place.x0)
         down = min(box.y1, place.y1) - max(box.y0, place.y0)
-        assert across <= 1 or down <= 1, f"{one!r} lies over {other!r}"
+        assert across <= 1 or down <= 1, f"{one!r} overlaps {other!r}"
 
 
-def test_the_timeline_says_what_was_planned():
+def test_timeline_shows_the_plan():
     found, _, _ = texts(timeline_figure(PLANS["pod4"]()))
     words = " ".join(text for text, _ in found)
     for expected in ("134 pipeline cycles", "bubble 4.5 %", "fill", "steady", "drain", "IPU 3"):
@@ -86,13 +85,13 @@ def test_the_timeline_says_what_was_planned():
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_nothing_is_drawn_twice(name):
+def test_spans_do_not_overlap(name):
     views = [axis.get_xlim() for axis in timeline_figure(PLANS[name]()).axes]
     for (_, end), (begin, _) in zip(views, views[1:]):
         assert end <= begin + 1e-9
 
 
-def test_every_micro_batch_of_a_short_update_is_drawn():
+def test_all_micro_batches_of_a_short_update_are_drawn():
     figure = timeline_figure(PLANS["few micro-batches"]())
     (axis,) = figure.axes
     blocks = {}
@@ -103,7 +102,7 @@ def test_every_micro_batch_of_a_short_update_is_drawn():
     assert sorted(count for count in blocks.values() if count) == [4, 28, 28, 28]
 
 
-def test_the_bars_reach_what_the_plan_says():
+def test_bars_are_as_long_as_the_predicted_memory():
     plan = PLANS["too large"]()
     (axis,) = memory_figure(plan).axes
     for row, stage in enumerate(plan.stages):
@@ -114,10 +113,29 @@ def test_the_bars_reach_what_the_plan_says():
         ]
         assert max(ends) == pytest.approx(stage.memory.total / 1e6)
     limits = [line.get_xdata()[0] for line in axis.lines]
-    assert limits == [pytest.approx(plan.hardware.memory_bytes / 1e6)]
+    assert limits == [pytest.approx(plan.target.memory_bytes / 1e6)]
 
 
-def test_an_update_that_takes_long_is_not_widened():
+def test_long_update_is_not_widened():
     slow = make_plan(pod4("batch.gradient_accumulation=7", "engine.optimizer_state_on_chip=false"))
     words = {text for text, _ in texts(timeline_figure(slow))[0]}
     assert "update" in words and "update (widened)" not in words
+
+
+def test_without_times_the_unit_is_a_percent_of_the_update():
+    plan = PLANS["unknown memory"]()
+    words = {text for text, _ in texts(timeline_figure(plan))[0]}
+    assert "% of the update" in words and "milliseconds" not in words
+    assert not any("predicted" in text or " ms" in text for text in words)
+    assert {"forward", "backward"} <= words and "update" not in words
+    (axis,) = timeline_figure(plan).axes
+    assert axis.get_xlim() == pytest.approx((0, 100))
+
+
+def test_without_a_limit_the_bars_show_bytes():
+    plan = PLANS["unknown memory"]()
+    figure = memory_figure(plan)
+    words = {text for text, _ in texts(figure)[0]}
+    assert {f"{stage.memory.total / 1e6:,.0f} MB" for stage in plan.stages} <= words
+    assert not figure.axes[0].lines
+    assert not any("limit" in text or "fit" in text for text in words)

@@ -1,4 +1,4 @@
-"""The search, against trying everything one by one."""
+"""The search, compared with planning every combination."""
 
 from itertools import product
 
@@ -10,15 +10,17 @@ from cxr_vit.config import check, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import choose_hardware, make_plan
-from cxr_vit.planner.search import Layout, all_cuts, kept_choices, search
+from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.hardware import find_target
+from cxr_vit.planner.search import Layout, StatePlacement, all_cuts, kept_choices, search
+from cxr_vit.planner.speed import Constants, SpeedModel
 
-from .shapes import POD4, ROOT, pod4
+from .shapes import DEMO, POD4, ROOT, gpu4, pod4
 
 POD16 = ROOT / "configs" / "vit_pod16.yaml"
 
 
-def test_every_cut_is_there_once():
+def test_every_cut_is_listed_once():
     cuts = [tuple(cut) for cut in all_cuts(5, 3).tolist()]
     expected = [
         (first, middle, last)
@@ -30,21 +32,21 @@ def test_every_cut_is_there_once():
     assert all_cuts(3, 1).tolist() == [[3]]
 
 
-def test_too_few_layers_are_a_mistake():
+def test_too_few_layers_are_refused():
     with pytest.raises(ConfigError, match="2 layers cannot be cut into 5 stages"):
         all_cuts(2, 5)
 
 
-def test_outputs_may_be_kept_evenly():
+def test_kept_outputs_are_evenly_spaced():
     assert kept_choices(0) == [()]
     assert kept_choices(3) == [(), (1,), (0, 1), (0, 1, 2)]
 
 
 def one_by_one(config, sizes, counts):
-    """Plan every combination whole; return the best speed of each cut and batch that fits."""
+    """Plan every combination; return the best speed of each cut and batch that fits."""
     best = {}
     layers, stages = sum(config.pipeline.layers_per_stage), len(config.pipeline.layers_per_stage)
-    on_ipus = choose_hardware(config).is_ipu
+    on_ipus = find_target(config).ipu is not None
     for cut in all_cuts(layers, stages).tolist():
         keeps = [kept_choices(own) if on_ipus else [()] for own in cut]
         for size, count in product(sizes, counts):
@@ -54,7 +56,7 @@ def one_by_one(config, sizes, counts):
                     kept,
                     micro_batch_size=size,
                     gradient_accumulation=count,
-                    placement=(on_chip, False),
+                    placement=StatePlacement(on_chip, sharded=False),
                 )
                 laid_out = layout.applied_to(config, on_ipus=on_ipus)
                 plan = make_plan(laid_out)
@@ -70,12 +72,12 @@ def refusals(config, on_ipus):
     return schedule_problem(config, len(config.pipeline.layers_per_stage))
 
 
-def hold_against_all(config, sizes, counts):
+def compare_with_all(config, sizes, counts):
     """Search, and compare with every combination."""
     found = search(config, micro_batches=sizes, accumulations=counts)
     expected = one_by_one(config, sizes, counts)
     speeds = sorted(expected.values(), reverse=True)
-    assert len(speeds) > 10, "else nothing is left out"
+    assert len(speeds) > 10, "or nothing is left out"
     best = [row.plan.samples_per_s for row in found.best]
     assert best == pytest.approx(speeds[:10], rel=1e-6)
     for row in found.best:
@@ -86,10 +88,13 @@ def hold_against_all(config, sizes, counts):
     return found
 
 
-#: Settings that need little, so that what fits depends on the cut and on what is kept.
+#: Settings that need little memory, so that the cut and the kept outputs decide what fits.
 LEAN = (
-    *("engine.weights=fp16", "optim.accumulator=fp16", "optim.first_moment=fp16"),
-    *("optim.name=sgd", "pipeline.recompute=stage_inputs"),
+    "engine.weights=fp16",
+    "optim.accumulator=fp16",
+    "optim.first_moment=fp16",
+    "optim.name=sgd",
+    "pipeline.recompute=stage_inputs",
 )
 
 
@@ -102,36 +107,39 @@ LEAN = (
     ],
     ids=["room", "little room", "sharded"],
 )
-def test_the_best_on_ipus_are_those_of_all(overrides, tmp_path):
+def test_best_on_ipus_are_those_of_all_combinations(overrides, tmp_path):
     folder = tmp_path / "shallow"
     ViTConfig(
         hidden_size=1024, num_hidden_layers=6, num_attention_heads=16, intermediate_size=4096
     ).save_pretrained(folder)
     config = pod4(f"model.name={folder}", "pipeline.layers_per_stage=[2,2,2]", *LEAN, *overrides)
-    found = hold_against_all(config, sizes=(4, 16, 64), counts=(1, 5, 16))
+    found = compare_with_all(config, sizes=(4, 16, 64), counts=(1, 5, 16))
     sharded = "pipeline.execution=sharded" in overrides
     assert list(found.refused) == ([] if sharded else [1])
 
 
+#: 24 GB.
+GPU_MEMORY = f"planner.device_memory_gib={24e9 / 2**30}"
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-def test_the_best_of_processes_are_those_of_all(schedule):
-    config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], [f"pipeline.schedule={schedule}"])
-    # With gpipe what fits depends on the accumulation.
-    found = hold_against_all(config, sizes=(16, 96), counts=(4, 40))
+def test_best_of_processes_are_those_of_all_combinations(schedule):
+    config = gpu4(f"pipeline.schedule={schedule}", GPU_MEMORY)
+    # With gpipe the accumulation decides what fits, too.
+    found = compare_with_all(config, sizes=(16, 96), counts=(4, 40))
     assert found.refused == {}
 
 
-def test_a_gpu_holds_its_gradients_without_accumulation_too():
-    gpipe = ["pipeline.schedule=gpipe", "batch.gradient_accumulation=1"]
-    config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], gpipe)
-    # At 1077 images the gradients are what is too much.
-    hold_against_all(config, sizes=(16, 1077), counts=(1,))
+def test_gradients_of_a_gpu_count_without_accumulation_too():
+    config = gpu4("pipeline.schedule=gpipe", "batch.gradient_accumulation=1", GPU_MEMORY)
+    # With 1077 images the gradients are too much.
+    compare_with_all(config, sizes=(16, 1077), counts=(1,))
 
 
-def test_what_a_schedule_refuses_is_refused_with_its_reason():
-    interleaved = ["pipeline.schedule=interleaved_1f1b"]
-    config = load_config([ROOT / "configs" / "vit_gpu4.yaml"], interleaved)
-    found = search(config, micro_batches=[16], accumulations=[2, 8, 9])
+def test_refused_accumulation_has_its_reason():
+    found = search(
+        gpu4("pipeline.schedule=interleaved_1f1b"), micro_batches=[16], accumulations=[2, 8, 9]
+    )
     assert list(found.refused) == [9]
     assert "interleaved_1f1b divides the micro-batches evenly" in found.refused[9]
     found = search(pod4(), accumulations=[4, 7])
@@ -139,22 +147,22 @@ def test_what_a_schedule_refuses_is_refused_with_its_reason():
     assert "less than the 7 pipeline stages" in found.refused[4]
 
 
-def test_a_cut_that_is_refused_is_searched_all_the_same():
-    mended = search(pod4("pipeline.layers_per_stage=[4,0,4,4]", "pipeline.recompute=every_layer"))
-    assert mended.best[0].layout == search(pod4()).best[0].layout
+def test_configuration_with_a_refused_cut_is_searched():
+    fixed = search(pod4("pipeline.layers_per_stage=[4,0,4,4]", "pipeline.recompute=every_layer"))
+    assert fixed.best[0].layout == search(pod4()).best[0].layout
     assert search(pod4("engine.replicated_tensor_sharding=true")).best
 
 
-def test_too_many_cuts_are_a_mistake():
+def test_too_many_cuts_are_refused():
     with pytest.raises(ConfigError, match=r"1,037,158,320 ways, too many"):
         all_cuts(32, 16)
 
 
-def test_the_global_batch_is_held():
+def test_global_batch_is_kept():
     found = search(pod4())
     assert len(found.best) == 10
     for row in found.best:
-        assert row.plan.work.samples == 128
+        assert row.plan.work.batch.global_batch_size == 128
         assert row.plan.fits
         assert row.layout.gradient_accumulation >= 7
     speeds = [row.plan.samples_per_s for row in found.best]
@@ -162,37 +170,39 @@ def test_the_global_batch_is_held():
     assert speeds[0] > 1.5 * make_plan(pod4()).samples_per_s
 
 
-def test_replicas_share_the_batch_and_may_share_the_moments():
+def test_replicas_share_the_batch_and_may_shard_the_moments():
     config = load_config([POD16])
     found = search(config)
-    assert all(row.plan.work.samples == 128 for row in found.best)
+    assert all(row.plan.work.batch.global_batch_size == 128 for row in found.best)
     assert found.tried == 286 * 6 * 4
-    assert all(row.layout.sharded for row in found.best), "as in the configuration, and no slower"
+    assert all(row.layout.placement.sharded for row in found.best), (
+        "as in the configuration, and no slower"
+    )
     alone = search(load_config([POD16], ["engine.replicated_tensor_sharding=false"]))
-    assert not alone.best[0].layout.sharded
+    assert not alone.best[0].layout.placement.sharded
     assert alone.best[0].plan.fullest.memory.share > found.best[0].plan.fullest.memory.share
 
 
-def test_a_stage_that_does_not_set_the_pace_takes_the_least_memory():
+def test_faster_stages_take_the_least_memory():
     best = search(pod4()).best[0]
     last = best.layout.recompute[-1]
     assert best.plan.by_speed()[0].stage != 3
-    assert last != "stage_inputs", "quicker, but nobody waits for the last stage"
+    assert last != "stage_inputs", "faster, but no other stage waits for the last"
 
 
-def test_a_written_layout_is_a_configuration_of_its_own(tmp_path):
+def test_written_layout_overrides_a_configuration(tmp_path):
     found = search(pod4()).best[0]
     path = tmp_path / "best.yaml"
-    found.layout.write(path, on_ipus=True, comment=["how it came about"])
+    found.layout.write(path, on_ipus=True, comment=["how it was found"])
     config = check(load_config([POD4, path], ["engine.name=poptorch"]))
     assert config.pipeline.layers_per_stage == found.layout.layers_per_stage
     assert config.batch.global_batch_size is None
     assert make_plan(config).seconds == pytest.approx(found.plan.seconds)
-    assert path.read_text().startswith("# how it came about\n")
+    assert path.read_text().startswith("# how it was found\n")
     assert set(yaml.safe_load(path.read_text())) == {"pipeline", "batch", "engine"}
 
 
-def test_a_file_is_never_written_over(tmp_path):
+def test_existing_file_is_not_overwritten(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
@@ -201,22 +211,29 @@ def test_a_file_is_never_written_over(tmp_path):
 
 
 def test_processes_are_searched_by_their_own_rules():
-    found = search(load_config([ROOT / "configs" / "vit_gpu4.yaml"]))
+    found = search(gpu4(), micro_batches=[1, 2, 4, 8, 16, 32, 64, 128])
     assert list(found.refused) == [1, 2]
-    assert all(row.layout.on_chip and not row.layout.sharded for row in found.best)
+    placement = StatePlacement(on_chip=True, sharded=False)
+    assert all(row.layout.placement == placement for row in found.best)
     assert "engine" not in found.best[0].layout.overlay(on_ipus=False)
+
+
+def test_micro_batches_are_not_searched_while_their_overhead_is_unknown():
+    assert {row.layout.micro_batch_size for row in search(gpu4()).best} == {16}
+    known = SpeedModel(Constants(1e-3, 1e13), (), 0.05, "")
+    assert len({row.layout.micro_batch_size for row in search(gpu4(), model=known).best}) > 1
 
 
 def test_one_device_has_nothing_to_search():
     with pytest.raises(ConfigError, match="nothing to search"):
-        search(load_config([ROOT / "configs" / "vit_demo.yaml"]))
+        search(load_config([DEMO]))
 
 
-def test_what_poptorch_refuses_anyhow_is_told_at_once():
+def test_configuration_that_poptorch_refuses_with_any_layout_is_refused():
     with pytest.raises(ConfigError, match="eval_device_iterations=1"):
         search(pod4("batch.eval_device_iterations=1"))
 
 
-def test_micro_batches_that_do_not_divide_are_a_mistake():
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ConfigError, match=r"none of the micro-batches \[3, 5\] divides the 128"):
         search(pod4(), micro_batches=[3, 5])

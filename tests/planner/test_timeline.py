@@ -1,4 +1,4 @@
-"""The schedules, against a discrete-event simulation of the same rules."""
+"""The schedules, compared with a discrete-event simulation of the same rules."""
 
 import heapq
 import itertools
@@ -23,11 +23,11 @@ UNEVEN = [
 
 
 def discrete_events(schedule, times, micro_batches):
-    """Work the update out event by event: (stage, kind, micro-batch) -> (begin, end).
+    """Simulate the update event by event: (stage, kind, micro-batch) -> (begin, end).
 
-    A stage takes the next piece of work that its rule allows as soon as it is free and what it
-    needs was delivered. In lockstep deliveries are made when a cycle ends, and a cycle ends when
-    all that began in it are done.
+    A stage takes the next piece of work that its rule allows as soon as it is free and its input
+    was delivered. In lockstep deliveries are made when a cycle ends, and a cycle ends when all work
+    that began in it is done.
     """
     if schedule == "lockstep":
         return lockstep_events(times, micro_batches)
@@ -35,7 +35,7 @@ def discrete_events(schedule, times, micro_batches):
 
 
 class Processes:
-    """Stages that wait for their neighbours alone."""
+    """Stages that wait for their neighbours only."""
 
     def __init__(self, schedule, times, micro_batches):
         self.times, self.micro_batches = times, micro_batches
@@ -90,7 +90,7 @@ class Processes:
 
 
 def lockstep_events(times, micro_batches):
-    """Deliver at the end of each cycle, whose length is that of the slowest stage's whole work."""
+    """Deliver at the end of each cycle, which is as long as the work of the slowest stage."""
     last = len(times) - 1
     length = max(sum(time[:3]) for time in times)
     delivered = {("forward", 0): list(range(micro_batches))}
@@ -104,7 +104,7 @@ def lockstep_events(times, micro_batches):
                 micro_batch = queue.pop(0)
                 spans[stage, "forward", micro_batch] = (begin, begin + time.forward_s)
                 begin += time.forward_s
-                # The last stage turns round in the same cycle.
+                # The last stage starts backward in the same cycle.
                 target = ("forward", stage + 1) if stage < last else ("backward", stage)
                 (arriving if stage < last else delivered).setdefault(target, []).append(micro_batch)
             queue = delivered.get(("backward", stage), [])
@@ -123,7 +123,7 @@ def lockstep_events(times, micro_batches):
 
 
 def laid_out(timeline):
-    """The planner's own spans, what is computed again counted to the backward pass."""
+    """Return the planner's spans; recomputation is part of the backward pass."""
     spans = {}
     for slot in timeline.slots:
         if slot.kind == "update":
@@ -138,7 +138,7 @@ def laid_out(timeline):
 @pytest.mark.parametrize("micro_batches", [1, 4, 7, 16])
 @pytest.mark.parametrize("times", [EVEN, UNEVEN, EVEN[:1]], ids=["even", "uneven", "alone"])
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "gpipe"])
-def test_every_piece_of_work_is_where_a_simulation_puts_it(schedule, times, micro_batches):
+def test_work_is_scheduled_as_in_the_simulation(schedule, times, micro_batches):
     timeline = simulate(schedule, times, micro_batches)
     expected = discrete_events(schedule, times, micro_batches)
     assert len(expected) == 2 * len(times) * micro_batches
@@ -149,7 +149,7 @@ def test_every_piece_of_work_is_where_a_simulation_puts_it(schedule, times, micr
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "gpipe"])
-def test_a_stage_holds_as_many_micro_batches_as_the_simulation_shows(schedule):
+def test_micro_batches_in_flight_are_those_of_the_simulation(schedule):
     spans = discrete_events(schedule, EVEN, 16)
     for stage in range(4):
         changes = []
@@ -164,12 +164,12 @@ def test_a_stage_holds_as_many_micro_batches_as_the_simulation_shows(schedule):
 
 
 def test_four_ipus_make_seven_pipeline_stages():
-    # peers 3.4: P = 2 N - 1 (PopTorch, Compiler.cpp:675)
+    # 2 N - 1 (graphcore/poptorch, Compiler.cpp:675)
     assert [num_pipeline_stages(ipus) for ipus in (1, 2, 4, 8)] == [1, 3, 7, 15]
 
 
-def test_stash_depths_are_the_published_ones():
-    # peers 3.4: 2 (N - i) - 1; docs/ipu.md, section 3
+def test_stash_depths():
+    # 2 (N - i) - 1 (graphcore/popart, pipeline.cpp, getStashSize; docs/ipu.md, section 3)
     assert [in_flight("lockstep", stage, 4, 128) for stage in range(4)] == [7, 5, 3, 1]
     assert [in_flight("1f1b", stage, 4, 128) for stage in range(4)] == [4, 3, 2, 1]
     assert [in_flight("gpipe", stage, 4, 128) for stage in range(4)] == [128] * 4
@@ -178,8 +178,8 @@ def test_stash_depths_are_the_published_ones():
 @pytest.mark.parametrize(
     ("accumulation", "used"), [(7, 0.54), (16, 0.73), (30, 0.83), (64, 0.91), (128, 0.955)]
 )
-def test_four_ipus_are_used_as_published(accumulation, used):
-    # peers 3.4: accumulation / (accumulation + 2 N - 2)
+def test_utilisation_of_four_ipus(accumulation, used):
+    # accumulation / (accumulation + 2 N - 2) (graphcore/popart, pipelining.md)
     assert num_cycles(4, accumulation) == accumulation + 6
     at_work = accumulation * 4.0 / simulate("lockstep", EVEN, accumulation).work_s
     assert at_work == pytest.approx(used, abs=0.006)
@@ -193,14 +193,14 @@ def test_even_processes_take_the_ideal_time(schedule, micro_batches):
     assert timeline.work_s == pytest.approx((micro_batches + 3) * 4.0)
 
 
-def test_stages_in_order_never_overlap_and_never_wait():
+def test_stages_in_order_neither_overlap_nor_wait():
     timeline = simulate("in_order", UNEVEN, 5)
     work = sorted((s.start_s, s.end_s) for s in timeline.slots if s.kind != "update")
     for (_, end), (begin, _) in zip(work, work[1:]):
         assert begin == pytest.approx(end)
 
 
-def test_the_weights_are_updated_when_all_is_done():
+def test_weights_are_updated_after_the_last_micro_batch():
     for schedule in ("lockstep", "1f1b", "gpipe", "in_order"):
         timeline = simulate(schedule, UNEVEN, 8)
         updates = [slot for slot in timeline.slots if slot.kind == "update"]
