@@ -66,7 +66,7 @@ def test_unreadable_image_is_named_in_one_line(
 class DyingDataset:
     """Two batches of padding, the second of which kills the worker that reads it."""
 
-    def __getitems__(self, draws):  # noqa: PLW3201  (torch's name for reading a batch)
+    def __getitems__(self, draws):
         if draws[0] > 0 and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return Batch.zeros(len(draws), image_size=32, num_classes=14)
@@ -77,11 +77,9 @@ class DyingDataset:
 
 def test_killed_worker_is_a_data_error_with_advice(make_engine):
     engine = make_engine("data.num_workers=1", "batch.eval_micro_batch_size=8")
-    with pytest.raises(
-        DataError, match=r"DataLoader worker .*\n.*Lower data\.num_workers"
-    ) as raised:
-        with engine:
-            engine.predict_dataset(DyingDataset())
+    words = r"DataLoader worker .*\n.*Lower data\.num_workers"
+    with pytest.raises(DataError, match=words) as raised, engine:
+        engine.predict_dataset(DyingDataset())
     assert isinstance(raised.value.__cause__, RuntimeError)
 
 

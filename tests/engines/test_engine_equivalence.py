@@ -1,4 +1,4 @@
-"""The engine against a plain loop of transformers and torch, and against itself."""
+"""The torch engine against a plain loop of transformers and torch, and against itself."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def host_batches(config, data):
 
 
 def run(config):
-    """Twenty updates on the engine: the losses and the final weights."""
+    """Make 20 updates on the engine; return the losses and the final weights."""
     data = ChestXrayDataModule(config.data)
     model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     rate = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
@@ -44,7 +44,7 @@ def run(config):
 
 
 def plain_loop(config):
-    """The same in a few lines of transformers and torch, with Hugging Face's own loss."""
+    """Make the same updates with transformers and torch only, and Hugging Face's loss."""
     data = ChestXrayDataModule(config.data)
     start = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     model = ViTForImageClassification(ViTConfig(**start.config.to_dict()))
@@ -84,7 +84,7 @@ BASE = ("schedule.warmup_ratio=0.25", "optim.lr=1e-3", "optim.weight_decay=0.05"
 
 
 @pytest.mark.parametrize("bias", ["prior", "zero"])
-def test_twenty_updates_equal_a_plain_transformers_loop(make_config, bias):
+def test_losses_match_a_plain_transformers_loop(make_config, bias):
     config = make_config(
         *BASE,
         f"model.head_bias={bias}",
@@ -97,39 +97,39 @@ def test_twenty_updates_equal_a_plain_transformers_loop(make_config, bias):
     assert losses[-1] < losses[0]
 
 
-def test_the_same_seed_gives_the_same_losses_twice(make_config):
+def test_same_seed_repeats_losses_and_weights(make_config):
     config = make_config(*BASE, "model.dropout=0.1")
     first, second = run(config), run(config)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_another_seed_gives_other_losses(make_config):
+def test_another_seed_changes_the_losses(make_config):
     losses, _ = run(make_config(*BASE))
     other, _ = run(make_config(*BASE, "run.seed=1"))
     assert not torch.equal(losses, other)
 
 
-def test_accumulation_1_by_16_equals_4_by_4(make_config):
+def test_micro_batches_of_1_and_4_give_the_same_losses(make_config):
     one, _ = run(make_config(*BASE, "batch.micro_batch_size=1", "batch.gradient_accumulation=16"))
     four, _ = run(make_config(*BASE, "batch.micro_batch_size=4", "batch.gradient_accumulation=4"))
     assert torch.allclose(one, four, rtol=0, atol=1e-5), (one - four).abs().max()
 
 
 @pytest.mark.parametrize("cut", ["[4]", "[2, 2]", "[0, 1, 3]"])
-def test_the_cut_changes_nothing(make_config, cut):
+def test_stages_do_not_change_the_losses(make_config, cut):
     expected, _ = run(make_config(*BASE))
     losses, _ = run(make_config(*BASE, f"pipeline.layers_per_stage={cut}"))
     assert torch.equal(losses, expected)
 
 
-def test_loader_processes_change_nothing(make_config):
+def test_loader_workers_do_not_change_the_losses(make_config):
     expected, _ = run(make_config(*BASE))
     losses, _ = run(make_config(*BASE, "data.num_workers=2"))
     assert torch.equal(losses, expected)
 
 
-def test_device_iterations_change_nothing_at_a_constant_rate(make_config):
+def test_device_iterations_do_not_change_the_losses_at_a_constant_rate(make_config):
     constant = (*BASE, "schedule.name=constant", "schedule.warmup_ratio=0")
     expected, _ = run(make_config(*constant))
     losses, _ = run(make_config(*constant, "batch.device_iterations=5"))
@@ -137,7 +137,7 @@ def test_device_iterations_change_nothing_at_a_constant_rate(make_config):
 
 
 @pytest.mark.parametrize(("replicas", "accumulation"), [(2, 2), (4, 1)])
-def test_replicas_in_turn_are_more_accumulation(make_config, replicas, accumulation):
+def test_replicas_of_one_process_equal_more_accumulation(make_config, replicas, accumulation):
     expected, _ = run(make_config(*BASE, "batch.gradient_accumulation=4"))
     batch = [f"batch.replicas={replicas}", f"batch.gradient_accumulation={accumulation}"]
     losses, _ = run(make_config(*BASE, *batch))

@@ -194,7 +194,7 @@ def test_state_without_a_parameter_is_refused(make_engine):
     train(engine, [0])
     state = engine.state_dict()
     del state.optimizer["classifier.bias"]
-    with pytest.raises(CheckpointError, match="lacks the optimizer state of classifier.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks the optimizer state of classifier\.bias"):
         engine.load_state_dict(state)
 
 
