@@ -1,4 +1,4 @@
-"""Run train.py with a fault of ours in one of the processes.
+"""Run train.py with a fault in one of the processes.
 
 torchrun tests/engines/processes/failing.py FAULT RANK ARGUMENTS
 """
@@ -19,7 +19,7 @@ from cxr_vit import cli
 
 
 def bug() -> None:
-    """Raise what nobody expects, in the fourth update."""
+    """Raise an unexpected error in the fourth update."""
     from cxr_vit.engines.pipeline_engine import PipelineEngine
 
     clip = PipelineEngine.clip_gradients
@@ -33,7 +33,7 @@ def bug() -> None:
 
 
 def silence() -> None:
-    """Stop for good in the midst of a training step, as a host does that hangs."""
+    """Stop in the middle of a training step, like a host that hangs."""
     from cxr_vit.model.stages import Stage
 
     forward, calls = Stage.forward, itertools.count()
@@ -59,17 +59,17 @@ def slow_disk() -> None:
     checkpoint.save_file = slowly
 
 
-def late() -> None:
-    """Come to the data last."""
+def slow_start() -> None:
+    """Reach the data set last."""
     from cxr_vit.synthetic import dataset
 
     write = dataset.write_sample_if_absent
 
-    def lately(data):
+    def slowly(data):
         time.sleep(5)
         write(data)
 
-    dataset.write_sample_if_absent = lately
+    dataset.write_sample_if_absent = slowly
 
 
 if __name__ == "__main__":

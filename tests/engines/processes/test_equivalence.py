@@ -1,6 +1,6 @@
-"""The stages over N processes compute what one process computes.
+"""N processes compute the same as one process.
 
-Two starts of torchrun, of two and of four processes, go through all cases; see worker.py.
+Two starts of torchrun, with two and with four processes, run all cases; see worker.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning"),  # torch.load's, of torch 2.0
 ]
 
-#: 20 updates of the demo, of 8 micro-batches of 4, each with a gradient that is clipped. At the
-#: demo's own rate they agree as well, but rounding grows from one update to the next. The test
-#: split has 59 images, which no batch divides.
+#: 20 updates of 8 micro-batches of 4 images, each with a clipped gradient. At the demo's own
+#: learning rate the results agree too, but rounding errors grow from one update to the next. The
+#: test split has 59 images, which no batch size divides.
 DEMO = (
     "batch.micro_batch_size=4",
     "batch.gradient_accumulation=8",
@@ -37,7 +37,7 @@ DEMO = (
     "engine.device=cpu",
     "engine.precision=fp32",
 )
-#: The same of smaller images, where the demo's own have nothing to add.
+#: Smaller images, where the size does not matter.
 SMALL = ("data.image_size=32",)
 BF16 = (*SMALL, "engine.precision=bf16", "optim.max_grad_norm=null")
 FP16 = (*SMALL, "engine.precision=fp16", "train.steps=8")
@@ -50,9 +50,9 @@ DEEP = (
 
 
 class Case(NamedTuple):
-    """What some processes compute, and what one computes that must be the same.
+    """A computation of some processes, and that of one process that must be the same.
 
-    The first loss scale matters to fp16 alone.
+    The initial loss scale matters only to fp16.
     """
 
     processes: int
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 
     @property
     def per_replica(self) -> int:
-        """Processes that share one replica; less than 1 where a process has several replicas."""
+        """Processes per replica; 0 where a process has several replicas."""
         return self.processes // self.replicas
 
 
@@ -107,8 +107,8 @@ CASES: Dict[str, Case] = {
         (*SMALL, "train.steps=3"),
     ),
     "bf16, 4 stages": Case(4, (*BF16, *pipeline("interleaved_1f1b", FOUR)), BF16),
-    # The torch engine divides the loss by the 8 micro-batches, a schedule the gradients afterwards:
-    # with an eighth of the scale they compute with the same numbers.
+    # The torch engine divides the loss by the 8 micro-batches, a schedule divides the gradients:
+    # with an eighth of the scale both compute with the same numbers.
     "fp16, 4 stages": Case(4, (*FP16, *pipeline("1f1b", FOUR)), FP16, 2.0**20, 2.0**23),
     "fp16, 2 replicas x 2 stages": Case(
         4, (*FP16, *pipeline("gpipe", "[2, 2]", 2)), FP16, 2.0**20, 2.0**23
@@ -121,7 +121,7 @@ def runs_here(case: Case) -> bool:
 
 
 def cases(*wanted: str, but: str = "-") -> Any:
-    """Parametrise a test with the cases whose names begin with one of the words."""
+    """Parametrize a test with the cases whose names begin with one of the words."""
     chosen = [
         pytest.param(name, id=name, marks=[needs_pipelining] if case.is_pipeline else [])
         for name, case in CASES.items()
@@ -140,16 +140,16 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(demo):
-    """What one process computes."""
+    """Results of one process, by overrides and loss scale."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes: a sum in another order is another sum
+    torch.set_num_threads(1)  # as in the processes: the order of a sum changes its rounding
     yield lru_cache(maxsize=None)(lambda more, scale: measure((*demo, *more), scale))
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def results(demo, tmp_path_factory):
-    """What each process of a case computed; those with as many processes share one start."""
+    """Results of all processes of a case; cases with the same number of processes share a start."""
 
     @lru_cache(maxsize=None)
     def launched(processes):
@@ -181,7 +181,7 @@ def results(demo, tmp_path_factory):
 
 @pytest.fixture
 def both(results, alone):
-    """What the main process of a case has in the end, and what one process has."""
+    """Results of the main process of a case and of one process."""
 
     def of(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
         case = CASES[name]
@@ -205,11 +205,8 @@ def assert_weights_agree(ours, theirs, tolerance=1e-5):
             assert_near(ours["optimizer"][name][slot], value, f"{slot} of {name}", tolerance)
 
 
-# What comes of the updates
-
-
 @cases(but="16,")
-def test_losses_norms_and_weights_are_those_of_one_process(both, name):
+def test_losses_norms_and_weights_match_one_process(both, name):
     ours, theirs = both(name)
     assert len(ours["losses"]) == len(theirs["losses"]) >= 3
     assert ours["num_samples"] == theirs["num_samples"] == 32 * len(ours["losses"])
@@ -218,15 +215,15 @@ def test_losses_norms_and_weights_are_those_of_one_process(both, name):
     assert_weights_agree(ours, theirs)
 
 
-def test_one_process_computes_the_same_for_every_cut(alone):
+def test_one_process_computes_the_same_with_any_stages(alone):
     cut, whole = alone((), 1.0), alone(("pipeline.layers_per_stage=[4]",), 1.0)
     assert torch.equal(cut["losses"], whole["losses"])
     assert torch.equal(cut["norms"], whole["norms"])
     assert all(torch.equal(cut["weights"][name], value) for name, value in whole["weights"].items())
 
 
-def test_the_updates_are_worth_comparing(alone):
-    """Else the tests above could not tell one update from another."""
+def test_updates_differ_enough_to_compare(alone):
+    """Otherwise the tests above could not detect a wrong update."""
     demo, small = alone((), 1.0), alone(SMALL, 1.0)
     assert demo["norms"].min() > 0.08, "each gradient is clipped"
     assert demo["losses"].max() - demo["losses"].min() > 0.05
@@ -238,7 +235,7 @@ def test_the_updates_are_worth_comparing(alone):
 
 
 @cases("bf16")
-def test_bf16_is_that_of_one_process_to_the_last_bit(both, name):
+def test_bf16_matches_one_process_bit_for_bit(both, name):
     ours, theirs = both(name)
     assert torch.equal(ours["losses"], theirs["losses"])
     assert_near(ours["norms"], theirs["norms"], "the gradient norm", 1e-6)
@@ -248,7 +245,7 @@ def test_bf16_is_that_of_one_process_to_the_last_bit(both, name):
 
 
 @cases("fp16")
-def test_fp16_overflows_and_goes_on_where_one_process_does(both, name):
+def test_fp16_overflows_in_the_same_updates_as_one_process(both, name):
     ours, theirs = both(name)
     skipped = ours["norms"] == 0
     assert 1 < skipped.sum() < len(skipped) - 1
@@ -258,11 +255,8 @@ def test_fp16_overflows_and_goes_on_where_one_process_does(both, name):
     assert_near(ours["norms"], theirs["norms"], "the gradient norm", 1e-3)
 
 
-# What each process has
-
-
 @cases()
-def test_every_process_returns_the_same(results, name):
+def test_all_processes_return_the_same(results, name):
     first, *others = results(name)
     for other in others:
         for what in ("losses", "norms", "logits", "labels"):
@@ -272,17 +266,17 @@ def test_every_process_returns_the_same(results, name):
 
 
 @cases()
-def test_every_image_is_scored_once_as_in_one_process(results, alone, demo, name):
+def test_scores_match_one_process(results, alone, demo, name):
     ours, case = results(name)[0], CASES[name]
     assert ours["logits"].shape == (59, 14)
     assert torch.equal(ours["labels"], alone((), 1.0)["labels"])
     expected = score((*demo, *case.alone), ours["weights"])
     assert_near(ours["logits"], expected, "a logit")
-    assert ours["logits"].std(dim=0).min() > 1e-3, "images have scores of their own"
+    assert ours["logits"].std(dim=0).min() > 1e-3, "scores differ between images"
 
 
 @cases()
-def test_a_process_holds_its_own_stages_and_no_other(results, demo, name):
+def test_each_process_holds_only_its_own_stages(results, demo, name):
     case = CASES[name]
     every = {name for name, _ in make((*demo, *case.overrides))[2].named_parameters()}
     for rank, ours in enumerate(results(name)):
@@ -292,7 +286,7 @@ def test_a_process_holds_its_own_stages_and_no_other(results, demo, name):
             own = {name for name in every if stage_of(name) % case.per_replica == position}
             assert 0 < len(own) < len(every)
         assert set(ours["here"]) == own, rank
-        assert set(ours["alive"]) == own, f"{rank}: weights of other stages are kept in memory"
+        assert set(ours["alive"]) == own, f"{rank}: weights of other stages stay in memory"
         assert set(ours["stateful"]) == own, rank
 
 
@@ -301,13 +295,11 @@ def stage_of(parameter: str) -> int:
 
 
 @cases()
-def test_replicas_read_their_part_of_one_process_s_images_and_only_first_stages(
-    results, alone, name
-):
+def test_replicas_divide_the_images_and_only_first_stages_read_them(results, alone, name):
     case, every = CASES[name], results(name)
     expected = alone(case.alone, case.scale_alone)
     first_stages = every[:: case.per_replica] if case.is_pipeline else every
-    # Of each round of micro-batches, one a replica, every process has the next part.
+    # Of each round of micro-batches, one per replica, every process has the next part.
     size = 4 * case.replicas // len(first_stages)
     parts = [ours["rows"].reshape(-1, size) for ours in first_stages]
     assert torch.equal(torch.stack(parts, dim=1).flatten(), expected["rows"])

@@ -1,4 +1,4 @@
-"""The planner's bubble, against that of 1F1B on four real processes whose stages sleep."""
+"""The planner's bubble against that of 1F1B on four real processes whose stages sleep."""
 
 import json
 import statistics
@@ -51,10 +51,10 @@ def update_seconds(sleeps_ms, out):
         pytest.param((15, 15, 30, 15), id="uneven"),
     ],
 )
-def test_the_measured_bubble_is_the_planners_within_ten_points(sleeps_ms, tmp_path):
+def test_measured_bubble_is_within_ten_points_of_the_plan(sleeps_ms, tmp_path):
     measured = update_seconds(sleeps_ms, tmp_path / "measured.json")
     counts, seconds = np.array(list(measured)), np.array(list(measured.values()))
-    # What a micro-batch takes in the steady state: the slope, whatever an update costs besides.
+    # The slope is the time per micro-batch in the steady state, without the cost per update.
     steady_s = np.polyfit(counts, seconds, 1, w=1 / seconds)[0]
     times = [StageTime(sleep, 0.0, 2 * sleep) for sleep in sleeps_ms]
     for count, update_s in measured.items():

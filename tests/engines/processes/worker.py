@@ -1,10 +1,10 @@
-"""Train a few configurations one after another and write down all that came of it.
+"""Train several configurations one after another and save all results.
 
 torchrun ... tests/engines/processes/worker.py CASES FOLDER
 
-CASES is a JSON file: name -> overrides of configs/vit_demo.yaml and the first loss scale. Process r
-writes FOLDER/<name>.<r>. The tests call `measure` in their own process for what one process makes
-of a configuration.
+CASES is a JSON file: name -> overrides of configs/vit_demo.yaml and the initial loss scale. Rank r
+writes FOLDER/<name>.<r>. The tests call `measure` in their own process for the results of one
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.schedule import LearningRate
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "vit_demo.yaml"
-#: Of fp16: the scale doubles after two updates, so that it soon overflows, again and again.
+#: The scale doubles after two updates, so that fp16 overflows soon and repeatedly.
 EAGER_SCALER = {
     "growth_factor": 2.0,
     "backoff_factor": 0.5,
@@ -45,12 +45,12 @@ opened_images: List[str] = []
 
 
 def copies(replicas: int) -> Tuple[str, ...]:
-    """Share out an accumulation of 8: the global batch stays."""
+    """Divide an accumulation of 8 over replicas; the global batch stays the same."""
     return f"batch.replicas={replicas}", f"batch.gradient_accumulation={8 // replicas}"
 
 
 def pipeline(schedule: str, cut: str, replicas: int = 1) -> Tuple[str, ...]:
-    """Cut the model into stages that share out an accumulation of 8."""
+    """Use the pipeline engine with an accumulation of 8 over all replicas."""
     return (
         "engine.name=pipeline",
         f"pipeline.schedule={schedule}",
@@ -60,16 +60,16 @@ def pipeline(schedule: str, cut: str, replicas: int = 1) -> Tuple[str, ...]:
 
 
 def has_gradient(name: str) -> bool:
-    """Whether a weight matters: a key's bias does not.
+    """Whether a weight has a gradient other than rounding errors.
 
-    It adds the same to all scores of a query, which the softmax takes out again. Its gradient is
-    rounding, and Adam divides it by its size.
+    The bias of a key adds the same value to all scores of a query, which softmax cancels; Adam
+    scales the rounding errors up.
     """
     return not name.endswith("attention.key.bias")
 
 
 def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
-    """Train as train.py does, then score the test split; return what this process saw."""
+    """Train as train.py does, then score the test split; return the results of this process."""
     del opened_images[:]
     launch = Launch.from_environment()
     config, data, model = make(overrides)
@@ -107,7 +107,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
         "rows": torch.cat([batch.indices for batch in batches]),
         "pixels": sum(batch.images.numel() for batch in batches),
         "images": images,
-        # Names begin with `stages.<i>.`; those still alive of all that were built.
+        # Names of the built weights (`stages.<i>. ...`) that are still in memory.
         "alive": sorted(name for name, weight in built if weight() is not None),
         "here": sorted(here),
         "stateful": sorted(stateful),
@@ -123,7 +123,7 @@ def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
 
 
 def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, StagedViT]:
-    """Put together what an engine is built of."""
+    """Build configuration, data and model."""
     config = check(load_config([CONFIG], overrides))
     data = ChestXrayDataModule(config.data, once=run_store(Launch.from_environment()).call_once)
     model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
@@ -152,7 +152,7 @@ def _note_images(event: str, arguments: Any) -> None:
 
 
 def main() -> None:
-    """Go through the cases."""
+    """Run all cases."""
     sys.addaudithook(_note_images)
     cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
     rank = Launch.from_environment().rank
