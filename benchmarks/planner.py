@@ -1,9 +1,9 @@
-"""How long the planner takes: a plan, and two searches, each as a command of its own.
+"""Time of the planner: one plan and two searches, each as a separate command.
 
     python -m benchmarks.planner [--rounds N] [--out FILE]
 
 The searches: all cuts of 12 layers on 4 IPUs x 6 micro-batches x 5 accumulations, and of 24 layers
-on 8. Prints a table, writes a JSON; the exit status is 1 if one is slower than it may be.
+on 8. Prints a table and writes a JSON file; the exit status is 1 if a command exceeds its limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGE = (
 
 
 class Case(NamedTuple):
-    """A command, and how long it may take."""
+    """A command and the limit of its time."""
 
     name: str
     arguments: Tuple[str, ...]
@@ -47,7 +47,7 @@ CASES = (
 
 
 def measure(case: Case, rounds: int) -> Dict[str, Any]:
-    """Time a command as a whole process; return what the JSON says."""
+    """Time a command as a whole process; return its row of the JSON file."""
     seconds: List[float] = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -63,14 +63,14 @@ def measure(case: Case, rounds: int) -> Dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and write; return 1 if a command is too slow."""
+    """Measure all commands; return 1 if one exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("planner.json"), metavar="FILE")
     arguments = parser.parse_args(argv)
     result = {**describe_machine("numpy", "pydantic"), "rounds": arguments.rounds}
     print(f"{result['machine']}, {result['cores']} cores, Python {result['python']}")
-    print(f"{'':30} {'median s':>9} {'lowest..highest':>16} {'may take':>9}")
+    print(f"{'':30} {'median s':>9} {'lowest..highest':>16} {'limit':>9}")
     rows = []
     for case in CASES:
         row = measure(case, arguments.rounds)

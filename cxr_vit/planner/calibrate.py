@@ -171,7 +171,7 @@ def _measured(folder: Path, work: Workload, device_iterations: int) -> Measured:
         )
     seconds = seconds[1:] or seconds
     median = statistics.median(seconds)
-    if median <= max(work.update_s):
+    if median <= work.update_s:
         raise ConfigError(
             f"--calibrate {folder}: an update took {1e3 * median:.3g} ms, less than"
             f" {work.target.name} is predicted to take for the weights alone. Is it another device"

@@ -352,18 +352,11 @@ def stage_memory(
     shape: ModelShape,
     formats: Formats,
     target: Target,
-    *,
     stage: int,
     depth: int,
     micro_batch_size: int,
 ) -> StageMemory:
-    """Predict the memory of a stage on its device.
-
-    Parameters
-    ----------
-    depth
-        Most micro-batches that the stage holds at once (`timeline.in_flight`).
-    """
+    """Predict the memory of a stage that holds at most `depth` micro-batches at once."""
     size = formats.activation
     own_input: float = shape.image_bytes if cost.is_first else shape.hidden_elements * size
     images = shape.image_bytes if cost.is_first else 0

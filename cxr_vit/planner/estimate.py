@@ -12,10 +12,10 @@ from cxr_vit.config.ipu_rules import reserved_ipus
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.text_files import find_lists, read_list
 from cxr_vit.errors import ConfigError, DataError
-from cxr_vit.planner.costs import StageCost, StageMemory, stage_memory
+from cxr_vit.planner.costs import StageCost, StageMemory
 from cxr_vit.planner.hardware import Target, find_target
 from cxr_vit.planner.speed import RELATIVE, SpeedModel, Workload, published_model, workload
-from cxr_vit.planner.timeline import StageTime, Timeline, in_flight, simulate
+from cxr_vit.planner.timeline import StageTime, Timeline, simulate
 
 __all__ = [
     "Plan",
@@ -48,16 +48,8 @@ class StagePrediction(NamedTuple):
 class Plan(NamedTuple):
     """Prediction for a configuration on its devices.
 
-    Attributes
-    ----------
-    work
-        Work of one replica.
-    model
-        Constants of the times.
-    seconds
-        Time of a weight update; without `has_time` its operations.
-    images, images_source
-        Training images per epoch, and where their number is from.
+    `seconds` are those of a weight update; without `has_time` they are its operations. `images` are
+    those of an epoch.
     """
 
     work: Workload
@@ -172,32 +164,24 @@ def make_plan(
         work = work._replace(shape=work.shape._replace(image_bytes=image_bytes))
     model = model or speed_of(target)
     number, source = (images, "--images") if images else _training_images(config.data)
+    stages = [
+        StagePrediction(
+            stage,
+            cost,
+            depth,
+            memory=work.memory(stage, cost, depth),
+            time=work.stage_time(cost, model.constants),
+        )
+        for stage, (cost, depth) in enumerate(zip(work.costs, work.depths))
+    ]
     return Plan(
         work=work,
-        stages=tuple(_predict_stages(work, model)),
+        stages=tuple(stages),
         model=model,
         seconds=work.seconds(model.constants),
         images=number,
         images_source=source,
     )
-
-
-def _predict_stages(work: Workload, model: SpeedModel) -> List[StagePrediction]:
-    found = []
-    for stage, (cost, time) in enumerate(zip(work.costs, work.stage_times(model.constants))):
-        accumulation = work.batch.gradient_accumulation
-        depth = in_flight(work.schedule, stage, len(work.costs), accumulation)
-        memory = stage_memory(
-            cost,
-            work.shape,
-            work.formats,
-            work.target,
-            stage=stage,
-            depth=depth,
-            micro_batch_size=work.batch.micro_batch_size,
-        )
-        found.append(StagePrediction(stage, cost, depth, memory, time))
-    return found
 
 
 def _training_images(data: DataSection) -> Tuple[int, str]:

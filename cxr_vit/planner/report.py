@@ -376,7 +376,7 @@ def _against_own(config: Config, first: Plan) -> str:
 def _character(plan: Plan) -> str:
     images, overhead_s = plan.work.batch.micro_batch_size, plan.model.constants.overhead_s
     scale, unit = (1e3, "ms") if plan.has_time else (1e-9, "G operations")
-    update_s = max(plan.work.update_s)
+    update_s = plan.work.update_s
     update = f", {1e3 * update_s:.1f} ms per update" if update_s > 0.01 * plan.seconds else ""
     if plan.work.schedule == "in_order":
         all_s = sum(stage.time.micro_batch_s for stage in plan.stages)

@@ -16,11 +16,11 @@ from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import Formats, stage_cost, stage_memory
+from cxr_vit.planner.costs import stage_cost
 from cxr_vit.planner.estimate import Plan, make_plan, speed_of
 from cxr_vit.planner.hardware import Target, find_target
-from cxr_vit.planner.speed import SpeedModel, Workload, update_seconds, workload
-from cxr_vit.planner.timeline import in_flight, num_cycles, num_pipeline_stages
+from cxr_vit.planner.speed import Constants, SpeedModel, Workload, workload
+from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages
 
 __all__ = ["Candidate", "Found", "Layout", "StatePlacement", "all_cuts", "kept_choices", "search"]
 
@@ -52,9 +52,7 @@ class Layout(NamedTuple):
         cls,
         layers: Sequence[int],
         kept: Sequence[Sequence[int]],
-        *,
-        micro_batch_size: int,
-        gradient_accumulation: int,
+        batch: BatchPlan,
         placement: StatePlacement,
     ) -> Layout:
         """Make a layout; `kept` are the layers of each stage, counted from its first."""
@@ -70,7 +68,8 @@ class Layout(NamedTuple):
             else:
                 recompute.append([start + layer for layer in own])
             start += count
-        return cls(list(layers), micro_batch_size, gradient_accumulation, recompute, placement)
+        size, accumulation = batch.micro_batch_size, batch.gradient_accumulation
+        return cls(list(layers), size, accumulation, recompute, placement)
 
     def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
         """Return the layout as sections and keys of a configuration."""
@@ -168,36 +167,26 @@ _UNFIT = _Choice(math.inf, math.inf, 0.0, ())
 
 
 def _choices(
-    work: Workload, formats: Formats, model: SpeedModel, stage: int, layers: int, depth: int
+    work: Workload, constants: Constants, stage: int, layers: int, depth: int
 ) -> List[_Choice]:
     """Return what fits of a stage with a number of layers, the fastest first."""
-    last = len(work.costs) - 1
-    if layers == 0 and 0 < stage < last:
+    is_first, is_last = stage == 0, stage == len(work.costs) - 1
+    if layers == 0 and not is_first and not is_last:
         return []  # in no cut
     choices = []
     for kept in kept_choices(layers) if work.recomputes else [()]:
         cost = stage_cost(
             work.shape,
             num_layers=layers,
-            is_first=stage == 0,
-            is_last=stage == last,
+            is_first=is_first,
+            is_last=is_last,
             kept=kept,
             recomputes=work.recomputes,
         )
-        memory = stage_memory(
-            cost,
-            work.shape,
-            formats,
-            work.target,
-            stage=stage,
-            depth=depth,
-            micro_batch_size=work.batch.micro_batch_size,
-        )
+        memory = work.memory(stage, cost, depth)
         if memory.fits:
-            update_s = update_seconds(cost, formats, work.target.ipu, work.batch.replicas)
-            alone = work._replace(costs=(cost,), update_s=(update_s,))
-            (time,) = alone.stage_times(model.constants)
-            choices.append(_Choice(time.micro_batch_s, memory.total, update_s, kept))
+            time = work.stage_time(cost, constants)
+            choices.append(_Choice(time.micro_batch_s, memory.total, time.update_s, kept))
     return sorted(choices)
 
 
@@ -222,16 +211,12 @@ class Found(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    """A combination, before it is planned; ordered by its fields."""
+    """A layout before it is planned, and what it is ranked by."""
 
     seconds_per_image: float
     preference: int
     memory: float
-    layers: Tuple[int, ...]
-    micro_batch_size: int
-    accumulation: int
-    placement: StatePlacement
-    kept: Tuple[Tuple[int, ...], ...]
+    layout: Layout
 
 
 def search(
@@ -284,18 +269,18 @@ def search(
     ranked: List[Iterator[_Ranked]] = []
     for preference, placement in enumerate(placements):
         for own in legal:
-            tried = work._replace(batch=own)
+            tried = _placed(work._replace(batch=own), placement)
             # Everything that a table depends on; the depths stop growing with the accumulation.
-            depths, accumulates = _depths(tried), own.gradient_accumulation > 1
-            key = (placement, own.micro_batch_size, depths, accumulates)
+            key = (tried.formats, own.micro_batch_size, tried.depths)
             if key not in tables:
-                tables[key] = _Table(tried, cuts, placement, depths, model)
+                tables[key] = _Table(tried, cuts, model.constants)
             if np.isfinite(tables[key].memory).any():
                 fitting.add(own.micro_batch_size)
-                ranked.append(tables[key].ranked(tried, preference))
+                ranked.append(tables[key].ranked(tried, placement, preference))
     unfit = sorted({own.micro_batch_size for own in legal} - fitting)
+    best_first = merge(*ranked, key=lambda row: row[:3])
     return Found(
-        best=_best(config, merge(*ranked), target, model),
+        best=_best(config, best_first, target, model),
         tried=len(cuts) * len(pairs) * len(placements),
         refused=refused,
         too_large=unfit[0] if unfit else None,
@@ -322,12 +307,6 @@ def _check(neutral: Config, work: Workload) -> None:
     problems = ipu_problems(neutral) if work.target.ipu else []
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
-
-
-def _depths(work: Workload) -> Tuple[int, ...]:
-    """Return the most micro-batches that each stage holds at once."""
-    stages, accumulation = len(work.costs), work.batch.gradient_accumulation
-    return tuple(in_flight(work.schedule, stage, stages, accumulation) for stage in range(stages))
 
 
 def _refused(config: Config, work: Workload, counts: Sequence[int]) -> Dict[int, str]:
@@ -373,45 +352,44 @@ def _placements(config: Config, target: Target) -> List[StatePlacement]:
     return sorted(every, key=lambda placement: placement != own)
 
 
+def _placed(work: Workload, placement: StatePlacement) -> Workload:
+    """Return the work with this placement of the optimizer state, and its own accumulation."""
+    formats = work.formats._replace(
+        on_chip=placement.on_chip,
+        shards=work.batch.replicas if placement.sharded else 1,
+        accumulates=work.batch.gradient_accumulation > 1 or work.target.ipu is None,
+    )
+    return work._replace(formats=formats)
+
+
 class _Table:
-    """Time and memory of each cut, with one placement, micro-batch and depths.
+    """Time and memory of each cut, for works that differ in their accumulation only.
 
     The costs of a stage depend on its place and its own layers only, so each is computed once.
     """
 
-    def __init__(
-        self,
-        work: Workload,
-        cuts: np.ndarray,
-        placement: StatePlacement,
-        depths: Sequence[int],
-        model: SpeedModel,
-    ) -> None:
-        self.cuts, self.placement = cuts, placement
-        accumulates = work.batch.gradient_accumulation > 1 or work.target.ipu is None
-        formats = work.formats._replace(
-            on_chip=placement.on_chip,
-            shards=work.batch.replicas if placement.sharded else 1,
-            accumulates=accumulates,
-        )
+    def __init__(self, work: Workload, cuts: np.ndarray, constants: Constants) -> None:
+        self.cuts = cuts
         #: By stage and number of layers, the fastest first.
         self.choices = [
             [
-                _choices(work, formats, model, stage, layers, depth)
+                _choices(work, constants, stage, layers, depth)
                 for layers in range(work.shape.num_layers + 1)
             ]
-            for stage, depth in enumerate(depths)
+            for stage, depth in enumerate(work.depths)
         ]
         fastest = np.array(
             [[(choices or [_UNFIT])[0][:3] for choices in stage] for stage in self.choices]
         )
         #: float64 ``[cuts, stages, 3]``; infinite if it does not fit.
-        values = fastest[np.arange(len(depths)), cuts]
+        values = fastest[np.arange(len(self.choices)), cuts]
         self.seconds = values[:, :, 0]
         #: Of the slowest stage, of the fullest, and of the longest weight update, ``[cuts]``.
         self.slowest_s, self.memory, self.update_s = values.max(axis=1).T
 
-    def ranked(self, work: Workload, preference: int) -> Iterator[_Ranked]:
+    def ranked(
+        self, work: Workload, placement: StatePlacement, preference: int
+    ) -> Iterator[_Ranked]:
         """Yield the cuts that fit, by the lower bound of an update's time."""
         least_s = self._least_s(work) + self.update_s
         candidates = np.arange(len(least_s))
@@ -425,15 +403,12 @@ class _Table:
                 return
             layers = tuple(int(count) for count in self.cuts[row])
             chosen = self._chosen(work, layers, float(self.slowest_s[row]))
+            kept = [choice.kept for choice in chosen]
             yield _Ranked(
                 round(float(least_s[row]) / work.batch.global_batch_size, 12),
                 preference,
                 max(choice.memory for choice in chosen),
-                layers,
-                work.batch.micro_batch_size,
-                work.batch.gradient_accumulation,
-                self.placement,
-                tuple(choice.kept for choice in chosen),
+                Layout.of_stages(layers, kept, work.batch, placement),
             )
 
     def _least_s(self, work: Workload) -> np.ndarray:
@@ -472,16 +447,10 @@ def _best(
     for row in ranked:
         if len(best) >= _TOP and 1 / row.seconds_per_image < best[_TOP - 1].plan.samples_per_s:
             break
-        key = (row.layers, row.micro_batch_size, row.accumulation)
+        layout = row.layout
+        key = (tuple(layout.layers_per_stage), layout[1:3])
         if key in seen:  # no faster with the optimizer state elsewhere
             continue
-        layout = Layout.of_stages(
-            row.layers,
-            row.kept,
-            micro_batch_size=row.micro_batch_size,
-            gradient_accumulation=row.accumulation,
-            placement=row.placement,
-        )
         laid_out = layout.applied_to(config, on_ipus=on_ipus)
         plan = make_plan(laid_out, target=target, model=model)
         if plan.fits and not (on_ipus and ipu_problems(laid_out)):

@@ -14,7 +14,14 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from cxr_vit.config import BatchPlan, Config, StagePlan, load_config
 from cxr_vit.config.plans import empty_stage_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import Formats, ModelShape, StageCost, stage_cost
+from cxr_vit.planner.costs import (
+    Formats,
+    ModelShape,
+    StageCost,
+    StageMemory,
+    stage_cost,
+    stage_memory,
+)
 from cxr_vit.planner.hardware import (
     IPUS,
     PUBLISHED,
@@ -24,7 +31,7 @@ from cxr_vit.planner.hardware import (
     Target,
     make_target,
 )
-from cxr_vit.planner.timeline import StageTime, num_cycles, simulate
+from cxr_vit.planner.timeline import StageTime, in_flight, num_cycles, simulate
 
 __all__ = [
     "RELATIVE",
@@ -35,7 +42,6 @@ __all__ = [
     "fit",
     "published_model",
     "published_workload",
-    "update_seconds",
     "workload",
 ]
 
@@ -53,16 +59,9 @@ class Constants(NamedTuple):
 
 
 class SpeedModel(NamedTuple):
-    """The constants of a device and their error.
+    """The constants of a device, `others` that the measurements allow as well, and their basis.
 
-    Attributes
-    ----------
-    others
-        Further constants that the measurements allow as well.
-    error
-        Error of the predicted speed, as a share, either way.
-    basis
-        What the constants are fitted to.
+    `error` is that of the predicted speed, as a share, either way.
     """
 
     constants: Constants
@@ -85,14 +84,8 @@ RELATIVE = SpeedModel(Constants(0.0, 1.0), (Constants(1.0, math.inf),), 0.0, "")
 class Workload(NamedTuple):
     """Work of one replica in one weight update.
 
-    Attributes
-    ----------
-    schedule
-        As in `timeline.simulate`.
-    recomputes
-        Whether the stages compute again what they do not keep.
-    update_s
-        Seconds of each stage's weight update.
+    `schedule` is that of `timeline.simulate`. With `recomputes` the stages compute again what they
+    do not keep.
     """
 
     target: Target
@@ -102,29 +95,61 @@ class Workload(NamedTuple):
     schedule: str
     recomputes: bool
     costs: Tuple[StageCost, ...]
-    update_s: Tuple[float, ...]
 
-    def stage_times(self, constants: Constants) -> List[StageTime]:
-        """Return the times of a micro-batch on each stage."""
+    @property
+    def depths(self) -> Tuple[int, ...]:
+        """Most micro-batches that each stage holds at once."""
+        stages, accumulation = len(self.costs), self.batch.gradient_accumulation
+        return tuple(in_flight(self.schedule, i, stages, accumulation) for i in range(stages))
+
+    @property
+    def update_s(self) -> float:
+        """Seconds of the weight update itself, on the stage where it takes longest."""
+        return max(self._update_s(cost) for cost in self.costs)
+
+    def _update_s(self, cost: StageCost) -> float:
+        """Return the time of a stage's weight update: memory, all-reduce, streamed moments.
+
+        The gradients go round a ring of the replicas: 2 (R - 1) / R of them over each link
+        (Patarasuk and Yuan 2009). For devices other than IPUs it is 0: a calibrated rate includes
+        the update.
+        """
+        ipu, formats, replicas = self.target.ipu, self.formats, self.batch.replicas
+        if ipu is None:
+            return 0.0
+        touched = 2 * formats.weight + formats.accumulator
+        if formats.on_chip:
+            touched += 2 * formats.moments
+        update_s = touched * cost.parameters / ipu.memory_bandwidth.value
+        exchanged = 2 * (replicas - 1) / replicas * formats.accumulator * cost.parameters
+        update_s += exchanged / ipu.link_bandwidth.value
+        if not formats.on_chip:
+            streamed = 2 * formats.moments * cost.parameters / formats.shards
+            update_s += streamed / ipu.streaming_bandwidth.value
+        return update_s
+
+    def memory(self, stage: int, cost: StageCost, depth: int) -> StageMemory:
+        """Predict the memory of a stage with these costs."""
         images = self.batch.micro_batch_size
-        times = []
-        for cost, update_s in zip(self.costs, self.update_s):
-            whole_s = constants.overhead_s + images * cost.flops / constants.flops_per_s
-            forward, again = cost.forward_flops / cost.flops, cost.recompute_flops / cost.flops
-            backward = 1 - forward - again
-            times.append(
-                StageTime(whole_s * forward, whole_s * again, whole_s * backward, update_s)
-            )
-        return times
+        return stage_memory(cost, self.shape, self.formats, self.target, stage, depth, images)
+
+    def stage_time(self, cost: StageCost, constants: Constants) -> StageTime:
+        """Return the times of a stage with these costs."""
+        images = self.batch.micro_batch_size
+        whole_s = constants.overhead_s + images * cost.flops / constants.flops_per_s
+        forward, again = cost.forward_flops / cost.flops, cost.recompute_flops / cost.flops
+        backward = 1 - forward - again
+        update_s = self._update_s(cost)
+        return StageTime(whole_s * forward, whole_s * again, whole_s * backward, update_s)
 
     def seconds(self, constants: Constants) -> float:
         """Return the time of a weight update."""
-        work_s = self.micro_batches_s(constants, self.batch.gradient_accumulation)
-        return work_s + max(self.update_s)
+        accumulation = self.batch.gradient_accumulation
+        return self.micro_batches_s(constants, accumulation) + self.update_s
 
     def micro_batches_s(self, constants: Constants, micro_batches: int) -> float:
         """Return the time of an update's micro-batches."""
-        times = self.stage_times(constants)
+        times = [self.stage_time(cost, constants) for cost in self.costs]
         if self.schedule == "lockstep":
             cycles = num_cycles(len(times), micro_batches)
             return cycles * max(time.micro_batch_s for time in times)
@@ -143,18 +168,13 @@ class Workload(NamedTuple):
         Stages in order have no slowest one: another always works.
         """
         count = self.batch.gradient_accumulation
-        times = [time.micro_batch_s for time in self.stage_times(constants)]
+        times = [self.stage_time(cost, constants).micro_batch_s for cost in self.costs]
         own = sum(times) if self.schedule == "in_order" else max(times)
         return 1 - count * own / self.micro_batches_s(constants, count)
 
 
 def workload(config: Config, target: Target, local_replicas: Optional[int] = None) -> Workload:
-    """Return the work that a configuration gives a device.
-
-    Parameters
-    ----------
-    local_replicas
-        Replicas of one process; None for all.
+    """Return the work that a configuration gives a device; one process has `local_replicas`.
 
     Raises
     ------
@@ -182,8 +202,7 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
         )
         for stage, count in enumerate(layers)
     )
-    update_s = tuple(update_seconds(cost, formats, target.ipu, batch.replicas) for cost in costs)
-    return Workload(target, shape, batch, formats, schedule, recomputes, costs, update_s)
+    return Workload(target, shape, batch, formats, schedule, recomputes, costs)
 
 
 def _stages(config: Config, target: Target) -> Tuple[List[int], str]:
@@ -197,26 +216,6 @@ def _stages(config: Config, target: Target) -> Tuple[List[int], str]:
     return pipeline.layers_per_stage, "gpipe" if pipeline.schedule == "gpipe" else "1f1b"
 
 
-def update_seconds(cost: StageCost, formats: Formats, ipu: Optional[Ipu], replicas: int) -> float:
-    """Return the time of a stage's weight update: memory traffic, all-reduce, streamed moments.
-
-    The gradients go round a ring of the replicas: 2 (R - 1) / R of them over each link (Patarasuk
-    and Yuan 2009). For devices other than IPUs it is 0: a calibrated rate includes the update.
-    """
-    if ipu is None:
-        return 0.0
-    touched = 2 * formats.weight + formats.accumulator
-    if formats.on_chip:
-        touched += 2 * formats.moments
-    update_s = touched * cost.parameters / ipu.memory_bandwidth.value
-    exchanged = 2 * (replicas - 1) / replicas * formats.accumulator * cost.parameters
-    update_s += exchanged / ipu.link_bandwidth.value
-    if not formats.on_chip:
-        streamed = 2 * formats.moments * cost.parameters / formats.shards
-        update_s += streamed / ipu.streaming_bandwidth.value
-    return update_s
-
-
 class Measured(NamedTuple):
     """A workload, the measured seconds of its update, and how they scatter, as a share of them."""
 
@@ -227,11 +226,11 @@ class Measured(NamedTuple):
     @property
     def work_s(self) -> float:
         """Seconds without the weight update itself."""
-        return self.seconds - max(self.work.update_s)
+        return self.seconds - self.work.update_s
 
     def predicted_s(self, constants: Constants) -> float:
         """Return the predicted value of `work_s`."""
-        return self.work.seconds(constants) - max(self.work.update_s)
+        return self.work.seconds(constants) - self.work.update_s
 
 
 def fit(measured: Sequence[Measured], prior: SpeedModel, names: str) -> SpeedModel:

@@ -1,12 +1,13 @@
 """The search, compared with planning every combination."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import yaml
 from transformers import ViTConfig
 
-from cxr_vit.config import check, load_config
+from cxr_vit.config import BatchPlan, check, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
@@ -45,19 +46,15 @@ def test_kept_outputs_are_evenly_spaced():
 def one_by_one(config, sizes, counts):
     """Plan every combination; return the best speed of each cut and batch that fits."""
     best = {}
+    batch = BatchPlan.from_section(config.batch)
     layers, stages = sum(config.pipeline.layers_per_stage), len(config.pipeline.layers_per_stage)
     on_ipus = find_target(config).ipu is not None
     for cut in all_cuts(layers, stages).tolist():
         keeps = [kept_choices(own) if on_ipus else [()] for own in cut]
         for size, count in product(sizes, counts):
             for on_chip, *kept in product((True, False) if on_ipus else (True,), *keeps):
-                layout = Layout.of_stages(
-                    cut,
-                    kept,
-                    micro_batch_size=size,
-                    gradient_accumulation=count,
-                    placement=StatePlacement(on_chip, sharded=False),
-                )
+                own = replace(batch, micro_batch_size=size, gradient_accumulation=count)
+                layout = Layout.of_stages(cut, kept, own, StatePlacement(on_chip, sharded=False))
                 laid_out = layout.applied_to(config, on_ipus=on_ipus)
                 plan = make_plan(laid_out)
                 if plan.fits and not refusals(laid_out, on_ipus):
