@@ -1,8 +1,4 @@
-"""PopART's cache of compiled graphs: a folder a configuration, and whether it was hit.
-
-Many graphs of many configurations in one folder are slow to look through, and nobody knows which to
-delete.
-"""
+"""The two PopTorch graphs: compiling them, passing the IPUs between them, PopTorch's errors."""
 
 from __future__ import annotations
 
@@ -12,23 +8,11 @@ import json
 import logging
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Set,
-    Tuple,
-    Type,
-)
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, Type
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,75 +33,14 @@ __all__ = [
     "cast_weights_to_input",
     "explained",
     "graph_shape",
+    "guarded",
     "placed_on_ipus",
+    "set_compute_dtype",
 ]
 
+logger = logging.getLogger(__name__)
 
-#: What the device can be given later, or never sees.
-_VARIES = {
-    "optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"},
-    "engine": {"name", "device", "executable_cache", "loader_mode", "ipu_version"},
-}
-
-
-def graph_shape(config: Config, model: StagedViT) -> Dict[str, Any]:
-    """Return what the compiled graphs follow from."""
-    shape: Dict[str, Any] = {
-        name: getattr(config, name).model_dump(exclude=_VARIES.get(name))
-        for name in ("pipeline", "optim", "engine")
-    }
-    shape["batch"] = asdict(BatchPlan.from_section(config.batch))
-    shape["parameters"] = {
-        name: list(parameter.shape) for name, parameter in model.hub_parameters()
-    }
-    shape["image_size"] = config.data.image_size
-    shape["hidden_act"] = model.config.hidden_act
-    shape["dropout"] = config.model.dropout
-    return shape
-
-
-class ExecutableCache:
-    """The folder of one configuration's graphs.
-
-    Parameters
-    ----------
-    root
-        Folder of all; None for no cache.
-    shape
-        What the graphs follow from; JSON-able.
-    """
-
-    def __init__(self, root: Optional[str], shape: Mapping[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
-        self.path: Optional[Path] = None if root is None else Path(root) / key[:12]
-        self._before: Set[str] = set()
-        self._written: Set[str] = set()
-
-    def note(self) -> None:
-        """Remember what is there before a compilation."""
-        self._before = self._files()
-
-    def outcome(self) -> str:
-        """Say what the compilation since `note` did with the cache."""
-        if self.path is None:
-            return "not cached: engine.executable_cache=null"
-        new = self._files() - self._before
-        self._written |= new
-        if new:
-            return f"cache miss, now in {self.path}"
-        found = self._before - self._written
-        return f"cache hit in {self.path}" if found else f"nothing cached in {self.path}"
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no graph is there."""
-        return not self._files()
-
-    def _files(self) -> Set[str]:
-        """Return the graphs that are there (PopART calls them <hash>.popef)."""
-        return set() if self.path is None else {path.name for path in self.path.glob("*.popef")}
-
-
+#: Pattern in PopTorch's message, class of the error to raise, advice.
 _ADVICE: Tuple[Tuple[str, Type[CxrVitError], str], ...] = (
     (
         r"Failed to acquire",
@@ -132,47 +55,113 @@ _ADVICE: Tuple[Tuple[str, Type[CxrVitError], str], ...] = (
         " pipeline.recompute=every_layer, fewer layers on the fullest stage,"
         " pipeline.available_memory_proportion=0.2, optim.first_moment=fp16,"
         " engine.optimizer_state_on_chip=false, more stages. engine.profile_dir=<folder> shows"
-        " where the memory went.",
+        " the memory use.",
     ),
     (
         r"Unsupported ops found",
         DeviceError,
-        "This transformers has an operation PopTorch cannot compile. Install the pins:"
+        "This transformers has an operation that PopTorch cannot compile. Install the pins:"
         " pip install -r requirements-sdk34.txt",
     ),
     (
         r"tracked gradient tensors|AutomaticLossScal",
         DeviceError,
-        "Automatic loss scaling does not fit this graph. Set optim.loss_scaling=1024, say.",
+        "Automatic loss scaling does not fit this graph. Set for example optim.loss_scaling=1024.",
     ),
     (
         r"Unknown [\w /]*option",
         DeviceError,
-        "An entry of engine.popart_options is not known to this SDK. Leave it out.",
+        "This SDK does not know an entry of engine.popart_options. Leave it out.",
     ),
 )
-
-_REST = (
-    "If it comes again, run with POPTORCH_LOG_LEVEL=DEBUG and see docs/ipu.md; the last checkpoint"
-    " is untouched (--resume)."
+_OTHER_ADVICE = (
+    "If it occurs again, run with POPTORCH_LOG_LEVEL=DEBUG and see docs/ipu.md; the last checkpoint"
+    " is intact (--resume)."
 )
 
 
 def explained(error: Exception, doing: str) -> CxrVitError:
-    """Return the error as one of ours: what was being done, PopTorch's words, what to do.
-
-    Parameters
-    ----------
-    error
-        `poptorch.Error`.
-    doing
-        E.g. ``"compiling the training graph"``.
-    """
+    """Convert a `poptorch.Error` to a user-facing one with advice; `doing` is what failed."""
     text = str(error).strip()
     for pattern, kind, advice in _ADVICE:
         if re.search(pattern, text, flags=re.IGNORECASE):
             return kind(f"{doing}: PopTorch says: {text}\n{advice}")
-    return DeviceError(f"{doing}: PopTorch says: {text}\n{_REST}")
+    return DeviceError(f"{doing}: PopTorch says: {text}\n{_OTHER_ADVICE}")
+
+
+def guarded(doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call PopTorch and return the result.
+
+    Raises
+    ------
+    DeviceError
+        If PopTorch or the device fails.
+    EngineUnavailable
+        If the IPUs are not available.
+    """
+    import poptorch
+
+    try:
+        return call(*arguments)
+    except poptorch.Error as error:
+        raise explained(error, doing) from error
+
+
+#: Settings that a compiled graph does not depend on.
+_NOT_COMPILED = {
+    "optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"},
+    "engine": {"name", "device", "executable_cache", "loader_mode", "ipu_version"},
+}
+
+
+def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str, Any]:
+    """Return everything that the compiled graphs depend on, JSON-able."""
+    shape: Dict[str, Any] = {
+        name: getattr(config, name).model_dump(exclude=_NOT_COMPILED.get(name))
+        for name in ("pipeline", "optim", "engine")
+    }
+    shape["batch"] = asdict(batch)
+    shape["parameters"] = {
+        name: list(parameter.shape) for name, parameter in model.hub_parameters()
+    }
+    shape["image_size"] = config.data.image_size
+    shape["hidden_act"] = model.config.hidden_act
+    shape["dropout"] = config.model.dropout
+    return shape
+
+
+class ExecutableCache:
+    """PopART's cache of compiled graphs, in one folder per configuration.
+
+    A single folder for all would be slow to search, and nobody would know which files to delete.
+
+    Parameters
+    ----------
+    root
+        Parent of these folders; None for no cache.
+    shape
+        Result of `graph_shape`.
+    """
+
+    def __init__(self, root: Optional[str], shape: Dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()
+        self.path: Optional[Path] = None if root is None else Path(root) / key[:12]
+        self._written: Set[str] = set()
+
+    def files(self) -> Set[str]:
+        """Return the names of the graphs in the cache."""
+        return set() if self.path is None else {path.name for path in self.path.glob("*.popef")}
+
+    def outcome(self, before: Set[str]) -> str:
+        """Return as text whether a compilation hit the cache; `before` are the files before it."""
+        if self.path is None:
+            return "not cached: engine.executable_cache=null"
+        new = self.files() - before
+        self._written |= new
+        if new:
+            return f"cache miss, now in {self.path}"
+        found = before - self._written
+        return f"cache hit in {self.path}" if found else f"nothing cached in {self.path}"
 
 
 def _like(value: Tensor, weight: Optional[Tensor]) -> Optional[Tensor]:
@@ -180,7 +169,7 @@ def _like(value: Tensor, weight: Optional[Tensor]) -> Optional[Tensor]:
 
 
 class CastingLinear(nn.Linear):
-    """A linear layer in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
@@ -188,7 +177,7 @@ class CastingLinear(nn.Linear):
 
 
 class CastingConv2d(nn.Conv2d):
-    """A convolution in the dtype of its input."""
+    """A convolution that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[B, in, H, W]`` to ``[B, out, h, w]``."""
@@ -196,7 +185,7 @@ class CastingConv2d(nn.Conv2d):
 
 
 class CastingLayerNorm(nn.LayerNorm):
-    """A layer norm in the dtype of its input."""
+    """A layer norm that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[..., width]``."""
@@ -212,19 +201,25 @@ _CASTING: Dict[Type[nn.Module], Type[nn.Module]] = {
 
 
 def cast_weights_to_input(model: nn.Module) -> None:
-    """Let every layer of `model` cast its weights to the dtype of its input.
+    """Make every layer cast its weights to the dtype of its input; the parameters are unchanged.
 
-    Parameters and their names stay what they are.
+    PopTorch has no autocast. Its compiler casts the weights of convolutions and norms, but not those
+    of linear layers, and torch's type inference, which PopTorch asks first, promotes a linear layer
+    to fp32 and refuses a convolution of mixed dtypes. Gradients flow back through the casts.
     """
     for module in model.modules():
         module.__class__ = _CASTING.get(type(module), type(module))
 
 
-logger = logging.getLogger(__name__)
+def set_compute_dtype(model: StagedViT, dtype: torch.dtype) -> None:
+    """Compute in `dtype`; weights of another dtype are cast where they are used."""
+    if any(parameter.dtype != dtype for parameter in model.parameters()):
+        cast_weights_to_input(model)
+    model.compute_in(dtype)
 
 
 class TrainingGraph(nn.Module):
-    """Images and labels -> the loss alone, marked for the backward pass; logits stay there."""
+    """The model with its loss, which is marked for the backward pass; logits stay on the device."""
 
     def __init__(self, model: StagedViT) -> None:
         super().__init__()
@@ -239,10 +234,9 @@ class TrainingGraph(nn.Module):
 
 
 class InferenceGraph(nn.Module):
-    """Images -> logits.
+    """The model without its loss.
 
-    A module of its own, not PopTorch's wrapped training model: that would send the weights a second
-    time after every attach.
+    PopTorch's wrapped training model would send the weights twice after every attach.
     """
 
     def __init__(self, model: StagedViT) -> None:
@@ -255,16 +249,8 @@ class InferenceGraph(nn.Module):
 
 
 @contextlib.contextmanager
-def placed_on_ipus(model: StagedViT, keep: Iterable[int]) -> Iterator[None]:
-    """Let every stage begin a block on its IPU while a graph is traced, and take that back.
-
-    Parameters
-    ----------
-    model
-        The staged model.
-    keep
-        Layers whose output is kept for the backward pass (`recomputationCheckpoint`).
-    """
+def placed_on_ipus(model: StagedViT, kept_layers: List[int]) -> Iterator[None]:
+    """Within the context, make stage i begin the block on IPU i and keep outputs of layers."""
     import poptorch
 
     def checkpoint(layer: nn.Module, inputs: Any, output: Any) -> Any:
@@ -274,7 +260,7 @@ def placed_on_ipus(model: StagedViT, keep: Iterable[int]) -> Iterator[None]:
 
     for index, stage in enumerate(model.stages):
         poptorch.BeginBlock(stage, user_id=f"stage{index}", ipu_id=index)
-    hooks = [model.layers[index].register_forward_hook(checkpoint) for index in keep]
+    hooks = [model.layers[index].register_forward_hook(checkpoint) for index in kept_layers]
     try:
         yield
     finally:
@@ -283,124 +269,94 @@ def placed_on_ipus(model: StagedViT, keep: Iterable[int]) -> Iterator[None]:
             hook.remove()
 
 
+@dataclass
 class IpuGraphs:
-    """Compiles the two graphs when first asked for, and hands the IPUs from one to the other.
+    """The training and the inference graph; each is compiled at its first use.
 
-    Parameters
+    Only one of them can hold the IPUs at a time. Attaching one sends weights, optimizer state and
+    random state to the IPUs; detaching it copies them to the host.
+
+    Attributes
     ----------
     model, eval_model
-        The staged model as it is cut for training and for evaluation; they share their weights.
-    optimizer
-        PopTorch's, of the model's parameters.
+        The model as it is cut for training and for evaluation, with shared weights.
     training_options, inference_options
-        Complete: PopTorch freezes them.
-    keep
+        PopTorch freezes them.
+    kept_layers
         Layers whose output is kept for the backward pass.
-    cache
-        PopART's cache of compiled graphs.
     offline
-        Only compile: there is no device to attach to.
+        Compile only, without attaching to IPUs.
+    training_executor, inference_executor
+        The graphs once they are compiled.
     """
 
-    def __init__(
-        self,
-        model: StagedViT,
-        eval_model: StagedViT,
-        optimizer: poptorch.optim.Optimizer,
-        *,
-        training_options: poptorch.Options,
-        inference_options: poptorch.Options,
-        keep: List[int],
-        cache: ExecutableCache,
-        offline: bool,
-    ) -> None:
-        self.model = model
-        self.eval_model = eval_model
-        self.optimizer = optimizer
-        self.training_options = training_options
-        self.inference_options = inference_options
-        self.keep = keep
-        self.cache = cache
-        self.offline = offline
-        #: The training graph once it is compiled.
-        self.trained: Optional[poptorch.PoplarExecutor] = None
-        self._scored: Optional[poptorch.PoplarExecutor] = None
-        self._attached: Optional[poptorch.PoplarExecutor] = None
+    model: StagedViT
+    eval_model: StagedViT
+    optimizer: poptorch.optim.Optimizer
+    training_options: poptorch.Options
+    inference_options: poptorch.Options
+    kept_layers: List[int]
+    cache: ExecutableCache
+    offline: bool
+    training_executor: Optional[poptorch.PoplarExecutor] = field(default=None, init=False)
+    inference_executor: Optional[poptorch.PoplarExecutor] = field(default=None, init=False)
+    _attached: Optional[poptorch.PoplarExecutor] = field(default=None, init=False)
+    _rng_state: Optional[List[int]] = field(default=None, init=False)
 
     def training(self, images: Tensor, labels: Tensor) -> poptorch.PoplarExecutor:
-        """Return the training graph, attached; compile it for inputs of these shapes if need be."""
+        """Return the attached training graph; compile it first for inputs of these shapes."""
         import poptorch
 
-        if self.trained is None:
+        if self.training_executor is None:
             graph = TrainingGraph(self.model).train()
             executor = poptorch.trainingModel(graph, self.training_options, self.optimizer)
-            self._compile("training", executor, self.model, self.keep, images, labels)
-            self.trained = executor
-        self._attach(self.trained)
-        return self.trained
+            self._compile("training", executor, self.model, self.kept_layers, images, labels)
+            self.training_executor = executor
+            self.rng_state = self._rng_state
+        self._attach(self.training_executor)
+        return self.training_executor
 
     def inference(self, images: Tensor) -> poptorch.PoplarExecutor:
-        """Return the inference graph, attached; compile it for inputs of this shape if need be."""
+        """Return the attached inference graph; compile it first for inputs of this shape."""
         import poptorch
 
-        if self._scored is None:
+        if self.inference_executor is None:
             graph = InferenceGraph(self.eval_model).eval()
             executor = poptorch.inferenceModel(graph, self.inference_options)
             self._compile("inference", executor, self.eval_model, [], images)
-            self._scored = executor
-        self._attach(self._scored)
-        return self._scored
+            self.inference_executor = executor
+        self._attach(self.inference_executor)
+        return self.inference_executor
 
-    def detach(self) -> None:
-        """Take the IPUs from the graph that has them; its weights and states come to the host."""
-        if self._attached is not None:
-            self.guarded("detaching from the IPUs", self._attached.detachFromDevice)
-            self._attached = None
+    @property
+    def rng_state(self) -> Optional[List[int]]:
+        """State of the random generators of the training graph; None before its compilation."""
+        if self.training_executor is not None:
+            self._rng_state = self.training_executor.rng_state
+        return self._rng_state
 
-    def guarded(self, doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call PopTorch; put its errors into words a person can act on.
-
-        Raises
-        ------
-        DeviceError
-            If PopTorch or the device gives up.
-        EngineUnavailable
-            If the IPUs cannot be had.
-        """
-        import poptorch
-
-        try:
-            return call(*arguments)
-        except poptorch.Error as error:
-            raise explained(error, doing) from error
-
-    def close(self) -> None:
-        """Give the IPUs back and make the model a plain one again."""
-        for executor in (self._scored, self.trained):
-            if executor is not None:
-                try:
-                    self.guarded("releasing the IPUs", executor.destroy)
-                except CxrVitError as error:  # the run's own error is what matters
-                    logger.warning("%s", error)
-        self.trained = self._scored = self._attached = None
+    @rng_state.setter
+    def rng_state(self, state: Optional[List[int]]) -> None:
+        self._rng_state = state
+        if self.training_executor is not None and state is not None:
+            self.training_executor.rng_state = state
 
     def _compile(
         self,
         name: str,
         executor: poptorch.PoplarExecutor,
         model: StagedViT,
-        keep: List[int],
+        kept_layers: List[int],
         *inputs: Tensor,
     ) -> None:
-        """Compile with PopTorch's progress bar; say how long it took and what the cache did."""
         self.detach()
         logger.info("compiling the %s graph for %d IPUs", name, model.plan.num_stages)
+        before = self.cache.files()
         start = time.perf_counter()
-        self.cache.note()
-        with placed_on_ipus(model, keep):
-            self.guarded(f"compiling the {name} graph", executor.compile, *inputs)
+        with placed_on_ipus(model, kept_layers):
+            guarded(f"compiling the {name} graph", executor.compile, *inputs)
         seconds = time.perf_counter() - start
-        logger.info("%s graph: %.1f s, %s", name, seconds, self.cache.outcome())
+        logger.info("%s graph: %.1f s, %s", name, seconds, self.cache.outcome(before))
         if not self.offline:
             self._attached = executor
 
@@ -408,5 +364,21 @@ class IpuGraphs:
         if self.offline or self._attached is executor:
             return
         self.detach()
-        self.guarded("attaching to the IPUs", executor.attachToDevice)
+        guarded("attaching to the IPUs", executor.attachToDevice)
         self._attached = executor
+
+    def detach(self) -> None:
+        """Detach the attached graph from the IPUs."""
+        if self._attached is not None:
+            guarded("detaching from the IPUs", self._attached.detachFromDevice)
+            self._attached = None
+
+    def close(self) -> None:
+        """Release the IPUs and unwrap the model."""
+        for executor in (self.inference_executor, self.training_executor):
+            if executor is not None:
+                try:
+                    guarded("releasing the IPUs", executor.destroy)
+                except CxrVitError as error:  # must not hide the error of the run
+                    logger.warning("%s", error)
+        self.training_executor = self.inference_executor = self._attached = None

@@ -1,48 +1,101 @@
-"""An optimizer's state by hub name: what engines can take from each other, and PopTorch's names.
+"""PopTorch's optimizers, and their state by hub name.
 
-AdamW's moments mean the same in torch and in PopTorch and are stored under torch's names. What only
-PopTorch knows (LAMB's and SGD's state, the values it has on the device) keeps its own names, behind
-`ipu_state:` or `ipu_param:`.
+AdamW's moments mean the same in torch and in PopTorch, so they are stored under torch's names.
+State that only PopTorch has (of LAMB and SGD, and values on the device) keeps PopTorch's names
+after the prefix `ipu_state:` or `ipu_param:`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["from_poptorch", "to_poptorch"]
+from cxr_vit.config.schema import OptimSection
+from cxr_vit.engines.optim import parameter_groups
 
+if TYPE_CHECKING:
+    import poptorch
+
+__all__ = ["from_poptorch", "moment_dtypes", "optimizer_kind", "poptorch_optimizer", "to_poptorch"]
 
 Slots = Dict[str, Dict[str, Tensor]]
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 #: Slots of PopART's AdamW -> torch's.
 _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
-
-#: Stands for a parameter's name where PopTorch's value is of the whole optimizer.
+#: Used instead of a hub name for values of the whole optimizer.
 _WHOLE = "*"
+#: Separates slot and parameter in PopTorch's keys.
+_SEPARATOR = "___"
 
-_KEY = "___"
+
+def poptorch_optimizer(
+    parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
+) -> poptorch.optim.Optimizer:
+    """Build PopTorch's AdamW, LAMB or SGD.
+
+    Values passed to the constructor can be changed later; omitted ones are compiled in.
+    """
+    from poptorch import optim as poptorch_optim
+
+    groups = parameter_groups(parameters, optim)
+    shared: Dict[str, Any] = {
+        "lr": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "loss_scaling": 1.0 if optim.loss_scaling == "auto" else optim.loss_scaling,
+        "accum_type": _DTYPES[optim.accumulator],
+    }
+    if optim.name == "sgd":
+        return poptorch_optim.SGD(
+            groups,
+            momentum=optim.momentum,
+            velocity_accum_type=_DTYPES[optim.first_moment],
+            use_combined_accum=False,
+            **shared,
+        )
+    shared["betas"] = (optim.beta1, optim.beta2)
+    shared["eps"] = optim.eps
+    shared["first_order_momentum_accum_type"] = _DTYPES[optim.first_moment]
+    shared["second_order_momentum_accum_type"] = _DTYPES[optim.second_moment]
+    if optim.name == "lamb":
+        return poptorch_optim.LAMB(groups, **shared)
+    clip = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
+    return poptorch_optim.AdamW(groups, max_grad_norm=clip, **shared)
+
+
+def optimizer_kind(optimizer: poptorch.optim.Optimizer, optim: OptimSection) -> str:
+    """Return the kind of optimizer state, for example ``"poptorch.AdamW"``."""
+    kind = f"poptorch.{type(optimizer).__name__}"
+    if optim.loss_scaling == "auto" or optim.name == "sgd":
+        # An automatic scale has state of its own. SGD's velocity is multiplied by a fixed scale.
+        kind += f" with loss scaling {optim.loss_scaling}"
+    return kind
+
+
+def moment_dtypes(optim: OptimSection) -> Dict[str, torch.dtype]:
+    """Return the dtypes of PopART's moments by slot."""
+    return {"Accl1": _DTYPES[optim.first_moment], "Accl2": _DTYPES[optim.second_moment]}
 
 
 def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: str) -> Slots:
-    """Turn PopTorch's `optimizer.state_dict()` into slots by hub name.
+    """Convert PopTorch's `optimizer.state_dict()` to slots by hub name.
 
     Parameters
     ----------
     state
-        With `ipu_state` and `ipu_param`, e.g. ``{"Accl1___model.classifier.bias": ...}`` and
-        ``{"learningRate___specific___model.classifier.bias": ..., "lossScaling_FLOAT": ...}``.
+        With `ipu_state`, such as ``{"Accl1___model.classifier.bias": ...}``, and `ipu_param`, such
+        as ``{"learningRate___specific___model.classifier.bias": ..., "lossScaling_FLOAT": ...}``.
     hub_names
         Parameter name in the wrapped model -> hub name.
     kind
-        The optimizer, e.g. ``"poptorch.AdamW"``.
+        Result of `optimizer_kind`.
     """
     slots: Slots = {}
     for table in ("ipu_state", "ipu_param"):
         for key, value in (state[table] or {}).items():
-            what, _, name = key.rpartition(_KEY)
+            what, _, name = key.rpartition(_SEPARATOR)
             hub = hub_names.get(name, _WHOLE)
             slot = what if name in hub_names else key
             known = _ADAMW if kind.startswith("poptorch.AdamW") and table == "ipu_state" else {}
@@ -56,23 +109,23 @@ def to_poptorch(
     names: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype],
 ) -> Dict[str, Dict[str, Tensor]]:
-    """Turn slots by hub name into PopTorch's `ipu_state` and `ipu_param`.
+    """Convert slots by hub name to PopTorch's `ipu_state` and `ipu_param`.
 
     Parameters
     ----------
     slots
-        Of `from_poptorch`, or of torch's AdamW.
+        Result of `from_poptorch`, or the state of torch's AdamW.
     names
         Hub name -> parameter name in the wrapped model.
     dtypes
-        PopART's moment -> the dtype the device holds it in.
+        Result of `moment_dtypes`.
     """
     state: Dict[str, Dict[str, Tensor]] = {"ipu_state": {}, "ipu_param": {}}
-    theirs = {ours: popart for popart, ours in _ADAMW.items()}
+    popart_slots = {slot: popart for popart, slot in _ADAMW.items()}
     for hub, values in slots.items():
         for slot, value in values.items():
             table, _, what = slot.rpartition(":")
-            table, what = table or "ipu_state", theirs.get(what, what)
-            key = what if hub == _WHOLE else f"{what}{_KEY}{names[hub]}"
+            table, what = table or "ipu_state", popart_slots.get(what, what)
+            key = what if hub == _WHOLE else f"{what}{_SEPARATOR}{names[hub]}"
             state[table][key] = value.to(dtypes.get(what, value.dtype), copy=True)
     return state

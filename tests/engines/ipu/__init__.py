@@ -1,1 +1,1 @@
-"""Tests of the IPU engine, on the stand-in and on PopTorch's own front end."""
+"""Tests of the IPU engine, on the stand-in and on PopTorch's real front end."""

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py in this process, and what they computed."""
+"""Run train.py and evaluate.py in this process and return their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cxr_vit.model.stages import StagedViT
 
 ROOT = Path(__file__).resolve().parents[3]
 
-#: configs/vit_demo_ipu.yaml on small images; the smallest accumulation that four stages allow.
+#: configs/vit_demo_ipu.yaml with small images and the smallest accumulation for four stages.
 SMALL = (
     "data.image_size=32",
     "data.val_fraction=0.2",
@@ -43,7 +43,7 @@ IPU = ("engine.name=poptorch", "engine.device=auto")
 
 
 class Run(NamedTuple):
-    """A run of train.py: its folder, and all that its engine returned."""
+    """A run of train.py: its folder, and the results of its engine."""
 
     path: Path
     status: int
@@ -52,18 +52,18 @@ class Run(NamedTuple):
 
     @property
     def events(self) -> List[Dict[str, Any]]:
-        """metrics.jsonl."""
+        """Events of metrics.jsonl."""
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     @property
     def logged(self) -> List[float]:
-        """The losses of metrics.jsonl."""
+        """Losses of metrics.jsonl."""
         return [event["train/loss"] for event in self.events if "train/loss" in event]
 
     @property
     def scores(self) -> List[Dict[str, Any]]:
-        """The validations of metrics.jsonl."""
+        """Validations of metrics.jsonl."""
         return [event for event in self.events if "val/loss" in event]
 
     def checkpoint(self, name: str = "last") -> Path:
@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 class Commands:
-    """Runs the commands; every run has a folder of its own."""
+    """Runs the commands, each in its own folder."""
 
     def __init__(self, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.data, self.folder = data, folder
@@ -80,7 +80,7 @@ class Commands:
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Write down every update's loss and every scored split."""
+        """Record the loss of every update and the logits of every scored split."""
         predict = Engine.predict_dataset
 
         def watched(step: Any) -> Any:
@@ -103,7 +103,7 @@ class Commands:
         monkeypatch.setattr(Engine, "predict_dataset", predict_dataset)
 
     def overrides(self, *more: str) -> List[str]:
-        """The small configuration's, and more."""
+        """Return the overrides of the small configuration, and more."""
         return [*SMALL, f"data.root={self.data}", *more]
 
     def train(self, *more: str, folder: Optional[str] = None) -> Run:
@@ -115,7 +115,7 @@ class Commands:
         return self._main(path, ["--resume", str(path), *more])
 
     def resume_at(self, run: Run, step: int, *more: str) -> Run:
-        """Go on with a copy of a run from an earlier step, as if it had been killed after that."""
+        """Resume a copy of a run from an earlier step, as if it had been killed after it."""
         path = self.folder / f"{run.path.name}_from_{step}_{len(list(self.folder.glob('*')))}"
         shutil.copytree(str(run.path), str(path), symlinks=True)
         last = path / "checkpoints" / "last"
@@ -133,7 +133,7 @@ class Commands:
             self._running = None
 
     def evaluate(self, checkpoint: Path, *more: str) -> List[List[float]]:
-        """Return predictions.csv's numbers, the rows in its order."""
+        """Return the probabilities of predictions.csv, row by row."""
         import evaluate
 
         out = self.folder / f"report{len(list(self.folder.glob('*')))}"
@@ -147,7 +147,7 @@ class Commands:
 
 
 def make_engine(config: Config, *, offline: bool = False) -> PopTorchEngine:
-    """Build the IPU engine as train.py does, whatever `engine.name` is."""
+    """Build the IPU engine like train.py, for any `engine.name`."""
     data = ChestXrayDataModule(config.data)
     model = StagedViT.from_config(
         config, names=data.names, prevalence=data.prevalence(), for_ipu=True
@@ -160,7 +160,7 @@ def make_engine(config: Config, *, offline: bool = False) -> PopTorchEngine:
 
 
 def compiled(inspection: Any) -> List[Any]:
-    """The executables so far, inference first."""
+    """Return the executables so far, inference first."""
     return [call.args[0] for call in inspection.log().calls("compiled")]
 
 

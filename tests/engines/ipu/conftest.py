@@ -1,4 +1,4 @@
-"""Fixtures: PopTorch twice, and the two commands."""
+"""Fixtures: both implementations of PopTorch, and the two commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .commands import ROOT, TORCH, Commands, Run
 
 @pytest.fixture(autouse=True)
 def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What PopTorch and the launcher of several processes read must not come from outside."""
+    """Remove environment variables that PopTorch and the launchers read."""
     for name in (
         "POPTORCH_CACHE_DIR",
         "POPTORCH_IPU_MODEL",
@@ -26,7 +26,7 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(str(ROOT))
-    # The commands and PopTorch seed and use the process's generator.
+    # The commands and PopTorch use the random generator of the process.
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -42,13 +42,13 @@ def _poptorch(which: str) -> Iterator[Tuple[Any, Any]]:
 
 @pytest.fixture(params=["stand-in", "front end"])
 def ipu(request: pytest.FixtureRequest) -> Iterator[Tuple[Any, Any]]:
-    """PopTorch and its inspection: the stand-in, then PopTorch's own front end."""
+    """PopTorch and its inspection: the stand-in, then PopTorch's real front end."""
     yield from _poptorch(request.param)
 
 
 @pytest.fixture
 def front_end() -> Iterator[Tuple[Any, Any]]:
-    """PopTorch's own front end only."""
+    """PopTorch's real front end only."""
     yield from _poptorch("front end")
 
 
@@ -60,7 +60,7 @@ def commands(sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="session")
 def torch_run(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Make a run on the torch engine, once for the same overrides."""
+    """Run on the torch engine, once per set of overrides."""
     done: Dict[Tuple[str, ...], Run] = {}
 
     def run(*overrides: str) -> Run:
@@ -78,6 +78,6 @@ def torch_run(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the package logs, also at the level of information."""
+    """Log of the package, including level INFO."""
     caplog.set_level(logging.INFO, logger="cxr_vit")
     return caplog

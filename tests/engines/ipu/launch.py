@@ -1,4 +1,4 @@
-"""Run train.py or evaluate.py in a process of its own, with one of the two PopTorches.
+"""Run train.py or evaluate.py in a new process, with one implementation of PopTorch.
 
 python tests/engines/ipu/launch.py "stand-in"|"front end" train|evaluate ARGUMENTS
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def start(
     which: str, program: str, *arguments: Any, more: Optional[Dict[str, str]] = None
 ) -> subprocess.Popen[str]:
-    """Start it, in a process group of its own."""
+    """Start the program in a new process group."""
     return subprocess.Popen(
         [sys.executable, __file__, which, program, *map(str, arguments)],
         cwd=str(ROOT),

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.engines.ipu.graphs import cast_weights_to_input
+from cxr_vit.engines.ipu.graphs import cast_weights_to_input, set_compute_dtype
 from cxr_vit.model.stages import StagedViT
 
-HALF = torch.bfloat16  # of the 16-bit dtypes the one that torch 2.0.1 computes on a CPU
+HALF = torch.bfloat16  # the 16-bit dtype in which torch 2.0.1 computes on a CPU
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_layer_computes_in_the_dtype_of_its_input(layer, shape):
     assert dict(layer.named_parameters()) == parameters
 
 
-def test_gradients_reach_the_weights_in_full():
+def test_gradients_of_the_weights_are_fp32():
     layer = nn.Linear(6, 4)
     cast_weights_to_input(layer)
     layer(torch.randn(2, 6).to(HALF)).sum().backward()
@@ -47,8 +47,8 @@ def model(make_config):
     return StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1), for_ipu=True)
 
 
-def test_no_layer_of_a_vit_is_left_out(model):
-    model.compute_in(HALF)
+def test_every_layer_of_a_vit_computes_in_half_precision(model):
+    set_compute_dtype(model, HALF)
     seen = {}
 
     def note(name):
@@ -67,15 +67,16 @@ def test_no_layer_of_a_vit_is_left_out(model):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_half_arithmetic_is_near_the_full_one(model):
+def test_half_precision_is_close_to_fp32(model):
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         exact = model(images)
-        near = model.compute_in(HALF)(images).float()
+        set_compute_dtype(model, HALF)
+        near = model(images).float()
     assert 0 < (near - exact).abs().max() < 0.05
 
 
-def test_full_arithmetic_changes_no_layer(model):
+def test_fp32_changes_no_layer(model):
     kinds = [type(module) for module in model.modules()]
-    model.compute_in(torch.float32)
+    set_compute_dtype(model, torch.float32)
     assert [type(module) for module in model.modules()] == kinds

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py on IPUs against the same on the torch engine."""
+"""train.py and evaluate.py on IPUs compared with the torch engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def assert_scores_agree(ours, theirs):
             assert value == (None if other[tag] is None else near(other[tag])), tag
 
 
-#: Short enough to cut most gradients of these runs (see below).
+#: Most gradients of these runs are longer than 0.15; see test_losses_differ_enough_to_compare.
 CLIPPED, UNCLIPPED = "optim.max_grad_norm=0.15", "optim.max_grad_norm=null"
 
 
@@ -66,14 +66,14 @@ def test_twenty_updates_and_all_scores_equal_the_torch_engines(
     assert [event["step"] for event in run.scores] == [8, 16, 20]
 
 
-def test_the_losses_are_worth_comparing(torch_run):
-    """Else the test above could not tell one update from another."""
+def test_losses_differ_enough_to_compare(torch_run):
+    """Otherwise the test above could not detect a wrong update."""
     clipped, unclipped = torch_run(*batch(7, 1, 1), CLIPPED), torch_run(*batch(7, 1, 1), UNCLIPPED)
     assert clipped.losses != near(unclipped.losses)
     assert max(clipped.losses) - min(clipped.losses) > 0.05
 
 
-def test_evaluation_gives_the_same_predictions_as_the_torch_engine(ipu, commands):
+def test_evaluation_equals_the_torch_engines(ipu, commands):
     run = commands.train("batch.eval_micro_batch_size=3")
     on_ipus = commands.evaluate(run.checkpoint("best"))
     on_torch = commands.evaluate(run.checkpoint("best"), *TORCH)
@@ -94,7 +94,7 @@ def test_evaluation_gives_the_same_predictions_as_the_torch_engine(ipu, commands
         "optim.decay_all=true",
     ],
 )
-def test_what_only_places_the_work_changes_no_loss(ipu, commands, torch_run, setting):
+def test_placement_settings_change_no_loss(ipu, commands, torch_run, setting):
     run, expected = commands.train(setting), torch_run("train.steps=4", "run.seed=0")
     if setting == "optim.decay_all=true":
         expected = torch_run(setting)

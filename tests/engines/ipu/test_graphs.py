@@ -1,4 +1,4 @@
-"""What is compiled for which IPU, what crosses to it, and who holds the IPUs when."""
+"""Placement of the graphs, host transfers, and passing the IPUs between graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cxr_vit.model.stages import StagedViT
 from .commands import compiled, make_engine
 
 TINY = ("model.name=vit-tiny", "model.patch_size=16")
-#: Module name in a graph -> the part's name in the printed allocation.
+#: Module name in a graph -> name of the part in the printed allocation.
 PARTS = {
     r"\.vit\.embeddings$": "Embedding",
     r"\.vit\.(?:encoder\.layer|layers)\.(\d+)$": "Encoder {}",
@@ -28,7 +28,7 @@ PARTS = {
 
 
 def example(engine):
-    """A host batch of random images."""
+    """Return a host batch of random images."""
     generator = torch.Generator().manual_seed(5)
     size = engine.local_batch.host_batch_size
     images = torch.randint(0, 256, (size, 1, 32, 32), generator=generator).to(torch.uint8)
@@ -37,7 +37,7 @@ def example(engine):
 
 
 def placed(executable):
-    """Part of the model -> (stage, IPU), as it ran when it was traced."""
+    """Return part of the model -> (stage, IPU) from the trace."""
     found = {}
     for name, places in executable.placements.items():
         for pattern, part in PARTS.items():
@@ -50,7 +50,7 @@ def placed(executable):
 
 
 def allocation(layers_per_stage):
-    """The same by hand."""
+    """Return the expected value of `placed`."""
     parts, layer = {"Embedding": (0, 0)}, 0
     for stage, count in enumerate(layers_per_stage):
         for _ in range(count):
@@ -63,7 +63,7 @@ def allocation(layers_per_stage):
     ("layers", "eval_layers"),
     [([3, 3, 3, 3], None), ([2, 4, 4, 2], None), ([3, 3, 3, 3], [2, 4, 4, 2])],
 )
-def test_every_part_runs_on_the_ipu_that_was_printed(ipu, commands, capsys, layers, eval_layers):
+def test_every_part_runs_on_the_printed_ipu(ipu, commands, capsys, layers, eval_layers):
     _, inspection = ipu
     evaluation = [] if eval_layers is None else [f"pipeline.eval_layers_per_stage={eval_layers}"]
     commands.train(*TINY, f"pipeline.layers_per_stage={layers}", "train.steps=1", *evaluation)
@@ -76,7 +76,7 @@ def test_every_part_runs_on_the_ipu_that_was_printed(ipu, commands, capsys, laye
     }
 
 
-def test_an_all_in_one_evaluation_needs_one_ipu(ipu, commands):
+def test_single_stage_evaluation_needs_one_ipu(ipu, commands):
     _, inspection = ipu
     commands.train(
         "train.steps=1", "pipeline.eval_layers_per_stage=[4]", "batch.eval_device_iterations=1"
@@ -85,7 +85,7 @@ def test_an_all_in_one_evaluation_needs_one_ipu(ipu, commands):
     assert (inference.num_ipus, training.num_ipus) == (1, 4)
 
 
-def test_stage_i_is_the_block_on_ipu_i_in_ascending_order(ipu, commands):
+def test_stage_i_is_the_block_on_ipu_i(ipu, commands):
     _, inspection = ipu
     with make_engine(commands.config()) as engine:
         engine.compile(example(engine))
@@ -101,8 +101,8 @@ def test_stage_i_is_the_block_on_ipu_i_in_ascending_order(ipu, commands):
             assert len(executable.parameters_used) == len(weights)
 
 
-def test_no_operation_lies_before_the_first_block_or_after_the_last(ipu, commands, monkeypatch):
-    """What is outside lies on IPU 0, so the blocks are moved away from there."""
+def test_no_operation_is_outside_the_blocks(ipu, commands, monkeypatch):
+    """Operations outside the blocks run on IPU 0, so the blocks are moved to IPUs 1 to 4."""
     poptorch, inspection = ipu
     begin = poptorch.BeginBlock
 
@@ -122,7 +122,7 @@ def test_no_operation_lies_before_the_first_block_or_after_the_last(ipu, command
         assert any("binary_cross_entropy" in n or "log_sigmoid" in n for n in names[-12:]), names
 
 
-def test_gray_bytes_and_float_labels_cross_and_losses_come_back(ipu, commands, monkeypatch):
+def test_inputs_and_outputs_of_the_graphs(ipu, commands, monkeypatch):
     crossed = {}
     train, infer = TrainingGraph.forward, InferenceGraph.forward
 
@@ -159,9 +159,7 @@ def test_gray_bytes_and_float_labels_cross_and_losses_come_back(ipu, commands, m
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.slow
-def test_exact_vit_base_has_no_operation_that_poptorch_cannot_compile(
-    front_end, commands, precision, dropout
-):
+def test_poptorch_can_compile_every_operation_of_vit_base(front_end, commands, precision, dropout):
     _, inspection = front_end
     config = commands.config(
         "model.name=vit-base",
@@ -188,9 +186,6 @@ def test_exact_vit_base_has_no_operation_that_poptorch_cannot_compile(
         assert not [name for name, _, _ in inference.ops if "dropout" in name]
 
 
-# Blocks and checkpoints.
-
-
 @pytest.mark.parametrize(
     ("recompute", "execution", "kept"),
     [
@@ -200,7 +195,7 @@ def test_exact_vit_base_has_no_operation_that_poptorch_cannot_compile(
         ("every_layer", "sharded", 0),
     ],
 )
-def test_recompute_says_whose_output_is_kept(ipu, commands, recompute, execution, kept):
+def test_recompute_sets_the_kept_outputs(ipu, commands, recompute, execution, kept):
     _, inspection = ipu
     config = commands.config(
         f"pipeline.recompute={recompute}", f"pipeline.execution={execution}", "model.dropout=0.1"
@@ -211,7 +206,7 @@ def test_recompute_says_whose_output_is_kept(ipu, commands, recompute, execution
         assert (inference.checkpoints, training.checkpoints) == (0, kept)
 
 
-def test_a_layer_of_a_list_is_counted_over_the_whole_model(ipu, commands):
+def test_listed_layers_are_counted_over_the_whole_model(ipu, commands):
     _, inspection = ipu
     config = commands.config(
         *TINY,
@@ -219,12 +214,12 @@ def test_a_layer_of_a_list_is_counted_over_the_whole_model(ipu, commands):
         "pipeline.recompute=[[1], [2, 5], every_layer, stage_inputs]",
     )
     with make_engine(config) as engine:
-        assert engine.graphs.keep == [1, 2, 5, 6, 7, 8, 9]
+        assert engine.graphs.kept_layers == [1, 2, 5, 6, 7, 8, 9]
         engine.compile(example(engine))
         assert compiled(inspection)[1].checkpoints == 7
 
 
-def test_compiling_leaves_no_hook_on_the_model(ipu, commands):
+def test_compilation_leaves_no_hook_on_the_model(ipu, commands):
     _, inspection = ipu
     with make_engine(commands.config("pipeline.recompute=every_layer")) as engine:
         engine.compile(example(engine))
@@ -234,7 +229,7 @@ def test_compiling_leaves_no_hook_on_the_model(ipu, commands):
         assert len(inspection.log().calls("begin_ipu_block")) >= 8, "but there were blocks"
 
 
-def test_a_failed_compilation_leaves_no_hook_on_the_model_either(ipu, commands, monkeypatch):
+def test_failed_compilation_leaves_no_hook_on_the_model(ipu, commands, monkeypatch):
     poptorch, inspection = ipu
     engine = make_engine(commands.config("pipeline.recompute=every_layer"))
     monkeypatch.setattr(
@@ -249,7 +244,7 @@ def test_a_failed_compilation_leaves_no_hook_on_the_model_either(ipu, commands, 
         assert not [name for name, part in model.named_modules() if part._forward_hooks]
 
 
-def test_what_is_saved_is_a_plain_model_of_the_hub(ipu, commands):
+def test_saved_weights_have_hub_names(ipu, commands):
     run = commands.train("train.steps=1")
     saved = load_file(str(run.checkpoint() / "model.safetensors"))
     assert {name.split(".")[0] for name in saved} == {"vit", "classifier"}
@@ -257,7 +252,7 @@ def test_what_is_saved_is_a_plain_model_of_the_hub(ipu, commands):
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
-def test_a_closed_engine_gives_the_plain_model_and_the_ipus_back(ipu, commands):
+def test_close_unwraps_the_model_and_releases_the_ipus(ipu, commands):
     _, inspection = ipu
     inspection.config().available_ipus = 4
     for _ in range(2):
@@ -270,11 +265,8 @@ def test_a_closed_engine_gives_the_plain_model_and_the_ipus_back(ipu, commands):
         assert engine.model(torch.zeros(1, 1, 32, 32, dtype=torch.uint8)).shape == (1, 14)
 
 
-# Who holds the IPUs.
-
-
 def life(inspection):
-    """The calls that concern one executable, in order, each with the graph's kind."""
+    """Return the calls with an executable, in order, as (name, kind of graph)."""
     inference, training = compiled(inspection)
     kinds = {id(inference): "inference", id(training): "training"}
     return [
@@ -285,7 +277,7 @@ def life(inspection):
 
 
 def tenures(inspection):
-    """Split the calls into the times that one graph held the IPUs."""
+    """Split the calls by the graph that is attached."""
     found = []
     for name, kind in life(inspection):
         if name == "loadEngineAndConnectStreams":
@@ -296,7 +288,7 @@ def tenures(inspection):
     return found
 
 
-def test_the_ipus_go_from_graph_to_graph_and_weights_cross_once_each_way(ipu, commands):
+def test_graphs_alternate_and_weights_are_copied_once_each_way(ipu, commands):
     _, inspection = ipu
     inspection.config().available_ipus = 4
     commands.train("train.steps=6", "train.eval_every_steps=2", "batch.eval_micro_batch_size=2")
@@ -321,7 +313,7 @@ def test_the_ipus_go_from_graph_to_graph_and_weights_cross_once_each_way(ipu, co
     assert calls.count("copyWeightsToDevice_impl") == 1
 
 
-def test_no_weight_leaves_the_device_between_steps(ipu, commands):
+def test_no_weight_is_copied_between_steps(ipu, commands):
     _, inspection = ipu
     commands.train("train.steps=6")
     names = [name for name, kind in life(inspection) if kind == "training"]
@@ -329,7 +321,7 @@ def test_no_weight_leaves_the_device_between_steps(ipu, commands):
     assert set(names[first:last]) == {"execute", "updateOptimizers"}
 
 
-def test_a_save_between_two_steps_reads_the_weights_once_and_keeps_the_device(ipu, commands):
+def test_save_between_steps_reads_the_weights_once_without_detaching(ipu, commands):
     _, inspection = ipu
     commands.train("train.steps=4", "train.checkpoint_every_steps=2")
     training = [calls for kind, calls in tenures(inspection) if kind == "training"]
@@ -338,7 +330,7 @@ def test_a_save_between_two_steps_reads_the_weights_once_and_keeps_the_device(ip
     assert training[0].count("readOptimizerState") == 2
 
 
-def test_the_device_gets_each_calls_learning_rate_before_it_runs(ipu, commands):
+def test_learning_rate_is_sent_before_each_call(ipu, commands):
     _, inspection = ipu
     run = commands.train("train.steps=6", "batch.device_iterations=2", "schedule.warmup_steps=4")
     rates = [
@@ -355,7 +347,7 @@ def test_the_device_gets_each_calls_learning_rate_before_it_runs(ipu, commands):
             assert names[index - 1] == "updateOptimizers"
 
 
-def test_cycles_are_logged_where_they_are_counted(ipu, commands):
+def test_cycles_are_logged_if_counted(ipu, commands):
     counted = commands.train("engine.log_cycles=true", "train.steps=2")
     cycles = [event["perf/ipu_cycles"] for event in counted.events if "train/loss" in event]
     assert len(cycles) == 2
@@ -365,15 +357,15 @@ def test_cycles_are_logged_where_they_are_counted(ipu, commands):
 
 
 @pytest.mark.parametrize("synthetic", [True, False])
-def test_what_synthetic_data_give_ends_no_run(ipu, commands, monkeypatch, synthetic):
-    """The device's buffers then hold anything, also no number."""
-    step = PopTorchEngine._train_step
+def test_nan_losses_of_synthetic_data_do_not_end_the_run(ipu, commands, monkeypatch, synthetic):
+    """The buffers of the device then hold any value, also NaN."""
+    step = PopTorchEngine.train_step
 
-    def train_step(engine, batch, lr):
-        output = step(engine, batch, lr)
+    def train_step(engine, batch, *, lr):
+        output = step(engine, batch, lr=lr)
         return output._replace(losses=output.losses * float("nan"))
 
-    monkeypatch.setattr(PopTorchEngine, "_train_step", train_step)
+    monkeypatch.setattr(PopTorchEngine, "train_step", train_step)
     overrides = [f"engine.synthetic_data={str(synthetic).lower()}", "train.steps=2"]
     if synthetic:
         assert commands.train(*overrides).status == 0

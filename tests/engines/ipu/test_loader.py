@@ -1,4 +1,4 @@
-"""PopTorch's loader: the order of the rows, padding, and its end."""
+"""PopTorch's loader: order of the rows, padding, termination."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
-from cxr_vit.engines.base import Engine
+from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.ipu.loader import RowSampler
 from cxr_vit.errors import ConfigError
 
@@ -38,10 +38,8 @@ def sampler_of(config, data, *, start=0, steps=STEPS):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["sync", "async", "async_rebatched"])
-def test_batches_are_the_samplers_in_every_mode(ipu, commands, mode, workers):
-    """The torch engine reads the same sampler. Eight batches: an asynchronous loader has buffers
-    for three, and fills them again while what was taken from them is kept here.
-    """
+def test_batches_follow_the_sampler_in_every_mode(ipu, commands, mode, workers):
+    """Eight batches are kept: an asynchronous loader has three buffers, which it refills."""
     config = commands.config(*SHAPE, f"engine.loader_mode={mode}", f"data.num_workers={workers}")
     data = ChestXrayDataModule(config.data)
     dataset = data.dataset("train")
@@ -51,7 +49,7 @@ def test_batches_are_the_samplers_in_every_mode(ipu, commands, mode, workers):
         batches = []
         for batch in engine.loader(dataset, sampler_of(config, data, steps=16), training=True):
             assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.float32)
-            images = torch.from_numpy(dataset.images(batch.indices.numpy()))
+            images = torch.from_numpy(dataset.read_images(batch.indices.numpy()))
             assert torch.equal(batch.images[:, 0], images), "the images are those of the rows"
             batches.append(batch)
         assert [batch.indices.tolist() for batch in batches] == expected
@@ -59,7 +57,7 @@ def test_batches_are_the_samplers_in_every_mode(ipu, commands, mode, workers):
         assert torch.equal(torch.cat([batch.labels for batch in batches]), labels)
 
 
-def test_a_resumed_loader_goes_on_where_it_stopped(ipu, commands):
+def test_resumed_loader_continues_the_order(ipu, commands):
     config = commands.config(*SHAPE)
     data = ChestXrayDataModule(config.data)
     with make_engine(config) as engine:
@@ -77,7 +75,7 @@ def test_a_resumed_loader_goes_on_where_it_stopped(ipu, commands):
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_an_evaluation_is_filled_up_and_scores_every_image_once(ipu, commands, mode):
+def test_evaluation_is_padded_and_scores_every_image_once(ipu, commands, mode):
     config = commands.config(*SHAPE, f"engine.loader_mode={mode}")
     dataset = ChestXrayDataModule(config.data).dataset("test")
     with make_engine(config) as engine:
@@ -93,7 +91,7 @@ def test_an_evaluation_is_filled_up_and_scores_every_image_once(ipu, commands, m
         assert torch.equal(labels, torch.stack([dataset[row].labels for row in range(20)]))
 
 
-def test_steps_that_fill_no_host_call_are_refused(ipu, commands):
+def test_steps_that_do_not_fill_a_host_call_are_refused(ipu, commands):
     config = commands.config(*SHAPE)
     data = ChestXrayDataModule(config.data)
     with make_engine(config) as engine, pytest.raises(
@@ -102,11 +100,8 @@ def test_steps_that_fill_no_host_call_are_refused(ipu, commands):
         engine.loader(data.dataset("train"), sampler_of(config, data, start=3), training=True)
 
 
-# Its end.
-
-
 class Loaders:
-    """The loaders that were made and those that were ended; held, for a lost one ends itself."""
+    """Loaders that were made and terminated; kept, because a deleted one terminates itself."""
 
     def __init__(self):
         self.made, self.ended = [], []
@@ -135,25 +130,25 @@ def loaders(ipu, monkeypatch):
     return seen
 
 
-def test_every_loader_is_terminated_at_the_end(loaders, commands):
+def test_every_loader_of_a_run_is_terminated(loaders, commands):
     commands.train("train.steps=4", "train.eval_every_steps=2", "engine.loader_mode=async")
     assert len(loaders.made) == 3, "one for training, one a validation"
     assert loaders.left == []
 
 
-def test_the_loader_is_terminated_after_an_exception_in_the_loop(loaders, commands, monkeypatch):
+def test_loader_is_terminated_after_an_exception(loaders, commands, monkeypatch):
     def fail(engine, batch, *, lr):
         raise RuntimeError("in the middle of it")
 
-    monkeypatch.setattr(Engine, "train_step", fail)
+    monkeypatch.setattr(PopTorchEngine, "train_step", fail)
     with pytest.raises(RuntimeError, match="in the middle of it"):
         commands.train("engine.loader_mode=async")
     assert len(loaders.made) == 1
     assert loaders.left == []
 
 
-def test_a_loader_is_terminated_when_it_is_read_to_its_end(loaders, commands):
-    """Not only with the engine: each validation has one."""
+def test_loader_is_terminated_at_its_end(loaders, commands):
+    """The loader of a validation must not live as long as the engine."""
     config = commands.config("engine.loader_mode=async")
     dataset = ChestXrayDataModule(config.data).dataset("val")
     with make_engine(config) as engine:
@@ -162,7 +157,7 @@ def test_a_loader_is_terminated_when_it_is_read_to_its_end(loaders, commands):
         assert loaders.left == []
 
 
-def test_closing_the_engine_terminates_a_loader_that_is_in_use(loaders, commands):
+def test_closing_the_engine_terminates_its_loaders(loaders, commands):
     config = commands.config("engine.loader_mode=async")
     data = ChestXrayDataModule(config.data)
     with make_engine(config) as engine:
@@ -172,9 +167,6 @@ def test_closing_the_engine_terminates_a_loader_that_is_in_use(loaders, commands
         next(batches)
         assert len(loaders.left) == 1
     assert loaders.left == []
-
-
-# Rows of several processes.
 
 
 def rows_of(own, *, size=24, num_samples=48, replicas=4, micro=2):
@@ -188,25 +180,25 @@ def rows_of(own, *, size=24, num_samples=48, replicas=4, micro=2):
     return listed
 
 
-def test_two_processes_read_the_rows_of_one_and_no_row_twice():
+def test_two_processes_together_read_the_rows_of_one():
     one, first, second = rows_of(range(4)), rows_of(range(0, 2)), rows_of(range(2, 4))
     assert one == list(range(48))
     assert sorted([*first, *second]) == one
     assert not set(first) & set(second)
 
 
-def test_a_process_reads_its_own_replicas_micro_batches():
+def test_process_reads_the_micro_batches_of_its_replicas():
     assert rows_of(range(0, 2))[:8] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert rows_of(range(2, 4))[:8] == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
-def test_a_short_last_batch_is_filled_up_in_every_process():
+def test_last_batch_is_padded_in_every_process():
     first, second = rows_of(range(0, 2), num_samples=30), rows_of(range(2, 4), num_samples=30)
     assert len(first) == len(second) == 24
     assert sorted(row for row in [*first, *second] if row != PADDING) == list(range(30))
     assert [*first, *second].count(PADDING) == 18
 
 
-def test_a_batch_of_a_wrong_size_is_refused_before_the_device_sees_it(ipu, commands):
+def test_batch_of_a_wrong_size_is_refused(ipu, commands):
     with make_engine(commands.config()) as engine, pytest.raises(AssertionError, match="multiple"):
         engine.train_step(Batch.zeros(6, image_size=32, num_classes=14), lr=0.1)

@@ -1,4 +1,4 @@
-"""--compile-only, and what is said of the cache of compiled graphs."""
+"""--compile-only, and the cache of compiled graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .commands import SMALL, compiled, messages
 
 @pytest.fixture
 def compile_only(commands, monkeypatch):
-    """Compile where neither data nor a place for runs is."""
+    """Run --compile-only without data and without a runs folder."""
     import train
 
     def run(*overrides):
@@ -35,7 +35,7 @@ def cached(commands):
 
 @pytest.fixture
 def a_cache_is_written(ipu, monkeypatch):
-    """As PopART does; the harness of the front end leaves it out."""
+    """Write cache files as PopART does; the harness of the front end writes none."""
     poptorch, inspection = ipu
     compile_graph = poptorch.PoplarExecutor.compile
 
@@ -48,7 +48,7 @@ def a_cache_is_written(ipu, monkeypatch):
     monkeypatch.setattr(poptorch.PoplarExecutor, "compile", compile_and_write)
 
 
-def test_both_graphs_are_compiled_for_an_ipu_that_is_not_there(
+def test_both_graphs_are_compiled_without_an_ipu(
     ipu, a_cache_is_written, compile_only, commands, capsys
 ):
     _, inspection = ipu
@@ -66,7 +66,7 @@ def test_both_graphs_are_compiled_for_an_ipu_that_is_not_there(
     assert not (commands.folder / "runs").exists()
 
 
-def test_a_compilation_that_leaves_nothing_has_failed(compile_only, monkeypatch):
+def test_compilation_without_cached_graphs_is_an_error(compile_only, monkeypatch):
     with loading.stand_in():
         from poptorch import executable
 
@@ -75,7 +75,7 @@ def test_a_compilation_that_leaves_nothing_has_failed(compile_only, monkeypatch)
             compile_only()
 
 
-def test_graphs_are_cached_and_found_again(compile_only, commands, said):
+def test_second_compilation_hits_the_cache(compile_only, commands, said):
     """On the stand-in only: the harness of the front end writes no cache."""
     with loading.stand_in():
         compile_only()
@@ -111,7 +111,7 @@ def test_graphs_are_cached_and_found_again(compile_only, commands, said):
         ("model.dropout=0.1", True),
     ],
 )
-def test_a_folder_of_the_cache_is_of_one_shape_of_graphs(
+def test_cache_folder_depends_on_the_shape_of_the_graphs(
     compile_only, commands, override, is_another
 ):
     with loading.stand_in():
@@ -121,7 +121,7 @@ def test_a_folder_of_the_cache_is_of_one_shape_of_graphs(
     assert len(folders) == (2 if is_another else 1)
 
 
-def test_a_run_says_what_the_cache_did(commands, said):
+def test_run_logs_cache_hits_and_misses(commands, said):
     setting = f"engine.executable_cache={commands.folder / 'cache'}"
     with loading.stand_in():
         for expected in ("cache miss", "cache hit"):
@@ -135,18 +135,18 @@ def test_a_run_says_what_the_cache_did(commands, said):
     assert all("not cached" in text for text in messages(said) if "graph: " in text)
 
 
-def test_without_a_cache_there_is_nothing_to_compile_into(ipu, compile_only):
+def test_compile_only_needs_a_cache(ipu, compile_only):
     with pytest.raises(ConfigError, match=r"engine\.executable_cache=null: --compile-only would"):
         compile_only("engine.executable_cache=null")
 
 
-def test_what_poptorch_would_refuse_is_refused_before(ipu, compile_only):
+def test_broken_rules_are_reported_before_compilation(ipu, compile_only):
     with pytest.raises(ConfigError, match="less than the 7 pipeline stages"):
         compile_only("engine.name=auto", "batch.gradient_accumulation=4")
     assert compiled(ipu[1]) == []
 
 
-def test_without_the_sdk_nothing_is_compiled(compile_only, monkeypatch):
+def test_compile_only_needs_the_sdk(compile_only, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "poptorch", None)

@@ -1,4 +1,4 @@
-"""PopTorch's names of an optimizer's state, and whose state can be taken for whose."""
+"""Conversion of PopTorch's optimizer state."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ STATE = {
 HALF = {"Accl1": torch.float16, "Accl2": torch.float32}
 
 
-def test_adamw_has_torchs_slots():
+def test_adamw_state_has_torchs_slots():
     slots = from_poptorch(STATE, HUB_NAMES, "poptorch.AdamW")
     assert set(slots["vit.a.weight"]) == {"exp_avg", "exp_avg_sq", "step"}
     assert slots["vit.a.weight"]["step"] == 7
@@ -33,7 +33,7 @@ def test_adamw_has_torchs_slots():
 
 
 @pytest.mark.parametrize("kind", ["poptorch.AdamW", "poptorch.LAMB", "poptorch.SGD"])
-def test_what_poptorch_gave_it_gets_back(kind):
+def test_conversion_to_slots_and_back_is_exact(kind):
     back = to_poptorch(from_poptorch(STATE, HUB_NAMES, kind), THEIRS, HALF)
     for table, values in STATE.items():
         assert set(back[table]) == set(values)
@@ -48,7 +48,7 @@ def test_other_optimizers_keep_poptorchs_names():
     assert torch_slots(slots["vit.a.weight"]) == {}
 
 
-def test_torchs_moments_get_the_dtype_of_the_device():
+def test_torchs_moments_are_cast_to_the_devices_dtype():
     slots = {"vit.b": {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
     state = to_poptorch(slots, THEIRS, HALF)["ipu_state"]
     assert state["Accl1___model.stages.1.b"].dtype == torch.float16
@@ -61,5 +61,5 @@ def test_slots_are_copies():
     assert STATE["ipu_state"]["Accl2___model.stages.0.a.weight"].sum() == 4
 
 
-def test_nothing_yet_is_no_slots():
+def test_no_state_is_no_slots():
     assert from_poptorch({"ipu_state": None, "ipu_param": None}, HUB_NAMES, "poptorch.SGD") == {}

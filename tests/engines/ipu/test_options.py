@@ -1,4 +1,4 @@
-"""Every option that PopTorch is given, and which key of the configuration sets it."""
+"""The options passed to PopTorch, and the configuration keys that set them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.config import check, load_config
+from cxr_vit.config import BatchPlan, check, load_config
 from cxr_vit.config.popart_options import KINDS, OWN_KEYS
 from cxr_vit.data.dataset import Batch
-from cxr_vit.engines.ipu.options import inference_options, training_options
+from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.errors import ConfigError
 
 from .commands import ROOT, compiled, make_engine
 
 POD4 = ROOT / "configs" / "vit_pod4.yaml"
 
-#: What is the same in both graphs of configs/vit_pod4.yaml. 1 and 0 of enumerations are explained
-#: in docs/ipu.md.
+#: Options of both graphs of configs/vit_pod4.yaml; docs/ipu.md, section 4, explains the values.
 SHARED = {
     "anchored_tensors": {},
     "accumulation_and_replication_reduction_type": 1,  # Mean
@@ -73,7 +72,7 @@ INFERENCE = {
 
 
 def types_of(value):
-    """The Python type chooses the table an option is looked up in; an enumeration is an int."""
+    """Return the types, by which PopTorch looks options up; an enumeration is an int."""
     if isinstance(value, dict):
         return {key: types_of(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -86,15 +85,14 @@ def plain(options):
 
 
 def both(*overrides, offline=False, precision="fp16", cache="cache", files=(POD4,)):
-    """The options of training and inference."""
+    """Return the options of training and inference."""
     config = check(load_config([Path(file) for file in files], overrides))
-    settings = {"precision": precision, "cache": cache, "offline": offline}
-    return [
-        plain(make(config, **settings).toDict()) for make in (training_options, inference_options)
-    ]
+    batch = BatchPlan.from_section(config.batch)
+    graphs = graph_options(config, batch, precision=precision, cache=cache, offline=offline)
+    return [plain(options.toDict()) for options in graphs]
 
 
-def test_the_whole_dictionary_of_vit_pod4(ipu):
+def test_options_of_vit_pod4(ipu):
     training, inference = both()
     assert training == TRAINING
     assert inference == INFERENCE
@@ -102,8 +100,8 @@ def test_the_whole_dictionary_of_vit_pod4(ipu):
     assert types_of(inference) == types_of(INFERENCE)
 
 
-def test_vit_pod4_reaches_the_compiler_as_it_is_written(ipu, commands):
-    """The same dictionary again where PopTorch hands it to its compiler, with a small model."""
+def test_options_of_vit_pod4_reach_the_compiler(ipu, commands):
+    """The dictionary that PopTorch passes to its compiler, with a small model."""
     _, inspection = ipu
     config = check(
         load_config(
@@ -126,7 +124,7 @@ def test_vit_pod4_reaches_the_compiler_as_it_is_written(ipu, commands):
             assert given == {key: item for key, item in expected.items() if key != "cachePath"}
 
 
-#: Override -> what it changes of vit_pod4's options, in training and in inference.
+#: Override -> changed options of vit_pod4, in training and in inference.
 BOTH, ONLY_TRAINING, ONLY_INFERENCE = (True, True), (True, False), (False, True)
 CHANGES = [
     ("batch.device_iterations=4", ONLY_TRAINING, {"device_iterations": 4}),
@@ -186,7 +184,7 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize(("override", "where", "expected"), CHANGES, ids=[c[0] for c in CHANGES])
-def test_a_key_changes_its_own_entries_and_nothing_else(ipu, override, where, expected):
+def test_key_changes_only_its_own_entries(ipu, override, where, expected):
     name, _, value = override.partition("=")
     if name.startswith("engine.popart_options."):
         option = name.split(".", 2)[2]
@@ -198,14 +196,14 @@ def test_a_key_changes_its_own_entries_and_nothing_else(ipu, override, where, ex
         assert types_of(given) == types_of(expected if is_there else {})
 
 
-def test_replicas_may_share_the_moments_out(ipu):
+def test_replicas_can_shard_the_moments(ipu):
     before = both("batch.replicas=2")
     after = both("batch.replicas=2", "engine.replicated_tensor_sharding=true")
     expected = {"location_optimizer": {"onChip": 1, "useReplicatedTensorSharding": 1}}
     assert [changed(*pair) for pair in zip(before, after)] == [expected, {}]
 
 
-def test_fp32_arithmetic_rounds_as_usual_and_has_fp32_partials(ipu):
+def test_fp32_has_no_stochastic_rounding_and_fp32_partials(ipu):
     training, inference = both(precision="fp32")
     for options in (training, inference):
         assert options["enableStochasticRounding"] is False
@@ -213,19 +211,19 @@ def test_fp32_arithmetic_rounds_as_usual_and_has_fp32_partials(ipu):
         assert options["convolutionOptions"] == {"partialsType": "float"}
 
 
-def test_without_a_cache_none_is_asked_for(ipu):
+def test_without_a_cache_none_is_set(ipu):
     for options in both(cache=None):
         assert "cachePath" not in options
         assert not options.get("enableEngineCaching")
 
 
-def test_a_cache_switched_off_is_off_whatever_the_environment_says(ipu, monkeypatch):
+def test_disabled_cache_overrides_the_environment(ipu, monkeypatch):
     monkeypatch.setenv("POPTORCH_CACHE_DIR", "elsewhere")
     assert [options["enableEngineCaching"] for options in both(cache=None)] == [False, False]
     assert [options["cachePath"] for options in both(cache="cache")] == ["cache", "cache"]
 
 
-def test_where_gradients_are_clipped_poptorch_chooses_the_schedule(ipu):
+def test_with_clipping_poptorch_selects_the_schedule(ipu):
     clipped, inference = both("optim.max_grad_norm=1.0")
     schedule = "accumulateOuterFragmentSettings."
     assert {key for key in TRAINING if key not in clipped} == {
@@ -236,7 +234,7 @@ def test_where_gradients_are_clipped_poptorch_chooses_the_schedule(ipu):
     assert inference == INFERENCE
 
 
-def test_offline_attaches_to_no_ipu_and_names_one(ipu):
+def test_offline_options_name_the_target(ipu):
     online = both()
     for version, number in (("mk2", 2), ("c600", 21)):
         offline = both(f"engine.ipu_version={version}", offline=True)
@@ -244,7 +242,7 @@ def test_offline_attaches_to_no_ipu_and_names_one(ipu):
             assert changed(one, other) == {"connection_type": 2, "ipu_version": number}
 
 
-def test_profiling_the_escape_hatch_and_the_defaults_survive_together(ipu):
+def test_profiling_popart_options_and_defaults_are_merged(ipu):
     for options in both(
         "engine.profile_dir=/tmp/profile",
         "engine.popart_options={engineOptions: {debug.instrument: true},"
@@ -264,7 +262,7 @@ def test_profiling_the_escape_hatch_and_the_defaults_survive_together(ipu):
         }
 
 
-def test_the_users_entry_of_a_mapping_wins(ipu):
+def test_users_entry_of_a_mapping_wins(ipu):
     for options in both("engine.popart_options={engineOptions: {opt.useAutoloader: false}}"):
         assert options["engineOptions"]["opt.useAutoloader"] == "false"
         assert options["engineOptions"]["target.syncReplicasIndependently"] == "true"
@@ -281,7 +279,7 @@ def test_the_users_entry_of_a_mapping_wins(ipu):
         ("matmulOptions: {a: 1, b: true}", {"a": "1", "b": "true"}),
     ],
 )
-def test_the_escape_hatch_gives_poptorch_the_type_it_looks_for(ipu, given, typed):
+def test_popart_options_have_the_types_that_poptorch_looks_up(ipu, given, typed):
     for options in both(f"engine.popart_options={{{given}}}"):
         name = given.split(":")[0]
         assert options[name] == typed
@@ -303,13 +301,13 @@ def test_the_escape_hatch_gives_poptorch_the_type_it_looks_for(ipu, given, typed
         ("cachePath: x", "is set by engine.executable_cache"),
     ],
 )
-def test_what_the_compiler_would_refuse_is_refused_at_once(given, message):
+def test_invalid_popart_options_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         both(f"engine.popart_options={{{given}}}")
 
 
-def test_the_names_of_the_escape_hatch_are_those_poptorch_registers():
-    """The stand-in's table was recorded from SessionOptions.cpp (tests/fakes/record_api.py)."""
+def test_known_popart_options_are_those_poptorch_registers():
+    """The stand-in's table is recorded from SessionOptions.cpp (conformance/record_api.py)."""
     text = (ROOT / "tests" / "fakes" / "poptorch" / "session_options.json").read_text()
     recorded = json.loads(text)
     tables = {
@@ -325,9 +323,6 @@ def test_the_names_of_the_escape_hatch_are_those_poptorch_registers():
     assert not set(OWN_KEYS) & set(KINDS)
 
 
-# The optimizer.
-
-
 def optimizer_dictionary(ipu, commands, *overrides):
     poptorch, inspection = ipu
     inspection.log().clear()
@@ -339,7 +334,7 @@ def optimizer_dictionary(ipu, commands, *overrides):
         return executable.optimizer.dict, strategy == poptorch.MeanReductionStrategy.Running
 
 
-def test_adamws_values_are_variable_and_its_types_as_asked(ipu, commands):
+def test_values_of_adamw_are_variable(ipu, commands):
     given, _ = optimizer_dictionary(
         ipu,
         commands,
@@ -373,14 +368,14 @@ def test_adamws_values_are_variable_and_its_types_as_asked(ipu, commands):
         ("second_moment", "secondOrderMomentumAccumType", False),
     ],
 )
-def test_each_type_of_the_optimizer_is_a_key(ipu, commands, key, entry, runs):
+def test_each_dtype_of_the_optimizer_has_a_key(ipu, commands, key, entry, runs):
     types = {"accumType", "firstOrderMomentumAccumType", "secondOrderMomentumAccumType"}
     given, running = optimizer_dictionary(ipu, commands, f"optim.{key}=fp16")
     assert {name for name in types if given[name]} == {entry}
     assert running == runs, "an fp16 accumulator holds a running mean, so that it does not overflow"
 
 
-def test_lambs_and_sgds_values_are_variable(ipu, commands):
+def test_values_of_lamb_and_sgd_are_variable(ipu, commands):
     lamb, _ = optimizer_dictionary(
         ipu, commands, "optim.name=lamb", "optim.max_grad_norm=null", "optim.second_moment=fp16"
     )
@@ -405,7 +400,7 @@ def test_no_clipping_is_an_infinite_norm(ipu, commands):
     assert given["maxGradNorm"] == float("inf")
 
 
-def test_automatic_loss_scaling_begins_at_one(ipu, commands):
+def test_automatic_loss_scaling_starts_at_one(ipu, commands):
     given, _ = optimizer_dictionary(
         ipu, commands, "optim.loss_scaling=auto", "engine.precision=fp16"
     )

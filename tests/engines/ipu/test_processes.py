@@ -1,4 +1,4 @@
-"""train.py in processes of its own: signals, and several processes as poprun starts them."""
+"""train.py in separate processes: signals, and several processes as poprun starts them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from fakes import loading
 
-from cxr_vit.engines.ipu.options import inference_options, training_options
+from cxr_vit.config import BatchPlan
+from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError
 
 from .commands import Run, make_engine
-from .launch import ROOT, start
+from .launch import start
 
 
 @pytest.fixture
 def launched():
-    """Start processes; none outlives the test."""
+    """Start processes, and end them after the test."""
     processes = []
 
     def launch(*arguments, **settings):
@@ -45,7 +47,7 @@ def needs(which):
 
 
 def ends(group):
-    """Whether all processes of a group end by themselves; multiprocessing's own ones lag behind."""
+    """Whether all processes of a group end; those of multiprocessing end last."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -58,7 +60,7 @@ def ends(group):
 
 @pytest.mark.parametrize("loader", ["sync", "async"])
 @pytest.mark.parametrize("which", ["stand-in", "front end"])
-def test_a_signal_to_the_whole_group_saves_and_exits_75(commands, launched, which, loader):
+def test_signal_to_the_process_group_saves_and_exits_75(commands, launched, which, loader):
     needs(which)
     run = Run(commands.folder / "run", 0, [], [])
     settings = ("train.steps=400", f"engine.loader_mode={loader}", f"run.dir={run.path}")
@@ -73,21 +75,21 @@ def test_a_signal_to_the_whole_group_saves_and_exits_75(commands, launched, whic
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "SIGTERM received" in output
-    # The signal ends multiprocessing's fork server; PopTorch's loader process then says EOFError.
+    # The signal ends multiprocessing's fork server; PopTorch's loader process then raises EOFError.
     assert "Traceback" not in errors.split("Process ForkServerProcess")[0], errors
     step = json.loads((run.checkpoint() / "trainer_state.json").read_text())["step"]
     assert 3 <= step < 400
     assert ends(process.pid), "a process of the run is left"
 
 
-# Several processes, on the stand-in: popdist is part of the SDK.
+# Several processes run on the stand-in only: popdist is part of the SDK.
 
 TWO = (
     "batch.replicas=2",
     "train.steps=3",
     "schedule.name=constant",
     "schedule.warmup_ratio=0",
-    # The stand-in's processes exchange no gradients, so the weights had better stay.
+    # The stand-in's processes exchange no gradients, so the weights must not change.
     "optim.lr=1e-12",
 )
 
@@ -103,7 +105,7 @@ def surroundings(index, local=1, total=2):
 
 
 def as_poprun(launched, commands, program, *arguments):
-    """Run two processes to their end; return what each printed."""
+    """Run two processes; return the output of each."""
     exchange = commands.folder / f"exchange{len(list(commands.folder.glob('*')))}"
     exchange.mkdir()
     processes = [
@@ -114,7 +116,7 @@ def as_poprun(launched, commands, program, *arguments):
             more={
                 **surroundings(index),
                 "EXCHANGE_FOLDER": str(exchange),
-                "PYTHONPATH": str(ROOT / "tests" / "ipu" / "exchange"),
+                "PYTHONPATH": str(Path(__file__).parent / "exchange"),
             },
         )
         for index in range(2)
@@ -124,7 +126,7 @@ def as_poprun(launched, commands, program, *arguments):
     return outputs
 
 
-def test_two_processes_train_and_score_as_one_and_the_first_writes(launched, commands, torch_run):
+def test_two_processes_train_and_score_like_one(launched, commands, torch_run):
     expected = torch_run(*TWO)
     run = Run(commands.folder / "run", 0, [], [])
     outputs = as_poprun(
@@ -171,7 +173,7 @@ def test_two_processes_train_and_score_as_one_and_the_first_writes(launched, com
 
 @pytest.fixture
 def instance(monkeypatch):
-    """Pretend to be process `index` of those that poprun started, on the stand-in."""
+    """Set the environment of process `index` of poprun, with the stand-in."""
     with loading.stand_in() as modules:
 
         def pretend(index, local, total):
@@ -183,16 +185,17 @@ def instance(monkeypatch):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_has_its_own_replicas(instance, commands, index):
+def test_process_has_its_own_replicas(instance, commands, index):
     instance(index, 2, 4)
     launch = Launch.from_environment()
     assert (launch.rank, launch.world_size, launch.local_replicas) == (index, 2, 2)
     config = commands.config("batch.replicas=4", "batch.micro_batch_size=3")
-    for make in (training_options, inference_options):
-        options = make(config, precision="fp32", cache=None, by_poprun=True).toDict()
-        assert options["replication_factor"] == 2
-        assert options["num_distributed_processes"] == 2
-        assert options["distributed_process_id"] == index
+    batch = BatchPlan.from_section(config.batch)
+    for options in graph_options(config, batch, precision="fp32", cache=None, by_poprun=True):
+        entries = options.toDict()
+        assert entries["replication_factor"] == 2
+        assert entries["num_distributed_processes"] == 2
+        assert entries["distributed_process_id"] == index
     with make_engine(config) as engine:
         assert engine.is_main == (index == 0)
         assert engine.batch.global_batch_size == 3 * 7 * 4
@@ -200,7 +203,7 @@ def test_a_process_has_its_own_replicas(instance, commands, index):
         assert "(4 x 4 stages by 2 processes, 16 reserved)" in engine.describe()
 
 
-def test_the_processes_batches_are_one_processs(instance, commands):
+def test_batches_of_all_processes_equal_those_of_one(instance, commands):
     from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.data.sampler import TrainingSampler
 
@@ -222,20 +225,20 @@ def test_the_processes_batches_are_one_processs(instance, commands):
         instance(index, 2, 4)
         with make_engine(config) as engine:
             batches = engine.loader(data.dataset("train"), sampler(), training=True)
-            # [iteration and accumulation][replica] of this process
+            # [device iteration and accumulation][replica of this process]
             parts.append([batch.indices.reshape(14, 2) for batch in batches])
     together = [torch.cat(pair, dim=1).ravel().tolist() for pair in zip(*parts)]
     images = len(data.splits.train)
     assert together == [[draw % images for draw in draws] for draws in sampler()]
 
 
-def test_replicas_that_poprun_did_not_start_are_refused(instance, commands):
+def test_number_of_replicas_must_match_poprun(instance, commands):
     instance(0, 1, 2)
     with pytest.raises(ConfigError, match=r"batch\.replicas=4, but poprun started 2"):
         make_engine(commands.config("batch.replicas=4"))
 
 
-def test_a_process_with_one_replica_has_nobody_to_share_its_moments_with(instance, commands):
+def test_moments_cannot_be_sharded_over_one_replica(instance, commands):
     config = commands.config("batch.replicas=4", "engine.replicated_tensor_sharding=true")
     instance(0, 1, 4)
     with pytest.raises(ConfigError, match="poprun --num-instances 2"):

@@ -1,4 +1,4 @@
-"""Stopping and going on, on the same engine and on another."""
+"""Saving and resuming, on the same engine and on another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trainer_state(run, checkpoint="last"):
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, LAMB, SGD], ids=["adamw", "lamb", "sgd"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(ipu, commands, optimizer):
+def test_resume_repeats_the_uninterrupted_run(ipu, commands, optimizer):
     settings = (*EIGHT, *optimizer, "model.dropout=0.1", "batch.device_iterations=2")
     whole = commands.train(*settings)
     resumed = commands.resume_at(whole, 4)
@@ -49,7 +49,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(ipu, commands, optim
         assert torch.equal(value, other[name]), name
 
 
-def test_a_run_stopped_within_the_validation_interval_goes_on_as_well(ipu, commands):
+def test_resume_between_two_validations(ipu, commands):
     settings = (*EIGHT, "train.checkpoint_every_steps=1", "model.dropout=0.1")
     whole = commands.train(*settings)
     resumed = commands.resume_at(whole, 3)
@@ -57,17 +57,17 @@ def test_a_run_stopped_within_the_validation_interval_goes_on_as_well(ipu, comma
     assert resumed.scores == whole.scores
 
 
-def test_the_random_generator_is_part_of_the_state(ipu, commands):
-    """Dropout repeats itself only because rng_state is saved: a new one gives other losses."""
+def test_state_includes_the_random_generator(ipu, commands):
+    """Dropout repeats only because rng_state is saved; a new generator changes the losses."""
     settings = (*EIGHT, "model.dropout=0.1")
     whole = commands.train(*settings)
     assert optimizer_file(whole)["rng_state"].dtype == torch.int64
-    anew = commands.resume_at(whole, 4, "train.resume_weights_only=true")
-    assert anew.losses[0] != whole.losses[4]
-    assert anew.losses[0] == pytest.approx(whole.losses[4], abs=0.05)
+    fresh = commands.resume_at(whole, 4, "train.resume_weights_only=true")
+    assert fresh.losses[0] != whole.losses[4]
+    assert fresh.losses[0] == pytest.approx(whole.losses[4], abs=0.05)
 
 
-def test_the_optimizers_state_is_saved_by_hub_names(ipu, commands):
+def test_optimizer_state_is_saved_by_hub_name(ipu, commands):
     run = commands.train("train.steps=2")
     saved = optimizer_file(run)
     name = "vit.encoder.layer.2.attention.attention.query.weight"
@@ -81,8 +81,8 @@ def test_the_optimizers_state_is_saved_by_hub_names(ipu, commands):
     assert {key.split("/")[0] for key in saved} - {"*", "rng_state"} == set(weights)
 
 
-def test_a_state_that_is_taken_up_is_the_state_that_was_given(ipu, commands):
-    """Before compiling, and after it; PopTorch gets back all it gave."""
+def test_loaded_state_equals_the_saved_one(ipu, commands):
+    """Before compilation and after it."""
     config = commands.config("model.dropout=0.1")
     with make_engine(config) as engine:
         batch = example(engine)
@@ -109,7 +109,7 @@ def test_a_state_that_is_taken_up_is_the_state_that_was_given(ipu, commands):
             assert torch.equal(other.train_step(batch, lr=1e-3).losses, expected)
 
 
-def test_a_state_is_a_copy(ipu, commands):
+def test_state_is_a_copy(ipu, commands):
     with make_engine(commands.config()) as engine:
         batch = example(engine)
         engine.compile(batch)
@@ -132,14 +132,14 @@ def test_a_state_is_a_copy(ipu, commands):
         assert not torch.equal(after.weights["classifier.bias"], weights["classifier.bias"])
 
 
-def test_a_state_without_training_is_the_weights(ipu, commands):
+def test_state_without_training_is_the_weights(ipu, commands):
     with make_engine(commands.config()) as engine:
         state = engine.state_dict()
         assert (state.optimizer, state.rng) == ({}, None)
         assert len(state.weights) == 72
 
 
-def test_a_state_can_be_read_while_the_inference_graph_holds_the_ipus(ipu, commands):
+def test_state_can_be_read_while_the_inference_graph_is_attached(ipu, commands):
     with make_engine(commands.config()) as engine:
         batch = example(engine)
         engine.compile(batch)
@@ -167,28 +167,25 @@ def test_weights_of_another_model_are_refused(ipu, commands):
             engine.load_state_dict(EngineState(weights))
 
 
-# From engine to engine.
-
-
 @pytest.mark.parametrize(("first", "second"), [(TORCH, IPU), (IPU, TORCH)], ids=["to", "from"])
-def test_an_adamw_run_goes_on_on_the_other_engine(ipu, commands, torch_run, first, second):
+def test_adamw_run_resumes_on_the_other_engine(ipu, commands, torch_run, first, second):
     expected = torch_run(*EIGHT)
-    begun = commands.train(*EIGHT, *first)
-    gone_on = commands.resume_at(begun, 4, *second)
-    assert gone_on.status == 0
-    assert gone_on.losses == pytest.approx(expected.losses[4:], rel=0, abs=1e-5)
-    assert gone_on.logged == pytest.approx(expected.logged, rel=0, abs=1e-5)
-    assert gone_on.logits[-1].tolist() == [
+    first_run = commands.train(*EIGHT, *first)
+    resumed = commands.resume_at(first_run, 4, *second)
+    assert resumed.status == 0
+    assert resumed.losses == pytest.approx(expected.losses[4:], rel=0, abs=1e-5)
+    assert resumed.logged == pytest.approx(expected.logged, rel=0, abs=1e-5)
+    assert resumed.logits[-1].tolist() == [
         pytest.approx(row, rel=0, abs=1e-5) for row in expected.logits[-1].tolist()
     ]
 
 
-def test_without_the_moments_the_losses_would_be_others(commands, torch_run):
-    """Else the test above would pass without them."""
+def test_losses_depend_on_the_moments(commands, torch_run):
+    """Otherwise the test above would pass without the moments."""
     expected = torch_run(*EIGHT)
-    anew = commands.resume_at(expected, 4, "train.resume_weights_only=true")
-    assert anew.losses[0] == expected.losses[4]
-    assert anew.losses[1:] != pytest.approx(expected.losses[5:], rel=0, abs=1e-5)
+    fresh = commands.resume_at(expected, 4, "train.resume_weights_only=true")
+    assert fresh.losses[0] == expected.losses[4]
+    assert fresh.losses[1:] != pytest.approx(expected.losses[5:], rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,52 +198,50 @@ def test_without_the_moments_the_losses_would_be_others(commands, torch_run):
     ],
     ids=["sgd from", "sgd to", "lamb from", "lamb to adamw"],
 )
-def test_other_state_is_refused_until_told_to_go_without(
-    ipu, commands, optimizer, first, second, kinds
-):
-    begun = commands.train(*EIGHT, *optimizer, *first)
+def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, second, kinds):
+    first_run = commands.train(*EIGHT, *optimizer, *first)
     given, own = kinds
     message = rf"state of {given}\b.*; this engine has {own}\b.*train\.resume_weights_only=true"
     with pytest.raises(CheckpointError, match=message):
-        commands.resume_at(begun, 4, *second)
-    gone_on = commands.resume_at(begun, 4, *second, "train.resume_weights_only=true")
-    assert gone_on.status == 0
-    assert gone_on.losses[0] == pytest.approx(begun.losses[4], rel=0, abs=1e-5)
-    assert trainer_state(gone_on)["optimizer_kind"].split(" ")[0] == own
-    assert trainer_state(gone_on)["scalars"]["updates"] == 8
+        commands.resume_at(first_run, 4, *second)
+    resumed = commands.resume_at(first_run, 4, *second, "train.resume_weights_only=true")
+    assert resumed.status == 0
+    assert resumed.losses[0] == pytest.approx(first_run.losses[4], rel=0, abs=1e-5)
+    assert trainer_state(resumed)["optimizer_kind"].split(" ")[0] == own
+    assert trainer_state(resumed)["scalars"]["updates"] == 8
 
 
-def test_sgds_velocity_is_of_its_loss_scaling(ipu, commands):
-    """PopART holds it scaled, so that another scaling makes it mean something else."""
-    begun = commands.train(*EIGHT, *SGD, "optim.loss_scaling=8")
+def test_velocity_of_sgd_belongs_to_its_loss_scaling(ipu, commands):
+    """PopART stores it multiplied by the scale."""
+    first_run = commands.train(*EIGHT, *SGD, "optim.loss_scaling=8")
     with pytest.raises(CheckpointError, match=r"scaling 8\.0; .* scaling 16\.0\."):
-        commands.resume_at(begun, 4, "optim.loss_scaling=16")
-    assert commands.resume_at(begun, 4).losses == begun.losses[4:]
+        commands.resume_at(first_run, 4, "optim.loss_scaling=16")
+    assert commands.resume_at(first_run, 4).losses == first_run.losses[4:]
 
 
-def test_a_generator_of_other_ipus_is_begun_anew_and_said_so(ipu, commands, said):
-    begun = commands.train(*EIGHT, "model.dropout=0.1")
-    gone_on = commands.resume_at(begun, 4, "pipeline.layers_per_stage=[2, 2]")
-    assert gone_on.status == 0
-    assert "the random generator is of another number of IPUs: it starts anew" in said.text
+def test_random_state_of_another_number_of_ipus_is_not_used(ipu, commands, said):
+    first_run = commands.train(*EIGHT, "model.dropout=0.1")
+    resumed = commands.resume_at(first_run, 4, "pipeline.layers_per_stage=[2, 2]")
+    assert resumed.status == 0
+    assert "the random state belongs to another number of IPUs" in said.text
     said.clear()
-    commands.resume_at(begun, 4)
-    assert "random generator" not in said.text
+    commands.resume_at(first_run, 4)
+    assert "random state" not in said.text
 
 
-def test_another_cut_changes_no_loss_of_a_resumed_run(ipu, commands):
-    begun = commands.train(*EIGHT)
-    gone_on = commands.resume_at(begun, 4, "pipeline.layers_per_stage=[2, 2]")
-    assert gone_on.losses == pytest.approx(begun.losses[4:], rel=0, abs=1e-6)
+def test_another_cut_changes_no_loss_after_resume(ipu, commands):
+    first_run = commands.train(*EIGHT)
+    resumed = commands.resume_at(first_run, 4, "pipeline.layers_per_stage=[2, 2]")
+    assert resumed.losses == pytest.approx(first_run.losses[4:], rel=0, abs=1e-6)
 
 
-def test_sgd_on_ipus_is_torchs(ipu, commands, torch_run):
+def test_sgd_equals_torchs(ipu, commands, torch_run):
     settings = (*EIGHT, *SGD)
     run = commands.train(*settings)
     assert run.losses == pytest.approx(torch_run(*settings).losses, rel=0, abs=1e-5)
 
 
-def test_ipu_weights_load_in_plain_transformers_with_the_same_scores(ipu, commands):
+def test_plain_transformers_computes_the_same_logits_from_ipu_weights(ipu, commands):
     run = commands.train("train.steps=2", "model.hidden_act=null")
     config = json.loads((run.checkpoint() / "config.json").read_text())
     assert config["hidden_act"] == "gelu_pytorch_tanh", "what an IPU computes"
@@ -259,22 +254,19 @@ def test_ipu_weights_load_in_plain_transformers_with_the_same_scores(ipu, comman
     assert torch.allclose(logits, run.logits[-1], rtol=0, atol=1e-5)
 
 
-def test_a_torch_run_in_exact_gelu_says_so_and_its_tanh_form_is_near(ipu, commands, said):
+def test_checkpoint_with_exact_gelu_is_scored_with_the_tanh_form(ipu, commands, said):
     exact = commands.train("model.hidden_act=null", *TORCH)
     config = json.loads((exact.checkpoint() / "config.json").read_text())
     assert config["hidden_act"] == "gelu"
     on_torch = commands.evaluate(exact.checkpoint(), *TORCH)
     on_ipus = commands.evaluate(exact.checkpoint(), *IPU)
-    assert "GELU in its tanh form" in said.text
+    assert "tanh form of GELU" in said.text
     assert on_ipus != on_torch
     for ours, theirs in zip(on_ipus, on_torch):
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
-# fp16.
-
-
-#: The front end's harness takes a second for an fp16 micro-batch, so one a step.
+#: The harness of the front end needs a second per fp16 micro-batch, so there is one per step.
 ONE_MICRO_BATCH = (
     "batch.micro_batch_size=7",
     "batch.gradient_accumulation=1",
@@ -288,7 +280,7 @@ ONE_MICRO_BATCH = (
 
 
 @pytest.mark.parametrize("weights", ["fp32", "fp16"])
-def test_fp16_learns_as_fp32_does_and_goes_on(ipu, commands, torch_run, weights):
+def test_fp16_is_close_to_fp32_and_resumes(ipu, commands, torch_run, weights):
     poptorch, inspection = ipu
     expected = torch_run(*ONE_MICRO_BATCH)
     half = ("engine.precision=fp16", f"engine.weights={weights}", "optim.loss_scaling=64")
@@ -302,12 +294,12 @@ def test_fp16_learns_as_fp32_does_and_goes_on(ipu, commands, torch_run, weights)
     saved = load_file(str(run.checkpoint() / "model.safetensors"))
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     if weights == "fp16" and poptorch.__version__.endswith("+stub"):
-        return  # the harness holds moments in the weights' type, whatever is asked
+        return  # the harness stores moments in the weights' dtype
     assert commands.resume_at(run, 2).losses == run.losses[2:]
 
 
 def test_fp16_in_a_pipeline(commands, torch_run):
-    """On the stand-in only: see above."""
+    """On the stand-in only: the harness would be too slow."""
     expected = torch_run()
     with loading.stand_in():
         run = commands.train("engine.precision=fp16", "optim.loss_scaling=64")
@@ -315,7 +307,7 @@ def test_fp16_in_a_pipeline(commands, torch_run):
     assert run.losses != pytest.approx(expected.losses, rel=0, abs=1e-7)
 
 
-def test_the_default_arithmetic_of_an_ipu_is_fp16(ipu, commands):
+def test_default_precision_is_fp16(ipu, commands):
     with make_engine(commands.config("engine.precision=auto")) as engine:
         assert engine.precision == "fp16"
         assert "in fp16 with fp32 weights" in engine.describe()

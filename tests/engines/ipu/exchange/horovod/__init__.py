@@ -1,1 +1,1 @@
-"""Stands for Horovod in processes of a test, which have nothing but a folder in common."""
+"""A stand-in for Horovod in processes of a test, which share only a folder."""

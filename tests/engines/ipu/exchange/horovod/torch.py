@@ -1,4 +1,4 @@
-"""allgather through files: every process writes its part and waits for the others'."""
+"""allgather through files: each process writes its part and waits for those of the others."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def allgather(part: torch.Tensor) -> torch.Tensor:
     global _calls
     folder = Path(os.environ["EXCHANGE_FOLDER"])
     index, count = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
-    aside = folder / f"{_calls}.{index}.writing"
-    torch.save(part, str(aside))
-    aside.replace(folder / f"{_calls}.{index}")
+    temporary = folder / f"{_calls}.{index}.writing"
+    torch.save(part, str(temporary))
+    temporary.replace(folder / f"{_calls}.{index}")
     parts = [_wait_for(folder / f"{_calls}.{other}") for other in range(count)]
     _calls += 1
     return torch.cat(parts)
