@@ -76,3 +76,34 @@ def make_config(small_overrides: List[str]) -> Callable[..., Config]:
         return check(load_config([], [*small_overrides, *overrides]))
 
     return make
+
+
+#: Files that take a minute or more, the slowest first.
+SLOW_FILES = (
+    "tests/engines/processes/test_failures.py",
+    "tests/test_commands.py",
+    "tests/engines/processes/test_resume.py",
+    "tests/engines/ipu/test_state.py",
+    "tests/engines/processes/test_equivalence.py",
+    "tests/engines/ipu/test_equivalence.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Start the slow files first; xdist starts those with the most tests first.
+
+    Otherwise one worker is idle at the end while the other works on a slow file.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SlowFilesFirst(LoadFileScheduling):
+        def _assign_work_unit(self, node: Any) -> None:
+            slow = next((file for file in SLOW_FILES if file in self.workqueue), None)
+            if slow is not None:
+                self.workqueue.move_to_end(slow, last=False)
+            super()._assign_work_unit(node)
+
+    return SlowFilesFirst(config, log)
