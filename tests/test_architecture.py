@@ -46,7 +46,7 @@ ALLOWED = {
     **{package: ["config", "data", "model"] for package in LEAVES},
     **{module: [] for module in GROUND},
 }
-#: What a person has to hold in mind to read the package. A file over 600 lines is rarely one idea.
+#: Limits that keep the package readable; a file over 600 lines is rarely one idea.
 MAX_FILES, MAX_LINES, MAX_LEVELS = 75, 14_000, 7
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 600, 60, 100
 

@@ -14,7 +14,7 @@ from cxr_vit.config import check, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: What may stand before `python` or `make`: a prompt, variables, a launcher.
+#: What may precede `python` or `make`: a prompt, variables, a launcher.
 PREFIX = re.compile(
     r"^(\$ )?([A-Z_]+=\S+ )*((poprun|torchrun) .*?(?=python |train\.py|evaluate\.py))?"
 )
