@@ -15,8 +15,6 @@ import numpy as np
 
 from cxr_vit.config.schema import AugmentSection
 
-__all__ = ["Augmentation"]
-
 #: Random numbers per image, each uniform in [0, 1). The order is part of the result.
 _DRAWN = (
     "rotation",

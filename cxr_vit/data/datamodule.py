@@ -27,8 +27,6 @@ from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError
 
-__all__ = ["ChestXrayDataModule", "prepare", "verify_cache"]
-
 logger = logging.getLogger(__name__)
 
 _MISSING = "missing"
@@ -44,10 +42,7 @@ class ChestXrayDataModule:
     once
         Runs slow checks in one process of several.
 
-    Raises
-    ------
-    DataError
-        If files are missing or invalid.
+    Raises DataError if files are missing or invalid.
     """
 
     def __init__(self, data: DataSection, *, once: RunOnce = run_here) -> None:
@@ -81,10 +76,7 @@ class ChestXrayDataModule:
         augment, seed
             Augmentation and the run's seed; None for no augmentation.
 
-        Raises
-        ------
-        DataError
-            If the split has no images.
+        Raises DataError if the split has no images.
         """
         rows = getattr(self.splits, split)
         if len(rows) == 0:
@@ -155,10 +147,7 @@ def prepare(data: DataSection) -> str:
 
     Unusable images are written to `skipped.csv` beside it.
 
-    Raises
-    ------
-    DataError
-        If training would refuse the data. The cache is complete even then.
+    Raises DataError if training would refuse the data. The cache is complete even then.
     """
     csv, names = _listed_images(data)
     source = open_image_source(data, names, renew=True)
@@ -174,10 +163,7 @@ def prepare(data: DataSection) -> str:
 def verify_cache(data: DataSection) -> str:
     """Check every image of the cache and return one line about the result.
 
-    Raises
-    ------
-    DataError
-        If there is no cache that fits, or images in it are wrong.
+    Raises DataError if there is no cache that fits, or images in it are wrong.
     """
     _, names = _listed_images(data)
     verified = verify(data, names)

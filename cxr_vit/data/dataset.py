@@ -14,8 +14,6 @@ from cxr_vit.data.images import EmptyReader, ImageReader
 from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING
 
-__all__ = ["Batch", "ChestXrayDataset", "Sample", "collate"]
-
 
 class Sample(NamedTuple):
     """One image: uint8 ``[1, H, W]``, float32 ``[C]`` of 0 and 1, and its row in the split."""

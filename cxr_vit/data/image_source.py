@@ -20,17 +20,6 @@ from cxr_vit.data.store import (
 from cxr_vit.data.store_build import build_store, check_images, locked, verify_store
 from cxr_vit.errors import DataError
 
-__all__ = [
-    "ImageSource",
-    "RunOnce",
-    "Verified",
-    "images_folder",
-    "open_image_source",
-    "run_here",
-    "store_paths",
-    "verify",
-]
-
 logger = logging.getLogger(__name__)
 
 _PREPARE = "python -m cxr_vit prepare --config <file>"
@@ -89,10 +78,8 @@ def open_image_source(
     once
         Runs the check of all files in one process.
 
-    Raises
-    ------
-    DataError
-        If the cache is required and missing, does not fit, is damaged, or cannot be written.
+    Raises DataError if the cache is required and missing, does not fit, is damaged, or cannot be
+    written.
     """
     paths = _find(data, names)
     where = store_paths(data)
@@ -127,10 +114,7 @@ def open_image_source(
 def verify(data: DataSection, names: Sequence[str]) -> Verified:
     """Compare every image of the cache with its checksum and its file.
 
-    Raises
-    ------
-    DataError
-        If there is no cache, or one that training would refuse.
+    Raises DataError if there is no cache, or one that training would refuse.
     """
     paths = _find(data, names)
     where = store_paths(data)

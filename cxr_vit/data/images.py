@@ -18,17 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cxr_vit.errors import DataError
 
-__all__ = [
-    "MAX_MEGAPIXELS",
-    "RESIZE_FILTER",
-    "EmptyReader",
-    "FileReader",
-    "ImageReader",
-    "find_images",
-    "gray_or_reason",
-    "read_gray",
-]
-
 MAX_MEGAPIXELS = 64
 
 #: Recorded in the cache's index.
@@ -84,10 +73,7 @@ class ImageReader(ABC):
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copy the images of `rows`, int64 ``[n]``, into `out`, uint8 ``[n, H, W]``, contiguous.
 
-        Raises
-        ------
-        DataError
-            If an image cannot be read.
+        Raises DataError if an image cannot be read.
         """
 
 
@@ -115,16 +101,14 @@ class FileReader(ImageReader):
 
     def select(self, names: Sequence[str]) -> FileReader:
         """Return a reader of some of the images."""
-        return FileReader(
-            self._by_name, names, image_size=self.image_size, max_megapixels=self.max_megapixels
-        )
+        limits = {"image_size": self.image_size, "max_megapixels": self.max_megapixels}
+        return FileReader(self._by_name, names, **limits)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Decode and resize images."""
         for image, row in zip(out, rows):
-            image[:] = read_gray(
-                self._paths[row], self.image_size, max_megapixels=self.max_megapixels
-            )
+            path = self._paths[row]
+            image[:] = read_gray(path, self.image_size, max_megapixels=self.max_megapixels)
 
     def __getstate__(self) -> Dict[str, Any]:
         # A loader process needs the paths of its own images only.
@@ -151,17 +135,12 @@ class EmptyReader(ImageReader):
 
 
 def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str, str]:
-    """Walk a folder and return the path of each image by its file name.
+    """Walk a folder and return the path of each image (of each wanted one) by its file name.
 
     Names are unique in NIH's data, so any nesting works: `images/` of NIH's archives,
     `images_001/images/` of Kaggle's copy, or one folder of resized images.
 
-    `wanted` limits the search to these file names.
-
-    Raises
-    ------
-    DataError
-        If two folders hold the same name, e.g. a resized copy beside the originals.
+    Raises DataError if two folders hold the same name, e.g. a resized copy beside the originals.
     """
     found: Dict[str, str] = {}
     duplicates = []
@@ -190,29 +169,15 @@ def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str
 def read_gray(
     path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> np.ndarray:
-    """Read an image as 8-bit gray, resized to a square with an antialiased bilinear filter.
+    """Read an image as 8-bit gray, uint8 ``[size, size]``, with an antialiased bilinear filter.
 
-    Parameters
-    ----------
-    path
-        A PNG or JPEG, gray or colour, of 8 or 16 bits. An alpha channel must be opaque (some of
-        NIH's images are RGBA with equal colours); 16-bit values are scaled by the depth they use.
-        A JPEG has no checksums: damage inside it may go unnoticed.
-    size
-        Side of the square, pixels.
-    max_megapixels
-        Larger images are refused before they are decoded.
+    The file is a PNG or JPEG, gray or colour, of 8 or 16 bits. An alpha channel must be opaque
+    (some of NIH's images are RGBA with equal colours); 16-bit values are scaled by the depth they
+    use. A JPEG has no checksums: damage inside it may go unnoticed. Images of more than
+    `max_megapixels` are refused before they are decoded.
 
-    Returns
-    -------
-    numpy.ndarray
-        uint8 ``[size, size]``.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, damaged, of another format, too large, animated or partly
-        transparent.
+    Raises DataError if the file is missing, damaged, of another format, too large, animated or
+    partly transparent.
     """
     pixels = gray_or_reason(path, size, max_megapixels=max_megapixels)
     if isinstance(pixels, str):
@@ -270,18 +235,21 @@ def _decode(data: bytes, max_megapixels: int) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")):
-            raise _Unusable("a damaged image (in its header). Fetch the file again.") from error
+            raise _damaged("in its header") from error
         raise _Unusable("neither a PNG nor a JPEG by its content. Fetch the file again.") from error
     except Exception as error:  # decoders raise errors of many types on damaged bytes
-        raise _Unusable(f"a damaged image ({error}). Fetch the file again.") from error
+        raise _damaged(error) from error
+
+
+def _damaged(what: object) -> _Unusable:
+    return _Unusable(f"a damaged image ({what}). Fetch the file again.")
 
 
 def _check_header(image: Image.Image, max_megapixels: int) -> None:
     width, height = image.size
     if width * height > max_megapixels * 1_000_000:
-        raise _Unusable(
-            f"{width} x {height} pixels are more than data.max_megapixels={max_megapixels}."
-        )
+        limit = f"data.max_megapixels={max_megapixels}"
+        raise _Unusable(f"{width} x {height} pixels are more than {limit}.")
     if getattr(image, "is_animated", False):
         raise _Unusable("several pictures in one file. Export one of them as a plain PNG.")
 
@@ -295,38 +263,29 @@ class _PngChunks(NamedTuple):
 
 
 def _read_chunks(data: bytes) -> _PngChunks:
-    """Walk a PNG to its end and verify every checksum; Pillow verifies only some.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged.
-    """
+    """Walk a PNG to its end and verify every checksum, of which Pillow verifies only some."""
     view, offset = memoryview(data), len(_PNG_SIGNATURE)
     chunks = _PngChunks(set(), data[16:29], [])
     while b"IEND" not in chunks.kinds:
         if offset + 12 > len(data):
-            raise ValueError("it ends too early")
+            raise _damaged("it ends too early")
         length, kind = struct.unpack_from(">I4s", data, offset)
         body = view[offset + 4 : offset + 8 + length]
         if offset + 12 + length > len(data):
-            raise ValueError("it ends too early")
+            raise _damaged("it ends too early")
         if zlib.crc32(body) != struct.unpack_from(">I", data, offset + 8 + length)[0]:
-            raise ValueError("a checksum is wrong")
+            raise _damaged("a checksum is wrong")
         chunks.kinds.add(kind)
         if kind == b"IDAT":
             chunks.pixels.append(body[4:])
         offset += 12 + length
     if data[12:16] != b"IHDR" or len(chunks.header) != 13:
-        raise ValueError("it does not begin with a header")
+        raise _damaged("it does not begin with a header")
     return chunks
 
 
 def _has_all_rows(chunks: _PngChunks) -> bool:
-    """Whether the PNG holds as many bytes of pixels as its header promises.
-
-    Pillow leaves missing rows black without an error.
-    """
+    """Whether a PNG holds the pixels its header promises; Pillow leaves missing rows black."""
     width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks.header)
     promised = 0
     for left, top, right, down in _PASSES if is_interlaced else ((0, 0, 1, 1),):
@@ -343,15 +302,14 @@ def _to_gray(image: Image.Image, data: bytes, chunks: Optional[_PngChunks]) -> I
             pixels = kornia_rs.io.decode_image_png_u8(data, image.size[::-1], "mono")
             return Image.fromarray(np.asarray(pixels)[..., 0])
     if chunks and not _has_all_rows(chunks):
-        raise _Unusable("a damaged image (rows are missing). Fetch the file again.")
+        raise _damaged("rows are missing")
     if chunks and b"PLTE" not in chunks.kinds and png_format[1:] == b"\x03":
-        raise _Unusable("a damaged image (its palette is missing). Fetch the file again.")
+        raise _damaged("its palette is missing")
     image.load()  # also reads the metadata that follows the pixels
     if image.mode == "P" and int(np.asarray(image).max()) >= len(image.getpalette() or ()) // 3:
-        raise _Unusable("a damaged image (its palette is too short). Fetch the file again.")
+        raise _damaged("its palette is too short")
     if png_format == _RGB_16 and "transparency" not in image.info:  # Pillow drops the low bytes
-        pixels = kornia_rs.io.decode_image_png_u16(data, image.size[::-1], "rgb")
-        gray = _to_8_bits(np.asarray(pixels))
+        gray = _to_8_bits(kornia_rs.io.decode_image_png_u16(data, image.size[::-1], "rgb"))
     else:
         gray = _loaded_to_gray(image, png_bits=png_format[0] if png_format else 8)
     gray.info.update(image.info)  # exif_transpose reads the orientation from it
@@ -368,18 +326,19 @@ def _loaded_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] != 255:
         raise _Unusable("partly transparent. Export the image without an alpha channel.")
     if image.mode.startswith("I"):
-        return _to_8_bits(np.asarray(image))
+        return _to_8_bits(image)
     if image.mode in ("CMYK", "YCCK"):
         raise _Unusable(f"an image for print ({image.mode}). Export the image as gray.")
     return image.convert("L")
 
 
-def _to_8_bits(values: np.ndarray) -> Image.Image:
+def _to_8_bits(pixels: Any) -> Image.Image:
     """Scale 16-bit gray or colour by the depth in use.
 
     Detectors store 10, 12 or 14 bits unscaled. Pillow's own conversion clips, which turns a 12-bit
     image white.
     """
+    values = np.asarray(pixels)
     used = int(values.max()).bit_length()
     depth = max(8, used + used % 2)
     scaled = values.astype(np.float32) * (255.0 / (2**depth - 1))

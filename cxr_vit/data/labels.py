@@ -14,8 +14,6 @@ import numpy as np
 
 from cxr_vit.errors import DataError, did_you_mean
 
-__all__ = ["FINDINGS", "NO_FINDING", "label_names", "multi_hot"]
-
 FINDINGS: Tuple[str, ...] = (
     "Atelectasis",
     "Cardiomegaly",
@@ -63,11 +61,8 @@ def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.n
     numpy.ndarray
         uint8 ``[len(texts), 14]`` (or 15).
 
-    Raises
-    ------
-    DataError
-        On an unknown finding, an empty text, or `No Finding` combined with a finding. The message
-        gives the number of such rows and the first, counted from 1.
+    Raises DataError on an unknown finding, an empty text, or `No Finding` combined with a finding.
+    The message gives the number of such rows and the first, counted from 1.
     """
     # NIH's 112,120 rows hold 836 different texts: parse each once.
     distinct: Dict[str, int] = {}

@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Optional, Sequence, Tuple
 
@@ -20,19 +20,6 @@ from cxr_vit.data.labels import FINDINGS, multi_hot
 from cxr_vit.data.text_files import read_text
 from cxr_vit.errors import DataError, did_you_mean
 from cxr_vit.files import find_file
-
-__all__ = [
-    "IMAGE_PIXELS",
-    "RELABELS",
-    "Records",
-    "find_boxes",
-    "find_csv",
-    "find_relabels",
-    "read_boxes",
-    "read_records",
-    "read_relabels",
-    "read_table",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +81,7 @@ _LIST_LINE = re.compile(r"\S+\.(png|jpe?g)\b", re.IGNORECASE)
 
 
 def find_csv(root: Path, given: Optional[str]) -> Path:
-    """Return the label CSV: the given file, else NIH's in `root`.
-
-    Raises
-    ------
-    DataError
-        If it does not exist.
-    """
+    """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
     if not root.is_dir():
         raise DataError(
             f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
@@ -131,10 +112,6 @@ def _no_boxes() -> pd.DataFrame:
     return pd.DataFrame({"row": np.empty(0, np.int64), "finding": np.empty(0, object), **sides})
 
 
-def _no_relabels() -> np.ndarray:
-    return np.empty((0, len(RELABELS)), dtype=np.float32)
-
-
 @dataclass(frozen=True)
 class Records:
     """Images and their labels, row by row.
@@ -160,7 +137,7 @@ class Records:
     table: pd.DataFrame
     labels: np.ndarray
     boxes: pd.DataFrame = field(default_factory=_no_boxes)
-    relabels: np.ndarray = field(default_factory=_no_relabels)
+    relabels: np.ndarray = field(default_factory=lambda: np.empty((0, len(RELABELS)), np.float32))
     variant: str = "other"
 
     def __post_init__(self) -> None:
@@ -174,12 +151,12 @@ class Records:
     def take(self, rows: np.ndarray) -> Records:
         """Return the records of these rows, int64 ``[n]`` or a mask, in this order."""
         rows = np.arange(len(self))[rows]
-        moves = pd.DataFrame({"row": rows, "new_row": np.arange(len(rows))})
-        boxes = moves.merge(self.boxes, on="row").drop(columns="row")
+        moves = pd.DataFrame({"old_row": rows, "row": np.arange(len(rows))})
+        boxes = moves.merge(self.boxes.rename(columns={"row": "old_row"}), on="old_row")
         return Records(
             self.table.iloc[rows].reset_index(drop=True),
             self.labels[rows],
-            boxes.rename(columns={"new_row": "row"}),
+            boxes.drop(columns="old_row"),
             self.relabels[rows],
             self.variant,
         )
@@ -194,21 +171,11 @@ def read_records(
 ) -> Records:
     """Read all rows of the CSV, whether or not their images exist.
 
-    Parameters
-    ----------
-    csv
-        NIH's CSV in its v2020 or older form, or Kaggle's; columns are found by name.
-    include_no_finding
-        Make `No Finding` a class.
-    boxes, relabels
-        NIH's boxes and Google's labels of 2019. Entries of images that the CSV lacks are left out;
-        the log counts them.
+    `csv` is NIH's in its v2020 or older form, or Kaggle's; columns are found by name. Entries of
+    `boxes` and `relabels` for images that the CSV lacks are left out and counted in the log.
 
-    Raises
-    ------
-    DataError
-        If the file is not such a table, an image name is a path or repeated, a patient differs from
-        the one in the file name, or a finding is unknown.
+    Raises DataError if the file is not such a table, an image name is a path or repeated, a patient
+    differs from the one in the file name, or a finding is unknown.
     """
     raw = read_table(csv, list(_REQUIRED), key="data.csv", example=_CSV_FILES[0])
     table = _read_images(raw, csv)
@@ -216,13 +183,12 @@ def read_records(
         labels = multi_hot(table["findings"].tolist(), include_no_finding=include_no_finding)
     except DataError as error:
         raise DataError(f"{csv}: {error}") from error
-    return Records(
-        table,
-        labels,
-        _no_boxes() if boxes is None else _boxes_by_row(boxes, table["image"], labels),
-        _no_relabels() if relabels is None else _relabels_by_row(relabels, table["image"]),
-        _variant(raw),
-    )
+    records = Records(table, labels, variant=_variant(raw))
+    if boxes is not None:
+        records = replace(records, boxes=_boxes_by_row(boxes, table["image"], labels))
+    if relabels is not None:
+        records = replace(records, relabels=_relabels_by_row(relabels, table["image"]))
+    return records
 
 
 def _variant(raw: pd.DataFrame) -> str:
@@ -238,12 +204,16 @@ def _variant(raw: pd.DataFrame) -> str:
 
 
 def _read_images(raw: pd.DataFrame, csv: Path) -> pd.DataFrame:
-    """Return `Records.table`."""
     known = {**_REQUIRED, **_OPTIONAL}
     table = raw[[column for column in raw.columns if column in known]].rename(columns=known)
     table = table.loc[:, ~table.columns.duplicated()].reindex(columns=_COLUMNS, fill_value="")
-    _check_names(table["image"], csv)
-    table["patient"] = _read_patients(table["patient"], table["image"], csv)
+    names = table["image"]
+    invalid = names.str.contains(_NO_FILE_NAME, regex=True).to_numpy(dtype=bool)
+    hint = "It must be a file name; images are found by name in any folder."
+    _refuse_rows(csv, invalid, names, "an 'Image Index' that is a path or empty", hint)
+    repeated = names.duplicated().to_numpy()
+    _refuse_rows(csv, repeated, names, "a repeated 'Image Index'", "Keep one row per image.")
+    table["patient"] = _read_patients(table["patient"], names, csv)
     table["age"] = _read_ages(table["age"])
     follow_up = _per_text(table["follow_up"], _numbers)
     table["follow_up"] = follow_up.where(follow_up >= 0, -1).astype(np.int64)
@@ -253,33 +223,18 @@ def _read_images(raw: pd.DataFrame, csv: Path) -> pd.DataFrame:
     return table
 
 
-def _check_names(names: pd.Series, csv: Path) -> None:
-    invalid = names.str.contains(_NO_FILE_NAME, regex=True).to_numpy(dtype=bool)
-    hint = "It must be a file name; images are found by name in any folder."
-    _refuse_rows(csv, invalid, names, "an 'Image Index' that is a path or empty", hint)
-    repeated = names.duplicated().to_numpy()
-    _refuse_rows(csv, repeated, names, "a repeated 'Image Index'", "Keep one row per image.")
-
-
 def _read_patients(texts: pd.Series, names: pd.Series, csv: Path) -> pd.Series:
     """Read `1` and `00000001` as numbers, and compare them with the names of NIH's files."""
     is_number = _per_text(texts, lambda distinct: distinct.str.match(r"^[0-9]{1,18}$"))
-    _refuse_rows(
-        csv,
-        ~is_number.to_numpy(dtype=bool),
-        texts,
-        "a 'Patient ID' that is not a whole number",
-        "Give the number of each image's patient: splits are made by patient.",
-    )
+    what = "a 'Patient ID' that is not a whole number"
+    hint = "Give the number of each image's patient: splits are made by patient."
+    _refuse_rows(csv, ~is_number.to_numpy(dtype=bool), texts, what, hint)
     patients = _per_text(texts, lambda distinct: distinct.astype(np.int64))
     named = np.array([int(name[:8]) if _NIH_NAME.fullmatch(name) else -1 for name in names])
-    _refuse_rows(
-        csv,
-        (named >= 0) & (named != patients.to_numpy()),
-        names + " of patient " + texts,
-        "a 'Patient ID' that differs from the first eight digits of the file name",
-        "The columns or rows are mixed up; fetch the CSV again.",
-    )
+    wrong = (named >= 0) & (named != patients.to_numpy())
+    what = "a 'Patient ID' that differs from the first eight digits of the file name"
+    hint = "The columns or rows are mixed up; fetch the CSV again."
+    _refuse_rows(csv, wrong, names + " of patient " + texts, what, hint)
     return patients
 
 
@@ -294,9 +249,8 @@ def _read_ages(texts: pd.Series) -> pd.Series:
     years = _per_text(texts, read)
     impossible = years > _OLDEST_AGE_YEARS
     if impossible.any():
-        logger.warning(
-            "%d ages over %d years count as unknown", impossible.sum(), _OLDEST_AGE_YEARS
-        )
+        text = "%d ages over %d years count as unknown"
+        logger.warning(text, impossible.sum(), _OLDEST_AGE_YEARS)
     return years.where(~impossible)
 
 
@@ -312,7 +266,6 @@ def _per_text(texts: pd.Series, read: Callable[[pd.Series], pd.Series]) -> pd.Se
 
 
 def _boxes_by_row(csv: Path, images: pd.Series, labels: np.ndarray) -> pd.DataFrame:
-    """Return `Records.boxes`."""
     boxes = read_boxes(csv)
     boxes.insert(0, "row", pd.Index(images).get_indexer(boxes["image"]).astype(np.int64))
     kept = boxes[boxes["row"] >= 0].drop(columns="image").reset_index(drop=True)
@@ -320,16 +273,12 @@ def _boxes_by_row(csv: Path, images: pd.Series, labels: np.ndarray) -> pd.DataFr
     columns = kept["finding"].map({name: column for column, name in enumerate(FINDINGS)})
     unlabelled = labels[kept["row"], columns.to_numpy(dtype=np.int64)] == 0
     if unlabelled.any():
-        logger.warning(
-            "%s: %d boxes have a finding that is not among their image's labels; they are kept",
-            csv,
-            unlabelled.sum(),
-        )
+        text = "%s: %d boxes have a finding that is not among their image's labels; they are kept"
+        logger.warning(text, csv, unlabelled.sum())
     return kept
 
 
 def _relabels_by_row(csv: Path, images: pd.Series) -> np.ndarray:
-    """Return `Records.relabels`."""
     answers = read_relabels(csv)
     relabels: np.ndarray = answers.reindex(images).to_numpy(dtype=np.float32)
     _log_lacking(csv, "labels", int((~answers.index.isin(images)).sum()), len(answers))
@@ -338,27 +287,19 @@ def _relabels_by_row(csv: Path, images: pd.Series) -> np.ndarray:
 
 def _log_lacking(csv: Path, what: str, lacking: int, total: int) -> None:
     if lacking:
-        logger.info(
-            "%s: left out %d of %d %s, of images that the CSV lacks", csv, lacking, total, what
-        )
+        text = "%s: left out %d of %d %s, of images that the CSV lacks"
+        logger.info(text, csv, lacking, total, what)
 
 
 def read_boxes(csv: Path) -> pd.DataFrame:
     """Read the boxes that NIH's radiologists drew around findings.
 
-    Empty columns are ignored; NIH's `Infiltrate` becomes the CSV's `Infiltration`.
+    Returns columns `image` (file name), `finding`, and `x`, `y`, `width`, `height`: float64, pixels
+    of the image at 1024 x 1024, from its upper left corner. Empty columns are ignored; NIH's
+    `Infiltrate` becomes the CSV's `Infiltration`.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns `image` (file name), `finding`, and `x`, `y`, `width`, `height`: float64, pixels of
-        the image at 1024 x 1024, from its upper left corner.
-
-    Raises
-    ------
-    DataError
-        On another kind of file, an unknown finding, or a box that is not four numbers, has no
-        extent or leaves the image.
+    Raises DataError on another kind of file, an unknown finding, or a box that is not four numbers,
+    has no extent or leaves the image.
     """
     table = read_table(csv, list(_BOX_COLUMNS), key="data.boxes", example=_BOX_FILES[0])
     boxes = table[list(_BOX_COLUMNS)].rename(columns=_BOX_COLUMNS)
@@ -371,12 +312,11 @@ def read_boxes(csv: Path) -> pd.DataFrame:
     boxes[_SIDES] = boxes[_SIDES].apply(pd.to_numeric, errors="coerce").astype(np.float64)
     numbers = boxes[_SIDES].to_numpy()
     corner, size = numbers[:, :2], numbers[:, 2:]
-    invalid = ~np.isfinite(numbers).all(axis=1)
     hint = "A box is x, y, width, height."
-    _refuse_rows(csv, invalid, given, "a box that is not four numbers", hint)
-    empty = (size <= 0).any(axis=1)
+    invalid = ~np.isfinite(numbers)
+    _refuse_rows(csv, invalid.any(axis=1), given, "a box that is not four numbers", hint)
     hint = "Width and height must be positive."
-    _refuse_rows(csv, empty, given, "a box without extent", hint)
+    _refuse_rows(csv, (size <= 0).any(axis=1), given, "a box without extent", hint)
     outside = (corner < -_EDGE_PIXELS) | (corner + size > IMAGE_PIXELS + _EDGE_PIXELS)
     hint = f"Boxes are x, y, width, height in pixels of the {IMAGE_PIXELS} x {IMAGE_PIXELS} image."
     _refuse_rows(csv, outside.any(axis=1), given, "a box that leaves the image", hint)
@@ -386,15 +326,9 @@ def read_boxes(csv: Path) -> pd.DataFrame:
 def read_relabels(csv: Path) -> pd.DataFrame:
     """Read Google's labels of four findings (Majkowska et al., 2019), `YES` or `NO` per column.
 
-    Returns
-    -------
-    pandas.DataFrame
-        float32 columns `RELABELS` of zeros and ones; the index, `image`, is the file name.
+    Returns float32 columns `RELABELS` of zeros and ones; the index, `image`, is the file name.
 
-    Raises
-    ------
-    DataError
-        On another kind of file, a repeated image, or a value other than YES and NO.
+    Raises DataError on another kind of file, a repeated image, or a value other than YES and NO.
     """
     columns = ["Image Index", *RELABELS]
     table = read_table(csv, columns, key="data.relabels", example=_RELABEL_FILES[0])
@@ -404,36 +338,20 @@ def read_relabels(csv: Path) -> pd.DataFrame:
     answers = pd.DataFrame(index=pd.Index(images, name="image"))
     for name in RELABELS:
         read = table[name].str.strip().str.upper().map({"YES": 1.0, "NO": 0.0})
-        _refuse_rows(
-            csv,
-            read.isna().to_numpy(),
-            table[name],
-            f"neither YES nor NO under {name!r}",
-            "Write YES or NO, or leave the image's row out.",
-        )
+        hint = "Write YES or NO, or leave the image's row out."
+        wrong = read.isna().to_numpy()
+        _refuse_rows(csv, wrong, table[name], f"neither YES nor NO under {name!r}", hint)
         answers[name] = read.to_numpy(dtype=np.float32)
     return answers
 
 
 def read_table(path: Path, required: Sequence[str], *, key: str, example: str) -> pd.DataFrame:
-    """Read a comma-separated UTF-8 file with a header as text.
+    """Read a comma-separated UTF-8 file with a header; return all columns as text.
 
-    Parameters
-    ----------
-    required
-        Columns that must exist; others are kept.
-    key, example
-        Configuration key of the file and NIH's name for it, for messages.
+    An empty or missing field is ``""``. `key` and `example` are the file's configuration key and
+    NIH's name for it, for messages.
 
-    Returns
-    -------
-    pandas.DataFrame
-        All columns, as text. An empty or missing field is ``""``.
-
-    Raises
-    ------
-    DataError
-        If it is not such a table or has no rows.
+    Raises DataError if it is not such a table, lacks a required column, or has no rows.
     """
     text = read_text(path)
     first_line = text.lstrip().split("\n", 1)[0].strip()
@@ -446,20 +364,19 @@ def read_table(path: Path, required: Sequence[str], *, key: str, example: str) -
         with warnings.catch_warnings():
             # Rows longer than the header: NIH's bracketed columns in copies with a quoted header.
             warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                io.StringIO(text), dtype=str, index_col=False, keep_default_na=False
-            )
+            source = io.StringIO(text)
+            table = pd.read_csv(source, dtype=str, index_col=False, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError(f"{path}: not a readable CSV ({str(error).strip()}).") from error
     table.columns = table.columns.str.strip()
     absent = [column for column in required if column not in table.columns]
     if absent:
         separated = any(mark in first_line for mark in ";\t") and "," not in first_line
+        advice = "Separate the fields with commas" if separated else f"Set {key}"
         raise DataError(
             f"{path}: no column {', '.join(map(repr, absent))}. Expected {example} or a table like"
             f" it, with the columns {', '.join(required)}; this file begins with"
-            f" {first_line[:60]!r}."
-            + (" Separate the fields with commas." if separated else f" Set {key}.")
+            f" {first_line[:60]!r}. {advice}."
         )
     if table.empty:
         raise DataError(f"{path}: no rows below the header. Fetch {example} again or set {key}.")

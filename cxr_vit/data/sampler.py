@@ -15,8 +15,6 @@ from typing import Iterator, List, Optional, Union
 
 import numpy as np
 
-__all__ = ["PADDING", "EvaluationSampler", "ReplicaSampler", "TrainingSampler"]
-
 #: The draw, and the index, of a sample that only pads a batch.
 PADDING = -1
 

@@ -18,16 +18,6 @@ from cxr_vit.data.nih import Records
 from cxr_vit.data.text_files import LIST_NAMES, find_lists, read_list
 from cxr_vit.errors import DataError
 
-__all__ = [
-    "SPLIT_NAMES",
-    "Splits",
-    "describe_sizes",
-    "describe_splits",
-    "make_splits",
-    "num_sharing_patients",
-    "split_hash",
-]
-
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES: Tuple[str, ...] = ("train", "val", "test")
@@ -47,10 +37,7 @@ class Splits(NamedTuple):
 
         No image moves to another split when others are left out.
 
-        Raises
-        ------
-        DataError
-            If nothing is left for train or val.
+        Raises DataError if nothing is left for train or val.
         """
         new_rows = np.cumsum(usable) - 1
         train, val, test = (
@@ -64,11 +51,8 @@ class Splits(NamedTuple):
 def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     """Split the records as `data.split` says; list files are searched in `root`.
 
-    Raises
-    ------
-    DataError
-        If list files are missing, name none of the images or share one, if train or val is empty,
-        or if two splits share a patient (`random` only warns).
+    Raises DataError if list files are missing, name none of the images or share one, if train or
+    val is empty, or if two splits share a patient (`random` only warns).
     """
     given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
     kind = data.split

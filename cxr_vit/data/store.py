@@ -17,18 +17,6 @@ from cxr_vit.data.images import RESIZE_FILTER, ImageReader, gray_or_reason
 from cxr_vit.errors import DataError
 from cxr_vit.files import write_text
 
-__all__ = [
-    "StoreIndex",
-    "StoreMap",
-    "StorePaths",
-    "StoreReader",
-    "StoreSettings",
-    "file_sizes",
-    "library_versions",
-    "open_images",
-    "refusal",
-]
-
 _FORMAT = 1
 
 #: Images whose checksums are compared at each start, drawn at random.
@@ -95,10 +83,7 @@ class StoreIndex:
     def load(cls, path: Path) -> StoreIndex:
         """Read an index.
 
-        Raises
-        ------
-        ValueError
-            If it is damaged or of another version of this code.
+        Raises ValueError if it is damaged or of another version of this code.
         """
         try:
             values: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -200,10 +185,7 @@ class StoreReader(ImageReader):
 def open_images(index: StoreIndex, pixels: Path) -> StoreReader:
     """Return a reader of all usable images of a store.
 
-    Raises
-    ------
-    DataError
-        If one of a random sample of images does not match its checksum.
+    Raises DataError if one of a random sample of images does not match its checksum.
     """
     size = index.settings.image_size
     store = StoreMap(pixels, (len(index.images), size, size))

@@ -20,44 +20,15 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import (
-    IO,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    TypeVar,
-)
+from typing import IO, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, TypeVar
 
 import numpy as np
 
 from cxr_vit.console import progress
 from cxr_vit.data.images import gray_or_reason
-from cxr_vit.data.store import (
-    StoreIndex,
-    StorePaths,
-    StoreSettings,
-    file_sizes,
-    library_versions,
-)
+from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, file_sizes, library_versions
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
-
-__all__ = [
-    "Chunk",
-    "DecodedChunk",
-    "build_store",
-    "check_images",
-    "decode_chunk",
-    "in_parallel",
-    "locked",
-    "verify_store",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -87,60 +58,42 @@ class DecodedChunk(NamedTuple):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a store's lock file; wait while another process builds.
+    """Hold a store's lock file, waiting while another process builds.
 
-    Raises
-    ------
-    DataError
-        If the folder cannot be written.
+    Raises DataError if the folder cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held = lock(
-                path,
-                on_wait=lambda: logger.info(
-                    "another process builds the cache in %s: waiting for it", path.parent
-                ),
-                on_unsupported=lambda: logger.warning(
-                    "%s: this file system has no locks; build the cache in one process only",
-                    path.parent,
-                ),
-            )
-            stack.enter_context(held)
-        except OSError as error:
-            raise DataError(
-                f"the cache cannot be written to {path.parent} ({error.strerror}). Set"
-                " data.cache_dir to a writable folder, or data.cache=off to decode in every epoch."
-            ) from error
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    except OSError as error:
+        raise DataError(
+            f"the cache cannot be written to {folder} ({error.strerror}). Set data.cache_dir to a"
+            " writable folder, or data.cache=off to decode in every epoch."
+        ) from error
+    waiting = f"another process builds the cache in {folder}: waiting for it"
+    unsupported = f"{folder}: this file system has no locks; build the cache in one process only"
+    with lock(
+        path,
+        on_wait=partial(logger.info, waiting),
+        on_unsupported=partial(logger.warning, unsupported),
+    ):
         yield
 
 
 def build_store(
-    where: StorePaths,
-    settings: StoreSettings,
-    paths: Mapping[str, str],
-    *,
-    workers: Optional[int],
+    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str], *, workers: Optional[int]
 ) -> StoreIndex:
     """Decode images into a new store, or resume an interrupted build.
 
-    The caller holds the lock. An older store is replaced only when the new one is complete. `paths`
-    maps file names to paths; `workers` is as for `in_parallel`.
+    The caller holds the lock. An older store is replaced only when the new one is complete.
 
-    Raises
-    ------
-    DataError
-        If the disk has too little space.
+    Raises DataError if the disk has too little space.
     """
     names = sorted(paths)
     sizes = file_sizes(paths, names)
     finished = _resume(where, settings, _plan(settings, names, sizes), len(names))
-    chunks = [
-        chunk
-        for chunk in _in_chunks([paths[name] for name in names])
-        if chunk.first_row not in finished
-    ]
+    chunks = [chunk for chunk in _in_chunks(paths, names) if chunk.first_row not in finished]
     done = len(names) - sum(len(chunk.paths) for chunk in chunks)
     if done:
         logger.info("resuming an interrupted cache: %d of %d images are in it", done, len(names))
@@ -156,7 +109,13 @@ def build_store(
     crc32 = [crc for decoded in in_order for crc in decoded.crc32]
     unusable = _unusable(names, in_order)
     index = StoreIndex(settings, library_versions(), names, sizes, crc32, unusable)
-    _replace_store(where, index)
+    # The new pixels are renamed over an older store's; the index is written last.
+    with where.partial.open("rb") as file:
+        os.fsync(file.fileno())
+    where.index.unlink(missing_ok=True)
+    where.partial.replace(where.pixels)
+    index.save(where.index)
+    where.journal.unlink()
     logger.info(
         "cached %d images in %s (%.1f MB, %.0f s)",
         len(names) - len(index.unusable),
@@ -167,8 +126,8 @@ def build_store(
     return index
 
 
-def _plan(settings: StoreSettings, names: Sequence[str], sizes: Sequence[int]) -> str:
-    """Describe the build in one line; a build with another first line is not resumed."""
+def _plan(settings: StoreSettings, names: List[str], sizes: List[int]) -> str:
+    """Describe the build in one line, the journal's first; a build of another is not resumed."""
     images = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
     digest = hashlib.sha256(images.encode()).hexdigest()
     facts = {"chunk": _CHUNK_IMAGES, "images": digest, **library_versions()}
@@ -191,13 +150,9 @@ def _resume(
     complete = [line for line in lines if line.endswith(b"\n")]  # the last may be cut short
     os.truncate(where.journal, sum(map(len, complete)))
     os.truncate(where.partial, total_bytes)
-    recorded = [decoded for decoded in map(_parse, complete[1:]) if decoded is not None]
     with where.partial.open("rb") as pixels:
-        return {
-            decoded.first_row: decoded
-            for decoded in recorded
-            if _are_written(pixels, decoded, settings.image_size**2)
-        }
+        parsed = [_parse(line, pixels, settings.image_size**2) for line in complete[1:]]
+    return {decoded.first_row: decoded for decoded in parsed if decoded is not None}
 
 
 def _has_plan(line: bytes, plan: str) -> bool:
@@ -224,35 +179,22 @@ def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
     where.journal.write_text(plan + "\n", encoding="utf-8")
 
 
-def _parse(line: bytes) -> Optional[DecodedChunk]:
-    """Read a line of the journal; None if a power loss damaged it."""
+def _parse(line: bytes, pixels: IO[bytes], image_bytes: int) -> Optional[DecodedChunk]:
+    """Read a line of the journal; None if a power loss damaged it or the pixels."""
     try:
-        return DecodedChunk(*json.loads(line))
+        decoded = DecodedChunk(*json.loads(line))
     except (ValueError, TypeError):
         return None
-
-
-def _are_written(pixels: IO[bytes], decoded: DecodedChunk, image_bytes: int) -> bool:
     stored = _stored_checksums(pixels, decoded.first_row, len(decoded.crc32), image_bytes)
-    return all(crc in (None, there) for crc, there in zip(decoded.crc32, stored))
+    are_written = all(crc in (None, there) for crc, there in zip(decoded.crc32, stored))
+    return decoded if are_written else None
 
 
 def _stored_checksums(
     pixels: IO[bytes], first_row: int, num_images: int, image_bytes: int
 ) -> List[int]:
-    """Return the CRC-32 of consecutive images of an open store."""
     pixels.seek(first_row * image_bytes)
     return [zlib.crc32(pixels.read(image_bytes)) for _ in range(num_images)]
-
-
-def _replace_store(where: StorePaths, index: StoreIndex) -> None:
-    """Rename the new pixels over an older store's; the index is written last."""
-    with where.partial.open("rb") as file:
-        os.fsync(file.fileno())
-    where.index.unlink(missing_ok=True)
-    where.partial.replace(where.pixels)
-    index.save(where.index)
-    where.journal.unlink()
 
 
 def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> DecodedChunk:
@@ -263,22 +205,20 @@ def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path
     for position, path in enumerate(chunk.paths):
         image = gray_or_reason(path, size, max_megapixels=settings.max_megapixels)
         if isinstance(image, str):
-            decoded.crc32.append(None)
-            decoded.reasons.append(image)
+            crc, reason = None, image
         else:
             images[position] = image
-            decoded.crc32.append(zlib.crc32(image.tobytes()))
-            decoded.reasons.append(None)
+            crc, reason = zlib.crc32(image.tobytes()), None
+        decoded.crc32.append(crc)
+        decoded.reasons.append(reason)
     if pixels is not None:
         try:
             with pixels.open("r+b") as file:
                 file.seek(chunk.first_row * size**2)
                 file.write(images.tobytes())
         except OSError as error:
-            raise DataError(
-                f"{pixels}: {error.strerror}. Fix this and run the command again; the build"
-                " resumes."
-            ) from error
+            advice = "Fix this and run the command again; the build resumes."
+            raise DataError(f"{pixels}: {error.strerror}. {advice}") from error
     return decoded
 
 
@@ -288,12 +228,11 @@ def check_images(
     """Decode images without storing them; return the reason for each unusable one by file name."""
     names = sorted(paths)
     decode = partial(decode_chunk, settings=settings, pixels=None)
-    chunks = _in_chunks([paths[name] for name in names])
-    results = sorted(in_parallel("checking images", decode, chunks, workers=workers))
-    return _unusable(names, results)
+    chunks = _in_chunks(paths, names)
+    return _unusable(names, sorted(in_parallel("checking images", decode, chunks, workers=workers)))
 
 
-def _unusable(names: Sequence[str], in_order: Sequence[DecodedChunk]) -> Dict[str, str]:
+def _unusable(names: List[str], in_order: List[DecodedChunk]) -> Dict[str, str]:
     reasons = [reason for decoded in in_order for reason in decoded.reasons]
     return {name: reason for name, reason in zip(names, reasons) if reason is not None}
 
@@ -308,7 +247,7 @@ def verify_store(
     """
     wrong: Dict[str, str] = {}
     verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
-    chunks = _in_chunks([paths.get(name, "") for name in index.images])
+    chunks = _in_chunks(paths, index.images)
     for stored, decoded in in_parallel("verifying images", verify, chunks, workers=workers):
         for row, (in_store, in_file) in enumerate(zip(stored, decoded.crc32), decoded.first_row):
             crc, name = index.crc32[row], index.images[row]
@@ -322,64 +261,48 @@ def verify_store(
 def _verify_chunk(
     chunk: Chunk, *, settings: StoreSettings, pixels: Path
 ) -> Tuple[List[int], DecodedChunk]:
-    """Return the checksums of the pixels in the store, and the chunk decoded from its files."""
     with pixels.open("rb") as file:
         stored = _stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
     return stored, decode_chunk(chunk, settings=settings, pixels=None)
 
 
-def _in_chunks(paths: Sequence[str]) -> List[Chunk]:
+def _in_chunks(paths: Mapping[str, str], names: List[str]) -> List[Chunk]:
     return [
-        Chunk(start, list(paths[start : start + _CHUNK_IMAGES]))
-        for start in range(0, len(paths), _CHUNK_IMAGES)
+        Chunk(start, [paths.get(name, "") for name in names[start : start + _CHUNK_IMAGES]])
+        for start in range(0, len(names), _CHUNK_IMAGES)
     ]
 
 
 def in_parallel(
     label: str,
     function: Callable[[Chunk], Result],
-    chunks: Sequence[Chunk],
+    chunks: List[Chunk],
     *,
     workers: Optional[int],
     done: int = 0,
 ) -> Iterator[Result]:
-    """Yield the result of a function on each chunk, in any order, and show progress.
+    """Yield the result of a picklable function on each chunk, in any order, and show progress.
 
-    Parameters
-    ----------
-    label
-        What is being done, for the progress bar.
-    function
-        Picklable: a module-level function, or a partial of one.
-    chunks
-        The work.
-    workers
-        Processes; None uses one per available core. With 1, or few images, this process does it.
-    done
-        Images finished earlier, for the progress bar.
-
-    Raises
-    ------
-    DataError
-        If a process ends before its work.
+    `workers` None uses a process per available core; with 1, or few images, this process does it.
+    `done` images were finished earlier. Raises DataError if a process ends before its work.
     """
     if workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")
         workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     left = sum(len(chunk.paths) for chunk in chunks)
+    results: Iterator[Tuple[Chunk, Result]]
+    if workers == 1 or left <= _FEW_IMAGES:
+        results = ((chunk, function(chunk)) for chunk in chunks)
+    else:
+        results = _in_processes(function, chunks, workers)
     with progress(label, done=done, total=done + left) as advance:
-        results: Iterator[Tuple[Chunk, Result]]
-        if workers == 1 or left <= _FEW_IMAGES:
-            results = ((chunk, function(chunk)) for chunk in chunks)
-        else:
-            results = _in_processes(function, chunks, workers)
         for chunk, result in results:
             yield result
             advance(len(chunk.paths))
 
 
 def _in_processes(
-    function: Callable[[Chunk], Result], chunks: Sequence[Chunk], workers: int
+    function: Callable[[Chunk], Result], chunks: List[Chunk], workers: int
 ) -> Iterator[Tuple[Chunk, Result]]:
     # Spawned, not forked: this process may have threads (torch's, a progress bar's).
     context = multiprocessing.get_context("spawn")

@@ -10,8 +10,6 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError
 from cxr_vit.files import find_file
 
-__all__ = ["LIST_NAMES", "find_lists", "read_list", "read_text"]
-
 #: First bytes of files often found in place of a text file, and what they are.
 _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
     (b"\xff\xfe", "UTF-16 text. Save it as UTF-8."),
@@ -38,10 +36,7 @@ _LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE
 def find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
     """Return the list files that exist, by key: those given, else those in the root.
 
-    Raises
-    ------
-    DataError
-        If a given file does not exist.
+    Raises DataError if a given file does not exist.
     """
     found = {
         key: find_file(root, getattr(data, key), names, key=f"data.{key}")
@@ -56,10 +51,7 @@ def read_list(path: Path) -> Set[str]:
     A folder before the name and further fields after it are ignored, as in
     ``images_001/00000001_000.png 0 1 0``.
 
-    Raises
-    ------
-    DataError
-        As for `read_text`.
+    Raises DataError as for `read_text`.
     """
     return set(_LISTED.findall("\n".join(read_text(path).splitlines())))
 
@@ -67,10 +59,7 @@ def read_list(path: Path) -> Set[str]:
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, without its byte order mark.
 
-    Raises
-    ------
-    DataError
-        If the file cannot be read, is empty, or is not UTF-8 text.
+    Raises DataError if the file cannot be read, is empty, or is not UTF-8 text.
     """
     try:
         raw = path.read_bytes()
