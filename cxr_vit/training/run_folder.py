@@ -23,14 +23,7 @@ from cxr_vit.files import lock, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "OpenedRun",
-    "RunFolder",
-    "git_commit",
-    "open_run",
-    "run_of_checkpoint",
-    "with_weights_of",
-]
+__all__ = ["RunFolder", "git_commit", "open_run", "run_of_checkpoint", "with_weights_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,37 +36,16 @@ _LOCK_TIMEOUT_S = 8.0
 _RUN_KEY = "run"
 _RESUME_HINT = "Name a run's folder (--resume runs/<name>), or start a new run without --resume."
 #: Settings that may differ between hosts: paths, names and numbers of processes.
-_HOST_SETTINGS = frozenset(
-    {
-        "run.name",
-        "run.root",
-        "run.dir",
-        "data.root",
-        "data.csv",
-        "data.images",
-        "data.boxes",
-        "data.relabels",
-        "data.train_list",
-        "data.val_list",
-        "data.test_list",
-        "data.cache_dir",
-        "data.cache_workers",
-        "data.num_workers",
-        "model.name",
-    }
-)
+_HOST_SETTINGS = {
+    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.images", "data.boxes",
+    "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
+    "data.cache_workers", "data.num_workers", "model.name",
+}  # fmt: skip
 #: Packages whose versions environment.json has.
 _PACKAGES = (
-    "torch",
-    "transformers",
-    "torchmetrics",
-    "numpy",
-    "pandas",
-    "pillow",
-    "kornia-rs",
-    "opencv-python-headless",
-    "pydantic",
-)
+    "torch", "transformers", "torchmetrics", "numpy", "pandas", "pillow", "kornia-rs",
+    "opencv-python-headless", "pydantic",
+)  # fmt: skip
 
 
 class RunFolder:

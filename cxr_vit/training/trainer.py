@@ -20,18 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import (
-    Any,
-    Callable,
-    ClassVar,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -93,7 +82,7 @@ class Callback:
         Name of the callback's state in a checkpoint; empty if it has none.
     """
 
-    state_key: ClassVar[str] = ""
+    state_key = ""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Run after compilation, before the first step."""
@@ -139,16 +128,12 @@ class Trainer:
 
     Attributes
     ----------
-    step
-        Number of weight updates done.
-    evaluated_step
-        Step of the last validation.
+    step, evaluated_step
+        Weight updates done, and the step of the last validation.
     best_score
-        `MONITOR` of the checkpoint `best`; None if none was defined yet.
-    stop_reason
-        Why the run stops before its last step.
-    interrupted
-        Whether it stops because of `interrupt`.
+        `MONITOR` of the checkpoint `best`; None if it is undefined.
+    stop_reason, interrupted
+        Why the run stops before its last step, and whether `interrupt` is the reason.
     compile_s
         Compilation time, seconds.
     """
@@ -202,10 +187,10 @@ class Trainer:
             for batch, wait_s in _timed(batches):
                 self._train_step(batch, wait_s)
                 if self.checkpoint_is_due and not self.evaluation_is_due:
-                    self.save()
+                    self.save()  # otherwise the checkpoint is saved after the validation
                 self._stop_if_interrupted()
                 if self.evaluation_is_due:
-                    self.evaluate()  # saves if the score is the best or a checkpoint is due
+                    self.evaluate()
                     self._stop_if_interrupted()
                 if self.stop_reason:
                     break
