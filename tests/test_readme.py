@@ -92,15 +92,28 @@ def test_plan_command_runs(words, monkeypatch, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 10
 
 
-def test_plan_output_in_the_readme_is_real(capsys):
-    """Every printed line between `...` is a line of the real output, in its order."""
-    command = "$ python -m cxr_vit plan --config configs/vit_pod4.yaml\n"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    quoted = text.partition(f"```\n{command}")[2].partition("\n```")[0].splitlines()
-    assert main(["plan", "--config", str(ROOT / "configs" / "vit_pod4.yaml")]) == 0
+PLANS = [
+    (page.name, *found)
+    for page in PAGES
+    for found in re.findall(
+        r"```\n\$ python -m cxr_vit (plan .*)\n((?:.*\n)+?)```", page.read_text(encoding="utf-8")
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "command", "quoted"), PLANS)
+def test_quoted_plan_is_the_real_output(page, command, quoted, monkeypatch, capsys):
+    """Every quoted line but `...` is in the real output, in this order."""
+    monkeypatch.chdir(ROOT)
+    assert main(command.split()) == 0
     printed = iter(capsys.readouterr().out.splitlines())
-    missing = [line for line in quoted if line != "..." and line not in printed]
-    assert len(quoted) > 10 and missing == []
+    lines = [line for line in quoted.splitlines() if line != "..."]
+    assert len(lines) > 10
+    assert [line for line in lines if line not in printed] == []
+
+
+def test_readme_quotes_a_plan():
+    assert "README.md" in [page for page, _, _ in PLANS]
 
 
 def test_scripts_and_modules_exist():
