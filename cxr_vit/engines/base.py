@@ -32,48 +32,29 @@ EngineType = TypeVar("EngineType", bound="Engine")
 
 
 class StepOutput(NamedTuple):
-    """Result of the weight updates of one host batch.
+    """Result of the weight updates of one host batch; tensors are float32 and on the CPU."""
 
-    Attributes
-    ----------
-    losses
-        float32 ``[device_iterations]`` on the CPU, each the mean over all micro-batches of one
-        update.
-    grad_norm
-        float32 ``[device_iterations]`` before clipping, 0 for a skipped update; None where the
-        device cannot report it.
-    num_samples
-        Samples of all processes.
-    """
-
+    #: ``[device_iterations]``, each the mean over all micro-batches of one update.
     losses: Tensor
+    #: ``[device_iterations]``, before clipping, 0 for a skipped update; None if not available.
     grad_norm: Optional[Tensor]
+    #: Samples of all processes.
     num_samples: int
 
 
 @dataclass
 class EngineState:
-    """State of a training, by hub name so that any engine can load it.
+    """State of a training, by hub name so that any engine can load it."""
 
-    Attributes
-    ----------
-    weights
-        Hub name -> tensor.
-    optimizer
-        Hub name -> slot (`exp_avg`, `exp_avg_sq`, `step`) -> tensor.
-    optimizer_kind
-        The optimizer that the slots belong to; empty for weights only.
-    scalars
-        Numbers for JSON: update count, loss scale.
-    rng
-        State of the device's random generator, int64; None where dropout is a function of the
-        update.
-    """
-
+    #: Hub name -> tensor.
     weights: Dict[str, Tensor]
+    #: Hub name -> slot (`exp_avg`, `exp_avg_sq`, `step`) -> tensor.
     optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    #: The optimizer that the slots belong to; empty for weights only.
     optimizer_kind: str = ""
+    #: Numbers for JSON: update count, loss scale.
     scalars: Dict[str, float] = field(default_factory=dict)
+    #: The device's random generator, int64; None where dropout is a function of the update.
     rng: Optional[Tensor] = None
 
 
@@ -119,8 +100,8 @@ class Engine(ABC):
     def facts(self) -> Dict[str, Any]:
         """Return what `describe` tells as JSON-able fields.
 
-        They are `name`, `device` (``"CPU"``, the GPU's name or ``"IPU"``), `precision`,
-        `processes`, `replicas` and `stages`.
+        `name`, `device` (``"CPU"``, the GPU's name or ``"IPU"``), `precision`, `processes`,
+        `replicas`, `stages`.
         """
 
     @abstractmethod

@@ -96,7 +96,7 @@ def _cpu_precision() -> str:
 def cpu_has_bf16(cpu_info: Path = _CPU_INFO) -> bool:
     """Whether the processor has bf16 instructions (AVX512-BF16, AMX, Arm BF16).
 
-    Emulated bf16 is slower than fp32. False where the system does not say.
+    Emulated bf16 is slower than fp32. False where the system lists no flags.
     """
     try:
         text = cpu_info.read_text(encoding="utf-8", errors="replace")

@@ -70,17 +70,11 @@ class RunStore:
         self._uses: Counter[str] = Counter()
 
     def open(self) -> Any:
-        """Return torch's store with the keys of this start of the processes.
-
-        Raises
-        ------
-        ProcessLost
-            If not all processes start in time.
-        """
+        """Return torch's store with the keys of this start; ProcessLost if not all start."""
         with self._lock:  # two threads would agree on two names
             if self._store is None:
-                # With torch 2.0 the first connection may be the store itself: it is kept.
-                self._connection = self._connection or _connect()
+                if self._connection is None:
+                    self._connection = _connect()  # kept: with torch 2.0 it may be the store itself
                 self._start = _agree_on_name(self._connection, self.launch)
                 self._store = PrefixStore(self._start, self._connection)
             return self._store
@@ -91,17 +85,11 @@ class RunStore:
         return PrefixStore(self._start, _connect())
 
     def wait_for_key(self, key: str) -> None:
-        """Wait until a key is set, without a time limit.
-
-        Raises
-        ------
-        ProcessLost
-            If another process reports an error meanwhile.
-        """
+        """Wait until a key is set; ProcessLost if another process reports an error meanwhile."""
         store = self.open()
         while not _has_key(store, key):
             if self.has_error():
-                raise ProcessLost("another process failed; its host's output says why.")
+                raise ProcessLost("another process failed; see the output of its host.")
             time.sleep(_POLL_S)
 
     def load_across_restarts(self, key: str) -> Optional[str]:
@@ -213,7 +201,7 @@ def _agree_on_name(store: Any, launch: Launch) -> str:
     """Agree on a name for this start of the processes.
 
     torchrun keeps the store when it restarts the processes, and each host counts its own restarts
-    (TORCHELASTIC_RESTART_COUNT), so old and new keys cannot be told apart. Each process therefore
+    (TORCHELASTIC_RESTART_COUNT), so old and new keys look the same. Each process therefore
     sends the main process a random word, and the main process answers until all have the name.
     """
     if not launch.is_main:
@@ -356,7 +344,7 @@ class ProcessGroup:
         except RuntimeError as error:
             text = str(error)
             timed_out = bool(_TIMEOUT.search(text))
-            if not self.is_connected or not (timed_out or _BROKEN.search(text)):
+            if not (self.is_connected and (timed_out or _BROKEN.search(text))):
                 raise
             raise ProcessLost(self._loss_message(detail() or what, timed_out)) from error
 

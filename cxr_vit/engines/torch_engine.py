@@ -50,13 +50,6 @@ class TorchEngineBase(Engine):
         Loss scaler, disabled unless the precision is fp16.
     compile_size
         Samples of the pass that `compile` makes.
-
-    Attributes
-    ----------
-    reads_images
-        Whether this process needs the pixels.
-    num_stages
-        Stages on different processes.
     """
 
     name = "torch"
@@ -80,8 +73,8 @@ class TorchEngineBase(Engine):
         self.group = group
         self.device = device.device
         self.device_choice = device
-        self.reads_images = True
-        self.num_stages = 1
+        self.reads_images = True  # whether this process needs the pixels
+        self.num_stages = 1  # that are computed separately
         self.model = model.to_device(self.device)
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm

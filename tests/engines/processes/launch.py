@@ -149,8 +149,8 @@ class Job:
 
     def terminate(self) -> float:
         """Send SIGTERM to torchrun; return the time."""
-        self.workers()
         self.process.terminate()
+        self.workers()  # after the signal, so that no further step passes
         return time.monotonic()
 
     def finish(self, since: Optional[float] = None) -> subprocess.CompletedProcess:
