@@ -6,6 +6,7 @@ Python floats, because numpy 1.x and 2.x promote ``np.float64`` scalars differen
 
 Body coordinates: `across` runs from -1 (the patient's right, the viewer's left) to 1, `down` from
 -1 (top) to 1, before the image is shifted, turned and scaled. Brightness: 0 is air, 1 is bone.
+A side is -1 on the patient's right, 1 on the left. The extent of a finding is 0..1.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.data.nih import IMAGE_PIXELS
 
-BOX_SPACE = 1024  # NIH's boxes are in pixels of the 1024 x 1024 images
 MIDLINE = 0.12  # half the width of the mediastinum
 FLUID = 0.78  # brightness of tissue or fluid that has displaced the air
 RIGHT_SHARE = 0.65  # of one-sided findings, on the patient's right
@@ -35,18 +36,33 @@ class DrawnImage(NamedTuple):
     boxes: Dict[str, List[Box]]  # by finding; x, y, width, height on an image of 1024 x 1024
 
 
-class Anatomy(NamedTuple):
-    """A patient's build on one image, in body coordinates."""
+class Anatomy:
+    """A patient's build, drawn at random and changed as the findings do; body coordinates."""
 
-    apex: float  # down, top of the lungs
-    width: float  # across, from the midline to the chest wall
-    dome_right: float  # down, top of the diaphragm on the patient's right (the viewer's left)
-    dome_left: float
-    curvature: float  # of the domes; 0 is flat
-    heart_across: float  # centre of the heart
-    heart_radius: float  # half its width
-    lung: float  # brightness of air-filled lung
-    rib_phase: float  # where the ribs start, in rib spacings
+    def __init__(
+        self, patient: Stream, view: str, extent: Dict[str, float], sides: Dict[str, int]
+    ) -> None:
+        dome = patient.uniform(0.42, 0.50) - (0.04 if view == "AP" else 0.0)
+        self.dome = {-1: dome - 0.03, 1: dome + 0.03}  # down, top of the diaphragm, by side
+        self.apex = patient.uniform(-0.76, -0.70)  # down, top of the lungs
+        self.width = patient.uniform(0.68, 0.75)  # across, from the midline to the chest wall
+        self.curvature = patient.uniform(0.9, 1.1)  # of the domes; 0 is flat
+        self.heart_across = patient.uniform(0.10, 0.14)  # centre of the heart
+        # Half the width of the heart.
+        self.heart_radius = patient.uniform(0.25, 0.29) * (1.06 if view == "AP" else 1.0)
+        self.lung = patient.uniform(0.26, 0.31)  # brightness of air-filled lung
+        self.rib_phase = patient.uniform(0.0, 1.0)  # where the ribs start, in rib spacings
+        if "Emphysema" in extent:
+            low = dome + 0.14 + 0.08 * extent["Emphysema"]
+            self.dome = {-1: low, 1: low}
+            self.curvature, self.lung = 0.15, 0.14
+            self.apex -= 0.03
+            self.width += 0.03
+            self.heart_radius *= 0.85
+        if "Cardiomegaly" in extent:
+            self.heart_radius += 0.15 + 0.08 * extent["Cardiomegaly"]
+        if "Atelectasis" in extent:
+            self.dome[sides["Atelectasis"]] -= 0.12 + 0.06 * extent["Atelectasis"]
 
 
 class Scene:
@@ -67,7 +83,7 @@ class Scene:
         bow = (self.lateral - 0.30) * (self.lateral - 0.30)
         # Depth is the distance inside the ribs, lift the distance above the diaphragm.
         self.depth = np.minimum(self.wall - self.lateral, self.down - anatomy.apex - 1.2 * bow)
-        dome = np.where(self.half[1], np.float32(anatomy.dome_left), np.float32(anatomy.dome_right))
+        dome = np.where(self.half[1], np.float32(anatomy.dome[1]), np.float32(anatomy.dome[-1]))
         self.lift = dome + anatomy.curvature * bow - self.down
         self.chest = self.ramp(self.depth) * self.ramp(self.lateral - MIDLINE)
         self.cavity = self.chest * self.ramp(self.lift)
@@ -95,7 +111,7 @@ class Scene:
     def box(self, mask: np.ndarray) -> Box:
         """Return the bounds of a region that is not empty, on an image of 1024 x 1024."""
         columns, rows = (np.flatnonzero((mask > MASK_EDGE).any(axis=axis)) for axis in (0, 1))
-        unit = BOX_SPACE / mask.shape[0]
+        unit = IMAGE_PIXELS / mask.shape[0]
         left, top = int(columns[0]) * unit, int(rows[0]) * unit
         return left, top, (int(columns[-1]) + 1) * unit - left, (int(rows[-1]) + 1) * unit - top
 
@@ -104,34 +120,6 @@ def _wave(phase: np.ndarray) -> np.ndarray:
     """Return a smooth wave of period 1 between 0 and 1, without ``sin`` (see the module)."""
     fold = np.abs(phase - np.floor(phase) - 0.5) * 2  # 1, 0, 1
     return fold * fold * (3 - 2 * fold)
-
-
-def _build(patient: Stream, view: str, extent: Dict[str, float], sides: Dict[str, int]) -> Anatomy:
-    """Draw a patient's build at random and change it as the findings do."""
-    dome = patient.uniform(0.42, 0.50) - (0.04 if view == "AP" else 0.0)
-    build = {
-        "apex": patient.uniform(-0.76, -0.70),
-        "width": patient.uniform(0.68, 0.75),
-        "dome_right": dome - 0.03,
-        "dome_left": dome + 0.03,
-        "curvature": patient.uniform(0.9, 1.1),
-        "heart_across": patient.uniform(0.10, 0.14),
-        "heart_radius": patient.uniform(0.25, 0.29) * (1.06 if view == "AP" else 1.0),
-        "lung": patient.uniform(0.26, 0.31),
-        "rib_phase": patient.uniform(0.0, 1.0),
-    }
-    if "Emphysema" in extent:
-        low = dome + 0.14 + 0.08 * extent["Emphysema"]
-        build.update(dome_right=low, dome_left=low, curvature=0.15, lung=0.14)
-        build["apex"] -= 0.03
-        build["width"] += 0.03
-        build["heart_radius"] *= 0.85
-    if "Cardiomegaly" in extent:
-        build["heart_radius"] += 0.15 + 0.08 * extent["Cardiomegaly"]
-    if "Atelectasis" in extent:
-        raised_side = "dome_left" if sides["Atelectasis"] > 0 else "dome_right"
-        build[raised_side] -= 0.12 + 0.06 * extent["Atelectasis"]
-    return Anatomy(**build)
 
 
 def _draw_body(scene: Scene) -> None:
@@ -153,11 +141,10 @@ def _draw_body(scene: Scene) -> None:
     aorta = scene.blob(0.10, -0.33, 0.11, 0.11, 0.2)
     scene.blend(np.maximum(scene.ramp(MIDLINE - scene.lateral, 0.08), aorta), 0.68, 0.8)
     image += 0.07 * scene.ramp(0.06 - scene.lateral) * (0.5 + _wave(scene.down * 7.0))
-    image -= 0.12 * scene.blob(0.36, anatomy.dome_left + 0.17, 0.13, 0.07, 0.3)  # stomach air
+    image -= 0.12 * scene.blob(0.36, anatomy.dome[1] + 0.17, 0.13, 0.07, 0.3)  # stomach air
 
 
 # One function per finding: it draws the sign and returns its regions, float32 [size, size].
-# `extent` in 0..1 is the severity; `side` is -1 on the patient's right, 1 on the left.
 def _edema(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
     """A haze around both hila, in the shape of a bat's wings."""
     down, wide = random.uniform(-0.10, 0.0), random.uniform(0.25, 0.28)
@@ -208,9 +195,8 @@ def _consolidation(scene: Scene, random: Stream, side: int, extent: float) -> Re
 
 def _effusion(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
     """Fluid in the lower angle that rises along the chest wall and hides the diaphragm."""
-    dome = scene.anatomy.dome_left if side > 0 else scene.anatomy.dome_right
     climb = scene.lateral / scene.wall
-    surface = dome - 0.02 - 0.16 * extent - 0.34 * climb * climb * climb
+    surface = scene.anatomy.dome[side] - 0.02 - 0.16 * extent - 0.34 * climb * climb * climb
     fluid = scene.ramp(scene.lift + 0.15) * scene.ramp(scene.down - surface, 0.06)
     return scene.blend(fluid * scene.chest * scene.half[side] * (1 - scene.heart), FLUID, 0.95)
 
@@ -271,7 +257,7 @@ def _hernia(scene: Scene, random: Stream, side: int, extent: float) -> Regions:
 # In drawing order: clouds, then signs that displace the air, then small and sharp signs.
 SIGNS: Dict[str, Callable[[Scene, Stream, int, float], Regions]] = {
     "Cardiomegaly": lambda scene, *_: [scene.heart * scene.ramp(scene.lift + 0.1)],
-    "Emphysema": lambda scene, *_: [scene.cavity],  # _build shapes these two
+    "Emphysema": lambda scene, *_: [scene.cavity],  # Anatomy shapes these two
     "Edema": _edema,
     "Infiltration": _infiltration,
     "Fibrosis": _fibrosis,
@@ -290,26 +276,11 @@ SIGNS: Dict[str, Callable[[Scene, Stream, int, float], Regions]] = {
 def draw_image(
     findings: Sequence[str], *, size: int, seed: int, patient: int, follow_up: int, view: str = "PA"
 ) -> DrawnImage:
-    """Draw one image; the same arguments always draw the same image.
+    """Draw one image, `size` pixels square, with any of the 14 findings; view "PA" or "AP".
 
-    Each sign has its own random stream: the same image with and without a finding differs in its
-    sign only. A patient keeps the build, and the side of each finding, between follow-ups.
-
-    Parameters
-    ----------
-    findings
-        Any of the 14 NIH findings, or none.
-    size
-        Height and width, pixels; boxes are on an image of 1024 x 1024 whatever the size.
-    seed, patient, follow_up
-        Seeds of the random streams, not negative.
-    view
-        "PA" or "AP"; AP shows the heart larger and the diaphragm higher.
-
-    Raises
-    ------
-    KeyError
-        For a finding that is not one of the 14.
+    The same arguments draw the same image. Each sign has its own random stream, so that images with
+    and without a finding differ in its sign only. A patient keeps the build, and the side of each
+    finding, between follow-ups. Raises KeyError for an unknown finding.
     """
     unknown = set(findings) - set(SIGNS)
     if unknown:
@@ -321,7 +292,7 @@ def draw_image(
     extent = {name: random.uniform(0.0, 1.0) for name, random in streams.items()}
     random = np.random.default_rng((*image, 0))
     pose = [random.uniform(-most, most) for most in (0.03, 0.03, 0.04, 0.03)]
-    scene = Scene(size, _build(patient_random, view, extent, sides), pose)
+    scene = Scene(size, Anatomy(patient_random, view, extent, sides), pose)
     _draw_body(scene)
     boxes = {}
     for name, stream in streams.items():

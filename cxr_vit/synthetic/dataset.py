@@ -1,16 +1,14 @@
 """Write a synthetic data set in the layout of NIH ChestX-ray14, for the demo and the tests.
 
-`plan_images` chooses patients and findings, `cxr_vit.synthetic.anatomy` draws the images. Nothing
-in it is medical data.
+Nothing in it is medical data.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Set, Tuple
+from tempfile import TemporaryDirectory
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -19,21 +17,22 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.data.labels import FINDINGS, NO_FINDING
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.files import lock, remove
-from cxr_vit.synthetic.anatomy import BOX_SPACE, draw_image
-
-__all__ = ["PREVALENCE", "PlannedImage", "plan_images", "write_sample", "write_sample_if_absent"]
+from cxr_vit.synthetic.anatomy import draw_image
 
 logger = logging.getLogger(__name__)
 
 CSV_NAME = "Data_Entry_2017_v2020.csv"
-BOX_NAME = "BBox_List_2017.csv"
-
 CSV_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
     "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
-
+BOX_NAME = "BBox_List_2017.csv"
 BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+README = """\
+Synthetic images in the layout of NIH ChestX-ray14, to try cxr_vit without the real
+data. Not medical data: a program has drawn the shapes. Do not use in medicine.
+Made by cxr_vit.synthetic.dataset.write_sample, {number} images, seed {seed}.
+Boxes are in pixels of a 1024 x 1024 image, as in NIH's list."""
 
 # Most frequent first, in the order of the real data. Rare findings are more frequent here, so that
 # a small set has some of each.
@@ -98,9 +97,7 @@ class PlannedImage(NamedTuple):
     age: int
     gender: str
     view: str
-    width: int
-    height: int
-    spacing: float
+    plate: Tuple[int, int, float]
     test: bool
 
     @property
@@ -108,32 +105,26 @@ class PlannedImage(NamedTuple):
         """The file name."""
         return f"{self.patient:08d}_{self.follow_up:03d}.png"
 
+    @property
     def csv_row(self) -> str:
-        """Return the image's line of `Data_Entry_2017_v2020.csv`."""
+        """The line of `Data_Entry_2017_v2020.csv`."""
         labels = "|".join(self.findings) or NO_FINDING
+        width, height, spacing = self.plate
         return (
             f"{self.name},{labels},{self.follow_up},{self.patient},{self.age},{self.gender},"
-            f"{self.view},{self.width},{self.height},{self.spacing},{self.spacing}"
+            f"{self.view},{width},{height},{spacing},{spacing}"
         )
 
 
 def plan_images(num_images: int, seed: int) -> List[PlannedImage]:
-    """Choose patients, split and findings.
+    """Choose patients, split and findings; return the images by patient and follow-up.
 
-    Each finding gets a fixed number of images in each part of the split: its prevalence, rounded,
-    and at least one. The same seed returns the same plan, sorted by patient and follow-up.
-
-    Raises
-    ------
-    ConfigError
-        If `num_images` is less than 20 or `seed` is negative.
+    In each part of the split, each finding has a fixed number of images: its prevalence, rounded,
+    and at least one. Raises ConfigError if a number is too small.
     """
     problems = []
     if num_images < 20:
-        problems.append(
-            f"num_images is {num_images}; at least 20 are needed for every finding to be in both"
-            " lists."
-        )
+        problems.append(f"num_images is {num_images}; 20 or more put every finding in both lists.")
     if seed < 0:
         problems.append(f"seed is {seed}; it must be 0 or more.")
     if problems:
@@ -142,15 +133,13 @@ def plan_images(num_images: int, seed: int) -> List[PlannedImage]:
     counts = _images_per_patient(num_images, random)
     in_test = _test_patients(counts, random)
     patients = np.repeat(np.arange(len(counts)), counts)
-    is_test = in_test[patients]
     labels = np.zeros((num_images, len(FINDINGS)), dtype=bool)
     for part in (False, True):
-        rows = np.flatnonzero(is_test == part)
+        rows = np.flatnonzero(in_test[patients] == part)
         labels[rows] = _assign_findings(patients[rows], random)
     images: List[PlannedImage] = []
-    for patient in range(len(counts)):
-        rows = np.flatnonzero(patients == patient)
-        images += _history(patient + 1, labels[rows], bool(in_test[patient]), random)
+    for patient, test in enumerate(in_test):
+        images += _history(patient + 1, labels[patients == patient], bool(test), random)
     return images
 
 
@@ -176,10 +165,9 @@ def _test_patients(counts: np.ndarray, random: np.random.Generator) -> np.ndarra
 
 
 def _assign_findings(patients: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Assign the findings of one part of the split.
+    """Assign the findings of a part's images, given their patients, int64 ``[n]``.
 
-    `patients`, int64 ``[n]``, is the patient of each image. Returns bool ``[n, 14]``: each column
-    has exactly its quota of images, each row at most five findings.
+    Returns bool ``[n, 14]``: each column has exactly its quota, each row at most five findings.
     """
     number = len(patients)
     quota = {name: max(round(share * number), 1) for name, share in PREVALENCE.items()}
@@ -213,42 +201,19 @@ def _history(
     for follow_up, row in enumerate(labels):
         findings = tuple(sorted(name for name, has in zip(FINDINGS, row) if has))
         view = "AP" if random.random() < (0.55 if findings else 0.30) else "PA"
-        width, height, spacing = PLATES[view][int(random.integers(0, 3))]
-        images.append(
-            PlannedImage(
-                patient, follow_up, findings, age, gender, view, width, height, spacing, test
-            )
-        )
+        plate = PLATES[view][int(random.integers(0, 3))]
+        images.append(PlannedImage(patient, follow_up, findings, age, gender, view, plate, test))
         age = min(age + int(random.integers(0, 3) == 2), 95)
     return images
 
 
 def write_sample(out: Path, *, num_images: int = 2000, image_size: int = 128, seed: int = 0) -> int:
-    """Write a synthetic data set; an interrupted call leaves nothing at `out`.
+    """Write a synthetic data set to a new or empty folder; return the number of images.
 
-    Parameters
-    ----------
-    out
-        A new or an empty folder.
-    num_images
-        At least 20. With 2000 or more, each finding has at least eight images in each list.
-    image_size
-        Height and width in pixels, at least 32. Boxes are in pixels of NIH's 1024 x 1024 images
-        whatever the size.
-    seed
-        Not negative. The same seed writes the same files.
-
-    Returns
-    -------
-    int
-        Number of images.
-
-    Raises
-    ------
-    ConfigError
-        If a number is too small.
-    DataError
-        If `out` is a file, or a folder that is not empty.
+    An interrupted call leaves nothing at `out`. The same seed writes the same files. With 2000
+    images or more, each finding has at least eight in each list. Boxes are in pixels of NIH's
+    1024 x 1024 images whatever the size. Raises ConfigError if a number is too small, and DataError
+    if `out` is a file or a folder that is not empty.
     """
     if image_size < 32:
         raise ConfigError(f"image_size is {image_size}; at least 32 pixels are needed.")
@@ -260,18 +225,19 @@ def write_sample(out: Path, *, num_images: int = 2000, image_size: int = 128, se
             " sample is never mixed with other files."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        _write_lists(partial, images, seed)
+    with TemporaryDirectory(".partial", f".{out.name}.", out.parent) as temporary:
+        partial = Path(temporary, out.name)
         boxes = _write_images(partial / "images", images, image_size, seed)
-        _write_lines(partial / BOX_NAME, [BOX_HEADER, *boxes])
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        files = {
+            CSV_NAME: [CSV_HEADER, *(image.csv_row for image in images)],
+            "train_val_list.txt": [image.name for image in images if not image.test],
+            "test_list.txt": [image.name for image in images if image.test],
+            "README.txt": [README.format(number=num_images, seed=seed)],
+            BOX_NAME: [BOX_HEADER, *boxes],
+        }
+        for name, lines in files.items():
+            (partial / name).write_bytes(("\n".join(lines) + "\n").encode("ascii"))
+        partial.rename(out)  # also replaces an empty folder
     return len(images)
 
 
@@ -283,9 +249,8 @@ def write_sample_if_absent(data: DataSection) -> None:
     root = Path(data.root)
     if data.sample_images is None or root.exists():
         return
-    folder = root.resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_file = folder / f".{root.name}.lock"
+    lock_file = root.resolve().parent / f".{root.name}.lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock(lock_file):
         if not root.exists():  # otherwise another process has written it
             logger.warning(
@@ -298,52 +263,22 @@ def write_sample_if_absent(data: DataSection) -> None:
         remove(lock_file)  # later processes find the root
 
 
-def _write_lists(folder: Path, images: Sequence[PlannedImage], seed: int) -> None:
-    _write_lines(folder / CSV_NAME, [CSV_HEADER, *(image.csv_row() for image in images)])
-    _write_lines(folder / "train_val_list.txt", [image.name for image in images if not image.test])
-    _write_lines(folder / "test_list.txt", [image.name for image in images if image.test])
-    _write_lines(
-        folder / "README.txt",
-        [
-            "Synthetic images in the layout of NIH ChestX-ray14, to try cxr_vit without the real",
-            "data. Not medical data: a program has drawn the shapes. Do not use in medicine.",
-            f"Made by cxr_vit.synthetic.dataset.write_sample, {len(images)} images, seed {seed}.",
-            f"Boxes are in pixels of a {BOX_SPACE} x {BOX_SPACE} image, as in NIH's list.",
-        ],
-    )
-
-
-def _boxed_images(images: Sequence[PlannedImage], seed: int) -> Set[str]:
-    """Choose the test images whose boxes are listed."""
-    random = np.random.default_rng((seed, 0, 0, 1))
-    candidates = [image.name for image in images if image.test and set(image.findings) & set(BOXED)]
-    order = random.permutation(len(candidates))
-    return {candidates[index] for index in order[: max(round(BOXED_SHARE * len(candidates)), 1)]}
-
-
 def _write_images(
     folder: Path, images: Sequence[PlannedImage], image_size: int, seed: int
 ) -> List[str]:
     """Draw and write the images; return the rows of the list of boxes, grouped by finding."""
-    folder.mkdir()
-    boxed = _boxed_images(images, seed)
+    folder.mkdir(parents=True)
+    candidates = [image.name for image in images if image.test and set(image.findings) & set(BOXED)]
+    order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(candidates))
+    boxed = [candidates[row] for row in order[: max(round(BOXED_SHARE * len(candidates)), 1)]]
     rows: Dict[str, List[str]] = {name: [] for name in BOXED}
     for image in images:
         key = {"seed": seed, "patient": image.patient, "follow_up": image.follow_up}
         drawn = draw_image(image.findings, size=image_size, view=image.view, **key)
-        save_image(folder / image.name, drawn.pixels)
-        if image.name in boxed:
-            for name in sorted(set(image.findings) & set(BOXED)):
-                for box in drawn.boxes[name]:
-                    numbers = ",".join(f"{number:.2f}" for number in box)
-                    rows[name].append(f"{image.name},{BOXED[name]},{numbers}")
-    return [row for name in BOXED for row in rows[name]]
-
-
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 ``[H, W]`` as a gray PNG; more compression gains little on the image's noise."""
-    Image.fromarray(pixels).save(path, compress_level=1)
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_bytes(("\n".join(lines) + "\n").encode("ascii"))
+        # More compression gains little on the noise of the images.
+        Image.fromarray(drawn.pixels).save(folder / image.name, compress_level=1)
+        for name in set(image.findings) & set(BOXED) if image.name in boxed else ():
+            for box in drawn.boxes[name]:
+                numbers = ",".join(f"{number:.2f}" for number in box)
+                rows[name].append(f"{image.name},{BOXED[name]},{numbers}")
+    return [row for of_finding in rows.values() for row in of_finding]

@@ -15,7 +15,6 @@ from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ConfigError, DataError
-from cxr_vit.synthetic import dataset as sample
 from cxr_vit.synthetic.anatomy import draw_image
 from cxr_vit.synthetic.dataset import (
     BOXED,
@@ -286,13 +285,13 @@ def test_interrupted_call_leaves_nothing(
 ) -> None:
     written = []
 
-    def fail_at_third(path: Path, pixels: np.ndarray) -> None:
+    def fail_at_third(image: Image.Image, path: Path, **options: int) -> None:
         if len(written) == 2:
             raise error
         written.append(path)
         path.write_bytes(b"image")
 
-    monkeypatch.setattr(sample, "save_image", fail_at_third)
+    monkeypatch.setattr(Image.Image, "save", fail_at_third)
     with pytest.raises(type(error)):
         write_sample(tmp_path / "set", num_images=20, image_size=32)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
