@@ -35,14 +35,8 @@ _MISSING = "missing"
 class ChestXrayDataModule:
     """The data of a run. The constructor reads them, checks them for leaks and splits them.
 
-    Parameters
-    ----------
-    data
-        The `data` section of the configuration.
-    once
-        Runs slow checks in one process of several.
-
-    Raises DataError if files are missing or invalid.
+    `once` runs slow checks in one process of several. Raises DataError if files are missing or
+    invalid.
     """
 
     def __init__(self, data: DataSection, *, once: RunOnce = run_here) -> None:
@@ -67,16 +61,9 @@ class ChestXrayDataModule:
     def dataset(
         self, split: str, *, augment: Optional[AugmentSection] = None, seed: int = 0
     ) -> ChestXrayDataset:
-        """Return the images of a split.
+        """Return the images of ``"train"``, ``"val"`` or ``"test"``.
 
-        Parameters
-        ----------
-        split
-            ``"train"``, ``"val"`` or ``"test"``.
-        augment, seed
-            Augmentation and the run's seed; None for no augmentation.
-
-        Raises DataError if the split has no images.
+        `seed` is the run's. Raises DataError if the split has no images.
         """
         rows = getattr(self.splits, split)
         if len(rows) == 0:
@@ -112,19 +99,12 @@ class ChestXrayDataModule:
         }
 
     def warn_if_changed(self, recorded: Mapping[str, Any]) -> List[str]:
-        """Warn if the data differ from those of a checkpoint's `trainer_state.json`.
-
-        Returns the changed keys of `fingerprint`.
-        """
+        """Warn of data other than a `trainer_state.json` records; return the changed facts."""
         facts = self.fingerprint()
         changed = [fact for fact, value in facts.items() if recorded.get(fact) != value]
         for fact in changed:
-            logger.warning(
-                "the data differ from those of the training: %s was %s and is %s",
-                fact,
-                recorded.get(fact),
-                facts[fact],
-            )
+            text = "the data differ from those of the training: %s was %s and is %s"
+            logger.warning(text, fact, recorded.get(fact), facts[fact])
         if "split_sha256" in changed:
             logger.warning("with another split, images of the training may be scored")
         return changed
@@ -146,7 +126,6 @@ def prepare(data: DataSection) -> str:
     """Build or update the cache and return one line about its contents.
 
     Unusable images are written to `skipped.csv` beside it.
-
     Raises DataError if training would refuse the data. The cache is complete even then.
     """
     csv, names = _listed_images(data)
@@ -166,18 +145,15 @@ def verify_cache(data: DataSection) -> str:
     Raises DataError if there is no cache that fits, or images in it are wrong.
     """
     _, names = _listed_images(data)
-    verified = verify(data, names)
+    wrong, compared, without_file = verify(data, names)
     where = store_paths(data)
-    if verified.wrong:
+    if wrong:
         raise DataError(
-            f"{len(verified.wrong)} images of the cache {where.pixels} are wrong:\n"
-            f"{_first_ten(verified.wrong)}\n"
+            f"{len(wrong)} images of the cache {where.pixels} are wrong:\n{_first_ten(wrong)}\n"
             f"Remove {where.index} and run: python -m cxr_vit prepare --config <file>"
         )
-    text = f"{where.pixels}: all checksums match; {verified.compared} images equal their files"
-    if verified.without_file:
-        text += f", {verified.without_file} have no file here to compare with"
-    return text
+    text = f"{where.pixels}: all checksums match; {compared} images equal their files"
+    return text + (f", {without_file} have no file here to compare with" if without_file else "")
 
 
 def _listed_images(data: DataSection) -> Tuple[Path, List[str]]:
@@ -199,10 +175,9 @@ def _refuse_unusable(source: ImageSource, data: DataSection, *, total: int) -> N
         text = f"{len(source.missing)} of {total} images are missing under {images_folder(data)}"
         if data.on_missing == "error" or none_left:
             listed = _first_ten(dict.fromkeys(source.missing, _MISSING))
-            advice = "Set data.root or data.images to the folder that holds them"
-            if not none_left:
-                advice += ", or data.on_missing=skip to leave them out"
-            problems.append(f"{text}:\n{listed}\n{advice}.")
+            skip = "" if none_left else ", or data.on_missing=skip to leave them out"
+            advice = f"Set data.root or data.images to the folder that holds them{skip}."
+            problems.append(f"{text}:\n{listed}\n{advice}")
         else:
             logger.warning("%s and left out", text)
     if source.bad:

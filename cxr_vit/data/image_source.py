@@ -37,14 +37,6 @@ class ImageSource(NamedTuple):
     origin: str  # where the pixels come from, for messages
 
 
-class Verified(NamedTuple):
-    """The result of comparing every image of the cache."""
-
-    wrong: Dict[str, str]  # file name -> what is wrong
-    compared: int  # images compared with their files
-    without_file: int  # images that were only checked for damage
-
-
 def run_here(name: str, function: Callable[[], Any]) -> Any:
     """Call the function in this process: the `RunOnce` of a single process."""
     return function()
@@ -66,17 +58,9 @@ def open_image_source(
 ) -> ImageSource:
     """Open the images of a CSV, from the cache or from their files.
 
-    Parameters
-    ----------
-    data
-        With `cache` ``"auto"`` the cache is built if there is none; ``"require"`` fails then;
-        ``"off"`` reads the files, after decoding each once to find the unusable ones.
-    names
-        File names of the CSV.
-    renew
-        Build or rebuild the cache if it is missing or does not fit, whatever `cache` says.
-    once
-        Runs the check of all files in one process.
+    With `data.cache` ``"auto"`` the cache is built if there is none; ``"require"`` fails then;
+    ``"off"`` reads the files, after decoding each once, in one process, to find the unusable ones.
+    `renew` builds or rebuilds the cache if it is missing or does not fit, whatever `cache` says.
 
     Raises DataError if the cache is required and missing, does not fit, is damaged, or cannot be
     written.
@@ -92,10 +76,7 @@ def open_image_source(
     if not renew:
         _refuse(where, reason)
         if index is None and data.cache == "require":
-            raise DataError(
-                f"data.cache=require, and there is no finished cache {where.pixels}. Build it:"
-                f" {_PREPARE}"
-            )
+            raise DataError(f"data.cache=require, and {_no_cache(where)}")
     if index is None or (renew and where.journal.exists()):
         with locked(where.lock):
             index, reason = _load_fitting(where, settings, paths)  # another process may have built
@@ -111,20 +92,21 @@ def open_image_source(
     return _from_store(where, index, names)
 
 
-def verify(data: DataSection, names: Sequence[str]) -> Verified:
+def verify(data: DataSection, names: Sequence[str]) -> Tuple[Dict[str, str], int, int]:
     """Compare every image of the cache with its checksum and its file.
 
-    Raises DataError if there is no cache, or one that training would refuse.
+    Returns what is wrong by file name, and the numbers of images with and without a file. Raises
+    DataError if there is no cache, or one that training would refuse.
     """
     paths = _find(data, names)
     where = store_paths(data)
     index, reason = _load_fitting(where, _settings(data), paths)
     _refuse(where, reason)
     if index is None:
-        raise DataError(f"there is no finished cache {where.pixels}. Build it: {_PREPARE}")
+        raise DataError(_no_cache(where))
     wrong = verify_store(index, where, paths, workers=data.cache_workers)
     compared = sum(name in paths for name in index.images)
-    return Verified(wrong, compared, len(index.images) - compared)
+    return wrong, compared, len(index.images) - compared
 
 
 def _settings(data: DataSection) -> StoreSettings:
@@ -154,13 +136,14 @@ def _load_fitting(
     if reason is not None:
         return None, reason
     if index.versions != library_versions():
-        logger.info(
-            "the cache %s was made with %s; prepare --verify compares it with the files as decoded"
-            " now",
-            where.pixels,
-            ", ".join(f"{name} {version}" for name, version in index.versions.items()),
-        )
+        versions = ", ".join(f"{name} {version}" for name, version in index.versions.items())
+        text = "the cache %s was made with %s; prepare --verify compares it with files decoded now"
+        logger.info(text, where.pixels, versions)
     return index, None
+
+
+def _no_cache(where: StorePaths) -> str:
+    return f"there is no finished cache {where.pixels}. Build it: {_PREPARE}"
 
 
 def _refuse(where: StorePaths, reason: Optional[str]) -> None:
@@ -184,7 +167,7 @@ def _keep_images_without_files(where: StorePaths, images: Path) -> None:
     if lost:
         raise DataError(
             f"the cache {where.pixels} does not fit, but rebuilding it would lose images whose"
-            f" files are not here ({len(lost)}, first: {lost[0]}). Restore the files, or set another"
+            f" files are not here ({len(lost)}, first: {lost[0]}). Restore the files or set another"
             f" data.cache_dir; remove {where.index} if the images are no longer needed."
         )
 
@@ -202,8 +185,7 @@ def _from_files(
     check = partial(check_images, paths, _settings(data), workers=data.cache_workers)
     bad: Dict[str, str] = once("bad images", check)
     usable = [name for name in names if name in paths and name not in bad]
-    reader = FileReader(
-        paths, usable, image_size=data.image_size, max_megapixels=data.max_megapixels
-    )
     missing = [name for name in names if name not in paths]
+    limits = {"image_size": data.image_size, "max_megapixels": data.max_megapixels}
+    reader = FileReader(paths, usable, **limits)
     return ImageSource(reader, missing, bad, "their files, decoded each time")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
@@ -35,15 +35,11 @@ class Splits(NamedTuple):
     def keep(self, usable: np.ndarray) -> Splits:
         """Return the splits of the usable records (bool ``[records]``), renumbered.
 
-        No image moves to another split when others are left out.
-
-        Raises DataError if nothing is left for train or val.
+        No image moves to another split. Raises DataError if nothing is left for train or val.
         """
         new_rows = np.cumsum(usable) - 1
-        train, val, test = (
-            new_rows[rows[usable[rows]]] for rows in (self.train, self.val, self.test)
-        )
-        kept = Splits(train, val, test, self.kind, self.source)
+        rows = (new_rows[rows[usable[rows]]] for rows in self[:3])
+        kept = Splits(*rows, kind=self.kind, source=self.source)
         _check_sizes(kept, int(usable.sum()))
         return kept
 
@@ -111,13 +107,8 @@ def _listed_images(records: Records, path: Path) -> np.ndarray:
             " these images, or data.split=patient."
         )
     if absent:
-        logger.warning(
-            "%s: the CSV lacks %d of %d listed images, first: %s",
-            path,
-            len(absent),
-            len(names),
-            min(absent),
-        )
+        text = "%s: the CSV lacks %d of %d listed images, first: %s"
+        logger.warning(text, path, len(absent), len(names), min(absent))
     return listed
 
 
@@ -133,9 +124,8 @@ def _check_disjoint(records: Records, in_both: np.ndarray, one: Path, other: Pat
 def _by_patient(records: Records, data: DataSection) -> Splits:
     rows = np.arange(len(records))
     test, rest = _draw_patients(records, rows, data.test_fraction, data.split_seed)
-    val, train = _draw_patients(
-        records, rest, data.val_fraction / (1.0 - data.test_fraction), data.split_seed + 1
-    )
+    val_fraction = data.val_fraction / (1.0 - data.test_fraction)
+    val, train = _draw_patients(records, rest, val_fraction, data.split_seed + 1)
     return Splits(train, val, test, "patient", f"seed {data.split_seed}")
 
 
@@ -153,10 +143,9 @@ def _draw_patients(
 
 
 def _at_random(records: Records, data: DataSection) -> Splits:
-    num_records = len(records)
-    order = np.random.default_rng(data.split_seed).permutation(num_records)
-    num_val = round(data.val_fraction * num_records)
-    num_test = round(data.test_fraction * num_records)
+    order = np.random.default_rng(data.split_seed).permutation(len(records))
+    num_val = round(data.val_fraction * len(records))
+    num_test = round(data.test_fraction * len(records))
     val, test, train = np.split(order, [num_val, num_val + num_test])
     source = f"seed {data.split_seed}"
     return Splits(np.sort(train), np.sort(val), np.sort(test), "random", source)
@@ -173,20 +162,17 @@ def _check_sizes(splits: Splits, total: int) -> None:
 
 
 def _check_leak(records: Records, splits: Splits) -> None:
-    pairs: List[Tuple[str, str]] = [("val", "train"), ("test", "train"), ("test", "val")]
-    for name, other in pairs:
+    for name, other in (("val", "train"), ("test", "train"), ("test", "val")):
         rows = getattr(splits, name)
         shared = num_sharing_patients(records, rows, getattr(splits, other))
         if shared == 0:
             continue
         text = f"{shared} of {len(rows)} {name} images share a patient with {other}"
         if splits.kind != "random":
-            raise DataError(
-                f"{text}: scores would be too high. Fix the list files or set data.split=patient."
-            )
-        logger.warning(
-            "data.split=random: %s; scores on %s are too high. Use official or patient.", text, name
-        )
+            advice = "Fix the list files or set data.split=patient."
+            raise DataError(f"{text}: scores would be too high. {advice}")
+        advice = "Use official or patient."
+        logger.warning("data.split=random: %s; scores on %s are too high. %s", text, name, advice)
 
 
 def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray) -> int:

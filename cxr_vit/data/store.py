@@ -59,13 +59,8 @@ class StorePaths:
     def of(cls, folder: Path, image_size: int) -> StorePaths:
         """Name the files of the store of one image size."""
         stem = f"films_{image_size}"  # the first release's name, so that its stores stay readable
-        return cls(
-            folder / f"{stem}.u8",
-            folder / f"{stem}.json",
-            folder / f"{stem}.u8.partial",
-            folder / f"{stem}.journal",
-            folder / f"{stem}.lock",
-        )
+        suffixes = (".u8", ".json", ".u8.partial", ".journal", ".lock")
+        return cls(*(folder / f"{stem}{suffix}" for suffix in suffixes))
 
 
 @dataclass(frozen=True)
@@ -81,18 +76,14 @@ class StoreIndex:
 
     @classmethod
     def load(cls, path: Path) -> StoreIndex:
-        """Read an index.
-
-        Raises ValueError if it is damaged or of another version of this code.
-        """
+        """Read an index; raise ValueError if it is damaged or of another version of this code."""
         try:
             values: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             index = cls(**{**values, "settings": StoreSettings(**values["settings"])})
-            lengths = {len(index.images), len(index.source_bytes), len(index.crc32)}
+            if not len(index.images) == len(index.source_bytes) == len(index.crc32):
+                raise ValueError("its lists differ in length")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"its index {path} is damaged or of another version") from error
-        if len(lengths) != 1:
-            raise ValueError(f"its index {path} is damaged")
         return index
 
     def save(self, path: Path) -> None:
@@ -108,8 +99,8 @@ class StoreIndex:
 class StoreMap:
     """A memory map of a store's pixels, `shape` (images, height, width), shared by all processes.
 
-    It refuses a file that replaced the one it was made for: a store that is rebuilt while loader
-    processes start holds other images in the same rows.
+    It refuses a file that replaced its own: a store that is rebuilt while loader processes start
+    holds other images in the same rows.
     """
 
     def __init__(self, path: Path, shape: Tuple[int, int, int]) -> None:
@@ -154,17 +145,14 @@ def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
 class StoreReader(ImageReader):
     """Read images from the memory map of a store.
 
-    `rows_by_name` maps file names to the store's rows; `names` are the images of this sequence, in
-    order.
+    `by_name` maps file names to the store's rows; `names` are the images of this sequence in order.
     """
 
-    def __init__(
-        self, store: StoreMap, rows_by_name: Mapping[str, int], names: Sequence[str]
-    ) -> None:
+    def __init__(self, store: StoreMap, by_name: Mapping[str, int], names: Sequence[str]) -> None:
         super().__init__(store.shape[-1])
         self._store = store
-        self._by_name = rows_by_name
-        self._rows = np.array([rows_by_name[name] for name in names], dtype=np.int64)
+        self._by_name = by_name
+        self._rows = np.array([by_name[name] for name in names], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -183,9 +171,9 @@ class StoreReader(ImageReader):
 
 
 def open_images(index: StoreIndex, pixels: Path) -> StoreReader:
-    """Return a reader of all usable images of a store.
+    """Return a reader of all usable images of a store, after checking a random sample.
 
-    Raises DataError if one of a random sample of images does not match its checksum.
+    Raises DataError if one does not match its checksum.
     """
     size = index.settings.image_size
     store = StoreMap(pixels, (len(index.images), size, size))
@@ -206,9 +194,9 @@ def refusal(
 ) -> Optional[str]:
     """Return why a store does not fit the images that are needed, or None.
 
-    This is cheap: it compares sizes of files, and contents of unusable images only. Images without
-    a file are read from the store, so that it can be copied to a machine without the files: `paths`
-    holds file name -> path of the needed images whose file exists.
+    This is cheap: it compares sizes of files, and contents of unusable images only. `paths` holds
+    file name -> path of the needed images whose file exists; others are read from the store, so
+    that it can be copied to a machine without the files.
     """
     for setting, needed in asdict(settings).items():
         built = getattr(index.settings, setting)
@@ -228,9 +216,8 @@ def refusal(
         return f"{len(changed)} images were changed since, first: {changed[0]}"
     # An image that is fetched again has the size of the damaged one.
     for name in [name for name in index.unusable if name in paths][:_RETRIES]:
-        image = gray_or_reason(
-            paths[name], settings.image_size, max_megapixels=settings.max_megapixels
-        )
+        limit = settings.max_megapixels
+        image = gray_or_reason(paths[name], settings.image_size, max_megapixels=limit)
         if not isinstance(image, str):
             return f"images that were unusable are usable now, first: {name}"
     return None

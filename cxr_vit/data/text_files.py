@@ -46,12 +46,9 @@ def find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
 
 
 def read_list(path: Path) -> Set[str]:
-    """Read a list of file names, one per line.
+    """Read a list of file names, one per line; raise DataError as `read_text` does.
 
-    A folder before the name and further fields after it are ignored, as in
-    ``images_001/00000001_000.png 0 1 0``.
-
-    Raises DataError as for `read_text`.
+    A folder before the name and further fields after it are ignored.
     """
     return set(_LISTED.findall("\n".join(read_text(path).splitlines())))
 
