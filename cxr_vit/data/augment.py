@@ -8,7 +8,8 @@ same images. OpenCV is imported only if something is switched on.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Dict, Tuple
 
 import numpy as np
@@ -17,58 +18,31 @@ from cxr_vit.config.schema import AugmentSection
 
 #: Random numbers per image, each uniform in [0, 1). The order is part of the result.
 _DRAWN = (
-    "rotation",
-    "shift_x",
-    "shift_y",
-    "scale",
-    "crop_area",
-    "crop_ratio",
-    "crop_x",
-    "crop_y",
-    "brightness",
-    "contrast",
-    "gamma",
-    "flip",
-)
+    "rotation", "shift_x", "shift_y", "scale", "crop_area", "crop_ratio", "crop_x", "crop_y",
+    "brightness", "contrast", "gamma", "flip",
+)  # fmt: skip
 
 #: Separates these numbers from the sample order, which uses the same seed.
 _STREAM = 0xA0
 
 
+@lru_cache(maxsize=2)  # a batch needs its own epoch and rarely the next
+def _epoch_numbers(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    random = np.random.default_rng((seed, epoch, _STREAM))
+    return random.random((num_samples, len(_DRAWN)), dtype=np.float32)
+
+
+@dataclass
 class Augmentation:
-    """Changes batches of images in place.
+    """Changes batches of images in place."""
 
-    Parameters
-    ----------
-    section
-        The `augment` section.
-    num_samples
-        Size of the training split.
-    image_size
-        Side of an image, pixels.
-    seed
-        The run's seed.
-    """
-
-    def __init__(
-        self, section: AugmentSection, *, num_samples: int, image_size: int, seed: int
-    ) -> None:
-        self.section = section
-        self.num_samples = num_samples
-        self.image_size = image_size
-        self.seed = seed
-        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+    section: AugmentSection
+    num_samples: int  # size of the training split
+    image_size: int  # side, pixels
+    seed: int  # of the run
 
     def __call__(self, images: np.ndarray, draws: np.ndarray) -> None:
-        """Change a batch.
-
-        Parameters
-        ----------
-        images
-            uint8 ``[n, H, W]``, changed in place.
-        draws
-            int64 ``[n]``, the draw of each image (see `sampler`).
-        """
+        """Change images, uint8 ``[n, H, W]``, by their draws, int64 ``[n]`` (see `sampler`)."""
         cv2 = _opencv()
         numbers = self._numbers(draws)
         section = self.section
@@ -92,29 +66,14 @@ class Augmentation:
         numbers = np.empty((len(draws), len(_DRAWN)), dtype=np.float32)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = self._epoch(int(epoch))[rows[here]]
+            numbers[here] = _epoch_numbers(self.num_samples, self.seed, int(epoch))[rows[here]]
         return numbers
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            random = np.random.default_rng((self.seed, epoch, _STREAM))
-            self._epochs[epoch] = random.random((self.num_samples, len(_DRAWN)), dtype=np.float32)
-            if len(self._epochs) > 2:  # a batch needs its own epoch and rarely the next
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
 
     def matrices(self, numbers: np.ndarray) -> np.ndarray:
         """Return the affine map of each image, from pixels of the new image to the original.
 
-        Parameters
-        ----------
-        numbers
-            float32 ``[n, 12]`` in [0, 1).
-
-        Returns
-        -------
-        numpy.ndarray
-            float64 ``[n, 2, 3]``, for pixels (x, y, 1).
+        `numbers` is float32 ``[n, 12]`` in [0, 1); the result float64 ``[n, 2, 3]``, for pixels
+        (x, y, 1).
         """
         section = self.section
         drawn = dict(zip(_DRAWN, numbers.T.astype(np.float64)))
@@ -147,19 +106,10 @@ class Augmentation:
         return width, height, x, y
 
     def tables(self, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the new gray level of each gray level, per image.
+        """Return the new gray level of each gray level per image, uint8 ``[n, 256]``.
 
-        Parameters
-        ----------
-        numbers
-            float32 ``[n, 12]`` in [0, 1).
-        images
-            uint8 ``[n, H, W]``; contrast changes about the mean of the image.
-
-        Returns
-        -------
-        numpy.ndarray
-            uint8 ``[n, 256]``.
+        `numbers` is float32 ``[n, 12]`` in [0, 1), `images` uint8 ``[n, H, W]``; contrast changes
+        about the mean of the image.
         """
         section = self.section
         drawn = {name: numbers[:, [column]] for column, name in enumerate(_DRAWN)}

@@ -44,9 +44,8 @@ class Batch(NamedTuple):
         missing = size - len(self.images)
         if missing == 0:
             return self
-        filler = Batch.zeros(
-            missing, image_size=self.images.shape[-1], num_classes=self.labels.shape[1]
-        )
+        side, num_classes = self.images.shape[-1], self.labels.shape[1]
+        filler = Batch.zeros(missing, image_size=side, num_classes=num_classes)
         return Batch(*(torch.cat(pair) for pair in zip(self, filler)))
 
 
@@ -57,14 +56,7 @@ class ChestXrayDataset(Dataset[Sample]):
     0. Draws of `PADDING` may end a batch and give black images of index -1: a device compiled for
     one shape needs full batches, and a score must neither drop nor repeat an image.
 
-    Parameters
-    ----------
-    records
-        Records of the split.
-    reader
-        Reads the images, in the order of the records.
-    augmentation
-        Changes the images of a batch in place, depending on their draws.
+    `reader` reads the images in the order of the records.
     """
 
     def __init__(
@@ -83,8 +75,7 @@ class ChestXrayDataset(Dataset[Sample]):
     @property
     def image_names(self) -> List[str]:
         """File names of the images, by row."""
-        names: List[str] = self.records.table["image"].tolist()
-        return names
+        return list(self.records.table["image"])
 
     @property
     def num_classes(self) -> int:
@@ -101,10 +92,7 @@ class ChestXrayDataset(Dataset[Sample]):
         return images
 
     def without_images(self) -> ChestXrayDataset:
-        """Return the same rows and labels with empty images ``[n, 1, 0, 0]``.
-
-        For a process that computes without images: nothing is read.
-        """
+        """Return the rows and labels with empty images ``[n, 1, 0, 0]``, which are not read."""
         return ChestXrayDataset(self.records, EmptyReader(len(self)))
 
     def __getitem__(self, draw: int) -> Sample:

@@ -15,21 +15,10 @@ import numpy as np
 from cxr_vit.errors import DataError, did_you_mean
 
 FINDINGS: Tuple[str, ...] = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
     "Hernia",
-)
+)  # fmt: skip
 NO_FINDING = "No Finding"
 
 _KNOWN = frozenset((*FINDINGS, NO_FINDING))
@@ -46,29 +35,18 @@ def label_names(*, include_no_finding: bool = False) -> List[str]:
 
 
 def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.ndarray:
-    """Encode the CSV's `Finding Labels` as zeros and ones.
+    """Encode the CSV's `Finding Labels` as zeros and ones, uint8 ``[len(texts), 14]`` (or 15).
 
-    Parameters
-    ----------
-    texts
-        Findings of each image, joined by `|`: ``"Cardiomegaly|Emphysema"``. A repeated finding
-        counts once and is logged.
-    include_no_finding
-        Give `No Finding` its own column; otherwise it is a row of zeros.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 ``[len(texts), 14]`` (or 15).
+    A text is the findings of an image joined by `|`: ``"Cardiomegaly|Emphysema"``. A repeated
+    finding counts once and is logged; `No Finding` is a row of zeros unless it is a column.
 
     Raises DataError on an unknown finding, an empty text, or `No Finding` combined with a finding.
     The message gives the number of such rows and the first, counted from 1.
     """
     # NIH's 112,120 rows hold 836 different texts: parse each once.
     distinct: Dict[str, int] = {}
-    text_of_row = np.array(
-        [distinct.setdefault(text, len(distinct)) for text in texts], dtype=np.int64
-    )
+    indices = [distinct.setdefault(text, len(distinct)) for text in texts]
+    text_of_row = np.array(indices, dtype=np.int64)
     found = [text.split("|") for text in distinct]
     _check_found(found, text_of_row)
     names = label_names(include_no_finding=include_no_finding)
@@ -83,9 +61,8 @@ def _check_found(found: Sequence[Sequence[str]], text_of_row: np.ndarray) -> Non
     """Check the findings of each row i, which are `found[text_of_row[i]]`."""
 
     def rows_where(applies: Callable[[Sequence[str]], bool]) -> np.ndarray:
-        return np.flatnonzero(
-            np.array([applies(names) for names in found], dtype=bool)[text_of_row]
-        )
+        applying = np.array([applies(names) for names in found], dtype=bool)
+        return np.flatnonzero(applying[text_of_row])
 
     unknown = rows_where(lambda names: not _KNOWN.issuperset(names))
     if len(unknown):
@@ -100,11 +77,8 @@ def _check_found(found: Sequence[Sequence[str]], text_of_row: np.ndarray) -> Non
         )
     repeated = rows_where(lambda names: len(set(names)) < len(names))
     if len(repeated):
-        logger.warning(
-            "%d rows repeat a finding, first: row %d; it counts once",
-            len(repeated),
-            repeated[0] + 1,
-        )
+        text = "%d rows repeat a finding, first: row %d; it counts once"
+        logger.warning(text, len(repeated), repeated[0] + 1)
 
 
 def _describe_unknown(rows: Sequence[Sequence[str]], first_row: int) -> str:

@@ -10,7 +10,8 @@ augmentation also the epoch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Iterator, List, Optional, Union
 
 import numpy as np
@@ -19,36 +20,21 @@ import numpy as np
 PADDING = -1
 
 
+@lru_cache(maxsize=2)  # a step needs its own epoch and rarely the next
+def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+
+
+@dataclass
 class TrainingSampler:
-    """The host batches of the steps ``start_step <= k < total_steps``, as lists of draws.
+    """The host batches of the steps ``start_step <= k < total_steps``, as lists of draws."""
 
-    Parameters
-    ----------
-    num_samples
-        Size of the training split.
-    global_batch_size
-        Samples per step.
-    device_iterations
-        Steps per host batch.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        global_batch_size: int,
-        device_iterations: int,
-        seed: int,
-        start_step: int,
-        total_steps: int,
-    ) -> None:
-        self.num_samples = num_samples
-        self.global_batch_size = global_batch_size
-        self.device_iterations = device_iterations
-        self.seed = seed
-        self.start_step = start_step
-        self.total_steps = total_steps
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+    num_samples: int  # size of the training split
+    global_batch_size: int  # samples per step
+    device_iterations: int  # steps per host batch
+    seed: int
+    start_step: int
+    total_steps: int
 
     def draws(self, step: int) -> np.ndarray:
         """Return the draws of a step, int64 ``[global_batch_size]``."""
@@ -57,16 +43,8 @@ class TrainingSampler:
         draws = epochs * self.num_samples
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            draws[here] += self._order(int(epoch))[offsets[here]]
+            draws[here] += _order(self.num_samples, self.seed, int(epoch))[offsets[here]]
         return draws
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-            self._orders[epoch] = order
-            if len(self._orders) > 2:  # a step needs its own epoch and rarely the next
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
 
     def __iter__(self) -> Iterator[List[int]]:
         for step in range(self.start_step, self.total_steps, self.device_iterations):
@@ -77,12 +55,12 @@ class TrainingSampler:
         return -(-(self.total_steps - self.start_step) // self.device_iterations)
 
 
+@dataclass
 class EvaluationSampler:
     """All rows of a split once, in order, in host batches; the last may be shorter."""
 
-    def __init__(self, num_samples: int, *, batch_size: int) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
+    num_samples: int
+    batch_size: int
 
     def __iter__(self) -> Iterator[List[int]]:
         for start in range(0, self.num_samples, self.batch_size):
@@ -92,41 +70,20 @@ class EvaluationSampler:
         return -(-self.num_samples // self.batch_size)
 
 
+@dataclass
 class ReplicaSampler:
     """The parts of a sampler's host batches that belong to some of the replicas.
 
     A host batch is ordered ``[device iteration][accumulation][replica][micro-batch]``, as PopTorch
     splits its combined batch. Each process reads the rows of its own replicas; together they read
     the rows that a single process would.
-
-    Parameters
-    ----------
-    sampler
-        Yields host batches of all replicas.
-    host_batch_size
-        Length to which `PADDING` extends each host batch; None keeps its length.
-    micro_batch_size
-        Samples in one forward pass of one replica.
-    replicas
-        Number of all replicas.
-    own
-        The replicas to read.
     """
 
-    def __init__(
-        self,
-        sampler: Union[TrainingSampler, EvaluationSampler],
-        *,
-        host_batch_size: Optional[int],
-        micro_batch_size: int,
-        replicas: int,
-        own: range,
-    ) -> None:
-        self.sampler = sampler
-        self.host_batch_size = host_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.replicas = replicas
-        self.own = own
+    sampler: Union[TrainingSampler, EvaluationSampler]
+    host_batch_size: Optional[int]  # to which `PADDING` extends each host batch; None keeps it
+    micro_batch_size: int  # samples in one forward pass of one replica
+    replicas: int  # of all processes
+    own: range  # the replicas to read
 
     def __iter__(self) -> Iterator[List[int]]:
         for draws in self.sampler:

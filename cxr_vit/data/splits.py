@@ -38,8 +38,8 @@ class Splits(NamedTuple):
         No image moves to another split. Raises DataError if nothing is left for train or val.
         """
         new_rows = np.cumsum(usable) - 1
-        rows = (new_rows[rows[usable[rows]]] for rows in self[:3])
-        kept = Splits(*rows, kind=self.kind, source=self.source)
+        train, val, test = (new_rows[rows[usable[rows]]] for rows in self[:3])
+        kept = self._replace(train=train, val=val, test=test)
         _check_sizes(kept, int(usable.sum()))
         return kept
 
