@@ -15,25 +15,17 @@ from cxr_vit.planner.estimate import speed_of
 from cxr_vit.planner.hardware import Target, make_target
 from cxr_vit.planner.speed import RELATIVE, Measured, SpeedModel, Workload, fit, workload
 
-__all__ = ["Calibration", "RunSpeed", "calibrate", "calibration_lines", "config_of_run"]
+__all__ = ["Calibration", "calibrate", "calibration_lines", "config_of_run"]
 
 _SPEED, _WAIT, _CYCLES = "perf/samples_per_s", "perf/data_wait_pct", "perf/ipu_cycles"
 #: Fields of environment.json["engine"] that are read.
 _FACTS = ("name", "device", "precision")
 
 
-class RunSpeed(NamedTuple):
-    """A run and its measured time per update, without waiting for data."""
-
-    name: str
-    target: Target
-    measured: Measured
-
-
 class Calibration(NamedTuple):
     """Runs, and the constants before and after they were fitted to them."""
 
-    runs: List[RunSpeed]
+    runs: List[Measured]
     before: SpeedModel
     after: SpeedModel
 
@@ -45,17 +37,17 @@ class Calibration(NamedTuple):
         ConfigError
             If the runs had another engine, device or precision.
         """
-        run = self.runs[0]
-        differing = _differing(run.target, planned)
+        name, target = self.runs[0].name, self.runs[0].work.target
+        differing = _differing(target, planned)
         if differing:
             raise ConfigError(
-                f"--calibrate: {run.name} is a run of {run.target.describe()}, and the"
+                f"--calibrate: {name} is a run of {target.describe()}, and the"
                 f" configuration is planned for {planned.describe()}: they differ in {differing}."
                 " Plan a configuration of the runs' engine (engine.name, engine.device,"
                 " engine.precision, --hardware); planner.device_memory_gib plans for a GPU that is"
                 " not in this machine."
             )
-        return planned._replace(name=run.target.name, precision=run.target.precision)
+        return planned._replace(name=target.name, precision=target.precision)
 
 
 def _differing(one: Target, other: Target) -> str:
@@ -96,25 +88,24 @@ def calibrate(folders: Sequence[Path], overrides: Sequence[str] = ()) -> Calibra
         precision.
     """
     runs = [_measure(folder, overrides) for folder in folders]
-    first = runs[0]
+    target = runs[0].work.target
     for run in runs[1:]:
-        differing = _differing(first.target, run.target)
+        differing = _differing(target, run.work.target)
         if differing:
             raise ConfigError(
-                f"--calibrate: {first.name} is a run of {first.target.describe()}, and {run.name}"
-                f" of {run.target.describe()}: they differ in {differing}. Constants hold for one"
+                f"--calibrate: {runs[0].name} is a run of {target.describe()}, and {run.name} of"
+                f" {run.work.target.describe()}: they differ in {differing}. Constants hold for one"
                 " engine, device and precision; calibrate such runs separately."
             )
-    before = speed_of(first.target)
-    names = ", ".join(run.name for run in runs)
-    after = fit([run.measured for run in runs], before, names)
-    ipu, precision = first.target.ipu, first.target.precision
-    if ipu and after.constants.flops_per_s > ipu.peak_flops(precision):
-        part = after.constants.flops_per_s / ipu.peak_flops(precision)
-        raise ConfigError(
-            f"{names}: this speed needs {100 * part:,.0f} % of the peak of {ipu.name}. Is it"
-            " another device (--hardware)?"
-        )
+    before = speed_of(target)
+    after = fit(runs, before)
+    if target.ipu:
+        part = after.constants.flops_per_s / target.ipu.peak_flops(target.precision)
+        if part > 1:
+            raise ConfigError(
+                f"{', '.join(run.name for run in runs)}: this speed needs {100 * part:,.0f} % of"
+                f" the peak of {target.name}. Is it another device (--hardware)?"
+            )
     return Calibration(runs, before, after)
 
 
@@ -150,19 +141,14 @@ def _read_facts(folder: Path) -> Any:
     return facts
 
 
-def _measure(folder: Path, overrides: Sequence[str]) -> RunSpeed:
-    config, target = _read_run(folder, overrides)
-    work = workload(config, target)
-    measured = _measured(folder, work, config.batch.device_iterations)
-    return RunSpeed(folder.name, target, measured)
-
-
-def _measured(folder: Path, work: Workload, device_iterations: int) -> Measured:
+def _measure(folder: Path, overrides: Sequence[str]) -> Measured:
     """Take the median over the log's events but the first, in which caches warm up."""
+    config, target = _read_run(folder, overrides)
+    work, iterations = workload(config, target), config.batch.device_iterations
     path = folder / "metrics.jsonl"
     # The last line of a killed run may end in half a character.
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = [_seconds_of(line, work, device_iterations) for line in text.splitlines()]
+    found = [_seconds_of(line, work, iterations) for line in text.splitlines()]
     seconds = [value for value in found if value is not None]
     if not seconds:
         raise ConfigError(
@@ -178,7 +164,7 @@ def _measured(folder: Path, work: Workload, device_iterations: int) -> Measured:
             " (--hardware)?"
         )
     scatter = statistics.median(abs(value - median) for value in seconds) / median
-    return Measured(work, median, scatter)
+    return Measured(folder.name, work, median, scatter)
 
 
 def _seconds_of(line: str, work: Workload, device_iterations: int) -> Optional[float]:
@@ -201,21 +187,20 @@ def _seconds_of(line: str, work: Workload, device_iterations: int) -> Optional[f
 def calibration_lines(calibration: Calibration) -> List[str]:
     """Compare the measured speed of the runs with the one predicted before and after."""
     rows = [["run", "measured", "published constants", "fitted", "measured over it"]]
-    for name, _, (work, seconds, _) in calibration.runs:
-        images, fitted_s = work.batch.global_batch_size, work.seconds(calibration.after.constants)
-        published = f"{images / work.seconds(calibration.before.constants):,.1f}"
-        rows.append(
-            [
-                name,
-                f"{images / seconds:,.1f}",
-                "none" if calibration.before is RELATIVE else published,
-                f"{images / fitted_s:,.1f}",
-                # One factor meets one run exactly, which shows nothing.
-                signed_percent(fitted_s / seconds - 1) if len(calibration.runs) > 1 else "-",
-            ]
+    for name, work, seconds, _ in calibration.runs:
+        measured = work.batch.global_batch_size / seconds
+        published, fitted = (
+            work.batch.global_batch_size / work.seconds(model.constants)
+            for model in (calibration.before, calibration.after)
         )
+        row = [name, f"{measured:,.1f}", f"{published:,.1f}", f"{fitted:,.1f}"]
+        if calibration.before is RELATIVE:
+            row[2] = "none"
+        # One factor meets one run exactly, which shows nothing.
+        is_alone = len(calibration.runs) == 1
+        rows.append([*row, "-" if is_alone else signed_percent(measured / fitted - 1)])
     text = (
-        f"{calibration.runs[0].target.describe()}; predictions are stated with an error of"
+        f"{calibration.runs[0].work.target.describe()}; predictions are stated with an error of"
         f" {percent(calibration.after.error)} either way"
     )
     lines = ["calibration, samples/s without waiting for data", *columns(rows)]

@@ -45,7 +45,11 @@ def plan_lines(config: Config, plan: Plan) -> List[str]:
     lines = [*_heading(config, plan), "", *_memory(plan), "", *_times(plan), ""]
     lines += prose("update", _update(config, plan))
     if not plan.has_time:
-        return lines + prose("speed", _no_speed(plan.target))
+        unknown = (
+            "not predicted: no speed of this device is published for this model. --calibrate with"
+            f" runs of {plan.target.describe()} predicts it; --hardware mk2 or bow predicts IPUs"
+        )
+        return lines + prose("speed", unknown)
     return [*lines, *_speed(plan), *_host(config, plan), *_basis(plan), *_tutorial(plan)]
 
 
@@ -183,13 +187,6 @@ def _update(config: Config, plan: Plan) -> str:
         f"{time}{cycles} pipeline cycles = {accumulation} micro-batches +"
         f" {num_pipeline_stages(stages)} pipeline stages - 1{parts}; used"
         f" {accumulation}/{cycles}, bubble {bubble}"
-    )
-
-
-def _no_speed(target: Target) -> str:
-    return (
-        "not predicted: no speed of this device is published for this model. --calibrate with runs"
-        f" of {target.describe()} predicts it; --hardware mk2 or bow predicts IPUs"
     )
 
 

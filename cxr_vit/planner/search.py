@@ -264,27 +264,38 @@ def search(
         if count not in refused
     ]
     placements = _placements(config, target)
-    tables: Dict[Tuple[object, ...], _Table] = {}
-    fitting = set()
-    ranked: List[Iterator[_Ranked]] = []
-    for preference, placement in enumerate(placements):
-        for own in legal:
-            tried = _placed(work._replace(batch=own), placement)
-            # Everything that a table depends on; the depths stop growing with the accumulation.
-            key = (tried.formats, own.micro_batch_size, tried.depths)
-            if key not in tables:
-                tables[key] = _Table(tried, cuts, model.constants)
-            if np.isfinite(tables[key].memory).any():
-                fitting.add(own.micro_batch_size)
-                ranked.append(tables[key].ranked(tried, placement, preference))
-    unfit = sorted({own.micro_batch_size for own in legal} - fitting)
-    best_first = merge(*ranked, key=lambda row: row[:3])
+    ranked = _rank(work, cuts, placements, legal, model.constants)
+    fitting = {size for size, _ in ranked}
+    unfit = [own.micro_batch_size for own in legal if own.micro_batch_size not in fitting]
+    best_first = merge(*(rows for _, rows in ranked), key=lambda row: row[:3])
     return Found(
         best=_best(config, best_first, target, model),
         tried=len(cuts) * len(pairs) * len(placements),
         refused=refused,
-        too_large=unfit[0] if unfit else None,
+        too_large=min(unfit, default=None),
     )
+
+
+def _rank(
+    work: Workload,
+    cuts: np.ndarray,
+    placements: Sequence[StatePlacement],
+    batches: Sequence[BatchPlan],
+    constants: Constants,
+) -> List[Tuple[int, Iterator[_Ranked]]]:
+    """Return the micro-batch size and the ranked cuts of each placement and batch that fits."""
+    tables: Dict[Tuple[object, ...], _Table] = {}
+    ranked = []
+    for (preference, placement), batch in product(enumerate(placements), batches):
+        placed = _placed(work._replace(batch=batch), placement)
+        # Everything that a table depends on; the depths stop growing with the accumulation.
+        key = (placed.formats, batch.micro_batch_size, placed.depths)
+        if key not in tables:
+            tables[key] = _Table(placed, cuts, constants)
+        if np.isfinite(tables[key].memory).any():
+            rows = tables[key].ranked(placed, placement, preference)
+            ranked.append((batch.micro_batch_size, rows))
+    return ranked
 
 
 def _neutral(config: Config) -> Config:

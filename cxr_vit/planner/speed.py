@@ -13,6 +13,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, load_config
 from cxr_vit.config.plans import empty_stage_problem
+from cxr_vit.console import count
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import (
     Formats,
@@ -157,7 +158,7 @@ class Workload(NamedTuple):
             return micro_batches * sum(time.micro_batch_s for time in times)
         if micro_batches > _STEADY:
             half, whole = (
-                self.micro_batches_s(constants, count) for count in (_STEADY // 2, _STEADY)
+                self.micro_batches_s(constants, steady) for steady in (_STEADY // 2, _STEADY)
             )
             return whole + (micro_batches - _STEADY) * (whole - half) / (_STEADY - _STEADY // 2)
         return simulate(self.schedule, times, micro_batches).work_s
@@ -167,10 +168,10 @@ class Workload(NamedTuple):
 
         Stages in order have no slowest one: another always works.
         """
-        count = self.batch.gradient_accumulation
+        accumulation = self.batch.gradient_accumulation
         times = [self.stage_time(cost, constants).micro_batch_s for cost in self.costs]
         own = sum(times) if self.schedule == "in_order" else max(times)
-        return 1 - count * own / self.micro_batches_s(constants, count)
+        return 1 - accumulation * own / self.micro_batches_s(constants, accumulation)
 
 
 def workload(config: Config, target: Target, local_replicas: Optional[int] = None) -> Workload:
@@ -194,13 +195,13 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
     costs = tuple(
         stage_cost(
             shape,
-            num_layers=count,
+            num_layers=number,
             is_first=plan.has_embedding(stage),
             is_last=plan.has_head(stage),
             kept=[layer - plan.layers(stage).start for layer in kept[stage]],
             recomputes=recomputes,
         )
-        for stage, count in enumerate(layers)
+        for stage, number in enumerate(layers)
     )
     return Workload(target, shape, batch, formats, schedule, recomputes, costs)
 
@@ -217,8 +218,9 @@ def _stages(config: Config, target: Target) -> Tuple[List[int], str]:
 
 
 class Measured(NamedTuple):
-    """A workload, the measured seconds of its update, and how they scatter, as a share of them."""
+    """A run's workload, the measured seconds of its update, and their scatter, as a share."""
 
+    name: str
     work: Workload
     seconds: float
     scatter: float = 0.0
@@ -233,7 +235,7 @@ class Measured(NamedTuple):
         return self.work.seconds(constants) - self.work.update_s
 
 
-def fit(measured: Sequence[Measured], prior: SpeedModel, names: str) -> SpeedModel:
+def fit(measured: Sequence[Measured], prior: SpeedModel) -> SpeedModel:
     """Fit constants to measurements, by least squares of the relative errors.
 
     Runs of three or more micro-batch sizes determine both constants; the others that they allow are
@@ -251,8 +253,9 @@ def fit(measured: Sequence[Measured], prior: SpeedModel, names: str) -> SpeedMod
         others = tuple(_scaled(measured, other) for other in prior.others)
     residuals = [abs(run.work.seconds(constants) / run.seconds - 1) for run in measured]
     error = max(SPEED_UNCERTAINTY, *residuals, *(run.scatter for run in measured))
-    runs = f"{len(measured)} run{'s' * (len(measured) > 1)}"
-    return SpeedModel(constants, others, error, f"{what} fitted to {runs} ({names})")
+    names = ", ".join(run.name for run in measured)
+    basis = f"{what} fitted to {count(len(measured), 'run')} ({names})"
+    return SpeedModel(constants, others, error, basis)
 
 
 def _fit_both(measured: Sequence[Measured]) -> Optional[Constants]:
@@ -300,6 +303,7 @@ def _published_fits() -> Tuple[Constants, ...]:
     for signs in [(0,) * len(fitted), *product((-1, 1), repeat=len(fitted))]:
         moved = [
             Measured(
+                run.what,
                 work,
                 work.batch.global_batch_size / run.samples_per_s * (1 + sign * SPEED_UNCERTAINTY),
             )

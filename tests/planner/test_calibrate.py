@@ -64,7 +64,7 @@ def test_three_micro_batch_sizes_determine_both_constants(tmp_path):
     assert found.before is MK2_MODEL
     assert found.after.constants == pytest.approx(TRUE, rel=1e-6)
     assert found.after.basis == "2 constants fitted to 3 runs (micro1, micro4, micro8)"
-    for _, _, (work, seconds, _) in found.runs:
+    for _, work, seconds, _ in found.runs:
         assert work.seconds(found.after.constants) == pytest.approx(seconds)
 
 
@@ -73,11 +73,10 @@ def test_two_micro_batch_sizes_determine_one_factor(tmp_path):
     found = calibrate(runs)
     assert found.after.basis == "1 constant fitted to 2 runs (micro1, micro8)"
     residuals = [
-        abs(work.seconds(found.after.constants) / seconds - 1)
-        for _, _, (work, seconds, _) in found.runs
+        abs(work.seconds(found.after.constants) / seconds - 1) for _, work, seconds, _ in found.runs
     ]
     assert found.after.error == max(residuals) > SPEED_UNCERTAINTY
-    for _, _, (work, seconds, _) in found.runs:
+    for _, work, seconds, _ in found.runs:
         shortest_s, longest_s = found.after.range_s(work)
         assert shortest_s * (1 - 1e-9) <= seconds <= longest_s * (1 + 1e-9)
 
@@ -85,7 +84,7 @@ def test_two_micro_batch_sizes_determine_one_factor(tmp_path):
 def test_table_compares_measured_with_predicted(tmp_path):
     found = calibrate([made_run(tmp_path / "mine")])
     text = "\n".join(calibration_lines(found))
-    work, seconds, _ = found.runs[0].measured
+    _, work, seconds, _ = found.runs[0]
     speed = 128 / seconds
     assert seconds == pytest.approx(work.seconds(TRUE))
     for words in ("mine", f"{speed:,.1f}", "477.7", "engine poptorch on Mk2 IPU", "5.0 %"):
@@ -98,13 +97,13 @@ def test_table_compares_measured_with_predicted(tmp_path):
 def test_cycle_count_of_the_device_wins(tmp_path):
     events = [{"perf/samples_per_s": 1.0, "perf/ipu_cycles": 1.325e9 * 2}] * 2
     run = write_run(tmp_path / "run", pod4("batch.device_iterations=4"), events)
-    assert calibrate([run]).runs[0].measured.seconds == pytest.approx(0.5)
+    assert calibrate([run]).runs[0].seconds == pytest.approx(0.5)
 
 
 def test_scatter_of_a_run_is_part_of_the_error(tmp_path):
     events = [{"perf/samples_per_s": speed} for speed in (1, 100, 200, 300)]
     found = calibrate([write_run(tmp_path / "run", pod4(), events)])
-    assert found.runs[0].measured.scatter == pytest.approx(1 / 3)
+    assert found.runs[0].scatter == pytest.approx(1 / 3)
     assert found.after.error == pytest.approx(1 / 3)
 
 
@@ -127,13 +126,13 @@ def test_real_runs_predict_each_other(tmp_path, small_overrides):
 
     found = calibrate([run(2), run(32)])
     assert found.before is RELATIVE
-    assert [run.target.describe() for run in found.runs] == ["engine torch on CPU in fp32"] * 2
+    assert [run.work.target.describe() for run in found.runs] == ["engine torch on CPU in fp32"] * 2
     (third,) = calibrate([run(12)]).runs
     config = config_of_run(tmp_path / "micro12")
     plan = make_plan(config, target=found.target_for(find_target(config)), model=found.after)
     assert plan.has_time
     # This machine may be busy.
-    assert abs(math.log(plan.seconds / third.measured.seconds)) < math.log(5)
+    assert abs(math.log(plan.seconds / third.seconds)) < math.log(5)
     low, high = plan.speed_range
     assert low < plan.samples_per_s < high
 
@@ -194,7 +193,7 @@ def test_run_faster_than_the_ipu_is_refused(tmp_path):
 def test_run_with_uneven_stages_is_met(tmp_path):
     cut = ["pipeline.layers_per_stage=[6,2,2,2]", "batch.gradient_accumulation=128"]
     found = calibrate([gpu_run(tmp_path / "run", *cut)])
-    work, _, _ = found.runs[0].measured
+    work = found.runs[0].work
     assert work.batch.global_batch_size / work.seconds(found.after.constants) == pytest.approx(500)
 
 
@@ -254,4 +253,4 @@ def test_another_gpu_in_this_machine_is_refused(tmp_path):
 
 def test_runs_on_a_bow_are_named_by_the_override(tmp_path):
     (run,) = calibrate(made_runs(tmp_path, 1), ["planner.hardware=bow"]).runs
-    assert run.target == BOW
+    assert run.work.target == BOW

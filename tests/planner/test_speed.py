@@ -80,19 +80,19 @@ TRUE = Constants(overhead_s=1.62e-3, flops_per_s=140e12)
 
 def measured(size=1, *, factor=1.0, scatter=0.0):
     work = workload(pod4(f"batch.micro_batch_size={size}"), BOW)
-    return Measured(work, work.seconds(TRUE) * factor, scatter)
+    return Measured("mine", work, work.seconds(TRUE) * factor, scatter)
 
 
 def test_three_micro_batch_sizes_determine_both_constants():
-    found = fit([measured(size) for size in (1, 4, 16)], BOW_MODEL, "mine")
+    found = fit([measured(size) for size in (1, 4, 16)], BOW_MODEL)
     assert found.constants == pytest.approx(TRUE, rel=1e-6)
-    assert found.basis == "2 constants fitted to 3 runs (mine)"
+    assert found.basis == "2 constants fitted to 3 runs (mine, mine, mine)"
     assert found.error == SPEED_UNCERTAINTY
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 16), (1, 1, 16)])
 def test_fewer_micro_batch_sizes_determine_one_factor(sizes):
-    found = fit([measured(size) for size in sizes], BOW_MODEL, "mine")
+    found = fit([measured(size) for size in sizes], BOW_MODEL)
     product = found.constants.overhead_s * found.constants.flops_per_s
     prior = BOW_MODEL.constants
     assert product == pytest.approx(prior.overhead_s * prior.flops_per_s)
@@ -102,10 +102,10 @@ def test_fewer_micro_batch_sizes_determine_one_factor(sizes):
 
 
 def test_the_error_is_the_largest_of_residual_scatter_and_uncertainty():
-    assert fit([measured()], BOW_MODEL, "").error == SPEED_UNCERTAINTY
-    assert fit([measured(scatter=0.3)], BOW_MODEL, "").error == 0.3
+    assert fit([measured()], BOW_MODEL).error == SPEED_UNCERTAINTY
+    assert fit([measured(scatter=0.3)], BOW_MODEL).error == 0.3
     runs = [measured(), measured(factor=1.5)]
-    found = fit(runs, BOW_MODEL, "")
+    found = fit(runs, BOW_MODEL)
     residuals = [abs(run.work.seconds(found.constants) / run.seconds - 1) for run in runs]
     assert found.error == max(residuals) > 0.1
     low, high = found.range_s(runs[0].work)
@@ -114,21 +114,21 @@ def test_the_error_is_the_largest_of_residual_scatter_and_uncertainty():
 
 def test_the_range_covers_the_fits_without_one_of_the_runs():
     runs = [measured(1, factor=1.2), measured(4), measured(8), measured(16)]
-    found = fit(runs, BOW_MODEL, "")
+    found = fit(runs, BOW_MODEL)
     assert len(found.others) == 4
     assert any(other == pytest.approx(TRUE) for other in found.others)
 
 
 def test_an_overhead_is_never_negative():
     runs = [measured(1, factor=0.05), measured(4), measured(16)]
-    found = fit(runs, BOW_MODEL, "")
+    found = fit(runs, BOW_MODEL)
     assert found.constants.overhead_s == 0
     assert found.constants.flops_per_s > 0
 
 
 def test_without_a_prior_the_overhead_may_be_nothing_or_everything():
     small, large = (workload(gpu4(f"batch.micro_batch_size={size}"), GPU) for size in (16, 64))
-    found = fit([Measured(small, 1.0)], RELATIVE, "")
+    found = fit([Measured("small", small, 1.0)], RELATIVE)
     assert found.constants.overhead_s == 0
     assert found.range_s(small) == pytest.approx((1 / 1.05, 1 / 0.95))
     (only_overhead,) = found.others
