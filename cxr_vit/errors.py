@@ -1,27 +1,12 @@
-"""User-facing errors.
+"""User-facing errors, which the command line prints without a traceback (exit status 2).
 
-A message states where the error is, what was given, what is allowed and what to do. The command
-line prints it without a traceback and exits with status 2.
+A message states where the error is, what was given, what is allowed and what to do.
 """
 
 from __future__ import annotations
 
 import difflib
 from typing import Iterable, NamedTuple, Optional
-
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "CxrVitError",
-    "DataError",
-    "DeviceError",
-    "EngineUnavailable",
-    "ModelError",
-    "NonFiniteLoss",
-    "Problem",
-    "ProcessLost",
-    "did_you_mean",
-]
 
 
 class CxrVitError(Exception):
@@ -61,23 +46,15 @@ class ProcessLost(CxrVitError):
 
 
 class Problem(NamedTuple):
-    """A broken rule; ``str()`` joins the parts to a message.
+    """A broken rule; ``str()`` joins the parts to a message."""
 
-    Attributes
-    ----------
-    given
-        The setting and its value, e.g. ``"batch.gradient_accumulation=4"``.
-    rule
-        What is wrong with it, e.g. ``"is less than the 7 pipeline stages."``.
-    allowed
-        Sentence with the legal values; may be empty.
-    advice
-        Sentence with other remedies; may be empty.
-    """
-
+    #: The setting and its value, e.g. ``"batch.gradient_accumulation=4"``.
     given: str
+    #: What is wrong with it, e.g. ``"is less than the 7 pipeline stages."``.
     rule: str
+    #: Sentence with the legal values; may be empty.
     allowed: str = ""
+    #: Sentence with other remedies; may be empty.
     advice: str = ""
 
     def __str__(self) -> str:
@@ -86,5 +63,10 @@ class Problem(NamedTuple):
 
 def did_you_mean(word: str, known: Iterable[str]) -> Optional[str]:
     """Return the known word nearest to `word`, or None if none is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'known'?"`` to append to a message, or "" if none is near."""
+    near = did_you_mean(word, known)
+    return f" Did you mean {near!r}?" if near else ""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from typing import Any, List, Mapping, Sequence, Union
 
 from pydantic.fields import FieldInfo
 from typing_extensions import Annotated, Literal, get_args, get_origin
 
 from cxr_vit.config.schema import SECTIONS, Words
-from cxr_vit.errors import did_you_mean
-
-__all__ = ["allowed", "explain", "help_text"]
+from cxr_vit.errors import did_you_mean, suggestion
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
@@ -45,12 +44,7 @@ _SYNONYMS = {
 def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """Convert an error of pydantic into a line: where, what was given, what is allowed.
 
-    Parameters
-    ----------
-    detail
-        One item of `ValidationError.errors()`.
-    places
-        Dotted key -> file and line where it was given.
+    `detail` is an item of `ValidationError.errors()`; `places` is dotted key -> file and line.
     """
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location[:2])
@@ -58,43 +52,34 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     where = f"{place}: " if place else ""
     if detail["type"] == "extra_forbidden":
         return where + _unknown(location)
-    section, _, name = key.partition(".")
-    given = _given(detail["input"])
+    where += f"{key}={_written(detail['input'])}"
     if detail["type"] == "value_error":
-        return f"{where}{key}={given}: {detail['ctx']['error']}"
+        return f"{where}: {detail['ctx']['error']}"
+    section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
-    hint = ""
-    if detail["type"] == "literal_error":
-        near = did_you_mean(str(detail["input"]), _choices(field.annotation))
-        hint = f" Did you mean {near!r}?" if near else ""
-    return f"{where}{key}={given}: must be {allowed(field)}.{hint}"
+    is_choice = detail["type"] == "literal_error"
+    hint = suggestion(str(detail["input"]), _choices(field.annotation)) if is_choice else ""
+    return f"{where}: must be {allowed(field)}.{hint}"
 
 
-def _given(value: Any) -> str:
-    """Return a value as the user wrote it; quoted only if it could be overlooked."""
-    if value is None:
-        return "null"
+def _written(value: Any) -> str:
+    """Return a value as it is written in YAML; quoted only if it could be overlooked."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = str(value)
     return text if text and text == text.strip() else repr(text)
 
 
 def _unknown(location: List[str]) -> str:
     """Return the message for an unknown key, with the nearest known one."""
-    key = ".".join(location)
     section, name = location[0], location[-1]
-    near = None
-    if section in SECTIONS:
-        near = did_you_mean(name, SECTIONS[section].model_fields)
-        near = f"{section}.{near}" if near else None
-    if near is None:
-        elsewhere = [
-            f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields
-        ]
-        near = elsewhere[0] if elsewhere else _SYNONYMS.get(name)
+    sibling = did_you_mean(name, SECTIONS[section].model_fields) if section in SECTIONS else None
+    elsewhere = [f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields]
+    near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), _SYNONYMS.get(name))
     if near is None and len(location) == 1:
         near = did_you_mean(section, SECTIONS)
-    hint = f" Did you mean '{near}'?" if near else " See train.py --help for all keys."
-    return f"unknown key '{key}'.{hint}"
+    hint = f"Did you mean '{near}'?" if near else "See train.py --help for all keys."
+    return f"unknown key '{'.'.join(location)}'. {hint}"
 
 
 def allowed(field: FieldInfo) -> str:
@@ -113,7 +98,7 @@ def _type_words(annotation: Any, metadata: Sequence[Any]) -> str:
         return " or ".join(_type_words(part, metadata) for part in parts)
     if get_origin(annotation) is Annotated:
         inner, *notes = get_args(annotation)
-        more = [item for note in notes for item in getattr(note, "metadata", [])]
+        more = [item for note in notes for item in getattr(note, "metadata", [note])]
         return _type_words(inner, [*metadata, *more])
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(_choices(annotation))
@@ -150,15 +135,10 @@ def help_text() -> str:
     """Return all sections and fields with type, range, default and description."""
     lines: List[str] = []
     for name, section in SECTIONS.items():
-        lines.append(f"{name}: {(section.__doc__ or '').strip()}")
+        lines.append(f"{name}: {section.__doc__}")
         for key, field in section.model_fields.items():
-            lines.append(f"  {name}.{key}  ({allowed(field)}; default {_default(field)})")
+            default = _written(field.default)
+            lines.append(f"  {name}.{key}  ({allowed(field)}; default {default})")
             lines.append(f"      {field.description}")
         lines.append("")
     return "\n".join(lines)
-
-
-def _default(field: FieldInfo) -> str:
-    words: Dict[Any, str] = {None: "null", True: "true", False: "false"}
-    default = field.default
-    return words[default] if default is None or isinstance(default, bool) else str(default)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence
 
 from cxr_vit.config.architectures import SIZES, known_depth
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.plans import BatchPlan, StagePlan, empty_stage_problem, given_accumulation
-from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config
-from cxr_vit.errors import ConfigError, Problem, did_you_mean
-
-__all__ = ["check", "check_processes", "depth_problem", "describe_processes", "schedule_problem"]
+from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config, PipelineSection
+from cxr_vit.errors import ConfigError, Problem, suggestion
 
 
 def check(config: Config) -> Config:
-    """Return the configuration unchanged if it breaks no rule.
-
-    Raises
-    ------
-    ConfigError
-        Listing every broken rule.
-    """
-    problems = [problem for problem in (rule(config) for rule in RULES) if problem]
+    """Return the configuration unchanged; raise ConfigError with every broken rule."""
+    problems = [
+        *_model_problems(config),
+        *_recompute_problems(config.pipeline),
+        *_engine_problems(config),
+        *_multiple_problems(config),
+    ]
     if config.engine.name == "poptorch" and not problems:  # its rules presuppose the others
         # poprun may divide the replicas among processes: how many each has is known at the start.
         problems = ipu_problems(config, replicas=1)
@@ -44,133 +42,93 @@ def depth_problem(layers_per_stage: Sequence[int], depth: int) -> Optional[Probl
     )
 
 
-def _size_is_known(config: Config) -> Optional[Problem]:
-    name = config.model.name
-    if name in SIZES or "/" in name or Path(name).is_dir():
-        return None
-    near = did_you_mean(name, SIZES)
-    hint = f" Did you mean {near!r}?" if near else ""
-    return Problem(
-        f"model.name={name!r}",
-        f"is no known size, no local folder and no hub name (owner/model).{hint}",
-        f"Sizes: {', '.join(SIZES)}.",
-    )
+def _model_problems(config: Config) -> Iterator[Problem]:
+    name, depth = config.model.name, known_depth(config.model.name)
+    layers, eval_layers = config.pipeline.layers_per_stage, config.pipeline.eval_layers_per_stage
+    if not (name in SIZES or "/" in name or Path(name).is_dir()):
+        yield Problem(
+            f"model.name={name!r}",
+            "is no known size, no local folder and no hub name (owner/model)."
+            + suggestion(name, SIZES),
+            f"Sizes: {', '.join(SIZES)}.",
+        )
+    problem = depth_problem(layers, depth) if depth is not None else None
+    if problem:
+        yield problem
+    if eval_layers is not None and sum(eval_layers) != sum(layers):
+        yield Problem(
+            f"pipeline.eval_layers_per_stage={eval_layers}",
+            f"places {sum(eval_layers)} layers, pipeline.layers_per_stage={layers} {sum(layers)}.",
+            "Make both add up to the same number.",
+        )
 
 
-def _layers_are_placed(config: Config) -> Optional[Problem]:
-    depth = known_depth(config.model.name)
-    return None if depth is None else depth_problem(config.pipeline.layers_per_stage, depth)
-
-
-def _eval_layers_are_placed(config: Config) -> Optional[Problem]:
-    training = config.pipeline.layers_per_stage
-    evaluation = config.pipeline.eval_layers_per_stage
-    if evaluation is None or sum(evaluation) == sum(training):
-        return None
-    return Problem(
-        f"pipeline.eval_layers_per_stage={evaluation}",
-        f"places {sum(evaluation)} layers, pipeline.layers_per_stage={training} {sum(training)}.",
-        "Make both add up to the same number.",
-    )
-
-
-def _kept_layers_are_on_their_stage(config: Config) -> Optional[Problem]:
-    recompute, layers = config.pipeline.recompute, config.pipeline.layers_per_stage
+def _recompute_problems(pipeline: PipelineSection) -> Iterator[Problem]:
+    recompute, plan = pipeline.recompute, StagePlan.from_list(pipeline.layers_per_stage)
     if isinstance(recompute, str):
-        return None
-    if len(recompute) != len(layers):
-        return Problem(
+        return
+    if len(recompute) != plan.num_stages:
+        yield Problem(
             f"pipeline.recompute={recompute}",
-            f"has {len(recompute)} items; there are {len(layers)} stages.",
+            f"has {len(recompute)} items; there are {plan.num_stages} stages.",
             "Give one item per stage, or a single word for all.",
         )
-    plan = StagePlan.from_list(layers)
+        return
     for stage, choice in enumerate(recompute):
         there = list(plan.layers(stage))
         if not isinstance(choice, str) and not set(choice) <= set(there):
-            return Problem(
+            yield Problem(
                 f"pipeline.recompute={recompute}:",
                 f"item {stage} names layers {choice}, but stage {stage} has the layers {there}.",
             )
-    return None
+            return
 
 
-def _optimizer_is_the_engines(config: Config) -> Optional[Problem]:
-    if config.optim.name != "lamb" or config.engine.name not in ("torch", "pipeline"):
-        return None
-    return Problem(
-        "optim.name=lamb",
-        f"needs PopTorch; engine.name={config.engine.name} has adamw and sgd.",
-        "Set optim.name, or engine.name=poptorch.",
-    )
+def _engine_problems(config: Config) -> Iterator[Problem]:
+    engine = config.engine.name
+    if config.optim.name == "lamb" and engine in ("torch", "pipeline"):
+        yield Problem(
+            "optim.name=lamb",
+            f"needs PopTorch; engine.name={engine} has adamw and sgd.",
+            "Set optim.name, or engine.name=poptorch.",
+        )
+    empty = empty_stage_problem(config.pipeline.layers_per_stage)
+    if engine == "pipeline" and empty:
+        yield empty
 
 
-def _no_process_is_empty(config: Config) -> Optional[Problem]:
-    if config.engine.name != "pipeline":
-        return None
-    return empty_stage_problem(config.pipeline.layers_per_stage)
-
-
-def _patches_fill_the_image(config: Config) -> Optional[Problem]:
-    size, patch = config.data.image_size, config.model.patch_size
-    if config.model.name not in SIZES or size % patch == 0:
-        return None
-    legal = _nearest_multiples(size, patch, lowest=SMALLEST_IMAGE, highest=LARGEST_IMAGE)
-    return Problem(
-        f"data.image_size={size}",
-        f"is not a multiple of model.patch_size={patch}.",
-        f"Nearest legal image sizes: {legal}.",
-    )
-
-
-def _micro_batches_fill_the_batch(config: Config) -> Optional[Problem]:
-    batch = config.batch
-    unit = batch.micro_batch_size * batch.replicas
-    if batch.global_batch_size is None or batch.global_batch_size % unit == 0:
-        return None
-    return Problem(
-        f"batch.global_batch_size={batch.global_batch_size}",
-        f"is not a multiple of {unit} = {batch.micro_batch_size} micro-batch x {batch.replicas}"
-        " replicas.",
-        f"Nearest legal values: {_nearest_multiples(batch.global_batch_size, unit)}.",
-    )
-
-
-def _fractions_leave_training(config: Config) -> Optional[Problem]:
-    data = config.data
-    if data.split in ("auto", "official") or data.val_fraction + data.test_fraction < 1:
-        return None
-    return Problem(
-        f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}",
-        "leave nothing to train on.",
-        "Their sum must be below 1.",
-    )
-
-
-def _steps_fill_host_calls(config: Config) -> Optional[Problem]:
-    steps, iterations = config.train.steps, config.batch.device_iterations
-    if steps is None or steps % iterations == 0:
-        return None
-    return Problem(
-        f"train.steps={steps}",
-        f"is not a multiple of batch.device_iterations={iterations}: a host call makes"
-        f" {iterations} weight updates.",
-        f"Nearest legal values: {_nearest_multiples(steps, iterations)}.",
-    )
-
-
-RULES: Tuple[Callable[[Config], Optional[Problem]], ...] = (
-    _size_is_known,
-    _layers_are_placed,
-    _eval_layers_are_placed,
-    _kept_layers_are_on_their_stage,
-    _optimizer_is_the_engines,
-    _no_process_is_empty,
-    _patches_fill_the_image,
-    _micro_batches_fill_the_batch,
-    _fractions_leave_training,
-    _steps_fill_host_calls,
-)
+def _multiple_problems(config: Config) -> Iterator[Problem]:
+    """Yield the values that are not a multiple of another, and fractions that add up to 1."""
+    data, batch, steps = config.data, config.batch, config.train.steps
+    size, patch = data.image_size, config.model.patch_size
+    if config.model.name in SIZES and size % patch:
+        legal = _nearest_multiples(size, patch, lowest=SMALLEST_IMAGE, highest=LARGEST_IMAGE)
+        yield Problem(
+            f"data.image_size={size}",
+            f"is not a multiple of model.patch_size={patch}.",
+            f"Nearest legal image sizes: {legal}.",
+        )
+    unit, iterations = batch.micro_batch_size * batch.replicas, batch.device_iterations
+    if batch.global_batch_size is not None and batch.global_batch_size % unit:
+        yield Problem(
+            f"batch.global_batch_size={batch.global_batch_size}",
+            f"is not a multiple of {unit} = {batch.micro_batch_size} micro-batch x"
+            f" {batch.replicas} replicas.",
+            f"Nearest legal values: {_nearest_multiples(batch.global_batch_size, unit)}.",
+        )
+    if data.split in ("patient", "random") and data.val_fraction + data.test_fraction >= 1:
+        yield Problem(
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}",
+            "leave nothing to train on.",
+            "Their sum must be below 1.",
+        )
+    if steps is not None and steps % iterations:
+        yield Problem(
+            f"train.steps={steps}",
+            f"is not a multiple of batch.device_iterations={iterations}: a host call makes"
+            f" {iterations} weight updates.",
+            f"Nearest legal values: {_nearest_multiples(steps, iterations)}.",
+        )
 
 
 def _nearest_multiples(value: int, unit: int, *, lowest: int = 1, highest: float = math.inf) -> str:
@@ -181,19 +139,9 @@ def _nearest_multiples(value: int, unit: int, *, lowest: int = 1, highest: float
 
 
 def check_processes(config: Config, engine: str, world_size: int) -> None:
-    """Check that a number of processes can run the configuration.
+    """Raise ConfigError unless `world_size` processes can run the configuration.
 
-    Parameters
-    ----------
-    engine
-        ``"pipeline"`` or ``"torch"``.
-    world_size
-        Number of processes.
-
-    Raises
-    ------
-    ConfigError
-        If there are too many or too few processes, or too few micro-batches for the schedule.
+    `engine` is ``"pipeline"`` or ``"torch"``.
     """
     if engine == "pipeline":
         problem = _world_problem(config, world_size) or schedule_problem(
@@ -273,15 +221,13 @@ def schedule_problem(config: Config, processes: int) -> Optional[Problem]:
             "(Or pipeline.schedule=gpipe.)",
         )
     if schedule == "interleaved_1f1b" and not _has_whole_rounds(count, processes):
-        below = [n for n in range(count, 0, -1) if _has_whole_rounds(n, processes)][:1]
-        above = next(
-            n for n in range(count, count + processes + 1) if _has_whole_rounds(n, processes)
-        )
+        below = next(n for n in range(count, 0, -1) if _has_whole_rounds(n, processes))
+        above = next(n for n in itertools.count(count) if _has_whole_rounds(n, processes))
         return Problem(
             given,
             f"does not go round {processes} processes: pipeline.schedule=interleaved_1f1b divides"
             f" the micro-batches evenly into {max(1, count // processes)} rounds.",
-            f"Nearest legal values: {' or '.join(map(str, [*below, above]))}.",
+            f"Nearest legal values: {below} or {above}.",
         )
     return None
 

@@ -1,18 +1,22 @@
-"""The sections of a configuration: their fields, types, ranges, defaults and help texts.
-
-A field's description is its text in ``train.py --help``.
-"""
+"""The sections of a configuration: their fields, types, ranges, defaults and help texts."""
 
 import os
 import re
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Tuple, Type, Union, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    model_validator,
+)
 from typing_extensions import Annotated, Literal
 
 from cxr_vit.config.popart_options import typed_options
-
-__all__ = ["LARGEST_IMAGE", "SECTIONS", "SMALLEST_IMAGE", "Config", "PathText", "Section", "Words"]
 
 #: Legal values of `data.image_size`, pixels.
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
@@ -20,11 +24,15 @@ SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-class Words:
+class Words(NamedTuple):
     """Describe what a field accepts, in place of its type: ``Annotated[type, Words("...")]``."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    text: str
+
+
+def option(default: Any, text: str, **limits: Any) -> Any:
+    """Make a field; `text` is its description in ``train.py --help``."""
+    return Field(default, description=text, **limits)
 
 
 def _expand(text: str) -> str:
@@ -44,8 +52,18 @@ def _expand(text: str) -> str:
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Change = Annotated[float, Field(ge=0, le=0.5)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Proportion = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 FloatType = Literal["fp32", "fp16"]
+OnProblem = Literal["error", "skip"]
+Execution = Literal["pipelined", "sharded"]
+LayerCounts = Annotated[List[NonNegativeInt], Field(min_length=1)]
+RecomputeWord = Literal["every_layer", "stage_inputs"]
 
 
 class Section(BaseModel):
@@ -81,116 +99,83 @@ class Section(BaseModel):
 class RunSection(Section):
     """Run folder and seed."""
 
-    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="name of the run")
-    root: PathText = Field("runs", description="parent folder of the run folders")
-    dir: Optional[PathText] = Field(
-        None, description="the run folder itself, instead of <root>/<name>-<time>"
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="seed of weights, sample order, augmentation and dropout"
-    )
+    name: str = option("run", "name of the run", pattern=r"^\w[\w.-]*$")
+    root: PathText = option("runs", "parent folder of the run folders")
+    dir: Optional[PathText] = option(None, "run folder, instead of <root>/<name>-<time>")
+    seed: Seed = option(0, "seed of weights, sample order, augmentation and dropout")
 
 
 class DataSection(Section):
     """Images and labels: files, split, size and cache."""
 
-    belongs_to: ClassVar[Dict[str, str]] = dict.fromkeys(
-        (
-            "sample_images",
-            "csv",
-            "images",
-            "train_list",
-            "val_list",
-            "test_list",
-            "boxes",
-            "relabels",
-            "cache_dir",
-        ),
-        "root",
-    )
+    belongs_to: ClassVar[Dict[str, str]] = {
+        **dict.fromkeys(["csv", "images", "boxes", "relabels", "cache_dir"], "root"),
+        **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
+    }
 
-    root: PathText = Field(
+    root: PathText = option(
         "${DATASET_DIR:-.}/chest-xray-nihcc",
-        description="folder with the CSV, the list files and the images",
+        "folder with the CSV, the list files and the images",
         validate_default=True,
     )
-    csv: Optional[PathText] = Field(
-        None, description="CSV of the labels, if it is not in the root under one of NIH's names"
+    csv: Optional[PathText] = option(
+        None, "CSV of the labels, if it is not in the root under one of NIH's names"
     )
-    images: Optional[PathText] = Field(
-        None, description="folder of the images, nested or not, if it is not the root"
+    images: Optional[PathText] = option(
+        None, "folder of the images (may be nested), if not the root"
     )
-    boxes: Optional[PathText] = Field(None, description="BBox_List_2017.csv, if not in the root")
-    relabels: Optional[PathText] = Field(
-        None, description="Google's 2019 labels by radiologists, if not in the root"
+    boxes: Optional[PathText] = option(None, "BBox_List_2017.csv, if not in the root")
+    relabels: Optional[PathText] = option(
+        None, "Google's 2019 labels by radiologists, if not in the root"
     )
-    split: Literal["auto", "official", "patient", "random"] = Field(
+    split: Literal["auto", "official", "patient", "random"] = option(
         "auto",
-        description="official list files, random by patient, or random by image (leaks patients);"
+        "official list files, random by patient, or random by image (leaks patients);"
         " auto: official if its list files exist, else patient",
     )
-    train_list: Optional[PathText] = Field(
+    train_list: Optional[PathText] = option(
         None,
-        description="the official split's training list (with or without the validation images),"
+        "the official split's training list (with or without the validation images),"
         " if it is not in the root under one of its names",
     )
-    val_list: Optional[PathText] = Field(
+    val_list: Optional[PathText] = option(
         None,
-        description="names of the validation images; null: val_list.txt (or val_list_NIH.txt,"
+        "names of the validation images; null: val_list.txt (or val_list_NIH.txt,"
         " community_val_list.txt) of the root, else drawn from the training list by patient",
     )
-    test_list: Optional[PathText] = Field(None, description="the official split's test list")
-    split_seed: int = Field(1337, ge=0, lt=2**63, description="seed of all random splits")
-    val_fraction: float = Field(
-        0.05,
-        gt=0,
-        lt=1,
-        description="fraction of the images for validation (official: of its training list)",
+    test_list: Optional[PathText] = option(None, "the official split's test list")
+    split_seed: Seed = option(1337, "seed of all random splits")
+    val_fraction: InnerFraction = option(
+        0.05, "fraction of the images for validation (official: of its training list)"
     )
-    test_fraction: float = Field(
-        0.2, ge=0, lt=1, description="fraction of the images for testing (patient, random)"
+    test_fraction: Fraction = option(0.2, "fraction of the images for testing (patient, random)")
+    image_size: int = option(
+        224, "side of the model's input, pixels", ge=SMALLEST_IMAGE, le=LARGEST_IMAGE
     )
-    image_size: int = Field(
-        224,
-        ge=SMALLEST_IMAGE,
-        le=LARGEST_IMAGE,
-        description="width and height of the model's input, pixels",
+    include_no_finding: bool = option(
+        False, "make 'No Finding' a 15th label, as Graphcore's tutorial does"
     )
-    include_no_finding: bool = Field(
-        False, description="make 'No Finding' a 15th label, as Graphcore's tutorial does"
-    )
-    on_missing: Literal["error", "skip"] = Field(
-        "error", description="what to do with CSV rows whose image is missing"
-    )
-    on_bad_image: Literal["error", "skip"] = Field(
+    on_missing: OnProblem = option("error", "what to do with CSV rows whose image is missing")
+    on_bad_image: OnProblem = option(
         "error",
-        description="what to do with damaged or unexpected images: list them and stop, or leave"
-        " them out and write skipped.csv",
+        "damaged or unexpected images: list them and stop, or skip them and write skipped.csv",
     )
-    max_megapixels: int = Field(
-        64,
-        ge=1,
-        le=178,
-        description="refuse larger images without reading them (a few kB can decode to gigabytes)",
+    max_megapixels: Annotated[int, Field(ge=1, le=178)] = option(
+        64, "refuse larger images without reading them (a few kB can decode to gigabytes)"
     )
-    cache: Literal["auto", "require", "off"] = Field(
+    cache: Literal["auto", "require", "off"] = option(
         "auto",
-        description="one file of the decoded and resized images: build it on first use, require a"
+        "one file of the decoded and resized images: build it on first use, require a"
         " finished one, or decode in every epoch (and each image once at every start, to check it)",
     )
-    cache_dir: Optional[PathText] = Field(
-        None, description="folder of the cache; null: <data.root>/cxr_vit_cache"
+    cache_dir: Optional[PathText] = option(None, "cache folder; null: <data.root>/cxr_vit_cache")
+    cache_workers: Optional[Annotated[int, Field(ge=1, le=256)]] = option(
+        None, "processes that build the cache; null: one per core"
     )
-    cache_workers: Optional[int] = Field(
-        None, ge=1, le=256, description="processes that build the cache; null: one per core"
-    )
-    num_workers: int = Field(
-        0, ge=0, le=128, description="loader processes; 0: load in the main process"
-    )
-    sample_images: Optional[int] = Field(
+    num_workers: int = option(0, "loader processes; 0: load in the main process", ge=0, le=128)
+    sample_images: Optional[Annotated[int, Field(ge=20)]] = option(
         None,
-        ge=20,
-        description="number of images of a synthetic data set to write if the root does not exist;"
+        "number of images of a synthetic data set to write if the root does not exist;"
         " applies only to the root it is given with",
     )
 
@@ -198,45 +183,24 @@ class DataSection(Section):
 class AugmentSection(Section):
     """Augmentation of training images: each range is sampled uniformly, and 0 is off."""
 
-    rotation: float = Field(
-        0.0, ge=0, le=45, description="maximum rotation in either direction, degrees"
-    )
-    shift: float = Field(
-        0.0,
-        ge=0,
-        le=0.5,
-        description="maximum shift in either direction of each axis, as a fraction of the side",
-    )
-    scale: float = Field(
-        0.0, ge=0, le=0.5, description="maximum change of size, larger or smaller, e.g. 0.1"
-    )
-    crop: float = Field(
+    rotation: float = option(0.0, "maximum rotation in either direction, degrees", ge=0, le=45)
+    shift: Change = option(0.0, "maximum shift along each axis, either way: fraction of the side")
+    scale: Change = option(0.0, "maximum change of size, larger or smaller, e.g. 0.1")
+    crop: float = option(
         1.0,
+        "random resized crop: smallest fraction of the area that is kept (1: off); less than half"
+        " would cut the lungs",
         ge=0.5,
         le=1,
-        description="random resized crop: smallest fraction of the area that is kept (1: off); less"
-        " than half would cut the lungs",
     )
-    crop_ratio: float = Field(
-        1.1, ge=1, le=1.5, description="maximum aspect ratio of a crop, wide or high"
+    crop_ratio: float = option(1.1, "maximum aspect ratio of a crop, wide or high", ge=1, le=1.5)
+    brightness: Change = option(0.0, "maximum change of the factor on gray levels")
+    contrast: Change = option(
+        0.0, "maximum change of the factor on the distance from the image's mean"
     )
-    brightness: float = Field(
-        0.0, ge=0, le=0.5, description="maximum change of the factor on gray levels"
-    )
-    contrast: float = Field(
-        0.0,
-        ge=0,
-        le=0.5,
-        description="maximum change of the factor on the distance from the image's mean",
-    )
-    gamma: float = Field(
-        0.0, ge=0, le=0.5, description="maximum change of the exponent of gray levels"
-    )
-    horizontal_flip: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="probability of mirroring, which puts the heart on the other side",
+    gamma: Change = option(0.0, "maximum change of the exponent of gray levels")
+    horizontal_flip: Probability = option(
+        0.0, "probability of mirroring, which puts the heart on the other side"
     )
 
     @property
@@ -263,87 +227,66 @@ class AugmentSection(Section):
 class ModelSection(Section):
     """The Vision Transformer and its initial weights."""
 
-    name: PathText = Field(
+    name: PathText = option(
         "google/vit-base-patch16-224-in21k",
-        description="hub name, local folder, or for random weights vit-micro, vit-tiny, vit-small,"
-        " vit-base, vit-large, vit-huge",
+        "hub name, local folder, or for random weights vit-micro, vit-tiny, vit-small, vit-base,"
+        " vit-large, vit-huge",
     )
-    patch_size: int = Field(
-        16, ge=2, le=128, description="width and height of a patch, pixels (random weights only)"
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout after embeddings, attention and MLP"
-    )
-    hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = Field(
+    patch_size: int = option(16, "side of a patch, pixels (random weights only)", ge=2, le=128)
+    dropout: Fraction = option(0.0, "dropout after embeddings, attention and MLP")
+    hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = option(
         None,
-        description="activation of the MLP: exact GELU or its tanh form, the only one of an IPU;"
-        " null: as in the config.json of the weights",
+        "activation of the MLP: exact GELU or its tanh form, the only one of an IPU; null: as in"
+        " the config.json of the weights",
     )
-    head_bias: Literal["prior", "zero"] = Field(
+    head_bias: Literal["prior", "zero"] = option(
         "prior",
-        description="initial head: bias at the log-odds of the training prevalence with small"
-        " weights, or Hugging Face's default",
+        "initial head: bias at the log-odds of the training prevalence with small weights, or"
+        " Hugging Face's default",
     )
-    image_mean: float = Field(
+    image_mean: InnerFraction = option(
         0.5,
-        gt=0,
-        lt=1,
-        description="mean to subtract from gray levels of 0 to 1 (a checkpoint's"
-        " preprocessor_config.json is not read)",
+        "mean to subtract from gray levels of 0 to 1 (a checkpoint's preprocessor_config.json is"
+        " not read)",
     )
-    image_std: float = Field(
-        0.5, gt=0, le=1, description="standard deviation to divide gray levels by"
-    )
-
-
-LayerCounts = List[Annotated[int, Field(ge=0)]]
-
-Proportion = Annotated[float, Field(gt=0, le=1)]
-
-RecomputeWord = Literal["every_layer", "stage_inputs"]
-
-RecomputeChoice = Union[RecomputeWord, List[Annotated[int, Field(ge=0)]]]
-
-RecomputeText = Words(
-    "every_layer, stage_inputs, or a list with one item per stage: one of these words, or a list of"
-    " layers, integers >= 0"
-)
+    image_std: Proportion = option(0.5, "standard deviation to divide gray levels by")
 
 
 class PipelineSection(Section):
     """The cut of the model into stages, and how stages run."""
 
-    layers_per_stage: LayerCounts = Field(
-        [3, 3, 3, 3],
-        min_length=1,
-        description="encoder layers of each stage; embedding on the first, head on the last",
+    layers_per_stage: LayerCounts = option(
+        [3, 3, 3, 3], "encoder layers of each stage; embedding on the first, head on the last"
     )
-    eval_layers_per_stage: Optional[LayerCounts] = Field(
-        None, min_length=1, description="layers per stage in evaluation; null: as in training (IPU)"
+    eval_layers_per_stage: Optional[LayerCounts] = option(
+        None, "layers per stage in evaluation; null: as in training (IPU)"
     )
-    execution: Literal["pipelined", "sharded"] = Field(
+    execution: Execution = option(
         "pipelined",
-        description="training: stages work on different micro-batches at once, or one after"
-        " another (IPU)",
+        "training: stages work on different micro-batches at once, or one after another (IPU)",
     )
-    eval_execution: Literal["pipelined", "sharded"] = Field(
-        "pipelined", description="the same in evaluation (IPU)"
-    )
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = Field(
+    eval_execution: Execution = option("pipelined", "the same in evaluation (IPU)")
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = option(
         "1f1b",
-        description="order of the stages' work in training: all forward passes before all backward"
-        " passes, alternating forward and backward passes (holds fewer activations), or alternating"
-        " with several stages per process (pipeline engine)",
+        "order of the stages' work in training: all forward passes before all backward passes,"
+        " alternating forward and backward passes (holds fewer activations), or alternating with"
+        " several stages per process (pipeline engine)",
     )
-    recompute: Annotated[Union[RecomputeWord, List[RecomputeChoice]], RecomputeText] = Field(
+    recompute: Annotated[
+        Union[RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]],
+        Words(
+            "every_layer, stage_inputs, or a list with one item per stage: one of these words, or"
+            " a list of layers, integers >= 0"
+        ),
+    ] = option(
         "every_layer",
-        description="pipelined: layers whose output is kept for the backward pass, which recomputes"
-        " the rest from there; the inputs of a stage are always kept (IPU)",
+        "pipelined: layers whose output is kept for the backward pass, which recomputes the rest"
+        " from there; the inputs of a stage are always kept (IPU)",
     )
-    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = Field(
+    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = option(
         None,
-        description="fraction of an IPU's memory that a matrix product may use as working memory,"
-        " or one number per stage; null: PopLibs' default (IPU)",
+        "fraction of an IPU's memory that a matrix product may use as working memory, or one"
+        " number per stage; null: PopLibs' default (IPU)",
     )
 
 
@@ -353,65 +296,54 @@ class BatchSection(Section):
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
         ("gradient_accumulation", "global_batch_size"),
     )
-    micro_batch_size: int = Field(1, ge=1, description="samples in one forward pass of one replica")
-    gradient_accumulation: Optional[int] = Field(
-        1, ge=1, description="micro-batches per weight update, per replica"
+    micro_batch_size: Count = option(1, "samples in one forward pass of one replica")
+    gradient_accumulation: Optional[Count] = option(1, "micro-batches per update, per replica")
+    global_batch_size: Optional[Count] = option(
+        None, "samples per weight update, instead of gradient_accumulation"
     )
-    global_batch_size: Optional[int] = Field(
-        None, ge=1, description="samples per weight update, instead of gradient_accumulation"
-    )
-    replicas: int = Field(1, ge=1, description="data-parallel copies of the whole pipeline")
-    device_iterations: int = Field(1, ge=1, description="weight updates per host call in training")
-    eval_micro_batch_size: int = Field(
-        1, ge=1, description="samples in one forward pass of evaluation"
-    )
-    eval_device_iterations: int = Field(
-        1, ge=1, description="micro-batches per host call in evaluation"
-    )
+    replicas: Count = option(1, "data-parallel copies of the whole pipeline")
+    device_iterations: Count = option(1, "weight updates per host call in training")
+    eval_micro_batch_size: Count = option(1, "samples in one forward pass of evaluation")
+    eval_device_iterations: Count = option(1, "micro-batches per host call in evaluation")
 
 
 class OptimSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "lamb", "sgd"] = Field(
-        "adamw", description="the optimizer (lamb: IPU only)"
+    name: Literal["adamw", "lamb", "sgd"] = option("adamw", "the optimizer (lamb: IPU only)")
+    lr: PositiveFloat = option(2e-4, "peak learning rate")
+    weight_decay: NonNegativeFloat = option(0.0, "decoupled weight decay")
+    decay_all: bool = option(
+        False, "decay all parameters, with biases, norms, class token, position embeddings"
     )
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    decay_all: bool = Field(
-        False,
-        description="decay all parameters, with biases, norms, class token, position embeddings",
+    beta1: Fraction = option(0.9, "decay of the first moment (adamw, lamb)")
+    beta2: Fraction = option(0.999, "decay of the second moment (adamw, lamb)")
+    momentum: Fraction = option(0.9, "momentum (sgd)")
+    eps: PositiveFloat = option(1e-8, "added to the root of the second moment")
+    max_grad_norm: Optional[PositiveFloat] = option(
+        None, "maximum global gradient norm; null: no clipping"
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment (adamw, lamb)")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment (adamw, lamb)")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum (sgd)")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    max_grad_norm: Optional[float] = Field(
-        None, gt=0, description="maximum global gradient norm; null: no clipping"
-    )
-    loss_scaling: Union[Literal["auto"], Annotated[float, Field(gt=0)]] = Field(
+    loss_scaling: Union[Literal["auto"], PositiveFloat] = option(
         1.0,
-        description="factor on the loss that keeps fp16 gradients from underflow, removed before"
-        " the update; auto: adjusted by PopART (IPU; the torch engine has its own scaler)",
+        "factor on the loss that keeps fp16 gradients from underflow, removed before the update;"
+        " auto: adjusted by PopART (IPU; the torch engine has its own scaler)",
     )
-    accumulator: FloatType = Field("fp32", description="dtype of the accumulated gradients (IPU)")
-    first_moment: FloatType = Field(
-        "fp32", description="dtype of the first moment, for sgd of the velocity (IPU)"
-    )
-    second_moment: FloatType = Field("fp32", description="dtype of the second moment (IPU)")
+    accumulator: FloatType = option("fp32", "dtype of the accumulated gradients (IPU)")
+    first_moment: FloatType = option("fp32", "dtype of the first moment or sgd's velocity (IPU)")
+    second_moment: FloatType = option("fp32", "dtype of the second moment (IPU)")
 
 
 class ScheduleSection(Section):
     """The learning rate over the steps."""
 
     exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (("warmup_ratio", "warmup_steps"),)
-    name: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay after the warm-up, to 0 at the last step (constant: none)"
+    name: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "decay after the warm-up, to 0 at the last step (constant: none)"
     )
-    warmup_ratio: Optional[float] = Field(
-        0.0, ge=0, le=1, description="fraction of all steps in which the rate rises from 0"
+    warmup_ratio: Optional[Probability] = option(
+        0.0, "fraction of all steps in which the rate rises from 0"
     )
-    warmup_steps: Optional[int] = Field(None, ge=0, description="the same as a number of steps")
+    warmup_steps: Optional[NonNegativeInt] = option(None, "the same as a number of steps")
 
 
 class TrainSection(Section):
@@ -422,117 +354,94 @@ class TrainSection(Section):
         ("eval_every_epochs", "eval_every_steps"),
         ("checkpoint_every_epochs", "checkpoint_every_steps"),
     )
-    epochs: Optional[float] = Field(3, gt=0, description="length of the training, epochs")
-    steps: Optional[int] = Field(None, ge=1, description="length of the training, weight updates")
-    log_every_steps: int = Field(50, ge=1, description="steps between logged metrics")
-    eval_every_epochs: Optional[float] = Field(1, gt=0, description="epochs between validations")
-    eval_every_steps: Optional[int] = Field(None, ge=1, description="steps between validations")
-    checkpoint_every_epochs: Optional[float] = Field(
-        1, gt=0, description="epochs between checkpoints (best and last are saved as well)"
+    epochs: Optional[PositiveFloat] = option(3, "length of the training, epochs")
+    steps: Optional[Count] = option(None, "length of the training, weight updates")
+    log_every_steps: Count = option(50, "steps between logged metrics")
+    eval_every_epochs: Optional[PositiveFloat] = option(1, "epochs between validations")
+    eval_every_steps: Optional[Count] = option(None, "steps between validations")
+    checkpoint_every_epochs: Optional[PositiveFloat] = option(
+        1, "epochs between checkpoints (best and last are saved as well)"
     )
-    checkpoint_every_steps: Optional[int] = Field(
-        None, ge=1, description="steps between checkpoints"
-    )
-    keep_last: int = Field(2, ge=1, description="number of checkpoints kept beside the best")
-    resume_weights_only: bool = Field(
+    checkpoint_every_steps: Optional[Count] = option(None, "steps between checkpoints")
+    keep_last: Count = option(2, "number of checkpoints kept beside the best")
+    resume_weights_only: bool = option(
         False,
-        description="--resume loads the weights and the step and resets the optimizer: for a"
-        " checkpoint whose optimizer state this engine cannot load",
+        "--resume loads the weights and the step and resets the optimizer: for a checkpoint whose"
+        " optimizer state this engine cannot load",
     )
-    early_stopping_patience: Optional[int] = Field(
-        None, ge=1, description="validations without a better macro AUROC before training stops"
+    early_stopping_patience: Optional[Count] = option(
+        None, "validations without a better macro AUROC before training stops"
     )
 
 
 class EngineSection(Section):
     """The engine, its device and its arithmetic."""
 
-    name: Literal["auto", "poptorch", "torch", "pipeline"] = Field(
+    name: Literal["auto", "poptorch", "torch", "pipeline"] = option(
         "auto",
-        description="IPUs; one torch device (per process under torchrun); one or more stages per"
-        " process under torchrun; auto: IPUs if any answer, else a GPU, else the CPU",
+        "IPUs; one torch device (per process under torchrun); one or more stages per process under"
+        " torchrun; auto: IPUs if any answer, else a GPU, else the CPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="device of the torch and pipeline engines"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device of torch and pipeline engines")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        description="arithmetic of the forward pass; auto: bf16 if the processor supports it, else"
-        " fp32 (fp16 on older GPUs and on IPUs)",
+        "arithmetic of the forward pass; auto: bf16 if the processor supports it, else fp32 (fp16"
+        " on older GPUs and on IPUs)",
     )
-    timeout_s: float = Field(
-        600,
-        gt=0,
-        description="under torchrun: seconds to wait for another process before the run ends",
+    timeout_s: PositiveFloat = option(
+        600, "under torchrun: seconds to wait for another process before the run ends"
     )
-    weights: FloatType = Field("fp32", description="dtype of the weights and their update (IPU)")
-    partials: FloatType = Field(
-        "fp16", description="dtype of partial sums; always fp32 in fp32 arithmetic (IPU)"
+    weights: FloatType = option("fp32", "dtype of the weights and their update (IPU)")
+    partials: FloatType = option("fp16", "dtype of partial sums; fp32 if precision is fp32 (IPU)")
+    stochastic_rounding: bool = option(True, "stochastic rounding of fp16, in training only (IPU)")
+    floating_point_exceptions: bool = option(False, "stop at the first NaN or overflow (IPU)")
+    optimizer_state_on_chip: bool = option(
+        True, "keep the moments in the IPU's memory, not in Streaming Memory (IPU)"
     )
-    stochastic_rounding: bool = Field(
-        True, description="round fp16 stochastically in training, never in evaluation (IPU)"
-    )
-    floating_point_exceptions: bool = Field(
-        False, description="stop at the first NaN or overflow on the device (IPU)"
-    )
-    optimizer_state_on_chip: bool = Field(
-        True, description="keep the moments in the IPU's memory, not in Streaming Memory (IPU)"
-    )
-    replicated_tensor_sharding: bool = Field(
-        False, description="divide the moments among the replicas (IPU)"
-    )
-    loader_mode: Literal["sync", "async", "async_rebatched"] = Field(
+    replicated_tensor_sharding: bool = option(False, "divide the moments among replicas (IPU)")
+    loader_mode: Literal["sync", "async", "async_rebatched"] = option(
         "sync",
-        description="where host batches of training are assembled: in the main process, ahead of"
-        " time in another one, or there from smaller pieces (IPU)",
+        "where host batches of training are assembled: in the main process, ahead of time in"
+        " another one, or there from smaller pieces (IPU)",
     )
-    prefetch_depth: int = Field(
-        1, ge=1, description="host batches streamed to the device ahead of use (IPU)"
-    )
-    executable_cache: Optional[PathText] = Field(
+    prefetch_depth: Count = option(1, "host batches streamed to the device ahead of use (IPU)")
+    executable_cache: Optional[PathText] = option(
         "${POPTORCH_CACHE_DIR:-exe_cache}",
+        "folder of compiled graphs, one subfolder per configuration; null: none (IPU)",
         validate_default=True,
-        description="folder of compiled graphs, one subfolder per configuration; null: none (IPU)",
     )
-    ipu_version: Literal["mk2", "c600"] = Field(
-        "mk2", description="IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
+    ipu_version: Literal["mk2", "c600"] = option(
+        "mk2", "IPU that --compile-only compiles for; Bow counts as mk2 (IPU)"
     )
-    profile_dir: Optional[PathText] = Field(
-        None, description="folder for PopVision's reports (IPU)"
-    )
-    log_cycles: bool = Field(
-        False, description="count the device's clock cycles: perf/ipu_cycles (IPU)"
-    )
-    synthetic_data: bool = Field(
+    profile_dir: Optional[PathText] = option(None, "folder for PopVision's reports (IPU)")
+    log_cycles: bool = option(False, "count the device's clock cycles: perf/ipu_cycles (IPU)")
+    synthetic_data: bool = option(
         False,
-        description="generate the input on the device, to time it without the host; losses and"
-        " scores are then meaningless (IPU)",
+        "generate the input on the device, to time it without the host; losses and scores are then"
+        " meaningless (IPU)",
     )
     popart_options: Annotated[
         Dict[str, Any],
         AfterValidator(typed_options),
         Words("PopART session options, name: value"),
-    ] = Field(default={}, description="set last, after the options of the keys above (IPU)")
+    ] = option({}, "set last, after the options of the keys above (IPU)")
 
 
 class PlannerSection(Section):
     """The prediction of memory and speed before a run starts (python -m cxr_vit plan)."""
 
-    hardware: Literal["auto", "mk2", "bow"] = Field(
+    hardware: Literal["auto", "mk2", "bow"] = option(
         "auto",
-        description="device to plan for: an IPU of the second generation or a Bow; auto: mk2 for"
+        "device to plan for: an IPU of the second generation or a Bow; auto: mk2 for"
         " engine.name=auto and poptorch, this machine's own device for torch and pipeline",
     )
-    device_memory_gib: Optional[float] = Field(
+    device_memory_gib: Optional[PositiveFloat] = option(
         None,
-        gt=0,
-        description="memory of each GPU, or of each process on CPUs, GiB; null: read from this"
-        " machine (torch and pipeline engines)",
+        "memory of each GPU, or of each process on CPUs, GiB; null: read from this machine (torch"
+        " and pipeline engines)",
     )
-    strict: bool = Field(
-        False,
-        description="stop if the model is predicted not to fit into the IPUs' memory, instead of"
-        " warning",
+    strict: bool = option(
+        False, "stop, not warn, if the model is predicted not to fit into the IPUs' memory"
     )
 
 

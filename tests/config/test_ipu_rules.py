@@ -7,7 +7,7 @@ from typing import List
 import pytest
 
 from cxr_vit.config import check, load_config
-from cxr_vit.config.ipu_rules import RULES, check_ipu, ipu_problems, reserved_ipus
+from cxr_vit.config.ipu_rules import check_ipu, ipu_problems, reserved_ipus
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
 
@@ -126,7 +126,6 @@ def test_all_broken_rules_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         check_ipu(config)
     assert len(str(caught.value).split("\n")) == 3
-    assert len(RULES) > 10
 
 
 def test_every_message_begins_with_a_key():
