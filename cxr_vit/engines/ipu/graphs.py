@@ -203,7 +203,7 @@ _CASTING: Dict[Type[nn.Module], Type[nn.Module]] = {
 def cast_weights_to_input(model: nn.Module) -> None:
     """Make every layer cast its weights to the dtype of its input; the parameters are unchanged.
 
-    PopTorch has no autocast. Its compiler casts the weights of convolutions and norms, but not those
+    PopTorch has no autocast. Its compiler casts the weights of convolutions and norms, not those
     of linear layers, and torch's type inference, which PopTorch asks first, promotes a linear layer
     to fp32 and refuses a convolution of mixed dtypes. Gradients flow back through the casts.
     """
@@ -337,6 +337,7 @@ class IpuGraphs:
 
     @rng_state.setter
     def rng_state(self, state: Optional[List[int]]) -> None:
+        """Set the state, at once or after compilation; None keeps the present one."""
         self._rng_state = state
         if self.training_executor is not None and state is not None:
             self.training_executor.rng_state = state
