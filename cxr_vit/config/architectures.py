@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-__all__ = ["SIZES", "Architecture", "known_architecture", "known_depth"]
-
 
 class Architecture(NamedTuple):
     """Shape of a ViT and the standard deviation of its random weights.
@@ -88,7 +86,5 @@ def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:
     sizes: List[Any] = [config.get(key) for key in (*keys, "patch_size", "num_channels")]
     if not all(isinstance(size, int) and size >= 1 for size in sizes):
         return None
-    width, depth, heads, mlp, patch, channels = sizes
-    return Architecture(
-        width, depth, heads, intermediate_size=mlp, patch_size=patch, num_channels=channels
-    )
+    width, depth, heads, *others = sizes
+    return Architecture(width, depth, heads, Architecture(1, 1, 1).initializer_range, *others)

@@ -8,7 +8,7 @@ same. File and line of each key are kept for error messages.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import yaml
 from pydantic import ValidationError
@@ -17,26 +17,15 @@ from cxr_vit.config.help import explain
 from cxr_vit.config.schema import SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
 
-__all__ = ["dump_config", "load_config"]
-
 _COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Merge configuration files and overrides, and validate the result.
+    """Merge YAML files and overrides (``section.key=value``), and validate the result.
 
-    Parameters
-    ----------
-    files
-        YAML files; later files win, lists are replaced whole.
-    overrides
-        ``section.key=value``, where the value is YAML; they win over every file.
-
-    Raises
-    ------
-    ConfigError
-        Listing every unknown or duplicate key, wrong type and value out of range.
+    Later files win over earlier ones, and overrides over every file; lists are replaced whole.
+    Raises ConfigError with every unknown or duplicate key, wrong type and value out of range.
     """
     reader = _Reader()
     merged: Dict[str, Any] = {}
@@ -44,14 +33,13 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
         _merge(merged, reader.read_file(file))
     _merge(merged, reader.read_overrides(overrides))
     problems = reader.problems
-    config: Optional[Config] = None
     try:
         config = Config(**merged)
     except ValidationError as error:
         # A field of several types has one error per type: keep the first.
         first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
         problems += [explain(detail, reader.places) for detail in reversed(list(first.values()))]
-    if problems or config is None:
+    if problems:
         raise ConfigError("\n".join(problems))
     return config
 
@@ -62,18 +50,12 @@ def dump_config(config: Config) -> str:
 
 
 class _Reader:
-    """Reads files and overrides as layers: section -> key -> dicts, lists, text and None.
-
-    Attributes
-    ----------
-    places
-        Dotted key -> file and line, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
-    problems
-        Messages of all errors so far.
-    """
+    """Reads files and overrides as layers: section -> key -> dicts, lists, text and None."""
 
     def __init__(self) -> None:
+        #: Dotted key -> file and line, e.g. ``{"optim.lr": "configs/my.yaml:12"}``.
         self.places: Dict[str, str] = {}
+        #: Messages of all errors so far.
         self.problems: List[str] = []
 
     def read_file(self, file: Path) -> Dict[str, Any]:
@@ -81,10 +63,8 @@ class _Reader:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"{file}: cannot read the configuration: {reason}. (An override is written"
-                " section.key=value.)"
-            ) from error
+            message = f"{file}: cannot read the configuration: {reason}."
+            raise ConfigError(f"{message} (An override is written section.key=value.)") from error
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -101,9 +81,8 @@ class _Reader:
         try:
             layer = self._plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}")
         except RecursionError as error:
-            raise ConfigError(
-                f"{file}: an alias (*name) contains itself. Write the value out."
-            ) from error
+            message = f"{file}: an alias (*name) contains itself. Write the value out."
+            raise ConfigError(message) from error
         return self._one_of_each_pair(self._mappings_only(layer))
 
     def read_overrides(self, overrides: Sequence[str]) -> Dict[str, Any]:
@@ -111,10 +90,10 @@ class _Reader:
         layer: Dict[str, Any] = {}
         for text in overrides:
             for section, values in self._read_override(text).items():
-                below = layer.get(section)
-                if isinstance(values, dict) and isinstance(below, dict):
-                    values = {**below, **values}
-                layer[section] = values
+                if isinstance(values, dict) and isinstance(layer.get(section), dict):
+                    layer[section].update(values)
+                else:
+                    layer[section] = values
         return self._one_of_each_pair(layer)
 
     def _read_override(self, text: str) -> Dict[str, Any]:
@@ -123,9 +102,8 @@ class _Reader:
         key = key.strip()
         section, _, name = key.partition(".")
         if not equals or not section:
-            self.problems.append(
-                f"{_COMMAND_LINE}: {text!r} is not an override; write section.key=value"
-            )
+            problem = f"{text!r} is not an override; write section.key=value"
+            self.problems.append(f"{_COMMAND_LINE}: {problem}")
             return {}
         try:
             node = yaml.compose(value, Loader=yaml.SafeLoader)
@@ -149,10 +127,8 @@ class _Reader:
             key_path = f"{path}.{key}" if path else key
             here = place(key_node)
             if key in mapping:
-                first = self.places[key_path]
-                self.problems.append(
-                    f"{here}: duplicate key '{key_path}', first given at {first}. Keep one."
-                )
+                first = f"first given at {self.places[key_path]}"
+                self.problems.append(f"{here}: duplicate key '{key_path}', {first}. Keep one.")
             self.places[key_path] = here
             mapping[key] = self._plain(value_node, key_path, place)
         return mapping
@@ -162,11 +138,9 @@ class _Reader:
         for name, section in SECTIONS.items():
             values = layer.get(name)
             if values is not None and not isinstance(values, dict):
-                keys = ", ".join(list(section.model_fields)[:3])
-                self.problems.append(
-                    f"{self.places[name]}: '{name}' is a section with keys ({keys}, ...), not"
-                    f" {values!r}"
-                )
+                keys = f"keys ({', '.join(list(section.model_fields)[:3])}, ...)"
+                where = self.places[name]
+                self.problems.append(f"{where}: '{name}' is a section with {keys}, not {values!r}")
             if not isinstance(values, dict):
                 layer.pop(name, None)
         return layer
@@ -191,11 +165,9 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
             base[section] = values  # a new section, or an unknown key that pydantic will report
             continue
         known = SECTIONS.get(section, Section)
+        invalid = [key for key, owner in known.belongs_to.items() if owner in values]
         for pair in known.exclusive:
             if any(values.get(key) is not None for key in pair):
-                for key in pair:
-                    below.pop(key, None)
-        for key, owner in known.belongs_to.items():
-            if owner in values:
-                below.pop(key, None)
-        below.update(values)
+                invalid += pair
+        base[section] = {key: below[key] for key in below if key not in invalid}
+        base[section].update(values)

@@ -20,8 +20,6 @@ from typing import List, Optional, Sequence, Tuple, Union
 from cxr_vit.config.schema import BatchSection
 from cxr_vit.errors import Problem
 
-__all__ = ["BatchPlan", "StagePlan", "empty_stage_problem", "given_accumulation"]
-
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -41,14 +39,8 @@ class BatchPlan:
         if accumulation is None:
             assert batch.global_batch_size is not None
             accumulation = batch.global_batch_size // (batch.micro_batch_size * batch.replicas)
-        return cls(
-            micro_batch_size=batch.micro_batch_size,
-            gradient_accumulation=accumulation,
-            replicas=batch.replicas,
-            device_iterations=batch.device_iterations,
-            eval_micro_batch_size=batch.eval_micro_batch_size,
-            eval_device_iterations=batch.eval_device_iterations,
-        )
+        sizes = batch.model_dump(exclude={"global_batch_size"})
+        return cls(**{**sizes, "gradient_accumulation": accumulation})
 
     @property
     def global_batch_size(self) -> int:
@@ -94,12 +86,7 @@ class StagePlan:
     """The cut of a ViT into consecutive stages.
 
     The embedding is on the first stage. The head (final layer norm, classifier and loss) is on the
-    last stage.
-
-    Attributes
-    ----------
-    layers_per_stage
-        Number of encoder layers of each stage; may be 0.
+    last stage. A stage may have 0 encoder layers.
     """
 
     layers_per_stage: Tuple[int, ...]
@@ -138,17 +125,13 @@ class StagePlan:
     ) -> List[List[int]]:
         """Return for each stage the layers whose output is kept for the backward pass.
 
-        Parameters
-        ----------
-        recompute
-            `pipeline.recompute`: ``"every_layer"``, ``"stage_inputs"``, or one item per stage, each
-            one of these words or a list of layers, counted over the whole model.
+        `recompute` is `pipeline.recompute`; layers are counted over the whole model.
         """
         choices = [recompute] * self.num_stages if isinstance(recompute, str) else recompute
         return [
             (list(self.layers(stage)) if choice == "every_layer" else [])
             if isinstance(choice, str)
-            else [int(layer) for layer in choice]
+            else list(choice)
             for stage, choice in enumerate(choices)
         ]
 

@@ -5,11 +5,9 @@ at the end of a compilation: `1` for `True`, or a misspelt name, fails half an h
 are those that PopTorch 3.4 registers (popart_compiler/source/SessionOptions.cpp).
 """
 
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
-from cxr_vit.errors import did_you_mean
-
-__all__ = ["KINDS", "OWN_KEYS", "typed_options"]
+from cxr_vit.errors import suggestion
 
 #: Option -> type of its value. Enumerations are integers.
 KINDS: Dict[str, str] = {
@@ -88,10 +86,8 @@ OWN_KEYS: Dict[str, str] = {
 def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
     """Convert the values to the Python types that PopTorch looks for.
 
-    Raises
-    ------
-    ValueError
-        Listing unknown names, options that another key sets, and values of a wrong type.
+    Raises ValueError with all unknown names, options that another key sets, and values of a wrong
+    type.
     """
     typed: Dict[str, Any] = {}
     problems = []
@@ -99,12 +95,11 @@ def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
         if name in OWN_KEYS:
             problems.append(f"{name} is set by {OWN_KEYS[name]}")
         elif name not in KINDS:
-            near = did_you_mean(name, KINDS)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = suggestion(name, KINDS)
             problems.append(f"PopTorch 3.4 knows no PopART option {name!r}.{hint}")
         else:
             try:
-                typed[name] = _READ[KINDS[name]](value)
+                typed[name] = _read(KINDS[name], value)
             except (KeyError, TypeError, ValueError):
                 problems.append(f"{name}={value} must be {KINDS[name]}")
     if problems:
@@ -112,45 +107,19 @@ def typed_options(options: Dict[str, Any]) -> Dict[str, Any]:
     return typed
 
 
-def _truth(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _natural(value: Any) -> int:
-    if isinstance(value, (bool, float)) or int(value) < 0:
-        raise ValueError(value)
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
+def _read(kind: str, value: Any) -> Any:
+    """Convert a value; raise KeyError, TypeError or ValueError if it is of another kind."""
+    if kind == "a list" and isinstance(value, list):
+        return [_read("text", item) for item in value]
+    if kind == "a mapping" and isinstance(value, dict):
+        return {str(key): _read("text", item) for key, item in value.items()}
+    if kind in ("a list", "a mapping") or isinstance(value, (list, dict)):
         raise TypeError(value)
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, dict)):
-        raise TypeError(value)
-    return str(value)
-
-
-def _texts(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise TypeError(value)
-    return [_text(item) for item in value]
-
-
-def _mapping(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise TypeError(value)
-    return {str(key): _text(item) for key, item in value.items()}
-
-
-_READ: Dict[str, Callable[[Any], Any]] = {
-    "true or false": _truth,
-    "an integer >= 0": _natural,
-    "a number": _number,
-    "text": _text,
-    "a list": _texts,
-    "a mapping": _mapping,
-}
+    text = str(value)
+    if kind == "true or false":
+        return {"true": True, "false": False}[text.lower()]
+    if kind == "an integer >= 0":
+        if int(text) < 0:
+            raise ValueError(text)
+        return int(text)
+    return float(text) if kind == "a number" else text
