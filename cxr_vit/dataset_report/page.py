@@ -11,7 +11,7 @@ import io
 import textwrap
 from html import escape
 from string import Template
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -25,30 +25,14 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.nih import IMAGE_PIXELS
 from cxr_vit.data.splits import SPLIT_NAMES
 
-__all__ = [
-    "ReportSection",
-    "ReportTable",
-    "age_figure",
-    "choose_images",
-    "figure_html",
-    "html_page",
-    "image_cards",
-    "images_per_patient_figure",
-    "prevalence_figure",
-    "printable",
-    "table_html",
-    "text_report",
-]
-
 _TEXT_WIDTH = 110
 
 #: Bins of the figures: images per patient (the last has no upper edge), and ages in years.
 _IMAGE_COUNTS = (1, 2, 3, 5, 10, 20, 50)
 _YEARS = np.arange(0, 126, 5)
 
-#: Images on the page: larger ones are shrunk, and this many have no finding.
-_LARGEST_SIDE = 256
-_WITHOUT_FINDING = 6
+_LARGEST_SIDE = 256  # larger images are shrunk
+_WITHOUT_FINDING = 6  # images
 
 _PAGE = Template("""\
 <!DOCTYPE html>
@@ -99,30 +83,26 @@ $sections
 """)
 
 
-class ReportTable(NamedTuple):
-    """A table of texts.
-
-    The first `text_columns` columns are aligned left, the others are numbers. `header` may be
-    empty. `groups` are headings over the columns of numbers, each with its number of columns.
-    `shades`, float ``[rows, number columns]`` in 0..1, colours the cells on the page.
-    """
+class Table(NamedTuple):
+    """A table of texts: `text_columns` columns aligned left, then numbers."""
 
     caption: str
-    header: Sequence[str]
+    header: Sequence[str]  # may be empty
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
-    groups: Sequence[Tuple[str, int]] = ()
-    shades: Optional[np.ndarray] = None
+    groups: Sequence[Tuple[str, int]] = ()  # headings over columns of numbers, with their number
+    shades: Optional[np.ndarray] = None  # float [rows, number columns] in 0..1, of the page's cells
 
 
-class ReportSection(NamedTuple):
-    """A heading with tables, warnings and notes; `markup` is HTML for the page only."""
+class Section(NamedTuple):
+    """A heading with tables, warnings, notes and, on the page only, figures with captions."""
 
     title: str
-    tables: Sequence[ReportTable] = ()
+    tables: Sequence[Table] = ()
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
-    markup: str = ""
+    figures: Sequence[Tuple[Figure, str]] = ()
+    markup: str = ""  # HTML, for the page only
 
 
 def printable(text: str) -> str:
@@ -133,7 +113,7 @@ def printable(text: str) -> str:
     )
 
 
-def text_report(title: str, notice: str, sections: Sequence[ReportSection]) -> str:
+def text_report(title: str, notice: str, sections: Sequence[Section]) -> str:
     """Render plain text, in lines of at most 110 characters where words allow."""
     lines = [title, "=" * min(len(title), _TEXT_WIDTH), *_wrapped(notice)]
     for section in sections:
@@ -144,8 +124,8 @@ def text_report(title: str, notice: str, sections: Sequence[ReportSection]) -> s
             lines += _wrapped(note)
         for position, table in enumerate(section.tables):
             # The first table of a section needs no caption if nothing is above it.
-            above = position or section.warnings or section.notes
-            lines += ["", *_wrapped(table.caption)] if above else []
+            if position or section.warnings or section.notes:
+                lines += ["", *_wrapped(table.caption)]
             lines += _text_table(table)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -160,47 +140,47 @@ def _wrapped(text: str, indent: str = "") -> List[str]:
     )
 
 
-def _text_table(table: ReportTable) -> List[str]:
+def _text_table(table: Table) -> List[str]:
     rows = [table.header, *table.rows] if table.header else table.rows
     cells = [[printable(cell) for cell in row] for row in rows]
-    if table.text_columns == len(cells[0]):  # the last column is text and may be long
-        beginnings = columns([row[:-1] for row in cells], left=table.text_columns)
+    start = table.text_columns
+    if start == len(cells[0]):  # the last column is text and may be long
+        beginnings = columns([row[:-1] for row in cells], left=start)
         width = max(map(len, beginnings)) + 2
         lines = []
         for beginning, row in zip(beginnings, cells):
             lines += _wrapped(beginning.ljust(width) + row[-1], indent=" " * width) or [beginning]
         return lines
-    lines = columns(cells, left=table.text_columns)
-    if not table.groups:
-        return lines
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    start = table.text_columns
-    parts = [" " * width for width in widths[:start]]
-    for text, count in table.groups:
-        width = sum(widths[start : start + count]) + 2 * (count - 1)
-        parts.append(f" {text} ".center(width, "-"))
-        start += count
-    return ["  ".join(parts), *lines]
+    lines = columns(cells, left=start)
+    if table.groups:
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        parts = [" " * width for width in widths[:start]]
+        for text, count in table.groups:
+            width = sum(widths[start : start + count]) + 2 * (count - 1)
+            parts.append(f" {text} ".center(width, "-"))
+            start += count
+        lines.insert(0, "  ".join(parts))
+    return lines
 
 
-def html_page(title: str, notice: str, sections: Sequence[ReportSection]) -> str:
+def html_page(title: str, notice: str, sections: Sequence[Section]) -> str:
     """Render an HTML5 page; all texts except `markup` are escaped here."""
+    parts = []
+    for section in sections:
+        parts += ["<section>", f"<h2>{_escaped(section.title)}</h2>"]
+        parts += [f'<p class="warning">{_escaped(text)}</p>' for text in section.warnings]
+        parts += [f"<p>{_escaped(text)}</p>" for text in section.notes]
+        parts += [table_html(table) for table in section.tables]
+        if section.figures:
+            figures = "".join(_figure_html(figure, caption) for figure, caption in section.figures)
+            parts.append(f'<div class="side-by-side">{figures}</div>')
+        parts += [section.markup, "</section>"]
     return _PAGE.substitute(
-        title=_escaped(title),
-        notice=_escaped(notice),
-        sections="\n".join(_section_html(section) for section in sections),
+        title=_escaped(title), notice=_escaped(notice), sections="\n".join(parts)
     )
 
 
-def _section_html(section: ReportSection) -> str:
-    parts = ["<section>", f"<h2>{_escaped(section.title)}</h2>"]
-    parts += [f'<p class="warning">{_escaped(text)}</p>' for text in section.warnings]
-    parts += [f"<p>{_escaped(text)}</p>" for text in section.notes]
-    parts += [table_html(table) for table in section.tables]
-    return "\n".join([*parts, section.markup, "</section>"])
-
-
-def table_html(table: ReportTable) -> str:
+def table_html(table: Table) -> str:
     """Render a table in a box that scrolls on a narrow screen."""
     # The caption is above the box; inside the table it would scroll with it.
     caption = _escaped(table.caption)
@@ -226,7 +206,7 @@ def table_html(table: ReportTable) -> str:
     return "\n".join([*lines, "</table></div>"])
 
 
-def _row_html(table: ReportTable, row: int) -> str:
+def _row_html(table: Table, row: int) -> str:
     first, *others = table.rows[row]
     cells = [f'<th class="text" scope="row">{_escaped(first)}</th>']
     for column, text in enumerate(others, start=1):
@@ -238,22 +218,24 @@ def _row_html(table: ReportTable, row: int) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _text_class(table: ReportTable, column: int) -> str:
+def _text_class(table: Table, column: int) -> str:
     return ' class="text"' if column < table.text_columns else ""
 
 
-def figure_html(figure: Figure, caption: str) -> str:
-    """Render a figure as an HTML `figure` with an SVG image."""
+def _figure_html(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     # With a fixed salt and without a date, the same data make the same page, byte for byte.
     with matplotlib.rc_context({"svg.hashsalt": "cxr_vit"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    source = base64.b64encode(buffer.getvalue()).decode("ascii")
     text = _escaped(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{source}" />'
+        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{_base64(buffer)}" />'
         f"<figcaption>{text}</figcaption></figure>"
     )
+
+
+def _base64(buffer: io.BytesIO) -> str:
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _escaped(text: str) -> str:
@@ -262,58 +244,60 @@ def _escaped(text: str) -> str:
 
 def prevalence_figure(percent: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Draw the prevalence of the C findings by split, float ``[C]`` in percent of its images."""
-    figure, axis = _figure(height=6.0)
-    height = 0.8 / max(1, len(percent))
-    for position, (split, values) in enumerate(percent.items()):
-        places = np.arange(len(names)) - 0.4 + height * (position + 0.5)
-        axis.barh(places, values, height, label=split, color=_colour(split))
+    figure, axis = _figure(6.0, "% of the split's images")
+    _draw_bars(axis.barh, percent)
     axis.set_yticks(np.arange(len(names)), labels=list(names), fontsize=9)
     axis.margins(y=0.02)
     axis.invert_yaxis()
-    axis.set_xlabel("% of the split's images", fontsize=9)
     axis.legend(fontsize=9)
     return figure
 
 
 def age_figure(ages: Mapping[str, np.ndarray]) -> Figure:
     """Draw the known ages by split, float ``[n]`` in years, 0 to 125, at least one per split."""
-    figure, axis = _figure(height=3.6)
+    figure, axis = _figure(3.6, "age, years", "% of the split's images")
     for split, years in ages.items():
         counts, edges = np.histogram(years, bins=_YEARS)
         axis.stairs(100 * counts / len(years), edges, label=split, color=_colour(split), lw=1.6)
     oldest = max(float(years.max()) for years in ages.values())
     axis.set_xlim(0, _YEARS[np.searchsorted(_YEARS, oldest, side="right")])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("age, years", fontsize=9)
-    axis.set_ylabel("% of the split's images", fontsize=9)
     axis.legend(fontsize=9)
     return figure
 
 
 def images_per_patient_figure(counts: Mapping[str, np.ndarray]) -> Figure:
     """Draw the number of images of each patient by split, int ``[patients]``, at least 1."""
-    figure, axis = _figure(height=3.6)
+    figure, axis = _figure(3.6, "images per patient", "% of the split's patients")
     edges = [*_IMAGE_COUNTS, np.inf]
+    _draw_bars(
+        axis.bar,
+        {name: 100 * np.histogram(x, bins=edges)[0] / len(x) for name, x in counts.items()},
+    )
     labels = [
-        str(low) if high == low + 1 else f"{low}-{high - 1:.0f}"
-        for low, high in zip(edges[:-1], edges[1:])
+        str(low) if high == low + 1 else f"{low}-{high - 1}"
+        for low, high in zip(_IMAGE_COUNTS, _IMAGE_COUNTS[1:])
     ]
-    labels[-1] = f"{_IMAGE_COUNTS[-1]}+"
-    width = 0.8 / max(1, len(counts))
-    for position, (split, images) in enumerate(counts.items()):
-        share = 100 * np.histogram(images, bins=edges)[0] / len(images)
-        places = np.arange(len(labels)) - 0.4 + width * (position + 0.5)
-        axis.bar(places, share, width, label=split, color=_colour(split))
+    labels.append(f"{_IMAGE_COUNTS[-1]}+")
     axis.set_xticks(np.arange(len(labels)), labels=labels)
-    axis.set_xlabel("images per patient", fontsize=9)
-    axis.set_ylabel("% of the split's patients", fontsize=9)
     axis.legend(fontsize=9)
     return figure
 
 
-def _figure(*, height: float) -> Tuple[Figure, Axes]:
+def _figure(height: float, x_label: str, y_label: str = "") -> Tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, height), layout="constrained")
-    return figure, figure.subplots()
+    axis = figure.subplots()
+    axis.set_xlabel(x_label, fontsize=9)
+    axis.set_ylabel(y_label, fontsize=9)
+    return figure, axis
+
+
+def _draw_bars(draw: Callable[..., Any], percent: Mapping[str, np.ndarray]) -> None:
+    """Draw one bar per value and split, those of the same value beside each other."""
+    width = 0.8 / max(1, len(percent))
+    for position, (split, values) in enumerate(percent.items()):
+        places = np.arange(len(values)) - 0.4 + width * (position + 0.5)
+        draw(places, values, width, label=split, color=_colour(split))
 
 
 def _colour(split: str) -> str:
@@ -325,21 +309,8 @@ def choose_images(
 ) -> List[int]:
     """Choose images at random: for each label one, and one with its box; no image twice.
 
-    Parameters
-    ----------
-    labels
-        bool ``[N, C]``.
-    rows
-        int64 ``[n]``, the rows of `labels` to choose from.
-    names
-        The C label names; the last is No Finding, of which six images are chosen.
-    boxes
-        `Records.boxes`.
-
-    Returns
-    -------
-    list of int
-        Rows of `labels`, in the order of the names.
+    `labels` is bool ``[N, C]``, `rows` are the rows to choose from, `names` are the labels; of the
+    last, No Finding, six images are chosen. Returns rows of `labels`, in the order of the names.
     """
     shuffled = np.random.default_rng(seed).permutation(rows)
     chosen: List[int] = []
@@ -359,21 +330,9 @@ def _without(candidates: np.ndarray, chosen: Sequence[int]) -> List[int]:
 def image_cards(
     module: ChestXrayDataModule, rows: Sequence[int], findings: Mapping[int, Sequence[str]]
 ) -> str:
-    """Render images with their boxes and facts as HTML.
+    """Render rows of `module.records` as HTML: the image, its boxes, its findings and facts.
 
-    Parameters
-    ----------
-    module
-        The data.
-    rows
-        Rows of `module.records`, each in a split.
-    findings
-        Row -> the image's findings.
-
-    Raises
-    ------
-    DataError
-        If an image cannot be read.
+    Each row is in a split. Raises DataError if an image cannot be read.
     """
     pixels = _read_images(module, rows)
     boxes = module.records.boxes
@@ -427,4 +386,4 @@ def _png(image: np.ndarray) -> str:
     picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _base64(buffer)

@@ -18,10 +18,10 @@ from PIL import Image
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.dataset_report import report as data_report
+from cxr_vit.dataset_report import page as report_page
 from cxr_vit.dataset_report.page import (
-    ReportSection,
-    ReportTable,
+    Section,
+    Table,
     choose_images,
     html_page,
     printable,
@@ -363,8 +363,8 @@ def test_text_has_the_numbers_of_the_page(report):
 
 
 def test_long_last_column_is_wrapped_below_itself():
-    table = ReportTable("names", ["image", "reason"], [["a.png", "word " * 40]], text_columns=2)
-    lines = text_report("title", "notice", [ReportSection("section", [table])]).splitlines()
+    table = Table("names", ["image", "reason"], [["a.png", "word " * 40]], text_columns=2)
+    lines = text_report("title", "notice", [Section("section", [table])]).splitlines()
     beginning = lines.index("a.png  " + " ".join(["word"] * 20))
     assert lines[beginning + 1] == " " * 7 + " ".join(["word"] * 20)
 
@@ -443,7 +443,7 @@ def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
     module = ChestXrayDataModule(hand_made)
     bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
     monkeypatch.setattr(module, "skipped", bell)
-    monkeypatch.setattr(data_report, "choose_images", lambda *_, **__: [0])
+    monkeypatch.setattr(report_page, "choose_images", lambda *_, **__: [0])
     report = report_of(module, tmp_path)
     assert "<script" not in report.page and "<b>&lt;" not in report.page
     assert report.tables()[EXAMPLES][1] == [
@@ -470,7 +470,7 @@ def test_printable_escapes_control_characters_only():
 
 
 def test_texts_with_dollar_signs_are_not_substituted():
-    page = html_page("$title", "$notice ${sections}", [ReportSection("$x", notes=["$y"])])
+    page = html_page("$title", "$notice ${sections}", [Section("$x", notes=["$y"])])
     assert "<title>$title</title>" in page and "$notice ${sections}" in page
 
 
