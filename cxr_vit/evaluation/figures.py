@@ -14,21 +14,13 @@ from torchmetrics.functional.classification import binary_roc
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.evaluation.metrics import evaluate, probabilities
 
-__all__ = ["image_grid", "roc_figure"]
-
 _COLUMNS = 5
 
 
 def roc_figure(
     logits: Tensor, labels: Tensor, names: Sequence[str], *, title: str = "validation ROC"
 ) -> Figure:
-    """Draw the ROC curve of each label, with its AUROC or "undefined" as heading.
-
-    Parameters
-    ----------
-    logits, labels
-        float32 ``[N, C]``.
-    """
+    """Draw the ROC curve of each label from float32 ``[N, C]``, headed by its AUROC."""
     scores = evaluate(logits, labels, names)
     probs, truth = probabilities(logits), labels.to(torch.int64)
     rows = math.ceil(len(names) / _COLUMNS)

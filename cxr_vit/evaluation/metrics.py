@@ -6,7 +6,7 @@ class is undefined (None) and excluded, and the number of defined classes is rep
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from cxr_vit.data.labels import NO_FINDING
 from cxr_vit.errors import NonFiniteLoss
 
-__all__ = ["evaluate", "flat_scores", "probabilities"]
-
 
 def probabilities(logits: Tensor) -> Tensor:
     """Return the sigmoid of logits ``[N, C]`` in float32: findings are not mutually exclusive."""
@@ -24,26 +22,13 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Any]:
-    """Score a whole split.
+    """Score a whole split, given float32 ``[N, C]``; labels are 0 or 1.
 
-    Parameters
-    ----------
-    logits, labels
-        float32 ``[N, C]``; labels are 0 or 1.
-
-    Returns
-    -------
-    dict
-        `num_samples`; `auroc` and `average_precision`, each label name -> value, None where
-        undefined (no positives, or no negatives); `positives`, label name -> number; `auroc_macro`
-        and `average_precision_macro`, the means over the defined *findings*; `auroc_defined` and
-        `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean
-        over all classes.
-
-    Raises
-    ------
-    NonFiniteLoss
-        If a logit is NaN or infinite.
+    Returns `num_samples`; `auroc` and `average_precision` by label name, None where undefined (no
+    positives, or no negatives); `positives` by label name; `auroc_macro` and
+    `average_precision_macro`, the means over the defined *findings*; `auroc_defined` and
+    `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean over all
+    classes. Raises NonFiniteLoss if a logit is NaN or infinite.
     """
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
     if broken:  # torchmetrics would rank NaN silently
@@ -52,10 +37,13 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
             " be scored. Use an earlier checkpoint, or train with a lower optim.lr."
         )
     probs, truth = probabilities(logits), labels.to(torch.int64)
-    positives = truth.sum(dim=0).tolist()
-    defined = [0 < count < len(truth) for count in positives]
-    auroc = _by_name(binary_auroc, probs, truth, names, defined)
-    precision = _by_name(binary_average_precision, probs, truth, names, defined)
+    positives = dict(zip(names, truth.sum(dim=0).tolist()))
+    auroc: Dict[str, Optional[float]] = dict.fromkeys(names)
+    precision: Dict[str, Optional[float]] = dict.fromkeys(names)
+    for column, name in enumerate(names):
+        if 0 < positives[name] < len(truth):
+            auroc[name] = float(binary_auroc(probs[:, column], truth[:, column]))
+            precision[name] = float(binary_average_precision(probs[:, column], truth[:, column]))
     findings = [name for name in names if name != NO_FINDING]
     scores: Dict[str, Any] = {
         "num_samples": len(truth),
@@ -65,24 +53,11 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
         "average_precision_macro": _mean([precision[name] for name in findings]),
         "auroc": auroc,
         "average_precision": precision,
-        "positives": dict(zip(names, positives)),
+        "positives": positives,
     }
     if NO_FINDING in names:
         scores["auroc_macro_with_no_finding"] = _mean(list(auroc.values()))
     return scores
-
-
-def _by_name(
-    metric: Callable[..., Tensor],
-    probs: Tensor,
-    truth: Tensor,
-    names: Sequence[str],
-    defined: Sequence[bool],
-) -> Dict[str, Optional[float]]:
-    return {
-        name: float(metric(probs[:, column], truth[:, column])) if defined[column] else None
-        for column, name in enumerate(names)
-    }
 
 
 def _mean(values: List[Optional[float]]) -> Optional[float]:

@@ -17,8 +17,6 @@ from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import evaluate, probabilities
 from cxr_vit.files import replacing, write_text
 
-__all__ = ["print_table", "write_predictions", "write_report"]
-
 NOTICE = "For research only; not a medical device."
 
 
@@ -34,19 +32,15 @@ def write_report(
 ) -> Dict[str, Any]:
     """Score a split and write the files of its report; return the content of metrics.json.
 
-    Parameters
-    ----------
-    records
-        The images of the split, in the order of `logits`.
-    logits, labels
-        float32 ``[N, C]``.
-    origin
-        JSON-able facts to store with the scores: checkpoint, step, data hashes.
+    `logits` and `labels` are float32 ``[N, C]``, `records` in their order. `origin` are JSON-able
+    facts to store with the scores: checkpoint, step, data hashes.
     """
     assert len(records) == len(logits), "every image of the split is scored once"
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
     folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder / "predictions.csv", records, split=split, names=names, logits=logits)
+    predictions = _predictions(records, split, names, probabilities(logits).numpy())
+    with replacing(folder / "predictions.csv") as temporary:
+        predictions.to_csv(temporary, index=False)
     title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
     for suffix in ("png", "svg"):
@@ -56,26 +50,15 @@ def write_report(
     return metrics
 
 
-def write_predictions(
-    path: Path, records: Records, *, split: str, names: Sequence[str], logits: Tensor
-) -> None:
-    """Write a CSV file with one row per image, in the order of the split.
-
-    The columns are `image, patient, split`, then `<finding>` (0 or 1) and `<finding>_probability`
-    per finding. `records` are in the order of `logits`, float32 ``[N, C]``.
-    """
-    probs = probabilities(logits).numpy()
-    assert probs.shape == (len(records), len(names))
-    columns = {
-        "image": records.table["image"].to_numpy(),
-        "patient": records.table["patient"].to_numpy(),
-        "split": np.full(len(records), split),
-    }
+def _predictions(
+    records: Records, split: str, names: Sequence[str], probs: np.ndarray
+) -> pd.DataFrame:
+    """Return one row per image, in the order of `records`: its labels and probabilities."""
+    table = records.table[["image", "patient"]].reset_index(drop=True).assign(split=split)
     for column, name in enumerate(names):
-        columns[name] = records.labels[:, column]
-        columns[f"{name}_probability"] = probs[:, column]
-    with replacing(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary, index=False)
+        table[name] = records.labels[:, column]
+        table[f"{name}_probability"] = probs[:, column]
+    return table
 
 
 def print_table(metrics: Dict[str, Any], console: Console) -> None:
