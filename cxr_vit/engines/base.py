@@ -18,15 +18,6 @@ from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.errors import DataError
 
-__all__ = [
-    "Engine",
-    "EngineState",
-    "StepOutput",
-    "check_batch",
-    "leave_the_process_group",
-    "process_peak_gib",
-    "with_user_errors",
-]
 
 EngineType = TypeVar("EngineType", bound="Engine")
 

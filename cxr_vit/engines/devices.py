@@ -12,7 +12,6 @@ from cxr_vit.config.schema import EngineSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import EngineUnavailable
 
-__all__ = ["DeviceChoice", "choose_device", "cpu_has_bf16"]
 
 DTYPES: Dict[str, torch.dtype] = {
     "fp32": torch.float32,

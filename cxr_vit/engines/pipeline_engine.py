@@ -28,8 +28,6 @@ from cxr_vit.engines.torch_engine import TorchEngineBase
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import Stage, StagedViT
 
-__all__ = ["LeanStage", "PipelineEngine"]
-
 
 class AutocastStage(nn.Module):
     """A stage with its forward pass under `autocast`, as in the uncut model.

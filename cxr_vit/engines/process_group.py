@@ -21,7 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ProcessLost
 
-__all__ = ["ProcessGroup", "RunStore", "run_store"]
 
 T = TypeVar("T")
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
 
-__all__ = ["Launch"]
-
 
 @dataclass(frozen=True)
 class Launch:

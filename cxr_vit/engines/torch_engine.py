@@ -34,8 +34,6 @@ from cxr_vit.errors import CheckpointError
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.stages import StagedViT
 
-__all__ = ["TorchEngine", "TorchEngineBase"]
-
 
 class TorchEngineBase(Engine):
     """Everything but the forward and backward pass: data, updates, mixed precision, state.

@@ -19,19 +19,12 @@ from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.vit import VitParts, build_vit, hidden_shape, hub_files, hub_name, layer_output
 
-__all__ = ["Normalise", "Stage", "StagedViT"]
-
 
 class Normalise(nn.Module):
     """Convert gray uint8 images to the model's input.
 
     This runs on the device, so that a third of the values, of a quarter of the size, are
-    transferred.
-
-    Parameters
-    ----------
-    mean, std
-        Mean and standard deviation of the gray levels, which are scaled to 0..1.
+    transferred. `mean` and `std` are those of the gray levels, which are scaled to 0..1.
     """
 
     def __init__(self, *, mean: float, std: float, num_channels: int) -> None:
@@ -52,51 +45,28 @@ class Stage(nn.Module):
     """Consecutive parts of a ViT.
 
     The first stage takes uint8 ``[B, 1, H, W]``, the last returns logits ``[B, C]``. Between
-    stages, hidden states are ``[B, tokens, width]``.
-
-    Parameters
-    ----------
-    model
-        The undivided model. Its submodules are shared, not copied.
-    mean, std
-        As for `Normalise`.
-
-    Attributes
-    ----------
-    dtype
-        The dtype of the hidden states, which may differ from that of the weights.
+    stages, hidden states are ``[B, tokens, width]``. The submodules of the undivided model are
+    shared, not copied.
     """
 
     def __init__(
-        self,
-        model: ViTForImageClassification,
-        plan: StagePlan,
-        index: int,
-        *,
-        mean: float,
-        std: float,
+        self, model: ViTForImageClassification, plan: StagePlan, index: int, mean: float, std: float
     ) -> None:
         super().__init__()
         parts = VitParts(model)
-        self.dtype = torch.float32
+        self.dtype = torch.float32  # of the hidden states; the weights may have another
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
         # In lists, which torch does not search: each module is registered once, at its own path.
         self._embedding: List[nn.Module] = []
-        self._layers: List[nn.Module] = []
         self._head: List[nn.Module] = []
         if self.has_embedding:
             self.normalise = Normalise(mean=mean, std=std, num_channels=model.config.num_channels)
             self._embedding.append(_register(self, *parts.embedding))
-        for layer in plan.layers(index):
-            self._layers.append(_register(self, *parts.layers[layer]))
+        #: The encoder layers of this stage.
+        self.layers = [_register(self, *parts.layers[layer]) for layer in plan.layers(index)]
         if self.has_head:
             self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
-
-    @property
-    def layers(self) -> List[nn.Module]:
-        """The encoder layers of this stage."""
-        return self._layers
 
     def forward(self, value: Tensor) -> Tensor:
         """Map images or hidden states to hidden states or logits."""
@@ -104,7 +74,7 @@ class Stage(nn.Module):
             pixels = self.normalise(value).to(self.dtype)
             # Class token and position embeddings in fp32 promote the sum to fp32.
             value = embedding(pixels).to(self.dtype)
-        for layer in self._layers:
+        for layer in self.layers:
             value = layer_output(layer(value))
         if self._head:
             norm, classifier = self._head
@@ -125,15 +95,7 @@ def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 class StagedViT(nn.Module):
-    """A ViT as a list of stages.
-
-    Parameters
-    ----------
-    model
-        The undivided model. Its submodules are shared, not copied.
-    mean, std
-        As for `Normalise`.
-    """
+    """A ViT as a list of stages, which share the submodules of the undivided model."""
 
     def __init__(
         self, model: ViTForImageClassification, plan: StagePlan, *, mean: float, std: float
@@ -146,9 +108,7 @@ class StagedViT(nn.Module):
         self.plan = plan
         self.mean = mean
         self.std = std
-        self._stages = tuple(
-            Stage(model, plan, index, mean=mean, std=std) for index in range(plan.num_stages)
-        )
+        self._stages = tuple(Stage(model, plan, i, mean, std) for i in range(plan.num_stages))
         self.stages = nn.ModuleList(self._stages)
         #: Stages whose weights this process has.
         self._local_stages = list(range(plan.num_stages))

@@ -25,7 +25,6 @@ from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
-__all__ = ["VitParts", "build_vit", "hidden_shape", "hub_files", "hub_name", "layer_output"]
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,6 @@ from cxr_vit.training.run_folder import RunFolder
 from cxr_vit.training.schedule import Durations, LearningRate
 from cxr_vit.training.trainer import Callback, EvalEnd, Scores, Trainer
 
-__all__ = ["build_callbacks", "build_trainer", "open_data"]
-
 
 def open_data(data: DataSection, launch: Launch) -> ChestXrayDataModule:
     """Open the data of a configuration in all processes, in the main process first.

@@ -23,7 +23,6 @@ from cxr_vit.files import lock, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunFolder", "git_commit", "open_run", "run_of_checkpoint", "with_weights_of"]
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,6 @@ from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 
-__all__ = ["PopTorchEngine"]
 
 logger = logging.getLogger(__name__)
 

@@ -25,18 +25,6 @@ from cxr_vit.model.stages import StagedViT
 if TYPE_CHECKING:
     import poptorch
 
-__all__ = [
-    "ExecutableCache",
-    "InferenceGraph",
-    "IpuGraphs",
-    "TrainingGraph",
-    "cast_weights_to_input",
-    "explained",
-    "graph_shape",
-    "guarded",
-    "placed_on_ipus",
-    "set_compute_dtype",
-]
 
 logger = logging.getLogger(__name__)
 

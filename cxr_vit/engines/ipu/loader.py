@@ -20,8 +20,6 @@ from cxr_vit.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import poptorch
 
-__all__ = ["HostBatchLoader", "RowSampler"]
-
 
 class HostBatchLoader:
     """All host batches of this process, each of them full; to be iterated once.

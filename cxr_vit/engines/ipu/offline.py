@@ -15,8 +15,6 @@ from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DeviceError
 from cxr_vit.model.stages import StagedViT
 
-__all__ = ["compile_offline"]
-
 
 def compile_offline(config: Config, launch: Launch) -> str:
     """Compile both graphs into `engine.executable_cache`; return a line about the result.

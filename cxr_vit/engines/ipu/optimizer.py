@@ -18,7 +18,6 @@ from cxr_vit.engines.optim import parameter_groups
 if TYPE_CHECKING:
     import poptorch
 
-__all__ = ["from_poptorch", "moment_dtypes", "optimizer_kind", "poptorch_optimizer", "to_poptorch"]
 
 Slots = Dict[str, Dict[str, Tensor]]
 

@@ -19,7 +19,6 @@ from cxr_vit.errors import Problem
 if TYPE_CHECKING:
     import poptorch
 
-__all__ = ["graph_options", "poptorch_problem"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _IPU_VERSIONS = {"mk2": 2, "c600": 21}
