@@ -18,7 +18,6 @@ from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.errors import DataError
 
-
 EngineType = TypeVar("EngineType", bound="Engine")
 
 

@@ -20,7 +20,6 @@ from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
 from cxr_vit.model.stages import StagedViT
 
-
 #: The oldest torch for the pipeline engine: 2.6 does not wait for all that 1F1B sends over gloo,
 #: and 2.8 cannot score several stages per process.
 _PIPELINING = (2, 10)

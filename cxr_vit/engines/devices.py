@@ -12,7 +12,6 @@ from cxr_vit.config.schema import EngineSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import EngineUnavailable
 
-
 DTYPES: Dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cxr_vit.config.schema import OptimSection
 from cxr_vit.errors import CheckpointError, ConfigError
 
-
 #: Optimizers whose states mean the same.
 _SAME_STATE = {"torch.AdamW", "poptorch.AdamW"}
 

@@ -21,7 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ProcessLost
 
-
 T = TypeVar("T")
 
 #: Time for all processes to start, seconds.

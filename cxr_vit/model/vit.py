@@ -25,7 +25,6 @@ from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 
-
 logger = logging.getLogger(__name__)
 
 #: Parameter names of transformers 5.x -> hub names.

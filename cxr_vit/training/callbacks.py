@@ -16,7 +16,6 @@ from cxr_vit.errors import NonFiniteLoss
 from cxr_vit.training.loggers import Window
 from cxr_vit.training.trainer import MONITOR, Callback, EvalEnd, StepEnd, Trainer
 
-
 #: Images that an error message names.
 _NAMED_IMAGES = 16
 

@@ -23,7 +23,6 @@ from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
 from cxr_vit.files import remove
 
-
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"

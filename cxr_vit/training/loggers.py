@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from cxr_vit.files import write_text
 from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd, Trainer
 
-
 #: Tag -> value, None where it is undefined.
 Scalars = Mapping[str, Optional[float]]
 #: Tag -> figure.

@@ -10,7 +10,6 @@ from typing import Optional
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import ScheduleSection, TrainSection
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -32,7 +32,6 @@ from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 from cxr_vit.training.schedule import Durations, LearningRate
 
-
 logger = logging.getLogger(__name__)
 
 #: The metric that decides which checkpoint is best.

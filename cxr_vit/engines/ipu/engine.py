@@ -40,7 +40,6 @@ from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 
-
 logger = logging.getLogger(__name__)
 
 #: Key of `EngineState.scalars`: number of IPUs that the random state belongs to.
