@@ -204,7 +204,7 @@ def test_gpus_have_layout_bubble_and_bytes_but_no_time(plan, text):
 
 def test_given_memory_has_a_verdict(plan):
     lines = plan("planner.device_memory_gib=1.5", config=GPU4)
-    assert any("(a GPU has 1.5 GiB)" in line for line in lines)
+    assert any("(a GPU has 1610.6, or 1,536 MiB)" in line for line in lines)
     assert cells(lines, "share") == ["99.6", "%", "82.4", "%", "64.0", "%", "44.8", "%"]
     assert "memory of the device: planner.device_memory_gib" in lines
 

@@ -74,12 +74,7 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def calibrate(folders: Sequence[Path], overrides: Sequence[str] = ()) -> Calibration:
-    """Fit the constants to the logs of runs.
-
-    Parameters
-    ----------
-    overrides
-        Overrides of the runs' configurations, such as ``planner.hardware=bow``.
+    """Fit the constants to the logs of runs; overrides may name their IPU (`planner.hardware`).
 
     Raises
     ------

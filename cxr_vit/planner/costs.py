@@ -105,10 +105,6 @@ class ModelShape(NamedTuple):
         attention = 2 * tokens * tokens * width
         return _MULTIPLY_ADD * (projections + attention + 2 * tokens * width * self.mlp_size)
 
-    def attention_elements(self) -> int:
-        """Return the elements of an encoder layer's attention probabilities."""
-        return self.num_heads * self.tokens**2
-
     def layer_activations(self) -> int:
         """Return the elements that the backward pass of an encoder layer needs, plain attention.
 
@@ -116,8 +112,8 @@ class ModelShape(NamedTuple):
         value, context (8 sh), both sides of the activation (2 sm) and the attention's probabilities
         (a s^2). torch saves as many (tests/planner/test_costs.py).
         """
-        mlp = 2 * self.tokens * self.mlp_size
-        return 8 * self.hidden_elements + mlp + self.attention_elements()
+        attention = self.num_heads * self.tokens**2
+        return 8 * self.hidden_elements + 2 * self.tokens * self.mlp_size + attention
 
     def layer_gradients(self) -> int:
         """Return the elements of the gradients at the peak of a layer's backward pass.
@@ -375,7 +371,7 @@ def stage_memory(
     )
     if target.ipu is None:
         # Nothing is computed again, and attention is fused: its probabilities are not kept.
-        per_layer = shape.layer_activations() - shape.attention_elements()
+        per_layer = shape.layer_activations() - shape.num_heads * shape.tokens**2
         kept = own_input + cost.num_layers * per_layer * size
         return memory._replace(
             stash=depth * micro_batch_size * kept,

@@ -46,10 +46,9 @@ class StagePrediction(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Prediction for a configuration on its devices.
+    """Prediction for a configuration: `seconds` per weight update and `images` per epoch.
 
-    `seconds` are those of a weight update; without `has_time` they are its operations. `images` are
-    those of an epoch.
+    Without `has_time` the seconds are operations, and only their ratios mean something.
     """
 
     work: Workload
@@ -66,7 +65,7 @@ class Plan(NamedTuple):
 
     @property
     def has_time(self) -> bool:
-        """Whether times are seconds; else they are operations, and only their ratios count."""
+        """Whether times are seconds."""
         return self.model is not RELATIVE
 
     @property

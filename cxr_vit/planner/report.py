@@ -28,8 +28,6 @@ from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 __all__ = ["describe_result", "plan_lines", "search_lines", "source_lines"]
 
 
-_MEBIBYTE, _GIBIBYTE = 2**20, 2**30
-
 #: Side of the images that the cache's speed was measured with.
 _PIXELS_MEASURED = 224
 
@@ -86,13 +84,11 @@ def _heading(config: Config, plan: Plan) -> List[str]:
 
 
 def _memory(plan: Plan) -> List[str]:
-    target, limit = plan.target, plan.target.memory_bytes
-    head = f"memory, MB (a {target.place} has {(limit or 0) / _GIBIBYTE:,.1f} GiB)"
-    if target.ipu:
-        megabytes, mebibytes = target.ipu.memory_bytes / 1e6, target.ipu.memory_bytes / _MEBIBYTE
-        head = f"memory, MB (an IPU has {megabytes:.1f}, or {mebibytes:,.0f} MiB)"
-    elif limit is None:
-        head = "memory, MB"
+    target, limit, head = plan.target, plan.target.memory_bytes, "memory, MB"
+    if limit is not None:
+        has = f"{limit / 1e6:.1f}, or {limit / 2**20:,.0f} MiB"
+        article = "an" if target.ipu else "a"
+        head += f" ({article} {target.place} has {has})"
 
     def row(name: str, text: Callable[[StagePrediction], str]) -> List[str]:
         return [name, *map(text, plan.stages)]
@@ -104,10 +100,14 @@ def _memory(plan: Plan) -> List[str]:
         row(head, lambda stage: f"{target.place} {stage.stage}"),
         row("parameters, millions", lambda stage: f"{stage.cost.parameters / 1e6:.2f}"),
     ]
-    for category, name in CATEGORIES.items():
+    names = dict(CATEGORIES)
+    if target.ipu:
+        formats = plan.work.formats
+        names["optimizer"] += ", on chip" if formats.on_chip else ", off chip"
+        names["optimizer"] += f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
+    for category, name in names.items():
         if any(getattr(stage.memory, category) for stage in plan.stages):
-            label = _optimizer_label(plan) if category == "optimizer" else name
-            rows.append(row(label, megabytes_of(category)))
+            rows.append(row(name, megabytes_of(category)))
     rows.append(row("total", megabytes_of("total")))
     if limit is not None:
         verdict = f"verdict (+- {100 * MEMORY_UNCERTAINTY:.0f} %)"
@@ -123,16 +123,6 @@ def _memory(plan: Plan) -> List[str]:
     elif not target.ipu:
         lines.append(f"memory of the device: {target.memory_source}")
     return lines
-
-
-def _optimizer_label(plan: Plan) -> str:
-    """Name the optimizer state with its place."""
-    formats, name = plan.work.formats, CATEGORIES["optimizer"]
-    if not plan.target.ipu:
-        return name
-    place = "on chip" if formats.on_chip else "off chip"
-    shared = f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
-    return f"{name}, {place}{shared}"
 
 
 def _times(plan: Plan) -> List[str]:

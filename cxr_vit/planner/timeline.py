@@ -45,17 +45,7 @@ class Slot(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """One weight update.
-
-    Attributes
-    ----------
-    schedule
-        As in `simulate`.
-    slots
-        The work, in no particular order.
-    cycle_s
-        Length of a pipeline cycle; 0 unless in lockstep.
-    """
+    """One weight update; `slots` are in no order, and `cycle_s` is 0 unless in lockstep."""
 
     schedule: str
     num_stages: int
@@ -118,9 +108,8 @@ def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> T
     times
         Times of each stage.
     """
-    cycle_s = 0.0
+    cycle_s = max(time.micro_batch_s for time in times) if schedule == "lockstep" else 0.0
     if schedule == "lockstep":
-        cycle_s = max(time.micro_batch_s for time in times)
         slots = _lockstep(times, micro_batches, cycle_s)
     elif schedule == "in_order":
         slots = _in_order(times, micro_batches)
