@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = train_arguments(argv)
     launch = Launch.from_environment()
     if arguments.compile_only:
-        from cxr_vit.engines.ipu.offline import compile_offline
+        from cxr_vit.training.build import compile_offline
 
         config = check(load_config(arguments.files, arguments.overrides))
         preflight(config, "poptorch")
