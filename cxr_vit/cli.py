@@ -12,31 +12,19 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Callable,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import TYPE_CHECKING, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, check, dump_config, load_config
 from cxr_vit.config.help import help_text
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import describe_processes
 from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import ConfigError, CxrVitError, did_you_mean
+from cxr_vit.errors import ConfigError, CxrVitError, suggestion
 
 if TYPE_CHECKING:
     from cxr_vit.planner.estimate import Plan
     from cxr_vit.planner.hardware import Target
     from cxr_vit.planner.speed import SpeedModel
-
-__all__ = ["COMMANDS", "evaluate_arguments", "main", "run", "train_arguments"]
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -45,15 +33,13 @@ EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75
 
 
-def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
+def run(command: Callable[[Sequence[str]], int]) -> None:
     """Run a command with the words of the command line and exit with its status.
 
     A user-facing error is printed without a traceback, and the status is 2. With several processes
     only rank 0 prints output, and only the first rank that fails prints its error.
     """
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # to stderr, from WARNING on
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
     launch = Launch.from_environment()
     if launch.is_connected:  # torch logs its whole schedule when a process is lost
@@ -136,7 +122,7 @@ def _config_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         nargs="+",
-        action="append",
+        action="extend",
         default=[],
         metavar="FILE",
         help="YAML files, merged left to right",
@@ -149,7 +135,7 @@ def _config_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 def _read_config(arguments: argparse.Namespace) -> Tuple[List[Path], List[str]]:
     """Return the configuration files and the overrides of a parsed command line."""
-    files, overrides = _split_overrides([word for words in arguments.config for word in words])
+    files, overrides = _split_overrides(arguments.config)
     return files, [*overrides, *arguments.overrides]
 
 
@@ -195,38 +181,27 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         description="Score a split with a checkpoint and write the report.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="e.g. runs/<name>/checkpoints/best",
-    )
-    parser.add_argument(
-        "--split",
-        choices=["train", "val", "test"],
-        help="default: test, or val where the split has no test images",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: <run>/report")
-    parser.add_argument(
+    add = parser.add_argument
+    example = "e.g. runs/<name>/checkpoints/best"
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help=example)
+    default = "default: test, or val where the split has no test images"
+    add("--split", choices=["train", "val", "test"], help=default)
+    add("--out", type=Path, metavar="DIR", help="default: <run>/report")
+    add(
         "overrides",
         nargs="*",
         metavar="section.key=value",
         help="overrides of the run's configuration (train.py --help lists the fields)",
     )
-    namespace = parser.parse_intermixed_args(argv)
-    return EvaluateArguments(
-        namespace.checkpoint, namespace.split, namespace.out, namespace.overrides
-    )
+    return EvaluateArguments(**vars(parser.parse_intermixed_args(argv)))
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="default: 2000")
-    parser.add_argument(
-        "--size", type=int, default=128, metavar="PIXELS", help="side of an image; default: 128"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same data set; default: 0")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--images", type=int, default=2000, metavar="N", help="default: 2000")
+    add("--size", type=int, default=128, metavar="PIXELS", help="side of an image; default: 128")
+    add("--seed", type=int, default=0, help="same seed, same data set; default: 0")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -248,10 +223,8 @@ def _check(arguments: argparse.Namespace) -> int:
     print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
     print(describe_processes(config))
     refused = ipu_problems(config)
-    if refused:
-        print("on IPUs      refused by PopTorch:", *refused, sep="\n  ")
-    else:
-        print("on IPUs      nothing here that PopTorch would refuse")
+    verdict = "refused by PopTorch:" if refused else "nothing here that PopTorch would refuse"
+    print(f"on IPUs      {verdict}", *refused, sep="\n  ")
     print(f"on IPUs      {describe_memory(config)}")
     if config.planner.strict:
         preflight(config, config.engine.name)
@@ -259,11 +232,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="check every image of the cache, by its checksum and against its file",
-    )
+    text = "check every image of the cache, by its checksum and against its file"
+    parser.add_argument("--verify", action="store_true", help=text)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -277,10 +247,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _add_data_report_arguments(parser: argparse.ArgumentParser) -> None:
-    default = Path("data_report.html")
-    parser.add_argument(
-        "--out", type=Path, default=default, metavar="FILE", help=f"default: {default}"
-    )
+    name = "data_report.html"
+    parser.add_argument("--out", type=Path, default=name, metavar="FILE", help=f"default: {name}")
 
 
 def _data_report(arguments: argparse.Namespace) -> int:
@@ -489,17 +457,13 @@ def main(argv: Sequence[str]) -> int:
         parser = make(program, description=command.summary)
         command.add_arguments(parser)
         return command.call(parser.parse_intermixed_args(argv[1:]))
-    usage = "\n  ".join(
-        ["usage: python -m cxr_vit COMMAND ...\n\ncommands:"]
-        + [f"{name:<12} {command.summary}" for name, command in COMMANDS.items()]
-    )
-    usage += "\n\npython -m cxr_vit COMMAND --help lists the options of a command."
+    lines = [f"  {name:<12} {command.summary}\n" for name, command in COMMANDS.items()]
+    usage = "usage: python -m cxr_vit COMMAND ...\n\ncommands:\n" + "".join(lines)
+    usage += "\npython -m cxr_vit COMMAND --help lists the options of a command."
     if argv and argv[0] in ("-h", "--help"):
         print(usage)
         return 0
     if argv:
-        near = did_you_mean(argv[0], COMMANDS)
-        hint = f" Did you mean {near!r}?" if near else ""
-        print(f"unknown command {argv[0]!r}.{hint}\n", file=sys.stderr)
+        print(f"unknown command {argv[0]!r}.{suggestion(argv[0], COMMANDS)}\n", file=sys.stderr)
     print(usage, file=sys.stderr)
     return EXIT_USER_ERROR

@@ -9,27 +9,19 @@ import time
 from typing import Callable, Iterator, List, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-__all__ = ["columns", "count", "percent", "progress", "progress_bar", "prose", "signed_percent"]
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
 
-_WIDTH = 100
 #: Seconds between log lines where there is no terminal.
 _LOG_EVERY_S = 30.0
 
 
 def progress_bar(console: Console, label: str) -> Progress:
     """Make a bar: label, bar, count, the task's description, and the time left."""
+    time_left = ("eta", TimeRemainingColumn())
     return Progress(
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
+        label, BarColumn(), MofNCompleteColumn(), "{task.description}", *time_left, console=console
     )
 
 
@@ -37,51 +29,32 @@ def progress_bar(console: Console, label: str) -> Progress:
 def progress(label: str, *, done: int, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr: a bar on a terminal, else a log line every 30 seconds.
 
-    Parameters
-    ----------
-    label
-        What is being done, e.g. ``"decoding images"``.
-    done, total
-        Items finished at the start, and in all.
-
-    Yields
-    ------
-    Callable
-        Call it with the number of items just finished.
+    Yields a function to call with the number of items just finished.
     """
     first, started = done, time.monotonic()
     logged = started
+    console = Console(stderr=True)
+    bar = progress_bar(console, label)
+    task = bar.add_task("", total=total, completed=done)
 
-    def rate() -> float:
-        return (done - first) / max(time.monotonic() - started, 1e-9)
-
-    def log(items: int) -> None:
+    def advance(items: int) -> None:
         nonlocal done, logged
         done += items
         now = time.monotonic()
-        if now - logged >= _LOG_EVERY_S:
+        rate = (done - first) / max(now - started, 1e-9)
+        bar.update(task, completed=done, description=f"{rate:.0f}/s")
+        if not console.is_terminal and now - logged >= _LOG_EVERY_S:
             logged = now
-            left_s = (total - done) / rate()
-            logger.info("%s: %d of %d, %.0f/s, %.0f s left", label, done, total, rate(), left_s)
+            left_s = (total - done) / rate
+            logger.info("%s: %d of %d, %.0f/s, %.0f s left", label, done, total, rate, left_s)
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield log
-        return
-    with progress_bar(console, label) as bar:
-        task = bar.add_task("", total=total, completed=done)
-
-        def advance(items: int) -> None:
-            nonlocal done
-            done += items
-            bar.update(task, completed=done, description=f"{rate():.0f}/s")
-
+    with bar if console.is_terminal else contextlib.nullcontext():
         yield advance
 
 
 def prose(label: str, text: str) -> List[str]:
     """Wrap text to 100 columns beside a label of 8."""
-    return textwrap.wrap(text, _WIDTH, initial_indent=f"{label:8}", subsequent_indent=" " * 8)
+    return textwrap.wrap(text, 100, initial_indent=f"{label:8}", subsequent_indent=" " * 8)
 
 
 def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> List[str]:

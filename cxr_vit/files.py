@@ -1,7 +1,4 @@
-"""Atomic writes, locks and file lookup.
-
-Imports only the standard library and `errors`.
-"""
+"""Atomic writes, locks and file lookup."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from pathlib import Path
 from typing import IO, Callable, Iterator, Optional, Sequence
 
 from cxr_vit.errors import DataError
-
-__all__ = ["find_file", "lock", "remove", "replacing", "write_text"]
 
 #: Seconds between attempts to take a lock.
 _POLL_S = 0.2
@@ -63,23 +58,10 @@ def lock(
 ) -> Iterator[IO[str]]:
     """Hold an exclusive lock on a file, which is created if missing.
 
-    The operating system releases the lock when the process ends, however it ends.
-
-    Parameters
-    ----------
-    timeout_s
-        Seconds to wait for another holder; None waits without limit.
-    on_wait
-        Called once if another process holds the lock.
-    on_unsupported
-        Called if the file system has no locks; the body then runs without one.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process still holds the lock after `timeout_s`.
-    OSError
-        If the file cannot be created.
+    The operating system releases the lock when the process ends, however it ends. `on_wait` is
+    called once if another process holds it, `on_unsupported` if the file system has no locks; the
+    body then runs without one. Raises BlockingIOError if another process still holds the lock
+    after `timeout_s` seconds (None: wait without limit), OSError if the file cannot be created.
     """
     with path.open("w") as file:
         started = time.monotonic()
@@ -104,31 +86,12 @@ def lock(
 def find_file(
     root: Path, given: Optional[str], names: Sequence[str], *, key: str
 ) -> Optional[Path]:
-    """Return the file given in the configuration, else the first known name in `root`.
+    """Return the file given in the configuration under `key`, else the first of `names` in `root`.
 
-    Parameters
-    ----------
-    root
-        Folder that is searched for `names`.
-    given
-        Path from the configuration; None to search.
-    names
-        Known file names, in order of preference.
-    key
-        Configuration key of `given`, for the message.
-
-    Returns
-    -------
-    Path or None
-        None if nothing was given and no known name exists.
-
-    Raises
-    ------
-    DataError
-        If the given file does not exist.
+    Returns None if no file is given and none found; raises DataError if the given one is missing.
     """
-    if given is not None:
-        if not Path(given).is_file():
-            raise DataError(f"{key}={given}: no such file. Correct {key} or leave it out.")
-        return Path(given)
-    return next((root / name for name in names if (root / name).is_file()), None)
+    if given is None:
+        return next((root / name for name in names if (root / name).is_file()), None)
+    if not Path(given).is_file():
+        raise DataError(f"{key}={given}: no such file. Correct {key} or leave it out.")
+    return Path(given)
