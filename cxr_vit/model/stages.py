@@ -7,6 +7,7 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 
 from __future__ import annotations
 
+import json
 from typing import Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import ViTForImageClassification
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.vit import VitParts, build_vit, hidden_shape, hub_files, hub_name, layer_output
+from cxr_vit.model.vit import VitParts, build_vit, hub_name, layer_output
 
 
 class Normalise(nn.Module):
@@ -155,7 +156,8 @@ class StagedViT(nn.Module):
     @property
     def hidden_shape(self) -> Tuple[int, int]:
         """Number of tokens and width of the hidden states between two stages."""
-        return hidden_shape(self.config)
+        patches = (self.config.image_size // self.config.patch_size) ** 2
+        return patches + 1, self.config.hidden_size
 
     def keep(self, stages: Collection[int]) -> StagedViT:
         """Drop the weights of all other stages; their names and shapes remain."""
@@ -198,8 +200,28 @@ class StagedViT(nn.Module):
         }
 
     def hub_files(self) -> Dict[str, str]:
-        """Return the files that `from_pretrained` needs beside the weights: name -> text."""
-        return hub_files(self.config, mean=self.mean, std=self.std)
+        """Return the files that `from_pretrained` needs beside the weights: name -> text.
+
+        preprocessor_config.json is written by hand: transformers 5.x writes it only if torchvision
+        is installed. 4.x and 5.x read these keys.
+        """
+        size, channels = self.config.image_size, self.config.num_channels
+        preprocessor = {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [self.mean] * channels,
+            "image_processor_type": "ViTImageProcessor",
+            "image_std": [self.std] * channels,
+            "resample": 2,  # bilinear
+            "rescale_factor": 1 / 255,
+            "size": {"height": size, "width": size},
+        }
+        return {
+            "config.json": self.config.to_json_string(),
+            "preprocessor_config.json": json.dumps(preprocessor, indent=2) + "\n",
+        }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights in by hub name; those of dropped stages are only checked.

@@ -8,10 +8,9 @@ names of 4.x. These "hub names" are used for everything that this project stores
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -50,10 +49,7 @@ def hub_name(name: str) -> str:
 
 
 class VitParts:
-    """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass.
-
-    For example ``("vit.embeddings", ViTEmbeddings)``.
-    """
+    """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass."""
 
     def __init__(self, model: ViTForImageClassification) -> None:
         trunk = model.vit
@@ -62,23 +58,14 @@ class VitParts:
         else:
             prefix, layers = "vit.layers", trunk.layers
         self.embedding: Tuple[str, nn.Module] = ("vit.embeddings", trunk.embeddings)
-        self.layers: List[Tuple[str, nn.Module]] = [
-            (f"{prefix}.{index}", layer) for index, layer in enumerate(layers)
-        ]
+        self.layers = [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
         self.norm: Tuple[str, nn.Module] = ("vit.layernorm", trunk.layernorm)
         self.head: Tuple[str, nn.Module] = ("classifier", model.classifier)
 
 
 def layer_output(output: Any) -> Tensor:
     """Return the hidden states from the output of an encoder layer (4.x: tuple, 5.x: tensor)."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def hidden_shape(config: ViTConfig) -> Tuple[int, int]:
-    """Return the number of tokens and the width of the hidden states."""
-    patches: int = (config.image_size // config.patch_size) ** 2
-    return patches + 1, config.hidden_size
+    return output[0] if isinstance(output, tuple) else output
 
 
 def build_vit(
@@ -93,28 +80,17 @@ def build_vit(
 ) -> ViTForImageClassification:
     """Build the model in fp32 with random weights, or with those of a local folder or the hub.
 
-    Parameters
-    ----------
-    names
-        Label names, in the order of the logits.
-    image_size
-        Side of the images in pixels.
-    layers_per_stage
-        The stages must hold every layer.
-    seed
-        Seed of random weights and of a new head.
-    prevalence
-        float64 ``[C]``, fraction of the training images with each label, for the bias of a new
-        head. None if the head must be trained already (evaluation).
-    for_ipu
-        Build what PopTorch can run: eager attention, and GELU in its tanh form, which is the only
-        one an IPU has. The model's config records it.
+    `names` are the labels in the order of the logits, `image_size` is in pixels, and `seed` sets
+    random weights and a new head. `layers_per_stage` must hold every layer.
 
-    Raises
-    ------
-    ModelError
-        If the weights cannot be loaded, are incomplete or unexpected, or are made for another
-        image size.
+    `prevalence`, float64 ``[C]``, is the fraction of the training images with each label, for the
+    bias of a new head. None if the head must be trained already (evaluation).
+
+    `for_ipu` builds what PopTorch can run: eager attention, and GELU in its tanh form, which is the
+    only one an IPU has. The model's config records it.
+
+    Raises ModelError if the weights cannot be loaded, are incomplete or unexpected, or are made for
+    another image size.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -145,8 +121,8 @@ def _settings(
     """Return the settings that do not depend on the source of the weights.
 
     `hidden_act` is the activation the weights were trained with. An IPU computes every GELU in its
-    tanh form (docs/ipu.md, section 6). The config records that form, so that the same function is
-    computed from the checkpoint everywhere.
+    tanh form (docs/ipu.md, section 6), so the config records that form: every device then computes
+    the same function from the checkpoint.
     """
     hidden_act = model.hidden_act or hidden_act
     if for_ipu and hidden_act == "gelu":
@@ -268,28 +244,3 @@ def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
     with torch.no_grad():
         head.weight.mul_(0.1)
         head.bias.copy_(torch.from_numpy(np.log(prevalence / (1.0 - prevalence))))
-
-
-def hub_files(config: ViTConfig, *, mean: float, std: float) -> Dict[str, str]:
-    """Return config.json and preprocessor_config.json as transformers writes them.
-
-    The latter is written by hand: 5.x writes it only if torchvision is installed. Both versions
-    read these keys.
-    """
-    size = config.image_size
-    preprocessor = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [mean] * config.num_channels,
-        "image_processor_type": "ViTImageProcessor",
-        "image_std": [std] * config.num_channels,
-        "resample": 2,  # bilinear
-        "rescale_factor": 1 / 255,
-        "size": {"height": size, "width": size},
-    }
-    return {
-        "config.json": config.to_json_string(),
-        "preprocessor_config.json": json.dumps(preprocessor, indent=2) + "\n",
-    }
