@@ -32,10 +32,7 @@ from cxr_vit.training.trainer import Callback, EvalEnd, Scores, Trainer
 def open_data(data: DataSection, launch: Launch) -> ChestXrayDataModule:
     """Open the data of a configuration in all processes, in the main process first.
 
-    Raises
-    ------
-    DataError
-        If this process has other data than the main process: its rows would be other images.
+    Raises DataError if this process has other data: its rows would be other images.
     """
     store = run_store(launch)
     with store.main_first("data"):

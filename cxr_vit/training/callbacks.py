@@ -89,14 +89,9 @@ class EarlyStopping(Callback):
 
 
 class ProgressDisplay(Callback):
-    """Show a progress bar on a terminal, plain lines elsewhere.
+    """Show a progress bar on a terminal, elsewhere a line after `every` steps.
 
-    Parameters
-    ----------
-    every
-        Steps between plain lines.
-    console
-        Default: stderr, so that stdout has only results.
+    The default console is stderr, so that stdout has only results.
     """
 
     def __init__(self, *, every: int, console: Optional[Console] = None) -> None:

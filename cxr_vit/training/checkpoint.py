@@ -37,14 +37,9 @@ _RNG = "rng_state"
 
 
 class CheckpointStore:
-    """The `checkpoints` folder of a run.
+    """The `checkpoints` folder of a run, created when first needed.
 
-    Parameters
-    ----------
-    folder
-        Created when first needed.
-    writes
-        Whether this process writes; the methods of other processes change nothing.
+    With `writes` false, the methods change nothing: of several processes only one writes.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -59,19 +54,10 @@ class CheckpointStore:
         model_files: Dict[str, str],
         trainer_state: Dict[str, Any],
     ) -> Path:
-        """Write the checkpoint of a step and point `last` at it.
+        """Write the checkpoint ``step_<8 digits>``, point `last` at it, and return its path.
 
-        Parameters
-        ----------
-        model_files
-            File name -> text: config.json and preprocessor_config.json.
-        trainer_state
-            JSON-able; `format`, `step`, `optimizer_kind`, `scalars` and `sha256` are added.
-
-        Returns
-        -------
-        Path
-            ``checkpoints/step_<8 digits>``.
+        `model_files` are name -> text of config.json and preprocessor_config.json. The JSON-able
+        `trainer_state` is completed by `format`, `step`, `optimizer_kind`, `scalars` and `sha256`.
         """
         final = self.folder / f"step_{step:08d}"
         if not self.writes:
@@ -142,15 +128,8 @@ class CheckpointStore:
 def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:
     """Check the SHA-256 of each file and return the content of `trainer_state.json`.
 
-    Parameters
-    ----------
-    needs_optimizer
-        Whether the optimizer's state must exist; scoring does not need it.
-
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint is missing, incomplete or damaged.
+    Scoring does not need the optimizer's state. Raises CheckpointError if the checkpoint is
+    missing, incomplete or damaged.
     """
     trainer_state = _read_trainer_state(checkpoint / STATE)
     for name, expected in trainer_state["sha256"].items():
@@ -170,10 +149,7 @@ def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict
 def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
     """Verify a checkpoint; return the engine's state and the content of `trainer_state.json`.
 
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint is missing, incomplete or damaged.
+    Raises CheckpointError if the checkpoint is missing, incomplete or damaged.
     """
     trainer_state = verify_checkpoint(checkpoint)
     try:

@@ -72,12 +72,7 @@ def _finite(value: Optional[float]) -> Optional[float]:
 class TensorBoardLogger(Logger):
     """Write scalars, figures, the configuration and the hparams page for TensorBoard.
 
-    Parameters
-    ----------
-    config_text
-        The resolved configuration as YAML.
-    hparams
-        Flat settings for the hparams page.
+    `config_text` is the resolved configuration as YAML, `hparams` its flat settings.
     """
 
     def __init__(self, folder: Path, *, config_text: str, hparams: Mapping[str, Any]) -> None:
@@ -121,14 +116,9 @@ class TensorBoardLogger(Logger):
 
 
 class MetricsLogging(Callback):
-    """Hand the numbers and figures of a run to the loggers.
+    """Hand the numbers of a run to the loggers after `every` steps, and its figures.
 
-    Parameters
-    ----------
-    every
-        Steps between training events.
-    start_figures, eval_figures
-        Draw the figures of a new run and of a validation.
+    `start_figures` and `eval_figures` draw those of a new run and of a validation.
     """
 
     state_key = "metrics"

@@ -48,13 +48,7 @@ _PACKAGES = (
 
 
 class RunFolder:
-    """The folder of one run.
-
-    Parameters
-    ----------
-    writes
-        Whether this process writes the run; the methods of other processes write nothing.
-    """
+    """The folder of one run; with `writes` false, the methods write nothing."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
@@ -69,10 +63,7 @@ class RunFolder:
     def create(cls, run: RunSection) -> RunFolder:
         """Create a new folder: `run.dir`, or ``<root>/<name>-<time>``.
 
-        Raises
-        ------
-        ConfigError
-            If `run.dir` has content: a run is never overwritten.
+        Raises ConfigError if `run.dir` has content: a run is never overwritten.
         """
         if run.dir is not None:
             path = Path(run.dir)
@@ -98,10 +89,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the run for this process; at the end, delete its folder if it is empty.
 
-        Raises
-        ------
-        ConfigError
-            If another process writes the run.
+        Raises ConfigError if another process writes the run.
         """
         if not self.writes:
             yield
@@ -147,12 +135,8 @@ class RunFolder:
     def write_environment(self, device: str, engine: Dict[str, Any], data: Dict[str, str]) -> None:
         """Write environment.json: versions, device, commit, hashes of the data.
 
-        Parameters
-        ----------
-        device, engine
-            `describe` and `facts` of the engine.
-        data
-            `fingerprint` of the data module.
+        `device` and `engine` are `describe` and `facts` of the engine, `data` is `fingerprint` of
+        the data module.
         """
         if not self.writes:
             return
@@ -217,21 +201,10 @@ def open_run(
 
     Processes that torchrun restarted (`--max-restarts`) resume the run that they began.
 
-    Parameters
-    ----------
-    files, overrides
-        As for `load_config`. A resumed run uses its own config.yaml and the overrides; the files
-        then only select the run.
-    resume
-        None for a new run; a run folder; or ``""`` for `run.dir`, else the newest run of
-        `run.name`.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration is wrong, or `run.dir` is not empty.
-    CheckpointError
-        If there is nothing to resume.
+    `resume` is None for a new run; a run folder; or ``""`` for `run.dir`, else the newest run of
+    `run.name`. A resumed run uses its own config.yaml and the overrides; the files then only
+    select the run. Raises ConfigError if the configuration is wrong or `run.dir` is not empty,
+    CheckpointError if there is nothing to resume.
     """
     if not launch.is_connected:
         return _open(files, overrides, resume, launch)
@@ -322,10 +295,7 @@ def _newest_run(run: RunSection) -> Path:
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """Return the folder of the run that a checkpoint belongs to.
 
-    Raises
-    ------
-    CheckpointError
-        If it is not a checkpoint, or there is no config.yaml two folders above it.
+    Raises CheckpointError if it is not a checkpoint, or no config.yaml is two folders above it.
     """
     if not (checkpoint / "trainer_state.json").is_file():
         what = "it has no trainer_state.json" if checkpoint.is_dir() else "there is no such folder"

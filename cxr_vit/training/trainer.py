@@ -73,13 +73,9 @@ class Callback:
     """Base of callbacks; every hook does nothing.
 
     A callback observes a run. It may call `request_stop` or `interrupt` of the trainer.
-
-    Attributes
-    ----------
-    state_key
-        Name of the callback's state in a checkpoint; empty if it has none.
     """
 
+    #: Name of the callback's state in a checkpoint; empty if it has none.
     state_key = ""
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -111,29 +107,9 @@ class Trainer:
     Learning rate and sample order are functions of the step, so the step, the engine's state and
     the callbacks' state are enough to resume a run exactly.
 
-    Parameters
-    ----------
-    callbacks
-        Called in this order.
-    score
-        Maps logits and labels, float32 ``[N, C]``, to the metrics of a split.
-    keep_last
-        Number of checkpoints to keep besides `best`.
-    model_files
-        File name -> text of the files that a checkpoint has besides the weights.
-    origin
-        JSON-able facts about the data. A checkpoint has them, and they must match on resume.
-
-    Attributes
-    ----------
-    step, evaluated_step
-        Weight updates done, and the step of the last validation.
-    best_score
-        `MONITOR` of the checkpoint `best`; None if it is undefined.
-    stop_reason, interrupted
-        Why the run stops before its last step, and whether `interrupt` is the reason.
-    compile_s
-        Compilation time, seconds.
+    `callbacks` are called in their order. `score` maps logits and labels, float32 ``[N, C]``, to
+    metrics. A checkpoint has `model_files` (name -> text) and `origin`, JSON-able facts about the
+    data that must match on resume. `keep_last` checkpoints are kept besides `best`.
     """
 
     def __init__(
@@ -165,11 +141,11 @@ class Trainer:
         self.model_files = model_files
         self.origin = origin
 
-        self.step = 0
+        self.step = 0  # weight updates done
         self.evaluated_step = 0
-        self.best_score: Optional[float] = None
+        self.best_score: Optional[float] = None  # `MONITOR` of the checkpoint `best`
         self.stop_reason: Optional[str] = None
-        self.interrupted = False
+        self.interrupted = False  # whether `interrupt` is the reason
         self.compile_s = 0.0
         self._saved_step = 0
         self._interruption: Optional[str] = None
@@ -277,10 +253,7 @@ class Trainer:
     def save(self, *, is_best: bool = False) -> Path:
         """Write a checkpoint of the current step, update the links, and delete old checkpoints.
 
-        Raises
-        ------
-        NonFiniteLoss
-            If a weight is NaN or infinite; nothing is written then.
+        Raises NonFiniteLoss and writes nothing if a weight is NaN or infinite.
         """
         state = self.engine.state_dict()
         broken = [name for name, weight in state.weights.items() if not weight.isfinite().all()]
@@ -313,15 +286,9 @@ class Trainer:
     def resume(self, checkpoint: Path, *, weights_only: bool = False) -> None:
         """Restore the state of a checkpoint.
 
-        Parameters
-        ----------
-        weights_only
-            Leave out the state of the optimizer and of the device's random generator.
-
-        Raises
-        ------
-        CheckpointError
-            If it is damaged, of another model, of other data, or past the end of this run.
+        `weights_only` leaves out the state of the optimizer and of the device's random generator.
+        Raises CheckpointError if the checkpoint is damaged, of another model, of other data, or
+        past the end of this run.
         """
         state, trainer_state = load_checkpoint(checkpoint)
         changed = [
@@ -397,15 +364,10 @@ def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
 
 
 class StopOnSignal:
-    """Context in which the first SIGINT or SIGTERM calls `interrupt`.
+    """Context in which the first SIGINT or SIGTERM calls `interrupt` with the reason.
 
-    Parameters
-    ----------
-    interrupt
-        Called with the reason.
-    quiet
-        Print nothing and ignore further signals: for one of several processes. torchrun signals all
-        remaining processes when one ends, and kills them later.
+    `quiet` prints nothing and ignores further signals, for one of several processes: torchrun
+    signals all remaining processes when one ends, and kills them later.
     """
 
     def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
