@@ -226,10 +226,7 @@ class StagedViT(nn.Module):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights in by hub name; those of dropped stages are only checked.
 
-        Raises
-        ------
-        CheckpointError
-            If a weight is missing, unexpected or of another shape.
+        Raises CheckpointError if a weight is missing, unexpected or of another shape.
         """
         own = {_without_stage(name): parameter for name, parameter in self.named_parameters()}
         problems = [f"missing {name}" for name in own if name not in weights]
