@@ -37,29 +37,34 @@ class Calibration(NamedTuple):
         ConfigError
             If the runs had another engine, device or precision.
         """
-        name, target = self.runs[0].name, self.runs[0].work.target
-        differing = _differing(target, planned)
-        if differing:
-            raise ConfigError(
-                f"--calibrate: {name} is a run of {target.describe()}, and the"
-                f" configuration is planned for {planned.describe()}: they differ in {differing}."
-                " Plan a configuration of the runs' engine (engine.name, engine.device,"
-                " engine.precision, --hardware); planner.device_memory_gib plans for a GPU that is"
-                " not in this machine."
-            )
+        _check_alike(
+            self.runs[0],
+            planned,
+            "the configuration is planned for",
+            "Plan a configuration of the runs' engine (engine.name, engine.device,"
+            " engine.precision, --hardware); planner.device_memory_gib plans for a GPU that is not"
+            " in this machine.",
+        )
+        target = self.runs[0].work.target
         return planned._replace(name=target.name, precision=target.precision)
 
 
-def _differing(one: Target, other: Target) -> str:
-    """Name which of engine, device and precision differ; unknown ones do not."""
-    is_unnamed = one.kind == other.kind and "GPU" in (one.name, other.name)
-    is_open = "auto" in (one.precision, other.precision)
-    differ = {
-        "engine": one.engine != other.engine,
-        "device": one.name != other.name and not is_unnamed,
-        "precision": one.precision != other.precision and not is_open,
+def _check_alike(run: Measured, other: Target, what: str, advice: str) -> None:
+    """Raise if engine, device or precision differ; what is unknown does not."""
+    own = run.work.target
+    is_unnamed = own.kind == other.kind and "GPU" in (own.name, other.name)
+    is_open = "auto" in (own.precision, other.precision)
+    differing = {
+        "engine": own.engine != other.engine,
+        "device": own.name != other.name and not is_unnamed,
+        "precision": own.precision != other.precision and not is_open,
     }
-    return ", ".join(name for name, differs in differ.items() if differs)
+    names = ", ".join(name for name, differs in differing.items() if differs)
+    if names:
+        raise ConfigError(
+            f"--calibrate: {run.name} is a run of {own.describe()}, and {what} {other.describe()}:"
+            f" they differ in {names}. {advice}"
+        )
 
 
 def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -84,14 +89,9 @@ def calibrate(folders: Sequence[Path], overrides: Sequence[str] = ()) -> Calibra
     """
     runs = [_measure(folder, overrides) for folder in folders]
     target = runs[0].work.target
+    advice = "Constants hold for one engine, device and precision; calibrate such runs separately."
     for run in runs[1:]:
-        differing = _differing(target, run.work.target)
-        if differing:
-            raise ConfigError(
-                f"--calibrate: {runs[0].name} is a run of {target.describe()}, and {run.name} of"
-                f" {run.work.target.describe()}: they differ in {differing}. Constants hold for one"
-                " engine, device and precision; calibrate such runs separately."
-            )
+        _check_alike(runs[0], run.work.target, f"{run.name} of", advice)
     before = speed_of(target)
     after = fit(runs, before)
     if target.ipu:

@@ -111,10 +111,8 @@ def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> T
     cycle_s = max(time.micro_batch_s for time in times) if schedule == "lockstep" else 0.0
     if schedule == "lockstep":
         slots = _lockstep(times, micro_batches, cycle_s)
-    elif schedule == "in_order":
-        slots = _in_order(times, micro_batches)
     else:
-        slots = _processes(schedule, times, micro_batches)
+        slots = _in_turn(schedule, times, micro_batches)
     timeline = Timeline(schedule, len(times), micro_batches, slots, cycle_s)
     begin_s = timeline.work_s
     for stage, time in enumerate(times):
@@ -146,21 +144,8 @@ def _lockstep(times: Sequence[StageTime], micro_batches: int, cycle_s: float) ->
     return slots
 
 
-def _in_order(times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
-    slots: List[Slot] = []
-    now_s = 0.0
-    for micro_batch in range(micro_batches):
-        for stage, time in enumerate(times):
-            slots.append(Slot(stage, "forward", micro_batch, now_s, now_s + time.forward_s))
-            now_s += time.forward_s
-        for stage in reversed(range(len(times))):
-            slots += _backward(stage, times[stage], micro_batch, now_s)
-            now_s = slots[-1].end_s
-    return slots
-
-
 def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> List[Tuple[str, int]]:
-    """List a process's work in the order of torch's schedule."""
+    """List a stage's work in the order of its schedule: GPipe, 1F1B, or one at a time."""
     warm = in_flight(schedule, stage, num_stages, micro_batches)
     order = [("forward", micro_batch) for micro_batch in range(warm)]
     for micro_batch in range(micro_batches):
@@ -170,7 +155,7 @@ def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> Li
     return order
 
 
-def _processes(schedule: str, times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
+def _in_turn(schedule: str, times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
     """Start each piece of work when its stage is free and its neighbour has delivered."""
     last = len(times) - 1
     orders = [_order(schedule, stage, last + 1, micro_batches) for stage in range(last + 1)]
