@@ -119,17 +119,10 @@ def _config_parser(program: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="YAML files, merged left to right",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="overrides, win over every file"
-    )
+    add, text = parser.add_argument, "YAML files, merged left to right"
+    add("--config", nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    text = "overrides, win over every file"
+    add("overrides", nargs="*", metavar="section.key=value", help=text)
     return parser
 
 
@@ -149,21 +142,16 @@ def _split_overrides(words: Sequence[str]) -> Tuple[List[Path], List[str]]:
 def train_arguments(argv: Sequence[str]) -> TrainArguments:
     """Parse the command line of train.py."""
     parser = _config_parser("train.py", "Fine-tune a Vision Transformer on chest X-rays.")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        default=None,
-        metavar="RUN",
-        help="resume from the last checkpoint of this run folder, else of run.dir, else of the"
-        " newest run named run.name; the run's own config.yaml applies, overrides win over it",
+    text = (
+        "resume from the last checkpoint of this run folder, else of run.dir, else of the newest"
+        " run named run.name; the run's own config.yaml applies, overrides win over it"
     )
-    parser.add_argument(
-        "--compile-only",
-        action="store_true",
-        help="compile the graphs for IPUs into engine.executable_cache and stop: needs the Poplar"
-        " SDK, but no IPU and no data",
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=text)
+    text = (
+        "compile the graphs for IPUs into engine.executable_cache and stop: needs the Poplar SDK,"
+        " but no IPU and no data"
     )
+    parser.add_argument("--compile-only", action="store_true", help=text)
     namespace = parser.parse_intermixed_args(argv)
     files, overrides = _read_config(namespace)
     resume = namespace.resume
@@ -181,18 +169,13 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         description="Score a split with a checkpoint and write the report.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    example = "e.g. runs/<name>/checkpoints/best"
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help=example)
-    default = "default: test, or val where the split has no test images"
-    add("--split", choices=["train", "val", "test"], help=default)
+    add, text = parser.add_argument, "e.g. runs/<name>/checkpoints/best"
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help=text)
+    text = "default: test, or val where the split has no test images"
+    add("--split", choices=["train", "val", "test"], help=text)
     add("--out", type=Path, metavar="DIR", help="default: <run>/report")
-    add(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="overrides of the run's configuration (train.py --help lists the fields)",
-    )
+    text = "overrides of the run's configuration (train.py --help lists the fields)"
+    add("overrides", nargs="*", metavar="section.key=value", help=text)
     return EvaluateArguments(**vars(parser.parse_intermixed_args(argv)))
 
 
