@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -74,6 +75,8 @@ def slow_start() -> None:
 
 if __name__ == "__main__":
     fault, rank = sys.argv.pop(1), sys.argv.pop(1)
+    # As cli.run does, but before a fault imports the model.
+    warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     if os.environ["RANK"] == rank:
         globals()[fault]()
     cli.run(train.main)
