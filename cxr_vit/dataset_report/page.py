@@ -10,6 +10,7 @@ import base64
 import io
 import textwrap
 from html import escape
+from pathlib import Path
 from string import Template
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -33,54 +34,6 @@ _YEARS = np.arange(0, 126, 5)
 
 _LARGEST_SIDE = 256  # larger images are shrunk
 _WITHOUT_FINDING = 6  # images
-
-_PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8" />
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'" />
-<meta name="viewport" content="width=device-width, initial-scale=1" />
-<title>$title</title>
-<style>
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; color: #222; background: #fff;
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ccc; }
-.notice, .warning { background: #fff6dd; border-left: .3rem solid #d9a400; padding: .3rem .8rem;
-  margin: .5rem 0; }
-.caption { font-size: .85rem; color: #555; margin: 1rem 0 .2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #e5e5e5;
-  font-weight: normal; white-space: nowrap; }
-th.text, td.text { text-align: left; }
-td.text:last-child { white-space: normal; }
-tbody th { position: sticky; left: 0; background: #fff; }
-thead th { font-weight: 600; vertical-align: bottom; }
-th[colspan] { text-align: center; border-left: 1px solid #ccc; }
-table.heat th, table.heat td { padding: .15rem .35rem; }
-table.heat thead th + th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
-  vertical-align: top; padding: .35rem .15rem; }
-.side-by-side { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: 1rem; }
-.side-by-side figure { flex: 0 1 33rem; min-width: 0; margin: 0; }
-.images { margin-top: 1rem; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
-.images figure { margin: 0; min-width: 0; }
-figure img, .images svg { display: block; width: 100%; height: auto; }
-figcaption { font-size: .8rem; line-height: 1.35; color: #555; margin-top: .3rem; }
-figcaption b { color: #222; }
-rect { fill: none; stroke: #ffb000; stroke-width: 8; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="notice">$notice</p>
-$sections
-</body>
-</html>
-""")
 
 
 class Table(NamedTuple):
@@ -175,9 +128,9 @@ def html_page(title: str, notice: str, sections: Sequence[Section]) -> str:
             figures = "".join(_figure_html(figure, caption) for figure, caption in section.figures)
             parts.append(f'<div class="side-by-side">{figures}</div>')
         parts += [section.markup, "</section>"]
-    return _PAGE.substitute(
-        title=_escaped(title), notice=_escaped(notice), sections="\n".join(parts)
-    )
+    texts = {"title": _escaped(title), "notice": _escaped(notice), "sections": "\n".join(parts)}
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(texts)
 
 
 def table_html(table: Table) -> str:
