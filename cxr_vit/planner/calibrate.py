@@ -15,8 +15,6 @@ from cxr_vit.planner.estimate import speed_of
 from cxr_vit.planner.hardware import Target, make_target
 from cxr_vit.planner.speed import RELATIVE, Measured, SpeedModel, Workload, fit, workload
 
-__all__ = ["Calibration", "calibrate", "calibration_lines", "config_of_run"]
-
 _SPEED, _WAIT, _CYCLES = "perf/samples_per_s", "perf/data_wait_pct", "perf/ipu_cycles"
 #: Fields of environment.json["engine"] that are read.
 _FACTS = ("name", "device", "precision")

@@ -15,8 +15,6 @@ from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.hardware import ESTIMATES, MEMORY_UNCERTAINTY, Ipu, Target
 
-__all__ = ["CATEGORIES", "Formats", "ModelShape", "StageCost", "stage_cost", "stage_memory"]
-
 #: Operations of a multiplication and an addition.
 _MULTIPLY_ADD = 2
 
@@ -262,11 +260,7 @@ class Formats(NamedTuple):
 
     @classmethod
     def from_config(
-        cls,
-        config: Config,
-        target: Target,
-        batch: BatchPlan,
-        local_replicas: Optional[int] = None,
+        cls, config: Config, target: Target, batch: BatchPlan, local_replicas: Optional[int] = None
     ) -> Formats:
         """Read the formats from a configuration; one process has all replicas by default."""
         optim, engine, stages = config.optim, config.engine, len(config.pipeline.layers_per_stage)

@@ -17,16 +17,6 @@ from cxr_vit.planner.hardware import Target, find_target
 from cxr_vit.planner.speed import RELATIVE, SpeedModel, Workload, published_model, workload
 from cxr_vit.planner.timeline import StageTime, Timeline, simulate
 
-__all__ = [
-    "Plan",
-    "StagePrediction",
-    "describe_memory",
-    "make_plan",
-    "plan_of_run",
-    "preflight",
-    "speed_of",
-]
-
 logger = logging.getLogger(__name__)
 
 #: NIH's official training list, from which the validation images are drawn; all images.

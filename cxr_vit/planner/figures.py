@@ -12,15 +12,8 @@ from cxr_vit.planner.costs import CATEGORIES
 from cxr_vit.planner.estimate import Plan
 from cxr_vit.planner.timeline import Slot, Timeline, num_cycles, phases
 
-__all__ = ["memory_figure", "timeline_figure"]
-
 #: Okabe and Ito's palette, which the colour-blind can distinguish.
-_WORK = {
-    "forward": "#56B4E9",
-    "recompute": "#F0E442",
-    "backward": "#009E73",
-    "update": "#CC79A7",
-}
+_WORK = {"forward": "#56B4E9", "recompute": "#F0E442", "backward": "#009E73", "update": "#CC79A7"}
 _MEMORY = {
     "weights": "#0072B2",
     "accumulators": "#56B4E9",
@@ -114,12 +107,7 @@ def _phases(timeline: Timeline) -> List[Tuple[str, float, float]]:
 
 
 def _draw_span(
-    axis: Any,
-    timeline: Timeline,
-    span: Tuple[float, float],
-    unit_s: float,
-    *,
-    per_inch_s: float,
+    axis: Any, timeline: Timeline, span: Tuple[float, float], unit_s: float, *, per_inch_s: float
 ) -> None:
     start_s, end_s = span
     shown = [slot for slot in timeline.slots if slot.end_s > start_s and slot.start_s < end_s]

@@ -8,22 +8,6 @@ from typing import NamedTuple, Optional, Tuple
 
 from cxr_vit.config import Config
 
-__all__ = [
-    "ESTIMATES",
-    "IPUS",
-    "IPUS_PER_MACHINE",
-    "MEMORY_UNCERTAINTY",
-    "PUBLISHED",
-    "SPEED_UNCERTAINTY",
-    "TUTORIAL",
-    "Ipu",
-    "PublishedRun",
-    "Sourced",
-    "Target",
-    "find_target",
-    "make_target",
-]
-
 
 class Sourced(NamedTuple):
     """A number and its source."""

@@ -25,9 +25,6 @@ from cxr_vit.planner.search import Candidate, Found
 from cxr_vit.planner.speed import published_workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
-__all__ = ["describe_result", "plan_lines", "search_lines", "source_lines"]
-
-
 #: Side of the images that the cache's speed was measured with.
 _PIXELS_MEASURED = 224
 

@@ -22,9 +22,6 @@ from cxr_vit.planner.hardware import Target, find_target
 from cxr_vit.planner.speed import Constants, SpeedModel, Workload, workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages
 
-__all__ = ["Candidate", "Found", "Layout", "StatePlacement", "all_cuts", "kept_choices", "search"]
-
-
 #: More cuts than this take too much time and memory.
 _MOST_CUTS = 2_000_000
 #: Number of layouts that are returned.

@@ -34,18 +34,6 @@ from cxr_vit.planner.hardware import (
 )
 from cxr_vit.planner.timeline import StageTime, in_flight, num_cycles, simulate
 
-__all__ = [
-    "RELATIVE",
-    "Constants",
-    "Measured",
-    "SpeedModel",
-    "Workload",
-    "fit",
-    "published_model",
-    "published_workload",
-    "workload",
-]
-
 #: Micro-batches after which every further one of a process pipeline takes equally long.
 _STEADY = 512
 #: The published runs are of this IPU.

@@ -8,17 +8,6 @@ from __future__ import annotations
 
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
-__all__ = [
-    "Slot",
-    "StageTime",
-    "Timeline",
-    "in_flight",
-    "num_cycles",
-    "num_pipeline_stages",
-    "phases",
-    "simulate",
-]
-
 
 class StageTime(NamedTuple):
     """Seconds of one micro-batch on a stage, and of one weight update."""
