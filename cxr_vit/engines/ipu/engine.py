@@ -145,13 +145,7 @@ class PopTorchEngine(Engine):
         *,
         training: bool,
     ) -> Iterable[Batch]:
-        """Return PopTorch's loader of full host batches.
-
-        Raises
-        ------
-        ConfigError
-            If the remaining steps are not a whole number of host calls.
-        """
+        """Return a loader of full host batches; see `HostBatchLoader`."""
         self._loaders = [loader for loader in self._loaders if loader.is_open]
         loader = HostBatchLoader(
             self.graphs.training_options if training else self.graphs.inference_options,

@@ -78,15 +78,7 @@ def explained(error: Exception, doing: str) -> CxrVitError:
 
 
 def guarded(doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call PopTorch and return the result.
-
-    Raises
-    ------
-    DeviceError
-        If PopTorch or the device fails.
-    EngineUnavailable
-        If the IPUs are not available.
-    """
+    """Call PopTorch; raise its errors as DeviceError, or EngineUnavailable without IPUs."""
     import poptorch
 
     try:
@@ -122,13 +114,7 @@ class ExecutableCache:
     """PopART's cache of compiled graphs, in one folder per configuration.
 
     A single folder for all would be slow to search, and nobody would know which files to delete.
-
-    Parameters
-    ----------
-    root
-        Parent of these folders; None for no cache.
-    shape
-        Result of `graph_shape`.
+    `root` is the parent of these folders, or None for no cache; `shape` the result of `graph_shape`.
     """
 
     def __init__(self, root: Optional[str], shape: Dict[str, Any]) -> None:
@@ -268,8 +254,6 @@ class IpuGraphs:
     ----------
     model, eval_model
         The model as it is cut for training and for evaluation, with shared weights.
-    training_options, inference_options
-        PopTorch freezes them.
     kept_layers
         Layers whose output is kept for the backward pass.
     offline

@@ -88,8 +88,6 @@ def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: 
         as ``{"learningRate___specific___model.classifier.bias": ..., "lossScaling_FLOAT": ...}``.
     hub_names
         Parameter name in the wrapped model -> hub name.
-    kind
-        Result of `optimizer_kind`.
     """
     slots: Slots = {}
     for table in ("ipu_state", "ipu_param"):
@@ -108,16 +106,10 @@ def to_poptorch(
     names: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype],
 ) -> Dict[str, Dict[str, Tensor]]:
-    """Convert slots by hub name to PopTorch's `ipu_state` and `ipu_param`.
+    """Convert slots by hub name, also of torch's AdamW, to PopTorch's `ipu_state` and `ipu_param`.
 
-    Parameters
-    ----------
-    slots
-        Result of `from_poptorch`, or the state of torch's AdamW.
-    names
-        Hub name -> parameter name in the wrapped model.
-    dtypes
-        Result of `moment_dtypes`.
+    `names` maps hub names to parameter names in the wrapped model, `dtypes` is the result of
+    `moment_dtypes`.
     """
     state: Dict[str, Dict[str, Tensor]] = {"ipu_state": {}, "ipu_param": {}}
     popart_slots = {slot: popart for popart, slot in _ADAMW.items()}
