@@ -114,7 +114,7 @@ class ExecutableCache:
     """PopART's cache of compiled graphs, in one folder per configuration.
 
     A single folder for all would be slow to search, and nobody would know which files to delete.
-    `root` is the parent of these folders, or None for no cache; `shape` the result of `graph_shape`.
+    `root` is the parent of these folders, or None for no cache; `shape` is from `graph_shape`.
     """
 
     def __init__(self, root: Optional[str], shape: Dict[str, Any]) -> None:
