@@ -65,8 +65,8 @@ class Layout(NamedTuple):
             else:
                 recompute.append([start + layer for layer in own])
             start += count
-        size, accumulation = batch.micro_batch_size, batch.gradient_accumulation
-        return cls(list(layers), size, accumulation, recompute, placement)
+        sizes = batch.micro_batch_size, batch.gradient_accumulation
+        return cls(list(layers), *sizes, recompute, placement)
 
     def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
         """Return the layout as sections and keys of a configuration."""
@@ -92,36 +92,20 @@ class Layout(NamedTuple):
         return config.changed(**overlay)
 
     def write(self, path: Path, *, on_ipus: bool, comment: Sequence[str]) -> None:
-        """Write the layout, under comment lines, as a new file of overrides.
-
-        Raises
-        ------
-        ConfigError
-            If the file exists or cannot be written.
-        """
+        """Write the layout, under comment lines, as a new file of overrides."""
         text = "".join(f"# {line}".rstrip() + "\n" for line in comment)
-        text += yaml.safe_dump(
-            self.overlay(on_ipus=on_ipus), sort_keys=False, default_flow_style=None
-        )
+        overlay = self.overlay(on_ipus=on_ipus)
+        text += yaml.safe_dump(overlay, sort_keys=False, default_flow_style=None)
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
-        except FileExistsError as error:
-            raise ConfigError(f"{path} exists; name a new file, or remove it.") from error
         except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be written: {error.strerror}. Name a place you may write to."
-            ) from error
+            advice = "Name a new file, in a folder you may write to."
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}. {advice}") from error
 
 
 def all_cuts(num_layers: int, stages: int) -> np.ndarray:
-    """Return all cuts, int16 ``[cuts, stages]``; only the first and last may have no layers.
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer layers than stages that need one, or too many cuts.
-    """
+    """Return all cuts, int16 ``[cuts, stages]``; only the first and last may have no layers."""
     free = num_layers - max(0, stages - 2)
     if free < 0:
         raise ConfigError(
@@ -167,19 +151,14 @@ def _choices(
     work: Workload, constants: Constants, stage: int, layers: int, depth: int
 ) -> List[_Choice]:
     """Return what fits of a stage with a number of layers, the fastest first."""
-    is_first, is_last = stage == 0, stage == len(work.costs) - 1
-    if layers == 0 and not is_first and not is_last:
+    own = work.costs[stage]
+    if layers == 0 and not own.is_first and not own.is_last:
         return []  # in no cut
     choices = []
     for kept in kept_choices(layers) if work.recomputes else [()]:
-        cost = stage_cost(
-            work.shape,
-            num_layers=layers,
-            is_first=is_first,
-            is_last=is_last,
-            kept=kept,
-            recomputes=work.recomputes,
-        )
+        ends = {"is_first": own.is_first, "is_last": own.is_last}
+        recomputes = work.recomputes
+        cost = stage_cost(work.shape, num_layers=layers, kept=kept, recomputes=recomputes, **ends)
         memory = work.memory(stage, cost, depth)
         if memory.fits:
             time = work.stage_time(cost, constants)
@@ -224,31 +203,25 @@ def search(
     accumulations: Optional[Sequence[int]] = None,
     model: Optional[SpeedModel] = None,
 ) -> Found:
-    """Find the fastest layouts of a configuration's pipeline.
+    """Find the fastest layouts with a configuration's number of stages and replicas.
 
-    Parameters
-    ----------
-    config
-        Gives everything that is not searched, also the number of stages and replicas.
-    target, model
-        As in `make_plan`.
-    micro_batches
-        Sizes to try; None for all that divide the global batch. If the overhead of a micro-batch is
-        unknown, None is the configuration's own: small ones would look too fast.
-    accumulations
-        Accumulations to try with each size; None for the one that keeps the global batch.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration has no pipeline to cut, the model's shape is unknown, there are too
-        many cuts to try, or PopTorch refuses the configuration with any layout.
+    Without `micro_batches` all that divide the global batch are tried. If the overhead of a
+    micro-batch is unknown, only the configuration's own is: small ones would look too fast. Without
+    `accumulations` each size has the one that keeps the global batch. Raises ConfigError if the
+    configuration has no pipeline to cut or is refused with any layout, or the cuts are too many.
     """
     target = target or find_target(config)
     model = model or speed_of(target)
     neutral = _neutral(config)
     work = workload(neutral, target)
-    _check(neutral, work)
+    if len(work.costs) == 1:
+        raise ConfigError(
+            "there is nothing to search: all stages run on one device. Give a pipeline"
+            " (engine.name=poptorch or pipeline, two stages or more)."
+        )
+    problems = ipu_problems(neutral) if target.ipu else []
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
     cuts = all_cuts(work.shape.num_layers, len(work.costs))
     batch = BatchPlan.from_section(config.batch)
     if micro_batches is None and model.constants.overhead_s == 0:
@@ -305,29 +278,15 @@ def _neutral(config: Config) -> Config:
     )
 
 
-def _check(neutral: Config, work: Workload) -> None:
-    """Raise if there is nothing to search, or all of it would be refused."""
-    if len(work.costs) == 1:
-        raise ConfigError(
-            "there is nothing to search: all stages run on one device. Give a pipeline"
-            " (engine.name=poptorch or pipeline, two stages or more)."
-        )
-    problems = ipu_problems(neutral) if work.target.ipu else []
-    if problems:
-        raise ConfigError("\n".join(map(str, problems)))
-
-
 def _refused(config: Config, work: Workload, counts: Sequence[int]) -> Dict[int, str]:
     """Return the accumulations that the pipeline refuses, each with the reason."""
     refused = {}
     for count in counts:
         tried = config.changed(batch={"gradient_accumulation": count})
-        if work.target.ipu:
-            problem = next(iter(ipu_problems(tried)), None)
-        else:
-            problem = schedule_problem(tried, len(work.costs))
-        if problem:
-            refused[count] = str(problem)
+        on_ipus = work.target.ipu is not None
+        problems = ipu_problems(tried) if on_ipus else [schedule_problem(tried, len(work.costs))]
+        if any(problems):
+            refused[count] = str(problems[0])
     return refused
 
 
@@ -371,19 +330,14 @@ def _placed(work: Workload, placement: StatePlacement) -> Workload:
 
 
 class _Table:
-    """Time and memory of each cut, for works that differ in their accumulation only.
-
-    The costs of a stage depend on its place and its own layers only, so each is computed once.
-    """
+    """Time and memory of each cut, for works that differ in their accumulation only."""
 
     def __init__(self, work: Workload, cuts: np.ndarray, constants: Constants) -> None:
         self.cuts = cuts
-        #: By stage and number of layers, the fastest first.
+        counts = range(work.shape.num_layers + 1)
+        #: By stage and number of layers, the fastest first: all that the costs depend on.
         self.choices = [
-            [
-                _choices(work, constants, stage, layers, depth)
-                for layers in range(work.shape.num_layers + 1)
-            ]
+            [_choices(work, constants, stage, layers, depth) for layers in counts]
             for stage, depth in enumerate(work.depths)
         ]
         fastest = np.array(
@@ -395,9 +349,7 @@ class _Table:
         #: Of the slowest stage, of the fullest, and of the longest weight update, ``[cuts]``.
         self.slowest_s, self.memory, self.update_s = values.max(axis=1).T
 
-    def ranked(
-        self, work: Workload, placement: StatePlacement, preference: int
-    ) -> Iterator[_Ranked]:
+    def ranked(self, work: Workload, state: StatePlacement, preference: int) -> Iterator[_Ranked]:
         """Yield the cuts that fit, by the lower bound of an update's time."""
         least_s = self._least_s(work) + self.update_s
         candidates = np.arange(len(least_s))
@@ -411,28 +363,22 @@ class _Table:
                 return
             layers = tuple(int(count) for count in self.cuts[row])
             chosen = self._chosen(work, layers, float(self.slowest_s[row]))
-            kept = [choice.kept for choice in chosen]
-            yield _Ranked(
-                round(float(least_s[row]) / work.batch.global_batch_size, 12),
-                preference,
-                max(choice.memory for choice in chosen),
-                Layout.of_stages(layers, kept, work.batch, placement),
-            )
+            per_image_s = round(float(least_s[row]) / work.batch.global_batch_size, 12)
+            memory = max(choice.memory for choice in chosen)
+            layout = Layout.of_stages(layers, [own.kept for own in chosen], work.batch, state)
+            yield _Ranked(per_image_s, preference, memory, layout)
 
     def _least_s(self, work: Workload) -> np.ndarray:
         """Return a lower bound of the time of each cut's micro-batches."""
         own, count = self.seconds, work.batch.gradient_accumulation
-        least: np.ndarray
         if work.schedule == "lockstep":
-            least = num_cycles(own.shape[1], count) * self.slowest_s
-        elif work.schedule == "in_order":
-            least = count * own.sum(axis=1)
-        else:
-            # The stages before a stage pass a micro-batch on before it starts, and take one back
-            # at the end; in between it does its own work.
-            before = np.cumsum(np.hstack([np.zeros((len(own), 1)), own[:, :-1]]), axis=1)
-            least = (before + count * own).max(axis=1)
-        return least
+            return np.asarray(num_cycles(own.shape[1], count) * self.slowest_s)
+        if work.schedule == "in_order":
+            return np.asarray(count * own.sum(axis=1))
+        # The stages before a stage pass a micro-batch on before it starts, and take one back at the
+        # end; in between it does its own work.
+        before = np.cumsum(np.hstack([np.zeros((len(own), 1)), own[:, :-1]]), axis=1)
+        return np.asarray((before + count * own).max(axis=1))
 
     def _chosen(self, work: Workload, layers: Tuple[int, ...], slowest_s: float) -> List[_Choice]:
         """Choose for each stage the least memory that does not slow the update."""
