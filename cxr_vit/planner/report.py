@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Callable, List, Sequence, Tuple
 
 from cxr_vit.config import Config, load_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.console import columns, count, percent, prose, signed_percent
-from cxr_vit.errors import ConfigError, Problem
+from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import CATEGORIES
 from cxr_vit.planner.estimate import Plan, StagePrediction, make_plan
 from cxr_vit.planner.hardware import (
@@ -22,7 +22,7 @@ from cxr_vit.planner.hardware import (
     Target,
 )
 from cxr_vit.planner.search import Candidate, Found
-from cxr_vit.planner.speed import published_workload
+from cxr_vit.planner.speed import Workload, published_workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
 #: Side of the images that the cache's speed was measured with.
@@ -45,7 +45,13 @@ def plan_lines(config: Config, plan: Plan) -> List[str]:
             f" runs of {plan.target.describe()} predicts it; --hardware mk2 or bow predicts IPUs"
         )
         return lines + prose("speed", unknown)
-    return [*lines, *_speed(plan), *_host(config, plan), *_basis(plan), *_tutorial(plan)]
+    low, high = plan.speed_range
+    speed = (
+        f"{plan.samples_per_s:,.0f} samples/s ({low:,.0f} to {high:,.0f}), predicted; an epoch of"
+        f" {plan.images:,} images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min"
+    )
+    lines += prose("speed", speed)
+    return [*lines, *_host(config, plan), *_basis(plan), *_tutorial(plan)]
 
 
 def _heading(config: Config, plan: Plan) -> List[str]:
@@ -69,14 +75,11 @@ def _heading(config: Config, plan: Plan) -> List[str]:
         lines.append(f"  {target.place} {stage.stage}  {', '.join(parts)}")
         start = end
     lines.append(batch.describe()[0])
-    problems: Sequence[Optional[Problem]] = []
-    if target.ipu:
-        problems = ipu_problems(config)
-    elif target.engine == "pipeline":
-        problems = [schedule_problem(config, stages)]
+    problems = ipu_problems(config) if target.ipu else []
+    if target.engine == "pipeline":
+        problems = list(filter(None, [schedule_problem(config, stages)]))
     for problem in problems:
-        if problem:
-            lines += prose("refused", str(problem))
+        lines += prose("refused", str(problem))
     return lines
 
 
@@ -84,14 +87,13 @@ def _memory(plan: Plan) -> List[str]:
     target, limit, head = plan.target, plan.target.memory_bytes, "memory, MB"
     if limit is not None:
         has = f"{limit / 1e6:.1f}, or {limit / 2**20:,.0f} MiB"
-        article = "an" if target.ipu else "a"
-        head += f" ({article} {target.place} has {has})"
+        head += f" ({'an' if target.ipu else 'a'} {target.place} has {has})"
 
     def row(name: str, text: Callable[[StagePrediction], str]) -> List[str]:
         return [name, *map(text, plan.stages)]
 
-    def megabytes_of(category: str) -> Callable[[StagePrediction], str]:
-        return lambda stage: f"{getattr(stage.memory, category) / 1e6:.1f}"
+    def megabytes(name: str, category: str) -> List[str]:
+        return row(name, lambda stage: f"{getattr(stage.memory, category) / 1e6:.1f}")
 
     rows = [
         row(head, lambda stage: f"{target.place} {stage.stage}"),
@@ -104,13 +106,13 @@ def _memory(plan: Plan) -> List[str]:
         names["optimizer"] += f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
     for category, name in names.items():
         if any(getattr(stage.memory, category) for stage in plan.stages):
-            rows.append(row(name, megabytes_of(category)))
-    rows.append(row("total", megabytes_of("total")))
+            rows.append(megabytes(name, category))
+    rows.append(megabytes("total", "total"))
     if limit is not None:
         verdict = f"verdict (+- {100 * MEMORY_UNCERTAINTY:.0f} %)"
         rows += [
             row("share", lambda stage: percent(stage.memory.share)),
-            row("headroom", megabytes_of("headroom")),
+            megabytes("headroom", "headroom"),
             row(verdict, lambda stage: stage.memory.verdict),
         ]
     rows.append(row("micro-batches held at a time", lambda stage: str(stage.depth)))
@@ -124,8 +126,8 @@ def _memory(plan: Plan) -> List[str]:
 
 def _times(plan: Plan) -> List[str]:
     """Tabulate the milliseconds, or without them the operations, of each stage."""
-    place, scale = plan.target.place, 1e3 if plan.has_time else 1e-9
-    title = "time, ms" if plan.has_time else "operations, G"
+    place = plan.target.place
+    title, scale = ("time, ms", 1e3) if plan.has_time else ("operations, G", 1e-9)
     rows = [[title, *(f"{place} {stage.stage}" for stage in plan.stages)]]
     for name, kind in (
         ("forward", "forward_s"),
@@ -140,15 +142,12 @@ def _times(plan: Plan) -> List[str]:
     lines = columns(rows)
     slowest, *others = plan.by_speed()
     if others and plan.work.schedule != "in_order":
-        more = slowest.time.micro_batch_s / others[0].time.micro_batch_s - 1
-        overhead = ""
-        if plan.model.constants.overhead_s:
-            milliseconds = 1e3 * plan.model.constants.overhead_s
-            overhead = f"; {milliseconds:.2f} ms of each micro-batch are fixed overhead"
-        lines.append(
-            f"{place} {slowest.stage} is the slowest, {percent(more)} over {place}"
-            f" {others[0].stage}{overhead}"
-        )
+        second, overhead_s = others[0], plan.model.constants.overhead_s
+        more = percent(slowest.time.micro_batch_s / second.time.micro_batch_s - 1)
+        text = f"{place} {slowest.stage} is the slowest, {more} over {place} {second.stage}"
+        if overhead_s:
+            text += f"; {1e3 * overhead_s:.2f} ms of each micro-batch are fixed overhead"
+        lines.append(text)
     return lines
 
 
@@ -177,15 +176,6 @@ def _update(config: Config, plan: Plan) -> str:
     )
 
 
-def _speed(plan: Plan) -> List[str]:
-    low, high = plan.speed_range
-    return prose(
-        "speed",
-        f"{plan.samples_per_s:,.0f} samples/s ({low:,.0f} to {high:,.0f}), predicted; an epoch of"
-        f" {plan.images:,} images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min",
-    )
-
-
 def _host(config: Config, plan: Plan) -> List[str]:
     needed, workers = plan.samples_per_s, config.data.num_workers
     text = f"must read {needed:,.0f} images/s and send {plan.host_bytes_per_s / 1e6:,.1f} MB/s"
@@ -194,13 +184,12 @@ def _host(config: Config, plan: Plan) -> List[str]:
         links = machines * plan.target.ipu.host_bandwidth.value
         text += f" ({percent(plan.host_bytes_per_s / links)} of what its links carry)"
     if config.data.cache == "off":
-        each, what = ESTIMATES["decoded_per_s"].value, "data.cache=off decodes about"
-        remedy = "use the cache"
+        what, remedy = "data.cache=off decodes about", "use the cache"
+        each = ESTIMATES["decoded_per_s"].value
     else:
-        each = (
-            ESTIMATES["cached_per_s"].value * (_PIXELS_MEASURED / plan.work.shape.image_size) ** 2
-        )
         what, remedy = "The cache serves about", "raise data.num_workers"
+        scale = (_PIXELS_MEASURED / plan.work.shape.image_size) ** 2
+        each = ESTIMATES["cached_per_s"].value * scale
     processes = math.ceil(needed / each)
     text += (
         f". {what} {each:,.0f} images/s per process: {processes} for this speed, and"
@@ -228,15 +217,12 @@ def _basis(plan: Plan) -> List[str]:
 def _tutorial(plan: Plan) -> List[str]:
     """Compare the plan with Graphcore's tutorial, if batch, split and device are the same."""
     theirs, ours = published_workload(TUTORIAL), plan.work
-    is_same = (
-        theirs.target == ours.target
-        and theirs.schedule == ours.schedule
-        and theirs.batch.micro_batch_size == ours.batch.micro_batch_size
-        and theirs.batch.global_batch_size == ours.batch.global_batch_size
-        and theirs.batch.replicas == ours.batch.replicas
-        and [cost.parameters for cost in theirs.costs] == [cost.parameters for cost in ours.costs]
-    )
-    if not is_same or plan.samples_per_s < TUTORIAL.samples_per_s:
+
+    def compared(work: Workload) -> Tuple[object, ...]:
+        sizes = work.batch.micro_batch_size, work.batch.global_batch_size, work.batch.replicas
+        return work.target, work.schedule, sizes, [cost.parameters for cost in work.costs]
+
+    if compared(theirs) != compared(ours) or plan.samples_per_s < TUTORIAL.samples_per_s:
         return []
     below = 1 - TUTORIAL.samples_per_s / plan.samples_per_s
     own = theirs.batch.global_batch_size / theirs.seconds(plan.model.constants)
@@ -252,10 +238,8 @@ def _tutorial(plan: Plan) -> List[str]:
 def search_lines(config: Config, found: Found, target: Target) -> List[str]:
     """List the results of a search around a configuration, and why the first is the fastest."""
     stages = len(config.pipeline.layers_per_stage)
-    lines = [
-        f"{target.of(stages * config.batch.replicas)}: {found.tried:,} cuts x batches x placements"
-        " tried"
-    ]
+    devices = target.of(stages * config.batch.replicas)
+    lines = [f"{devices}: {found.tried:,} cuts x batches x placements tried"]
     if found.refused:
         counts = ", ".join(map(str, found.refused))
         lines += prose("refused", f"accumulation {counts}: {list(found.refused.values())[-1]}")
@@ -265,14 +249,14 @@ def search_lines(config: Config, found: Found, target: Target) -> List[str]:
         lines += prose("memory", f"micro-batch {found.too_large} and larger: fit in no cut")
     if found.best:
         return [*lines, *_table(found.best), *prose("why", _why(config, found.best))]
-    if found.too_large is None:
-        more = "is left: give other --accumulations, or smaller --micro-batches."
-        return [*lines, *prose("nothing", more)]
-    smaller = "fewer images per micro-batch"
-    if target.ipu:
-        smaller += ", engine.weights=fp16, optim.accumulator=fp16"
-    more = f"fits: try more stages (pipeline.layers_per_stage) or {smaller}."
-    return [*lines, *prose("nothing", more)]
+    advice = "is left: give other --accumulations, or smaller --micro-batches."
+    if found.too_large is not None:
+        formats = ", engine.weights=fp16, optim.accumulator=fp16" if target.ipu else ""
+        advice = (
+            "fits: try more stages (pipeline.layers_per_stage) or fewer images per micro-batch"
+            f"{formats}."
+        )
+    return [*lines, *prose("nothing", advice)]
 
 
 def _table(best: Sequence[Candidate]) -> List[str]:
@@ -295,10 +279,8 @@ def _table(best: Sequence[Candidate]) -> List[str]:
             row.append(f"{moments}, sharded" if layout.placement.sharded else moments)
         relative = percent(plan.samples_per_s / first.samples_per_s)
         row.append(f"{plan.samples_per_s:,.0f}" if plan.has_time else relative)
-        memory = plan.fullest.memory
-        full = f"{memory.total / 1e6:,.0f} MB"
-        if plan.target.memory_bytes is not None:
-            full = percent(memory.share)
+        memory, is_known = plan.fullest.memory, plan.target.memory_bytes is not None
+        full = percent(memory.share) if is_known else f"{memory.total / 1e6:,.0f} MB"
         rows.append([*row, f"{place} {plan.fullest.stage} {full}"])
     return columns(rows)
 
@@ -310,9 +292,7 @@ def _list(values: Sequence[object]) -> str:
 def _kept_text(recompute: Sequence[Any]) -> str:
     """Shorten `pipeline.recompute` to what each stage keeps besides its input."""
     short = {"stage_inputs": "-", "every_layer": "all"}
-    return " ".join(
-        short[choice] if isinstance(choice, str) else _list(choice) for choice in recompute
-    )
+    return " ".join(short[own] if isinstance(own, str) else _list(own) for own in recompute)
 
 
 def _why(config: Config, best: Sequence[Candidate]) -> str:
@@ -324,12 +304,12 @@ def _why(config: Config, best: Sequence[Candidate]) -> str:
         slower = percent(1 - second.samples_per_s / first.samples_per_s)
         text += f" 2 is {slower} slower: {_character(second)}."
     if first.fullest.memory.verdict == "fits, closely":
-        ranks = [
-            rank for rank, row in enumerate(best, 1) if row.plan.fullest.memory.verdict == "fits"
-        ]
-        where = f"{ranks[0]} is the first with room for that" if ranks else "none has room for that"
+        verdicts = [row.plan.fullest.memory.verdict for row in best]
+        roomy = (
+            f"{verdicts.index('fits') + 1} is the first with" if "fits" in verdicts else "none has"
+        )
         error = f"{100 * MEMORY_UNCERTAINTY:.0f} %"
-        text += f" 1 fits closely, and the prediction may be off by {error}: {where}."
+        text += f" 1 fits closely, and the prediction may be off by {error}: {roomy} room for that."
     return text if first.model.constants.overhead_s else f"{text} {_UNKNOWN_OVERHEAD}"
 
 
@@ -340,10 +320,8 @@ def _against_own(config: Config, first: Plan) -> str:
     except ConfigError:
         return " The configuration's own cut is refused."
     batch = own.work.batch
-    layout = (
-        f"{_list(config.pipeline.layers_per_stage)}, {batch.micro_batch_size} x"
-        f" {batch.gradient_accumulation}"
-    )
+    layers = _list(config.pipeline.layers_per_stage)
+    layout = f"{layers}, {batch.micro_batch_size} x {batch.gradient_accumulation}"
     if own.target.ipu and ipu_problems(config):
         return f" The configuration's own, {layout}, is refused."
     if not own.fits:
@@ -378,38 +356,30 @@ def _character(plan: Plan) -> str:
 def describe_result(plan: Plan) -> str:
     """Describe in a line what a search found, for the head of the file that it writes."""
     speed = f": predicted {plan.samples_per_s:,.0f} samples/s" if plan.has_time else ""
-    full = ""
-    if plan.target.memory_bytes is not None:
-        full = f", the fullest {100 * plan.fullest.memory.share:.0f} % full"
+    is_known, share = plan.target.memory_bytes is not None, plan.fullest.memory.share
+    full = f", the fullest {100 * share:.0f} % full" if is_known else ""
     return f"for {plan.target.of(plan.devices)}{speed}{full}"
 
 
 def source_lines(target: Target) -> List[str]:
     """List a device's numbers and the published runs, each with its source."""
     lines = [target.name]
-    for field, value in target.ipu._asdict().items() if target.ipu else ():
-        if isinstance(value, Sourced):
-            lines += prose("", f"{field} {value.value:,.15g}: {value.source}")
+    numbers = {**target.ipu._asdict(), **ESTIMATES} if target.ipu else ESTIMATES
     if not target.ipu:
         memory = f"memory {target.memory_bytes or 0:,.0f} bytes: {target.memory_source}"
         lines += prose("", _UNKNOWN_MEMORY if target.memory_bytes is None else memory)
-    for name, value in ESTIMATES.items():
-        lines += prose("", f"{name} {value.value:,.15g}: {value.source}")
+    for name, number in numbers.items():
+        if isinstance(number, Sourced):
+            lines += prose("", f"{name} {number.value:,.15g}: {number.source}")
     lines.append("published runs, samples/s, and how full their fullest device is predicted")
     rows = [["", "published", "predicted", "measured over it", "", "fullest"]]
     for run in PUBLISHED:
         config = load_config([], [*run.settings, f"planner.hardware={run.hardware}"])
         plan = make_plan(config, image_bytes=run.image_bytes)
-        rows.append(
-            [
-                f"  {run.what}",
-                f"{run.samples_per_s:,.0f}",
-                f"{plan.samples_per_s:,.0f}",
-                signed_percent(run.samples_per_s / plan.samples_per_s - 1),
-                "fitted" if run.is_fitted else "",
-                percent(plan.fullest.memory.share),
-            ]
-        )
+        row = [f"  {run.what}", f"{run.samples_per_s:,.0f}", f"{plan.samples_per_s:,.0f}"]
+        row.append(signed_percent(run.samples_per_s / plan.samples_per_s - 1))
+        row.append("fitted" if run.is_fitted else "")
+        rows.append([*row, percent(plan.fullest.memory.share)])
     lines += columns(rows)
     for run in PUBLISHED:
         note = f" It was {run.note}." if run.note else ""
