@@ -37,13 +37,7 @@ class ModelShape(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Config) -> ModelShape:
-        """Read the shape from a configuration.
-
-        Raises
-        ------
-        ConfigError
-            If `model.name` does not imply the shape.
-        """
+        """Read the shape from a configuration; ConfigError if `model.name` does not imply it."""
         found = known_architecture(config.model.name)
         if found is None:
             raise ConfigError(
@@ -99,9 +93,7 @@ class ModelShape(NamedTuple):
     def layer_flops(self) -> int:
         """Return the operations of an encoder layer, forward."""
         tokens, width = self.tokens, self.hidden_size
-        projections = 4 * tokens * width * width
-        attention = 2 * tokens * tokens * width
-        return _MULTIPLY_ADD * (projections + attention + 2 * tokens * width * self.mlp_size)
+        return _MULTIPLY_ADD * 2 * tokens * width * (2 * width + tokens + self.mlp_size)
 
     def layer_activations(self) -> int:
         """Return the elements that the backward pass of an encoder layer needs, plain attention.
@@ -114,11 +106,7 @@ class ModelShape(NamedTuple):
         return 8 * self.hidden_elements + 2 * self.tokens * self.mlp_size + attention
 
     def layer_gradients(self) -> int:
-        """Return the elements of the gradients at the peak of a layer's backward pass.
-
-        The gradients of the residual stream and of the MLP's hidden layer, while all activations
-        are there.
-        """
+        """Return the elements of a layer's gradients at the peak: residual stream, MLP's inside."""
         return self.hidden_elements + self.tokens * self.mlp_size
 
 
@@ -164,20 +152,13 @@ def stage_cost(
 ) -> StageCost:
     """Count the costs of a stage.
 
-    Parameters
-    ----------
-    kept
-        Layers, counted from the stage's first, whose output is kept.
-    recomputes
-        Whether everything but the kept outputs and the stage's input is computed again for the
-        backward pass. On the last stage PopART does so only up to the last kept output
-        (pipeline.cpp, setFinalFwdStageRecomputation).
+    `kept` are the layers, counted from the stage's first, whose output is kept. With `recomputes`
+    all but these and the stage's input is computed again for the backward pass. On the last stage
+    PopART does so only up to the last kept output (pipeline.cpp, setFinalFwdStageRecomputation).
     """
-    tensors: List[int] = shape.layer_tensors() * num_layers
-    if is_first:
-        tensors = shape.embedding_tensors() + tensors
-    if is_last:
-        tensors = tensors + shape.head_tensors()
+    tensors = shape.embedding_tensors() if is_first else []
+    tensors += shape.layer_tensors() * num_layers
+    tensors += shape.head_tensors() if is_last else []
     layers = num_layers * shape.layer_flops()
     embedding = shape.embedding_flops() if is_first else 0
     head = _MULTIPLY_ADD * shape.hidden_size * shape.num_labels if is_last else 0
@@ -188,13 +169,14 @@ def stage_cost(
         recomputed = again * shape.layer_flops()
         if again or not is_last:
             recomputed += embedding
-        span = _longest_span(num_layers, kept)
+        borders = [-1, *sorted(kept), num_layers - 1]
+        span = max(end - start for start, end in zip(borders, borders[1:]))
     # An output that only the next stage reads is not kept here.
     outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
     live = span * shape.layer_activations() + (shape.layer_gradients() if num_layers else hidden)
     if is_first:
         live += shape.num_channels * shape.image_size**2 + hidden
-    borders = [is_first, is_last].count(False)
+    neighbours = [is_first, is_last].count(False)
     return StageCost(
         num_layers=num_layers,
         tensors=tuple(tensors),
@@ -206,14 +188,8 @@ def stage_cost(
         is_first=is_first,
         is_last=is_last,
         live=live,
-        passed=2 * borders * hidden,
+        passed=2 * neighbours * hidden,
     )
-
-
-def _longest_span(num_layers: int, kept: Sequence[int]) -> int:
-    """Return the largest number of layers between two kept outputs."""
-    borders = [-1, *sorted(kept), num_layers - 1]
-    return max(end - start for start, end in zip(borders, borders[1:]))
 
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -266,7 +242,7 @@ class Formats(NamedTuple):
         optim, engine, stages = config.optim, config.engine, len(config.pipeline.layers_per_stage)
         has_momentum = optim.name != "sgd" or optim.momentum > 0
         if target.ipu is None:
-            moments = (4 if has_momentum else 0) + (4 if optim.name != "sgd" else 0)
+            moments = 4 * has_momentum + 4 * (optim.name != "sgd")
             activation = 4.0 if target.is_fp32 else _AUTOCAST_BYTES
             return cls(activation, 4, 4, 4, moments, True, 1, True, None)
         moments = _BYTES[optim.first_moment] if has_momentum else 0
@@ -298,11 +274,11 @@ class StageMemory(NamedTuple):
     optimizer: float
     stash: float
     live: float
-    temporaries: float
     io: float
-    code: float
-    imbalance: float
-    limit: float
+    temporaries: float = 0.0
+    code: float = 0.0
+    imbalance: float = 0.0
+    limit: float = math.inf
 
     @property
     def total(self) -> float:
@@ -357,10 +333,7 @@ def stage_memory(
         optimizer=_optimizer_bytes(cost, formats),
         stash=depth * micro_batch_size * (own_input + cost.kept * size),
         live=micro_batch_size * cost.live * size,
-        temporaries=0.0,
         io=micro_batch_size * (images + labels + cost.passed * size),
-        code=0.0,
-        imbalance=0.0,
         limit=math.inf if target.memory_bytes is None else target.memory_bytes,
     )
     if target.ipu is None:
@@ -372,10 +345,8 @@ def stage_memory(
             live=micro_batch_size * shape.layer_gradients() * size,
             temporaries=2.0 * cost.parameters if size < formats.weight else 0.0,  # cast weights
         )
-    memory = memory._replace(
-        temporaries=_temporary_bytes(cost, shape, formats, target.ipu, stage, micro_batch_size),
-        code=ESTIMATES["code_bytes"].value,
-    )
+    temporaries = _temporary_bytes(cost, shape, formats, target.ipu, stage, micro_batch_size)
+    memory = memory._replace(temporaries=temporaries, code=ESTIMATES["code_bytes"].value)
     return memory._replace(imbalance=(ESTIMATES["imbalance"].value - 1) * memory.total)
 
 
@@ -397,17 +368,13 @@ def _temporary_bytes(
     3 (mkn)^(2/3) T^(1/3) elements: its two factors and its partial sums (Irony, Toledo, Tiskin
     2004). PopLibs may take more, up to the memory proportion, to be faster.
     """
-    most = ESTIMATES["default_proportion"].value
-    if formats.proportion is not None:
-        most = formats.proportion[stage]
+    given = formats.proportion
+    most = ESTIMATES["default_proportion"].value if given is None else given[stage]
     product = shape.hidden_elements * max(shape.mlp_size, shape.hidden_size)
     if not cost.num_layers:  # the embedding or the head alone
         product = cost.forward_flops // _MULTIPLY_ADD
-    least = (2 * formats.activation + formats.partial) * (
-        (images * product) ** (2 / 3) * ipu.tiles.value ** (1 / 3)
-    )
-    cast = 0.0
-    if formats.activation < formats.weight and cost.num_layers:
-        cast = formats.activation * sum(shape.layer_tensors())
-    temporary: float = min(most * ipu.memory_bytes, least) + cast
-    return temporary
+    elements: float = (images * product) ** (2 / 3) * ipu.tiles.value ** (1 / 3)
+    least = (2 * formats.activation + formats.partial) * elements
+    is_cast = formats.activation < formats.weight and cost.num_layers
+    cast = formats.activation * sum(shape.layer_tensors()) if is_cast else 0.0
+    return min(most * ipu.memory_bytes, least) + cast

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import product
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, load_config
 from cxr_vit.config.plans import empty_stage_problem
@@ -127,14 +127,12 @@ class Workload(NamedTuple):
         images = self.batch.micro_batch_size
         whole_s = constants.overhead_s + images * cost.flops / constants.flops_per_s
         forward, again = cost.forward_flops / cost.flops, cost.recompute_flops / cost.flops
-        backward = 1 - forward - again
-        update_s = self._update_s(cost)
+        backward, update_s = 1 - forward - again, self._update_s(cost)
         return StageTime(whole_s * forward, whole_s * again, whole_s * backward, update_s)
 
     def seconds(self, constants: Constants) -> float:
         """Return the time of a weight update."""
-        accumulation = self.batch.gradient_accumulation
-        return self.micro_batches_s(constants, accumulation) + self.update_s
+        return self.micro_batches_s(constants, self.batch.gradient_accumulation) + self.update_s
 
     def micro_batches_s(self, constants: Constants, micro_batches: int) -> float:
         """Return the time of an update's micro-batches."""
@@ -145,9 +143,7 @@ class Workload(NamedTuple):
         if self.schedule == "in_order":
             return micro_batches * sum(time.micro_batch_s for time in times)
         if micro_batches > _STEADY:
-            half, whole = (
-                self.micro_batches_s(constants, steady) for steady in (_STEADY // 2, _STEADY)
-            )
+            half, whole = (self.micro_batches_s(constants, n) for n in (_STEADY // 2, _STEADY))
             return whole + (micro_batches - _STEADY) * (whole - half) / (_STEADY - _STEADY // 2)
         return simulate(self.schedule, times, micro_batches).work_s
 
@@ -165,14 +161,17 @@ class Workload(NamedTuple):
 def workload(config: Config, target: Target, local_replicas: Optional[int] = None) -> Workload:
     """Return the work that a configuration gives a device; one process has `local_replicas`.
 
-    Raises
-    ------
-    ConfigError
-        If the model's shape is unknown without loading it, or a stage has no work.
+    Raises ConfigError if the shape is unknown without loading the model, or a stage has no work.
     """
     shape, batch = ModelShape.from_config(config), BatchPlan.from_section(config.batch)
     formats = Formats.from_config(config, target, batch, local_replicas)
-    layers, schedule = _stages(config, target)
+    layers, in_order = config.pipeline.layers_per_stage, config.pipeline.execution == "sharded"
+    if target.engine == "poptorch":
+        schedule = "in_order" if in_order else "lockstep"
+    elif target.engine == "torch":  # all stages on one device
+        layers, schedule = [sum(layers)], "in_order"
+    else:
+        schedule = "gpipe" if config.pipeline.schedule == "gpipe" else "1f1b"
     problem = empty_stage_problem(layers)
     if problem:
         raise ConfigError(str(problem))
@@ -192,17 +191,6 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
         for stage, number in enumerate(layers)
     )
     return Workload(target, shape, batch, formats, schedule, recomputes, costs)
-
-
-def _stages(config: Config, target: Target) -> Tuple[List[int], str]:
-    """Return the layers of each device's stage, and the schedule."""
-    pipeline = config.pipeline
-    if target.engine == "poptorch":
-        in_order = pipeline.execution == "sharded"
-        return pipeline.layers_per_stage, "in_order" if in_order else "lockstep"
-    if target.engine == "torch":  # all stages on one device, in order
-        return [sum(pipeline.layers_per_stage)], "in_order"
-    return pipeline.layers_per_stage, "gpipe" if pipeline.schedule == "gpipe" else "1f1b"
 
 
 class Measured(NamedTuple):
@@ -235,7 +223,7 @@ def fit(measured: Sequence[Measured], prior: SpeedModel) -> SpeedModel:
     if both:
         constants, what = both, "2 constants"
         without = [_fit_both([*measured[:i], *measured[i + 1 :]]) for i in range(len(measured))]
-        others = tuple(found for found in without if found)
+        others = tuple(filter(None, without))
     else:
         constants, what = _scaled(measured, prior.constants), "1 constant"
         others = tuple(_scaled(measured, other) for other in prior.others)
@@ -248,17 +236,11 @@ def fit(measured: Sequence[Measured], prior: SpeedModel) -> SpeedModel:
 
 def _fit_both(measured: Sequence[Measured]) -> Optional[Constants]:
     """Return both constants, or None if the measurements do not determine them."""
-    rows = [
-        (
-            run.predicted_s(Constants(1.0, math.inf)) / run.work_s,
-            run.predicted_s(Constants(0.0, 1.0)) / run.work_s,
-        )
-        for run in measured
-    ]
-    ss = sum(s * s for s, _ in rows)
-    pp = sum(p * p for _, p in rows)
-    sp = sum(s * p for s, p in rows)
-    s1, p1 = sum(s for s, _ in rows), sum(p for _, p in rows)
+    starts = [run.predicted_s(Constants(1.0, math.inf)) / run.work_s for run in measured]
+    products = [run.predicted_s(Constants(0.0, 1.0)) / run.work_s for run in measured]
+    ss, pp = sum(s * s for s in starts), sum(p * p for p in products)
+    sp = sum(s * p for s, p in zip(starts, products))
+    s1, p1 = sum(starts), sum(products)
     determinant = ss * pp - sp * sp
     if determinant <= 1e-6 * ss * pp:
         return None
@@ -285,20 +267,18 @@ def published_workload(run: PublishedRun) -> Workload:
 @lru_cache(maxsize=None)
 def _published_fits() -> Tuple[Constants, ...]:
     """Fit the published runs as they are, then with each `SPEED_UNCERTAINTY` off either way."""
-    fitted = [run for run in PUBLISHED if run.is_fitted]
-    works = [published_workload(run) for run in fitted]
+    runs = []
+    for published in PUBLISHED:
+        if published.is_fitted:
+            work = published_workload(published)
+            seconds = work.batch.global_batch_size / published.samples_per_s
+            runs.append(Measured(published.what, work, seconds))
     fits = []
-    for signs in [(0,) * len(fitted), *product((-1, 1), repeat=len(fitted))]:
-        moved = [
-            Measured(
-                run.what,
-                work,
-                work.batch.global_batch_size / run.samples_per_s * (1 + sign * SPEED_UNCERTAINTY),
-            )
-            for work, run, sign in zip(works, fitted, signs)
-        ]
+    for signs in [(0,) * len(runs), *product((-1, 1), repeat=len(runs))]:
+        factors = [1 + sign * SPEED_UNCERTAINTY for sign in signs]
+        moved = [run._replace(seconds=run.seconds * f) for run, f in zip(runs, factors)]
         fits.append(_fit_both(moved))
-    return tuple(found for found in fits if found)
+    return tuple(filter(None, fits))
 
 
 @lru_cache(maxsize=None)
@@ -306,10 +286,8 @@ def published_model(ipu: Ipu, precision: str) -> SpeedModel:
     """Return the constants fitted to published runs; IPUs differ in clock and peak only."""
     slower = _PUBLISHED_IPU.clock_hz.value / ipu.clock_hz.value
     faster = ipu.peak_flops(precision) / _PUBLISHED_IPU.peak_flops("fp16")
-    constants, *others = (
-        Constants(found.overhead_s * slower, found.flops_per_s * faster)
-        for found in _published_fits()
-    )
+    fits = _published_fits()
+    constants, *others = (Constants(own[0] * slower, own[1] * faster) for own in fits)
     basis = (
         "2 constants fitted to 2 published runs, so no third run checks them; nothing here was"
         " measured on your machine"
