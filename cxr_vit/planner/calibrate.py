@@ -30,19 +30,14 @@ class Calibration(NamedTuple):
     def target_for(self, planned: Target) -> Target:
         """Return what is planned for, with the runs' name of the device and their precision.
 
-        Raises
-        ------
-        ConfigError
-            If the runs had another engine, device or precision.
+        Raises ConfigError if the runs had another engine, device or precision.
         """
-        _check_alike(
-            self.runs[0],
-            planned,
-            "the configuration is planned for",
+        advice = (
             "Plan a configuration of the runs' engine (engine.name, engine.device,"
             " engine.precision, --hardware); planner.device_memory_gib plans for a GPU that is not"
-            " in this machine.",
+            " in this machine."
         )
+        _check_alike(self.runs[0], planned, "the configuration is planned for", advice)
         target = self.runs[0].work.target
         return planned._replace(name=target.name, precision=target.precision)
 
@@ -66,24 +61,15 @@ def _check_alike(run: Measured, other: Target, what: str, advice: str) -> None:
 
 
 def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return a run's configuration, with the engine that ran it.
-
-    Raises
-    ------
-    ConfigError
-        If the folder holds no run, or one written by an older version.
-    """
+    """Return a run's configuration, with the engine that ran it."""
     return _read_run(folder, overrides)[0]
 
 
 def calibrate(folders: Sequence[Path], overrides: Sequence[str] = ()) -> Calibration:
     """Fit the constants to the logs of runs; overrides may name their IPU (`planner.hardware`).
 
-    Raises
-    ------
-    ConfigError
-        If a folder holds no run, a run logged no speed, or the runs differ in engine, device or
-        precision.
+    Raises ConfigError if a folder holds no run, a run logged no speed, or the runs differ in
+    engine, device or precision.
     """
     runs = [_measure(folder, overrides) for folder in folders]
     target = runs[0].work.target
@@ -181,20 +167,16 @@ def calibration_lines(calibration: Calibration) -> List[str]:
     """Compare the measured speed of the runs with the one predicted before and after."""
     rows = [["run", "measured", "published constants", "fitted", "measured over it"]]
     for name, work, seconds, _ in calibration.runs:
-        measured = work.batch.global_batch_size / seconds
-        published, fitted = (
-            work.batch.global_batch_size / work.seconds(model.constants)
-            for model in (calibration.before, calibration.after)
-        )
-        row = [name, f"{measured:,.1f}", f"{published:,.1f}", f"{fitted:,.1f}"]
+        images = work.batch.global_batch_size
+        measured, fitted = images / seconds, images / work.seconds(calibration.after.constants)
+        published = f"{images / work.seconds(calibration.before.constants):,.1f}"
         if calibration.before is RELATIVE:
-            row[2] = "none"
+            published = "none"
+        row = [name, f"{measured:,.1f}", published, f"{fitted:,.1f}"]
         # One factor meets one run exactly, which shows nothing.
         is_alone = len(calibration.runs) == 1
         rows.append([*row, "-" if is_alone else signed_percent(measured / fitted - 1)])
-    text = (
-        f"{calibration.runs[0].work.target.describe()}; predictions are stated with an error of"
-        f" {percent(calibration.after.error)} either way"
-    )
+    ran, error = calibration.runs[0].work.target.describe(), percent(calibration.after.error)
+    text = f"{ran}; predictions are stated with an error of {error} either way"
     lines = ["calibration, samples/s without waiting for data", *columns(rows)]
     return [*lines, *prose("", text)]

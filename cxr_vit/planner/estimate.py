@@ -127,7 +127,7 @@ def make_plan(
     images: Optional[int] = None,
     image_bytes: Optional[int] = None,
 ) -> Plan:
-    """Predict memory and speed of a configuration.
+    """Predict memory and speed of a configuration; ConfigError as in `workload`.
 
     Parameters
     ----------
@@ -141,11 +141,6 @@ def make_plan(
         Training images per epoch; None to count the lists' images, or without lists NIH's.
     image_bytes
         Bytes that cross to the device per image; None for one gray byte per pixel.
-
-    Raises
-    ------
-    ConfigError
-        If the model's shape is unknown without loading it, or a stage has no work.
     """
     target = target or find_target(config)
     work = workload(config, target, local_replicas)
@@ -153,24 +148,11 @@ def make_plan(
         work = work._replace(shape=work.shape._replace(image_bytes=image_bytes))
     model = model or speed_of(target)
     number, source = (images, "--images") if images else _training_images(config.data)
-    stages = [
-        StagePrediction(
-            stage,
-            cost,
-            depth,
-            memory=work.memory(stage, cost, depth),
-            time=work.stage_time(cost, model.constants),
-        )
-        for stage, (cost, depth) in enumerate(zip(work.costs, work.depths))
-    ]
-    return Plan(
-        work=work,
-        stages=tuple(stages),
-        model=model,
-        seconds=work.seconds(model.constants),
-        images=number,
-        images_source=source,
-    )
+    stages = []
+    for stage, (cost, depth) in enumerate(zip(work.costs, work.depths)):
+        memory, time = work.memory(stage, cost, depth), work.stage_time(cost, model.constants)
+        stages.append(StagePrediction(stage, cost, depth, memory, time))
+    return Plan(work, tuple(stages), model, work.seconds(model.constants), number, source)
 
 
 def _training_images(data: DataSection) -> Tuple[int, str]:
@@ -197,17 +179,8 @@ def _training_images(data: DataSection) -> Tuple[int, str]:
 def preflight(config: Config, engine: str, local_replicas: Optional[int] = None) -> None:
     """Warn before a run on IPUs that is not predicted to fit; with `planner.strict` stop it.
 
-    Parameters
-    ----------
-    engine
-        The engine that was chosen; nothing is done unless it is ``"poptorch"``.
-    local_replicas
-        Replicas of this process, which share the optimizer state; None for all.
-
-    Raises
-    ------
-    ConfigError
-        If the run is predicted not to fit and `planner.strict` is set.
+    Nothing is done unless the chosen engine is ``"poptorch"``. `local_replicas` of this process
+    share the optimizer state; None for all. Stops with a ConfigError.
     """
     if engine != "poptorch":
         return
@@ -266,10 +239,8 @@ def _remedies(
     config: Config, plan: Plan, local_replicas: Optional[int]
 ) -> Tuple[List[str], List[str]]:
     """Return single changes that make the run fit, and changes that only lower its memory."""
-    changes: List[Tuple[str, Config]] = []
     smaller = _largest_that_fits(config, plan.work.batch, local_replicas)
-    if smaller is not None:
-        changes.append(smaller)
+    changes = [smaller] if smaller is not None else []
     changes += [
         (f"{section}.{key}={value}", config.changed(**{section: {key: value}}))
         for section, key, value in (

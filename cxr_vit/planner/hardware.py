@@ -116,14 +116,9 @@ class Target(NamedTuple):
 def find_target(config: Config, engine: Optional[str] = None) -> Target:
     """Return what a configuration is planned for.
 
-    `planner.hardware` wins, then the engine. For the torch and pipeline engines the device is this
-    machine's own; its memory is `planner.device_memory_gib` or read from it. torch is imported only
-    if a GPU may be there.
-
-    Parameters
-    ----------
-    engine
-        The engine that was chosen; None for `engine.name`.
+    `planner.hardware` wins, then the engine that was chosen; None for `engine.name`. For the torch
+    and pipeline engines the device is this machine's own; its memory is `planner.device_memory_gib`
+    or read from it. torch is imported only if a GPU may be there.
     """
     name, hardware = engine or config.engine.name, config.planner.hardware
     if name == "auto" and config.engine.device != "auto":

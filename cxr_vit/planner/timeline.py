@@ -87,15 +87,10 @@ def in_flight(schedule: str, stage: int, num_stages: int, micro_batches: int) ->
 
 
 def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> Timeline:
-    """Lay out one weight update in time.
+    """Lay out one weight update in time, from the times of each stage.
 
-    Parameters
-    ----------
-    schedule
-        ``"lockstep"``: a pipeline of IPUs; ``"1f1b"`` or ``"gpipe"``: a pipeline of processes with
-        torch's schedules; ``"in_order"``: one stage after the other.
-    times
-        Times of each stage.
+    `schedule` is ``"lockstep"``, a pipeline of IPUs; ``"1f1b"`` or ``"gpipe"``, a pipeline of
+    processes with torch's schedules; or ``"in_order"``, one stage after the other.
     """
     cycle_s = max(time.micro_batch_s for time in times) if schedule == "lockstep" else 0.0
     if schedule == "lockstep":
@@ -146,19 +141,19 @@ def _order(schedule: str, stage: int, num_stages: int, micro_batches: int) -> Li
 
 def _in_turn(schedule: str, times: Sequence[StageTime], micro_batches: int) -> List[Slot]:
     """Start each piece of work when its stage is free and its neighbour has delivered."""
-    last = len(times) - 1
-    orders = [_order(schedule, stage, last + 1, micro_batches) for stage in range(last + 1)]
+    stages = range(len(times))
+    orders = [_order(schedule, stage, len(times), micro_batches) for stage in stages]
     done_s: Dict[Tuple[int, str, int], float] = {}
     free_s = [0.0] * len(times)
     position = [0] * len(times)
     slots: List[Slot] = []
-    while any(position[stage] < len(orders[stage]) for stage in range(last + 1)):
+    while any(position[stage] < len(orders[stage]) for stage in stages):
         for stage, time in enumerate(times):
             while position[stage] < len(orders[stage]):
                 kind, micro_batch = orders[stage][position[stage]]
                 neighbour = stage - 1 if kind == "forward" else stage + 1
                 ready_s = 0.0
-                if 0 <= neighbour <= last:
+                if neighbour in stages:
                     if (neighbour, kind, micro_batch) not in done_s:
                         break
                     ready_s = done_s[neighbour, kind, micro_batch]
