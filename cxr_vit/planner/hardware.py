@@ -183,14 +183,13 @@ class PublishedRun(NamedTuple):
     what: str
     hardware: str
     settings: Tuple[str, ...]
-    image_bytes: int
     samples_per_s: float
     source: str
     is_fitted: bool
     note: str = ""
+    image_bytes: int = 3 * 224 * 224 * 2  # fp16, RGB
 
 
-_FP16_RGB = 3 * 224 * 224 * 2
 _BASE = (
     "model.name=vit-base",
     "model.patch_size=16",
@@ -216,7 +215,6 @@ TUTORIAL = PublishedRun(
         "optim.first_moment=fp16",
         "engine.optimizer_state_on_chip=false",
     ),
-    image_bytes=_FP16_RGB,
     samples_per_s=307.745,
     source="graphcore/examples, tutorials/pytorch/vit_model_training, the printed log; it does not"
     " name the machine, a Mk2 is assumed",
@@ -238,7 +236,6 @@ PUBLISHED: Tuple[PublishedRun, ...] = (
             "optim.accumulator=fp16",
             "optim.first_moment=fp16",
         ),
-        image_bytes=_FP16_RGB,
         samples_per_s=7319,
         source="graphcore.cn/performance-results, SDK 3.0 (batch 2,040); the recipe:"
         " graphcore/examples, vision/vit/pytorch/configs.yml, b16_imagenet1k",
@@ -253,7 +250,6 @@ PUBLISHED: Tuple[PublishedRun, ...] = (
             "batch.gradient_accumulation=2048",
             "optim.name=lamb",
         ),
-        image_bytes=_FP16_RGB,
         samples_per_s=7615,
         source="graphcore.cn/performance-results, SDK 3.0 (batch 65,536); the recipe:"
         " graphcore/examples, vision/vit/pytorch/configs.yml, b16_in1k_pretrain_lamb",
