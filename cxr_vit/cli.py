@@ -342,25 +342,19 @@ def _search(
     from cxr_vit.planner.report import describe_result, search_lines
     from cxr_vit.planner.search import search
 
-    found = search(
-        config,
-        target=target,
-        micro_batches=arguments.micro_batches,
-        accumulations=arguments.accumulations,
-        model=model,
-    )
+    tried = {name: getattr(arguments, name) for name in ("micro_batches", "accumulations")}
+    found = search(config, target=target, model=model, **tried)
     print(*search_lines(config, found, target), sep="\n")
-    if not found.best:
-        wanted = arguments.write or arguments.figures
-        if wanted:
-            raise ConfigError(f"{wanted} was not written: the search found nothing.")
+    wanted = arguments.write or arguments.figures
+    if wanted and not found.best:
+        raise ConfigError(f"{wanted} was not written: the search found nothing.")
+    if not wanted:
         return
     layout, best = found.best[0]
     if arguments.write:
         on_ipus = target.ipu is not None
-        command = _train_command(
-            [*files, arguments.write], overrides, layout.overlay(on_ipus=on_ipus)
-        )
+        overlay = layout.overlay(on_ipus=on_ipus)
+        command = _train_command([*files, arguments.write], overrides, overlay)
         result = f"Found by python -m cxr_vit plan --search {describe_result(best)}."
         layout.write(arguments.write, on_ipus=on_ipus, comment=[command, "", result])
         print(f"written: {arguments.write}")
