@@ -25,9 +25,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = train_arguments(argv)
     launch = Launch.from_environment()
     if arguments.compile_only:
-        from cxr_vit.training.build import compile_offline
+        from cxr_vit.training.build import check_offline, compile_offline
 
         config = check(load_config(arguments.files, arguments.overrides))
+        check_offline(config)
         preflight(config, "poptorch")
         print(compile_offline(config, launch))
         return 0
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) -> int:
     """Build the run and train; return the exit status."""
     from cxr_vit.engines.choice import build_engine, choose_engine
-    from cxr_vit.engines.process_group import run_store
+    from cxr_vit.engines.process_group import coordinator
     from cxr_vit.evaluation.figures import image_grid, roc_figure
     from cxr_vit.evaluation.metrics import flat_scores
     from cxr_vit.model.stages import StagedViT
@@ -50,7 +51,7 @@ def train(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) ->
 
     choice = choose_engine(config, launch)
     preflight(config, choice.name, launch.local_replicas)
-    with run_store(launch).main_first("sample"):
+    with coordinator(launch).main_first("sample"):
         write_sample_if_absent(config.data)
     data = open_data(config.data, launch)
     names, batch = data.names, BatchPlan.from_section(config.batch)
@@ -62,7 +63,7 @@ def train(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) ->
         config,
         folder,
         start_figures=lambda trainer: {
-            "train/images": image_grid(trainer.train, names),
+            "train/images": image_grid(trainer.train_data, names),
             **(plan_figures(config) if choice.is_ipu else {}),
         },
         eval_figures=lambda event: {"val/roc": roc_figure(event.logits, event.labels, names)},

@@ -32,11 +32,11 @@ from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
 from cxr_vit.config.schema import AugmentSection
 from cxr_vit.data.augment import Augmentation
+from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_images
+from cxr_vit.data.cache_build import build_cache
 from cxr_vit.data.dataset import ChestXrayDataset, collate
 from cxr_vit.data.images import MAX_MEGAPIXELS, FileReader
 from cxr_vit.data.nih import Records, find_csv, read_records
-from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images
-from cxr_vit.data.store_build import build_store
 
 BATCH_SIZE = 128
 #: Images decoded per round, the same ones in every way that decodes.
@@ -75,8 +75,8 @@ class Images(NamedTuple):
     root: Path
     paths: Dict[str, str]
     records: Records
-    settings: StoreSettings
-    store: StorePaths
+    settings: CacheSettings
+    store: CachePaths
 
 
 def tutorial_transform(size: int) -> Tuple[Callable[[Image.Image], torch.Tensor], str]:
@@ -114,10 +114,10 @@ def make_images(root: Path, originals: Sequence[Path], num_images: int, size: in
     names = write_linked_set(root, originals, num_images)
     paths = {name: str(root / "images" / name) for name in names}
     records = read_records(find_csv(root, None), include_no_finding=False)
-    settings = StoreSettings(size, MAX_MEGAPIXELS)
-    store = StorePaths.of(root / "cache", size)
+    settings = CacheSettings(size, MAX_MEGAPIXELS)
+    store = CachePaths.of(root / "cache", size)
     store.pixels.parent.mkdir()
-    build_store(store, settings, paths, workers=1)
+    build_cache(store, settings, paths, workers=1)
     return Images(root, paths, records, settings, store)
 
 
@@ -134,7 +134,7 @@ def direct_dataset(images: Images) -> ChestXrayDataset:
 
 def cached_dataset(images: Images, *, augmented: bool) -> ChestXrayDataset:
     """Return a data set that reads the store."""
-    source = open_images(StoreIndex.load(images.store.index), images.store.pixels)
+    source = open_images(CacheIndex.load(images.store.index), images.store.pixels)
     size = images.settings.image_size
     augmentation = Augmentation(AUGMENT, num_samples=len(source), image_size=size, seed=0)
     return ChestXrayDataset(
@@ -185,9 +185,9 @@ def timed_build(images: Images) -> float:
     folder = images.root / "build"
     folder.mkdir()
     paths = dict(itertools.islice(images.paths.items(), DECODED))
-    where = StorePaths.of(folder, images.settings.image_size)
+    where = CachePaths.of(folder, images.settings.image_size)
     start = time.perf_counter()
-    build_store(where, images.settings, paths, workers=1)
+    build_cache(where, images.settings, paths, workers=1)
     seconds = time.perf_counter() - start
     shutil.rmtree(folder)
     return len(paths) / seconds
@@ -281,7 +281,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
             rate = act(round_)
             if round_:  # the first one warms up
                 rates[way].append(rate)
-    store_bytes = images.store.pixels.stat().st_size
+    cache_bytes = images.store.pixels.stat().st_size
     packages = ("torch", "numpy", "pillow", "kornia-rs", "opencv-python-headless")
     modes = [Image.open(path).mode for path in originals]
     return {
@@ -290,7 +290,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> Dict[str, Any]:
         "image_size": arguments.image_size,
         "original_images": {mode: modes.count(mode) for mode in sorted(set(modes))},
         "images": arguments.num_images,
-        "store_mb": round(store_bytes / 1e6, 1),
+        "store_mb": round(cache_bytes / 1e6, 1),
         "batch_size": BATCH_SIZE,
         "rounds": arguments.rounds,
         "augment": AUGMENT.model_dump(),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from benchmarks.linked_images import NIH, original_images, write_linked_set
-from cxr_vit.data.store import StorePaths
+from cxr_vit.data.cache import CachePaths
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE_SIZE = 224
@@ -54,7 +54,7 @@ class Trial:
 
     def __init__(self, root: Path, folder: Path, workers: int) -> None:
         self.folder = folder
-        self.paths = StorePaths.of(folder, IMAGE_SIZE)
+        self.paths = CachePaths.of(folder, IMAGE_SIZE)
         self.faults: List[str] = []
         self.slowest_end_s = 0.0
         self._done = 0

@@ -12,7 +12,17 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Callable,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, check, dump_config, load_config
 from cxr_vit.config.help import help_text
@@ -33,7 +43,7 @@ EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75
 
 
-def run(command: Callable[[Sequence[str]], int]) -> None:
+def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the words of the command line and exit with its status.
 
     A user-facing error is printed without a traceback, and the status is 2. With several processes
@@ -52,9 +62,9 @@ def run(command: Callable[[Sequence[str]], int]) -> None:
     try:
         status = command(sys.argv[1:])
         if launch.is_connected:
-            from cxr_vit.engines.process_group import run_store
+            from cxr_vit.engines.process_group import coordinator
 
-            run_store(launch).wait_for_all_to_finish()
+            coordinator(launch).wait_for_all_to_finish()
     except BrokenPipeError:
         # The reader of the output is gone (`| head`); prevent a second error at shutdown.
         sys.stdout = None
@@ -68,10 +78,10 @@ def run(command: Callable[[Sequence[str]], int]) -> None:
 
 def _report_error(error: Exception, launch: Launch) -> int:
     """Print an error unless another process has already printed one; return the exit status."""
-    from cxr_vit.engines.process_group import run_store
+    from cxr_vit.engines.process_group import coordinator
 
-    store = run_store(launch)
-    if not store.claim_error_report():
+    processes = coordinator(launch)
+    if not processes.claim_error_report():
         return EXIT_USER_ERROR
     try:
         return _print_error(error)
@@ -80,7 +90,7 @@ def _report_error(error: Exception, launch: Launch) -> int:
         return EXIT_FAILURE
     finally:
         sys.stderr.flush()
-        store.finish_error_report()
+        processes.finish_error_report()
 
 
 def _print_error(error: Exception) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -27,7 +28,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:  # a file system without fsync
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
         temporary.replace(path)
     except BaseException:
         remove(temporary)

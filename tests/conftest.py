@@ -1,8 +1,9 @@
 """Shared fixtures: a small synthetic data set and the configuration of a short run."""
 
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional
 
 import pytest
 
@@ -45,6 +46,15 @@ def engine_of(config: Config, model: Any, launch: Optional[Launch] = None) -> "E
     launch = launch or Launch()
     choice = choose_engine(config, launch)
     return build_engine(config, model, choice, BatchPlan.from_section(config.batch), launch)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restore the package's log level, which the command lines set."""
+    logger = logging.getLogger("cxr_vit")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -306,9 +306,9 @@ def test_training_images_are_augmented_and_validation_images_are_not(
     with pytest.raises(KeyboardInterrupt):
         train.main([*words, "augment.rotation=5"])
     (trainer,) = seen
-    assert trainer.train.augmentation.section.rotation == 5
-    assert trainer.train.augmentation.seed == 3
-    assert trainer.val.augmentation is None
+    assert trainer.train_data.augmentation.section.rotation == 5
+    assert trainer.train_data.augmentation.seed == 3
+    assert trainer.val_data.augmentation is None
 
 
 def test_killed_loader_process_is_reported_in_two_lines(monkeypatch, capsys):

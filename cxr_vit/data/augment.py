@@ -32,7 +32,7 @@ def _epoch_numbers(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return random.random((num_samples, len(_DRAWN)), dtype=np.float32)
 
 
-@dataclass
+@dataclass(eq=False)
 class Augmentation:
     """Changes batches of images in place."""
 

@@ -16,10 +16,10 @@ from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.image_source import (
     ImageSource,
     RunOnce,
+    cache_paths,
     images_folder,
     open_image_source,
     run_here,
-    store_paths,
     verify,
 )
 from cxr_vit.data.labels import label_names
@@ -131,7 +131,7 @@ def prepare(data: DataSection) -> str:
     csv, names = _listed_images(data)
     source = open_image_source(data, names, renew=True)
     skipped = _unusable(source)
-    path = store_paths(data).pixels.with_name("skipped.csv")
+    path = cache_paths(data).pixels.with_name("skipped.csv")
     path.unlink(missing_ok=True)
     if len(skipped) and path.parent.is_dir():
         skipped.to_csv(path, index=False)
@@ -146,7 +146,7 @@ def verify_cache(data: DataSection) -> str:
     """
     _, names = _listed_images(data)
     wrong, compared, without_file = verify(data, names)
-    where = store_paths(data)
+    where = cache_paths(data)
     if wrong:
         raise DataError(
             f"{len(wrong)} images of the cache {where.pixels} are wrong:\n{_first_ten(wrong)}\n"

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.images import FileReader, ImageReader, find_images
-from cxr_vit.data.store import (
-    StoreIndex,
-    StorePaths,
-    StoreSettings,
+from cxr_vit.data.cache import (
+    CacheIndex,
+    CachePaths,
+    CacheSettings,
     library_versions,
     open_images,
     refusal,
 )
-from cxr_vit.data.store_build import build_store, check_images, locked, verify_store
+from cxr_vit.data.cache_build import build_cache, check_cache, check_images, locked
+from cxr_vit.data.images import FileReader, ImageReader, find_images
 from cxr_vit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ def images_folder(data: DataSection) -> Path:
     return Path(data.root if data.images is None else data.images)
 
 
-def store_paths(data: DataSection) -> StorePaths:
+def cache_paths(data: DataSection) -> CachePaths:
     """Return the files of the cache."""
     folder = Path(data.root) / "cxr_vit_cache" if data.cache_dir is None else Path(data.cache_dir)
-    return StorePaths.of(folder, data.image_size)
+    return CachePaths.of(folder, data.image_size)
 
 
 def open_image_source(
@@ -66,7 +66,7 @@ def open_image_source(
     written.
     """
     paths = _find(data, names)
-    where = store_paths(data)
+    where = cache_paths(data)
     if not paths and not where.index.exists():  # the caller refuses a data set without images
         return _from_files(data, names, paths, run_here)
     if data.cache == "off" and not renew:
@@ -86,7 +86,7 @@ def open_image_source(
                 logger.info("the cache %s does not fit: %s", where.pixels, reason)
                 _keep_images_without_files(where, images_folder(data))
             if index is None:
-                index = build_store(where, settings, paths, workers=data.cache_workers)
+                index = build_cache(where, settings, paths, workers=data.cache_workers)
             else:  # left by a kill between the last two steps of a build
                 where.journal.unlink(missing_ok=True)
     return _from_store(where, index, names)
@@ -99,18 +99,18 @@ def verify(data: DataSection, names: Sequence[str]) -> Tuple[Dict[str, str], int
     DataError if there is no cache, or one that training would refuse.
     """
     paths = _find(data, names)
-    where = store_paths(data)
+    where = cache_paths(data)
     index, reason = _load_fitting(where, _settings(data), paths)
     _refuse(where, reason)
     if index is None:
         raise DataError(_no_cache(where))
-    wrong = verify_store(index, where, paths, workers=data.cache_workers)
+    wrong = check_cache(index, where, paths, workers=data.cache_workers)
     compared = sum(name in paths for name in index.images)
     return wrong, compared, len(index.images) - compared
 
 
-def _settings(data: DataSection) -> StoreSettings:
-    return StoreSettings(data.image_size, data.max_megapixels)
+def _settings(data: DataSection) -> CacheSettings:
+    return CacheSettings(data.image_size, data.max_megapixels)
 
 
 def _find(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
@@ -123,11 +123,11 @@ def _find(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
 
 
 def _load_fitting(
-    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str]
-) -> Tuple[Optional[StoreIndex], Optional[str]]:
-    """Return the index of a store that fits; else None, and the reason if there is a store."""
+    where: CachePaths, settings: CacheSettings, paths: Mapping[str, str]
+) -> Tuple[Optional[CacheIndex], Optional[str]]:
+    """Return the index of a cache that fits; else None, and the reason if there is a cache."""
     try:
-        index = StoreIndex.load(where.index)
+        index = CacheIndex.load(where.index)
     except (FileNotFoundError, NotADirectoryError):
         return None, None
     except ValueError as error:
@@ -142,11 +142,11 @@ def _load_fitting(
     return index, None
 
 
-def _no_cache(where: StorePaths) -> str:
+def _no_cache(where: CachePaths) -> str:
     return f"there is no finished cache {where.pixels}. Build it: {_PREPARE}"
 
 
-def _refuse(where: StorePaths, reason: Optional[str]) -> None:
+def _refuse(where: CachePaths, reason: Optional[str]) -> None:
     if reason is not None:
         raise DataError(
             f"the cache {where.pixels} is refused: {reason}. Rebuild it ({_PREPARE}), or train"
@@ -154,10 +154,10 @@ def _refuse(where: StorePaths, reason: Optional[str]) -> None:
         )
 
 
-def _keep_images_without_files(where: StorePaths, images: Path) -> None:
+def _keep_images_without_files(where: CachePaths, images: Path) -> None:
     """Raise if a rebuild would lose images that cannot be decoded again."""
     try:
-        index = StoreIndex.load(where.index)
+        index = CacheIndex.load(where.index)
     except ValueError:
         lost = [] if find_images(images) else ["all of them"]
     else:
@@ -172,7 +172,7 @@ def _keep_images_without_files(where: StorePaths, images: Path) -> None:
         )
 
 
-def _from_store(where: StorePaths, index: StoreIndex, names: Sequence[str]) -> ImageSource:
+def _from_store(where: CachePaths, index: CacheIndex, names: Sequence[str]) -> ImageSource:
     held = set(index.images)
     missing = [name for name in names if name not in held]
     bad = {name: index.unusable[name] for name in names if name in index.unusable}

@@ -25,7 +25,7 @@ def _order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_samples)
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingSampler:
     """The host batches of the steps ``start_step <= k < total_steps``, as lists of draws."""
 
@@ -55,7 +55,7 @@ class TrainingSampler:
         return -(-(self.total_steps - self.start_step) // self.device_iterations)
 
 
-@dataclass
+@dataclass(eq=False)
 class EvaluationSampler:
     """All rows of a split once, in order, in host batches; the last may be shorter."""
 
@@ -70,7 +70,7 @@ class EvaluationSampler:
         return -(-self.num_samples // self.batch_size)
 
 
-@dataclass
+@dataclass(eq=False)
 class ReplicaSampler:
     """The parts of a sampler's host batches that belong to some of the replicas.
 

@@ -77,7 +77,12 @@ class Engine(ABC):
 
     def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
         self.failed = error is not None
-        self.close()
+        try:
+            self.close()
+        except RuntimeError as late:
+            error = error or late
+            if _dead_worker_error(late) is None:
+                raise
         dead_worker = _dead_worker_error(error)  # torch's handler of SIGCHLD raises it in any line
         if dead_worker is not None:
             raise dead_worker from error
@@ -120,7 +125,7 @@ class Engine(ABC):
         """Return the logits of a host batch, float32 ``[B, C]`` on the CPU, padding included."""
 
     @abstractmethod
-    def agree(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all processes must call this together."""
 
     @abstractmethod
@@ -185,7 +190,7 @@ def check_batch(batch: Batch, unit: int) -> None:
     assert len(batch.labels) == len(batch.indices) == size
 
 
-def leave_the_process_group(worker: int = 0) -> None:
+def leave_signal_group(worker: int = 0) -> None:
     """Keep a signal to the whole group (Ctrl-C, `timeout`) from a loader worker.
 
     The main process saves the run and then ends its workers. Ignoring signals here would also

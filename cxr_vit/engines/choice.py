@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from cxr_vit.engines.base import Engine
 from cxr_vit.engines.devices import DeviceChoice, choose_device
 from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.ipu.options import poptorch_problem
-from cxr_vit.engines.process_group import ProcessGroup, run_store
+from cxr_vit.engines.process_group import ProcessGroup, coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
@@ -51,7 +51,7 @@ def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> E
         If IPUs are available but PopTorch refuses the configuration, or if torchrun started a
         number of processes that does not fit it.
     """
-    choice = _choose(config, launch.local_replicas, offline)
+    choice = _choose(config, launch, offline)
     if not choice.is_ipu:
         check_processes(config, choice.name, launch.world_size if launch.is_connected else 1)
     elif launch.is_connected:
@@ -62,7 +62,7 @@ def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> E
     return choice
 
 
-def _choose(config: Config, local_replicas: Optional[int], offline: bool) -> EngineChoice:
+def _choose(config: Config, launch: Launch, offline: bool) -> EngineChoice:
     engine = config.engine
     if engine.name == "pipeline" and not offline:
         _check_pipelining()
@@ -71,6 +71,7 @@ def _choose(config: Config, local_replicas: Optional[int], offline: bool) -> Eng
         return EngineChoice("torch", "engine.name=torch")
     if engine.name == "auto" and engine.device != "auto" and not offline:
         return EngineChoice("torch", "engine.device is one of torch's")
+    local_replicas = launch.local_replicas
     problem = poptorch_problem(config, local_replicas=local_replicas, offline=offline)
     if problem is None:
         hint = " (IPUs answer here; engine.name=torch leaves them alone.)"
@@ -144,7 +145,7 @@ def _check_poprun(config: Config, launch: Launch) -> None:
 
 def _check_same_device(choice: EngineChoice, device: DeviceChoice, launch: Launch) -> None:
     """Raise unless all processes use the same engine, kind of device and precision."""
-    differing = run_store(launch).differences(
+    differing = coordinator(launch).differences(
         "device",
         {
             "engine.name": choice.name,

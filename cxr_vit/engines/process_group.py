@@ -46,12 +46,12 @@ _BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remot
 
 
 @lru_cache(maxsize=None)
-def run_store(launch: Launch) -> RunStore:
-    """Return this process's `RunStore`; all callers share one."""
-    return RunStore(launch)
+def coordinator(launch: Launch) -> Coordinator:
+    """Return this process's `Coordinator`; all callers share one."""
+    return Coordinator(launch)
 
 
-class RunStore:
+class Coordinator:
     """Key-value store that all processes of a run share; opened by the first use.
 
     It is torch's store. With torchrun the agent holds it, so it outlives the processes. Without
@@ -271,7 +271,7 @@ class ProcessGroup:
         self.uses_nccl = device.type == "cuda"
         self.timeout = timedelta(seconds=timeout_s)
         self.roles: List[str] = [f"process {rank}" for rank in range(self.size)]
-        self._store = run_store(launch)
+        self._store = coordinator(launch)
         self._closed = threading.Event()
         self._answering = threading.Thread(target=self._answer_roll_call, daemon=True)
         if not self.is_connected:
@@ -347,7 +347,9 @@ class ProcessGroup:
             raise ProcessLost(self._loss_message(detail() or what, timed_out)) from error
 
     def _loss_message(self, what: str, timed_out: bool) -> str:
-        missing = ", ".join(self.roles[rank] for rank in self._call_roll()) or "none of them"
+        missing = (
+            ", ".join(self.roles[rank] for rank in self._find_silent_ranks()) or "none of them"
+        )
         if timed_out:
             return (
                 f"{self.roles[self.rank]} waited longer than engine.timeout_s="
@@ -360,7 +362,7 @@ class ProcessGroup:
             " last checkpoint with --resume (torchrun --max-restarts does so automatically)."
         )
 
-    def _call_roll(self) -> List[int]:
+    def _find_silent_ranks(self) -> List[int]:
         """Ask all processes for a sign of life; return the ranks that give none."""
         silent = set(range(self.size)) - {self.rank}
 

@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, from the launcher's environment variables."""
+"""Rank and size of a run, from the environment variables of its launcher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
+
+from cxr_vit.errors import EngineUnavailable
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Launch:
     def from_environment(cls) -> Launch:
         """Read the variables of torchrun, else those of Open MPI, which poprun starts."""
         variables = os.environ
-        if "RANK" in variables and "WORLD_SIZE" in variables:
+        by_poprun = any(name.startswith("POPDIST_") for name in variables)
+        if "RANK" in variables and "WORLD_SIZE" in variables and not by_poprun:
             local = variables.get("LOCAL_WORLD_SIZE")
             return cls(
                 rank=int(variables["RANK"]),
@@ -68,8 +71,6 @@ class Launch:
     @property
     def local_replicas(self) -> Optional[int]:
         """Replicas that poprun assigns to this process; None where poprun did not start it."""
-        if self.launcher != "poprun":
-            return None
         try:
             import popdist
         except ImportError:
@@ -77,6 +78,12 @@ class Launch:
         if not popdist.isPopdistEnvSet():
             return None
         _init_popdist()
+        index, count = popdist.getInstanceIndex(), popdist.getNumInstances()
+        if (index, count) != (self.rank, self.world_size):
+            raise EngineUnavailable(
+                f"poprun started this process as {index} of {count}, but Open MPI's variables say"
+                f" {self.rank} of {self.world_size}. Start the processes with poprun alone."
+            )
         replicas: int = popdist.getNumLocalReplicas()
         return replicas
 

@@ -23,7 +23,7 @@ from cxr_vit.engines.base import (
     EngineState,
     StepOutput,
     check_batch,
-    leave_the_process_group,
+    leave_signal_group,
     process_peak_gib,
     with_user_errors,
 )
@@ -120,7 +120,7 @@ class TorchEngineBase(Engine):
             num_workers=self.num_workers if self.reads_images else 0,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_the_process_group,
+            worker_init_fn=leave_signal_group,
         )
         return with_user_errors(loader)
 
@@ -198,7 +198,7 @@ class TorchEngineBase(Engine):
         """Copy to the device without waiting."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
-    def agree(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return self.group.any(flag)
 
@@ -243,7 +243,7 @@ class TorchEngineBase(Engine):
         return {"perf/peak_memory_gib": peak}
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Close the process group."""
         self.group.close(failed=self.failed)
 
 

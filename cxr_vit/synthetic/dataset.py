@@ -250,16 +250,23 @@ def write_sample_if_absent(data: DataSection) -> None:
     if data.sample_images is None or root.exists():
         return
     lock_file = root.resolve().parent / f".{root.name}.lock"
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    with lock(lock_file):
-        if not root.exists():  # otherwise another process has written it
-            logger.warning(
-                "data.root=%s does not exist: writing a synthetic data set there (%d images, none"
-                " of them real; data.sample_images)",
-                root,
-                data.sample_images,
-            )
-            write_sample(root, num_images=data.sample_images)
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        with lock(lock_file):
+            if not root.exists():  # otherwise another process has written it
+                logger.warning(
+                    "data.root=%s does not exist: writing a synthetic data set there (%d images,"
+                    " none of them real; data.sample_images)",
+                    root,
+                    data.sample_images,
+                )
+                write_sample(root, num_images=data.sample_images)
+    except OSError as error:
+        raise DataError(
+            f"data.root={root} does not exist and cannot be written: {error.strerror}. Set"
+            " data.root to a folder with images, or to a place you may write to."
+        ) from error
+    finally:
         remove(lock_file)  # later processes find the root
 
 

@@ -17,7 +17,7 @@ from cxr_vit.data.labels import label_names
 from cxr_vit.engines.base import Engine
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.ipu.engine import PopTorchEngine
-from cxr_vit.engines.process_group import run_store
+from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DataError, DeviceError
 from cxr_vit.model.stages import StagedViT
@@ -34,10 +34,10 @@ def open_data(data: DataSection, launch: Launch) -> ChestXrayDataModule:
 
     Raises DataError if this process has other data: its rows would be other images.
     """
-    store = run_store(launch)
-    with store.main_first("data"):
-        opened = ChestXrayDataModule(data, once=store.call_once)
-    differing = store.differences("data", opened.fingerprint())
+    processes = coordinator(launch)
+    with processes.main_first("data"):
+        opened = ChestXrayDataModule(data, once=processes.call_once)
+    differing = processes.differences("data", opened.fingerprint())
     if differing:
         raise DataError(
             f"this host's data differ from those of the first process: {'; '.join(differing)}."
@@ -60,8 +60,8 @@ def build_trainer(
     durations = Durations.from_section(config.train, engine.batch, len(train))
     return Trainer(
         engine=engine,
-        train=train,
-        val=data.dataset("val"),
+        train_data=train,
+        val_data=data.dataset("val"),
         durations=durations,
         learning_rate=LearningRate.from_section(
             config.schedule, peak=config.optim.lr, total_steps=durations.total_steps
@@ -69,7 +69,7 @@ def build_trainer(
         seed=config.run.seed,
         callbacks=callbacks,
         score=score,
-        store=CheckpointStore(folder.checkpoints, writes=folder.writes),
+        checkpoints=CheckpointStore(folder.checkpoints, writes=folder.writes),
         keep_last=config.train.keep_last,
         model_files=model_files,
         origin={"labels": data.names, **data.fingerprint()},
@@ -105,20 +105,8 @@ def build_callbacks(
     return [*callbacks, ProgressDisplay(every=every), metrics]
 
 
-def compile_offline(config: Config, launch: Launch) -> str:
-    """Compile both graphs into `engine.executable_cache`; return a line about the result.
-
-    Weights are sent when a graph is attached, so neither data nor a trained head is needed.
-
-    Raises
-    ------
-    ConfigError
-        If no cache is given, or PopTorch refuses the configuration.
-    EngineUnavailable
-        If PopTorch is not installed.
-    DeviceError
-        If compilation fails, or the cache is empty afterwards.
-    """
+def check_offline(config: Config) -> None:
+    """Raise ConfigError if no cache is given, or PopTorch refuses the configuration."""
     check_ipu(config)
     if config.engine.executable_cache is None:
         raise ConfigError(
@@ -126,6 +114,20 @@ def compile_offline(config: Config, launch: Launch) -> str:
         )
     if config.engine.log_cycles:
         raise ConfigError("engine.log_cycles=true needs an IPU: leave it out with --compile-only.")
+
+
+def compile_offline(config: Config, launch: Launch) -> str:
+    """Compile both graphs into `engine.executable_cache`; return a line about the result.
+
+    Weights are sent when a graph is attached, so neither data nor a trained head is needed.
+
+    Raises
+    ------
+    EngineUnavailable
+        If PopTorch is not installed.
+    DeviceError
+        If compilation fails, or the cache is empty afterwards.
+    """
     names = label_names(include_no_finding=config.data.include_no_finding)
     choice = choose_engine(config, launch, offline=True)
     prevalence = np.full(len(names), 0.5)

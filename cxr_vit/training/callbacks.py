@@ -42,10 +42,10 @@ class NonFiniteGuard(Callback):
 
 def _advice(trainer: Trainer, step: int) -> str:
     rows = trainer.rows(step)
-    names = trainer.train.image_names
+    names = trainer.train_data.image_names
     images = ", ".join(names[row] for row in rows[:_NAMED_IMAGES])
     more = f" and {len(rows) - _NAMED_IMAGES} more" if len(rows) > _NAMED_IMAGES else ""
-    last = trainer.store.linked("last")
+    last = trainer.checkpoints.linked("last")
     saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
     return (
         f"images: {images}{more}. Lower optim.lr, set optim.max_grad_norm=1.0, or use"

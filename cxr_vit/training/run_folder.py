@@ -210,22 +210,22 @@ def open_run(
         return _open(files, overrides, resume, launch)
     if files:
         check(load_config(files, overrides))  # report an error before waiting for other processes
-    from cxr_vit.engines.process_group import run_store
+    from cxr_vit.engines.process_group import coordinator
 
-    store = run_store(launch)
+    processes = coordinator(launch)
     if launch.is_main:
-        begun = store.load_across_restarts(_RUN_KEY)
+        begun = processes.load_across_restarts(_RUN_KEY)
         if begun is not None and Path(begun).exists():  # else it failed before it wrote anything
             opened = _continue(Path(begun), files, overrides)
         else:
             opened = _open(files, overrides, resume, launch)
         path = str(opened.folder.path.resolve())  # the working directories may differ
-        store.save_across_restarts(_RUN_KEY, path)
+        processes.save_across_restarts(_RUN_KEY, path)
         settings = {key: str(value) for key, value in opened.config.flat().items()}
         run = {"path": path, "resumes": opened.resumes, "settings": settings}
-        store.call_once("run", lambda: run)
+        processes.call_once("run", lambda: run)
         return opened
-    main = store.call_once("run", dict)
+    main = processes.call_once("run", dict)
     folder = RunFolder(Path(main["path"]), writes=False)
     sources = [folder.config] if main["resumes"] else files
     config = check(load_config(sources, overrides))

@@ -2,12 +2,13 @@
 
 A run is, in short::
 
-    on_fit_start
+    on_fit_start                # and a validation, if the resumed run missed one
     for each host batch:
         train, on_step_end
-        if due: validate, on_eval_end
-        if due or the score is the best: save
-    on_fit_end, save            # or on_exception
+        if a validation is due: validate, on_eval_end
+        if a checkpoint is due or the score is the best: save
+        if a stop was requested: break
+    save, on_fit_end            # or on_exception
 """
 
 from __future__ import annotations
@@ -116,27 +117,29 @@ class Trainer:
         self,
         *,
         engine: Engine,
-        train: ChestXrayDataset,
-        val: ChestXrayDataset,
+        train_data: ChestXrayDataset,
+        val_data: ChestXrayDataset,
         durations: Durations,
         learning_rate: LearningRate,
         seed: int,
         callbacks: Sequence[Callback],
         score: Callable[[Tensor, Tensor], Scores],
-        store: CheckpointStore,
+        checkpoints: CheckpointStore,
         keep_last: int,
         model_files: Dict[str, str],
         origin: Dict[str, Any],
     ) -> None:
         self.engine = engine
-        self.train = train
-        self.val = val
+        self.train_data = train_data
+        self.val_data = val_data
         self.durations = durations
         self.learning_rate = learning_rate
         self.seed = seed
         self.callbacks = list(callbacks)
+        keys = [callback.state_key for callback in self.callbacks if callback.state_key]
+        assert len(keys) == len(set(keys)), f"two callbacks have the same state_key: {keys}"
         self.score = score
-        self.store = store
+        self.checkpoints = checkpoints
         self.keep_last = keep_last
         self.model_files = model_files
         self.origin = origin
@@ -148,6 +151,7 @@ class Trainer:
         self.interrupted = False  # whether `interrupt` is the reason
         self.compile_s = 0.0
         self._saved_step = 0
+        self._saved_validation = 0
         self._interruption: Optional[str] = None
 
     def fit(self) -> None:
@@ -155,25 +159,30 @@ class Trainer:
         try:
             self.compile_s = self.engine.compile(self._example_batch())
             self._notify("on_fit_start")
-            if self.evaluation_is_due:  # the run was stopped between a step and its validation
-                self.evaluate()
-            batches = self.engine.loader(self.train, self._sampler(), training=True)
-            for batch, wait_s in _timed(batches):
-                self._train_step(batch, wait_s)
-                if self.checkpoint_is_due and not self.evaluation_is_due:
-                    self.save()  # otherwise the checkpoint is saved after the validation
-                self._stop_if_interrupted()
-                if self.evaluation_is_due:
-                    self.evaluate()
-                    self._stop_if_interrupted()
-                if self.stop_reason:
-                    break
-            self._notify("on_fit_end")
-            if self._saved_step != self.step:
+            if self.validation_is_due:  # the run was stopped between a step and its validation
+                self.validate()
+            if not self.stop_reason:
+                self._train()
+            if (self._saved_step, self._saved_validation) != (self.step, self.evaluated_step):
                 self.save()
+            self._notify("on_fit_end")
         except BaseException as error:
             self._notify("on_exception", error)
             raise
+
+    def _train(self) -> None:
+        """Train batch by batch to the last step or a stop; validate and save when due."""
+        batches = self.engine.loader(self.train_data, self._sampler(), training=True)
+        for batch, wait_s in _timed(batches):
+            self._train_step(batch, wait_s)
+            if self.checkpoint_is_due and not self.validation_is_due:
+                self.save()
+            self._stop_if_interrupted()
+            if self.validation_is_due:
+                self.validate()  # saves if the score is the best or a checkpoint is due
+                self._stop_if_interrupted()
+            if self.stop_reason:
+                break
 
     def _train_step(self, batch: Batch, wait_s: float) -> None:
         """Do the weight updates of a host batch and notify the callbacks."""
@@ -184,10 +193,10 @@ class Trainer:
         first, self.step = self.step, self.step + len(output.losses)
         self._notify("on_step_end", StepEnd(first, self.step, output, lr, wait_s, seconds))
 
-    def evaluate(self) -> None:
+    def validate(self) -> None:
         """Score the validation split, notify the callbacks, and save if best or due."""
         start = time.perf_counter()
-        logits, labels = self.engine.predict_dataset(self.val)
+        logits, labels = self.engine.predict_dataset(self.val_data)
         loss = float(multi_label_loss(logits, labels))
         seconds = time.perf_counter() - start
         self.evaluated_step = self.step
@@ -208,11 +217,11 @@ class Trainer:
         return is_best
 
     def is_due(self, first_step: int, every: int) -> bool:
-        """Whether the steps since `first_step` reached a multiple of `every`, or the end."""
+        """Whether a multiple of `every` lies in the steps since `first_step`; always at the end."""
         return self.step // every > first_step // every or self.is_finished
 
     @property
-    def evaluation_is_due(self) -> bool:
+    def validation_is_due(self) -> bool:
         """Whether a validation is due since the last one; none is after a requested stop."""
         due = self.is_due(self.evaluated_step, self.durations.eval_every)
         return due and self.evaluated_step < self.step and not self.stop_reason
@@ -246,7 +255,7 @@ class Trainer:
 
     def _stop_if_interrupted(self) -> None:
         """Stop if any process was interrupted: all of them must stop at the same step."""
-        if not self.stop_reason and self.engine.agree(self._interruption is not None):
+        if not self.stop_reason and self.engine.any_process(self._interruption is not None):
             self.stop_reason = self._interruption or "another process was interrupted"
             self.interrupted = True
 
@@ -260,14 +269,14 @@ class Trainer:
         if broken:
             raise NonFiniteLoss(
                 f"{len(broken)} weights are not finite at step {self.step}, first {broken[0]}; they"
-                f" are not saved. The last checkpoint is {self.store.linked('last')}."
+                f" are not saved. The last checkpoint is {self.checkpoints.linked('last')}."
             )
-        path = self.store.save(
+        path = self.checkpoints.save(
             self.step,
             state,
             model_files=self.model_files,
             trainer_state={
-                **self._facts(),
+                **self._resume_facts(),
                 "evaluated_step": self.evaluated_step,
                 "best_score": self.best_score,
                 "callbacks": {
@@ -277,10 +286,10 @@ class Trainer:
                 },
             },
         )
-        self._saved_step = self.step
+        self._saved_step, self._saved_validation = self.step, self.evaluated_step
         if is_best:
-            self.store.link("best", path)
-        self.store.prune(self.keep_last)
+            self.checkpoints.link("best", path)
+        self.checkpoints.prune(self.keep_last)
         return path
 
     def resume(self, checkpoint: Path, *, weights_only: bool = False) -> None:
@@ -292,7 +301,7 @@ class Trainer:
         """
         state, trainer_state = load_checkpoint(checkpoint)
         changed = [
-            fact for fact, value in self._facts().items() if trainer_state.get(fact) != value
+            fact for fact, value in self._resume_facts().items() if trainer_state.get(fact) != value
         ]
         if changed:
             raise CheckpointError(
@@ -310,32 +319,32 @@ class Trainer:
             state = EngineState(state.weights, scalars={"updates": float(step)})
         self.engine.load_state_dict(state)
         self.step = self._saved_step = step
-        self.evaluated_step = trainer_state["evaluated_step"]
+        self.evaluated_step = self._saved_validation = trainer_state["evaluated_step"]
         self.best_score = trainer_state["best_score"]
         for callback in self.callbacks:
             callback.load_state_dict(trainer_state["callbacks"].get(callback.state_key, {}))
 
-    def _facts(self) -> Dict[str, Any]:
+    def _resume_facts(self) -> Dict[str, Any]:
         """Return the facts that must match on resume."""
         global_batch_size = self.engine.batch.global_batch_size
         return {**self.origin, "seed": self.seed, "global_batch_size": global_batch_size}
 
     def describe_end(self) -> str:
         """Describe in one line how the run ended and where its best checkpoint is."""
-        best = "best" if self.store.linked("best") else "last"
+        best = "best" if self.checkpoints.linked("best") else "last"
         ending = "finished"
         if not self.is_complete:
             ending = f"stopped at step {self.step}: {self.stop_reason}"
-        return f"{ending}; {best} checkpoint: {self.store.folder / best}"
+        return f"{ending}; {best} checkpoint: {self.checkpoints.folder / best}"
 
     def rows(self, step: int) -> List[int]:
         """Return the rows of the training split that an update uses, over all processes."""
-        rows: List[int] = (self._sampler().draws(step) % len(self.train)).tolist()
+        rows: List[int] = (self._sampler().draws(step) % len(self.train_data)).tolist()
         return rows
 
     def _sampler(self) -> TrainingSampler:
         return TrainingSampler(
-            len(self.train),
+            len(self.train_data),
             global_batch_size=self.engine.batch.global_batch_size,
             device_iterations=self.engine.batch.device_iterations,
             seed=self.seed,
@@ -346,8 +355,8 @@ class Trainer:
     def _example_batch(self) -> Batch:
         return Batch.zeros(
             self.engine.local_batch.host_batch_size,
-            image_size=self.train.image_size,
-            num_classes=self.train.num_classes,
+            image_size=self.train_data.image_size,
+            num_classes=self.train_data.num_classes,
         )
 
     def _notify(self, hook: str, *event: Any) -> None:

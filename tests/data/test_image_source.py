@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.cache import CacheReader
 from cxr_vit.data.datamodule import ChestXrayDataModule, prepare
-from cxr_vit.data.image_source import ImageSource, open_image_source, store_paths, verify
+from cxr_vit.data.image_source import ImageSource, cache_paths, open_image_source, verify
 from cxr_vit.data.images import FileReader, find_images, read_gray
-from cxr_vit.data.store import StoreReader
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -89,9 +89,9 @@ def grow(root: Path, row: int) -> None:
 
 def test_auto_builds_the_cache_on_first_use_only(root: Path, log: pytest.LogCaptureFixture) -> None:
     first = source_of(root)
-    where = store_paths(section(root))
+    where = cache_paths(section(root))
     assert where.pixels == root / "cxr_vit_cache" / "films_16.u8"
-    assert isinstance(first.reader, StoreReader)
+    assert isinstance(first.reader, CacheReader)
     assert first.origin == str(where.pixels)
     assert log.text.count("cached 40 images in") == 1
     made = where.pixels.stat()
@@ -119,13 +119,13 @@ def test_require_without_a_cache_says_how_to_build_it(root: Path) -> None:
 def test_require_uses_an_existing_cache(root: Path) -> None:
     source_of(root)
     source = source_of(root, cache="require")
-    assert isinstance(source.reader, StoreReader)
+    assert isinstance(source.reader, CacheReader)
     assert_all_images(source, root)
 
 
 def test_require_does_not_use_an_interrupted_cache(root: Path) -> None:
     source_of(root)
-    where = store_paths(section(root))
+    where = cache_paths(section(root))
     where.index.unlink()
     with pytest.raises(DataError, match="there is no finished cache"):
         source_of(root, cache="require")
@@ -165,7 +165,7 @@ def test_cache_is_used_where_the_images_are_absent(root: Path) -> None:
 @pytest.mark.parametrize("cache", ["auto", "require"])
 def test_stale_cache_is_refused_with_the_reason_and_what_to_do(root: Path, cache: str) -> None:
     source_of(root)
-    before = store_paths(section(root)).pixels.read_bytes()
+    before = cache_paths(section(root)).pixels.read_bytes()
     grow(root, 7)
     with pytest.raises(
         DataError, match=r"films_16\.u8 is refused: 1 images were changed"
@@ -174,15 +174,15 @@ def test_stale_cache_is_refused_with_the_reason_and_what_to_do(root: Path, cache
     assert NAMES[7] in str(caught.value)
     assert "python -m cxr_vit prepare" in str(caught.value)
     assert "data.cache=off" in str(caught.value)
-    assert store_paths(section(root)).pixels.read_bytes() == before
+    assert cache_paths(section(root)).pixels.read_bytes() == before
 
 
 def damage_index(root: Path) -> None:
-    store_paths(section(root)).index.write_text("{", encoding="utf-8")
+    cache_paths(section(root)).index.write_text("{", encoding="utf-8")
 
 
 def truncate_pixels(root: Path) -> None:
-    os.truncate(store_paths(section(root)).pixels, 100)
+    os.truncate(cache_paths(section(root)).pixels, 100)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_folder_that_is_not_writable_is_refused(root: Path, tmp_path: Path) -> N
 
 def lock_out(root: Path) -> None:
     """Make the lock file unusable, also for root."""
-    lock = store_paths(section(root)).lock
+    lock = cache_paths(section(root)).lock
     lock.unlink()
     lock.mkdir()
 
@@ -270,7 +270,7 @@ def test_verify_without_a_cache_or_with_a_damaged_index_is_refused(root: Path) -
 
 def test_verify_of_a_cache_without_pixels_is_refused(root: Path) -> None:
     source_of(root)
-    store_paths(section(root)).pixels.unlink()
+    cache_paths(section(root)).pixels.unlink()
     with pytest.raises(DataError, match=r"films_16\.u8 has 0 bytes"):
         verify(section(root), NAMES)
 
@@ -359,7 +359,7 @@ def move_away(root: Path, rows: range) -> None:
 @pytest.mark.parametrize("kept", [0, 10])
 def test_store_is_never_replaced_by_one_with_fewer_images(root: Path, kept: int) -> None:
     source_of(root)
-    where = store_paths(section(root))
+    where = cache_paths(section(root))
     before = where.pixels.read_bytes()
     move_away(root, range(IMAGES - kept))
     with pytest.raises(DataError, match=rf"would lose images .*\({IMAGES - kept}, first"):
@@ -370,7 +370,7 @@ def test_store_is_never_replaced_by_one_with_fewer_images(root: Path, kept: int)
 
 def test_store_with_a_damaged_index_is_kept_if_there_are_no_files(root: Path) -> None:
     source_of(root)
-    where = store_paths(section(root))
+    where = cache_paths(section(root))
     before = where.pixels.read_bytes()
     damage_index(root)
     move_away(root, range(IMAGES))
@@ -403,7 +403,7 @@ def test_store_built_with_other_libraries_is_used_with_a_message(
     root: Path, log: pytest.LogCaptureFixture
 ) -> None:
     source_of(root)
-    where = store_paths(section(root))
+    where = cache_paths(section(root))
     text = where.index.read_text(encoding="utf-8")
     where.index.write_text(text.replace('"kornia-rs": "', '"kornia-rs": "9'), encoding="utf-8")
     assert_all_images(source_of(root), root)

@@ -20,9 +20,9 @@ from conftest import SMALL
 from PIL import Image
 
 from cxr_vit.cli import main
+from cxr_vit.data.cache import CachePaths, CacheSettings
+from cxr_vit.data.cache_build import Chunk, build_cache, in_parallel
 from cxr_vit.data.images import find_images
-from cxr_vit.data.store import StorePaths, StoreSettings
-from cxr_vit.data.store_build import Chunk, build_store, in_parallel
 from cxr_vit.errors import DataError
 
 HEADER = (
@@ -59,7 +59,7 @@ class Prepare:
     """A `prepare` in its own process group."""
 
     def __init__(self, root: Path, cache: Path, *more: str, size: int = SIDE) -> None:
-        self.where = StorePaths.of(cache, size)
+        self.where = CachePaths.of(cache, size)
         self.log = cache.parent / f"{cache.name}.{random.getrandbits(32)}.log"
         arguments = [
             f"data.root={root}", f"data.cache_dir={cache}", f"data.image_size={size}",
@@ -109,12 +109,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(root: Path) -> Dict[str, bytes]:
-    where = StorePaths.of(root.parent, SIDE)
-    build_store(where, StoreSettings(SIDE, 64), find_images(root), workers=1)
+    where = CachePaths.of(root.parent, SIDE)
+    build_cache(where, CacheSettings(SIDE, 64), find_images(root), workers=1)
     return {path.name: path.read_bytes() for path in (where.pixels, where.index)}
 
 
-def assert_complete(where: StorePaths, uninterrupted: Dict[str, bytes]) -> None:
+def assert_complete(where: CachePaths, uninterrupted: Dict[str, bytes]) -> None:
     there = {path.name: path for path in where.pixels.parent.iterdir() if path != where.lock}
     assert set(there) == set(uninterrupted)
     for name, path in there.items():
@@ -174,7 +174,7 @@ def test_second_process_waits_for_the_first_to_build(
     write_set(tmp_path / "nih", images=40, kinds=40, side=24)
     cache = tmp_path / "cache"
     cache.mkdir()
-    where = StorePaths.of(cache, 16)
+    where = CachePaths.of(cache, 16)
     with where.lock.open("w") as lock:  # makes both wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [Prepare(tmp_path / "nih", cache, size=16) for _ in range(2)]

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data.images import FileReader, ImageReader, find_images, read_gray
-from cxr_vit.data.store import (
-    StoreMap,
-    StorePaths,
-    StoreReader,
-    StoreSettings,
+from cxr_vit.data.cache import (
+    CacheMap,
+    CachePaths,
+    CacheReader,
+    CacheSettings,
     open_images,
 )
-from cxr_vit.data.store_build import build_store
+from cxr_vit.data.cache_build import build_cache
+from cxr_vit.data.images import FileReader, ImageReader, find_images, read_gray
 from cxr_vit.errors import DataError
 
 SIDE = 20
-SETTINGS = StoreSettings(SIDE, 1)
+SETTINGS = CacheSettings(SIDE, 1)
 EVERY_KIND = 9
 
 
@@ -56,10 +56,10 @@ def write_every_kind(folder: Path) -> Dict[str, str]:
     return find_images(folder)
 
 
-def build(folder: Path, paths: Dict[str, str], settings: StoreSettings = SETTINGS) -> StoreReader:
+def build(folder: Path, paths: Dict[str, str], settings: CacheSettings = SETTINGS) -> CacheReader:
     folder.mkdir(exist_ok=True)
-    where = StorePaths.of(folder, settings.image_size)
-    return open_images(build_store(where, settings, paths, workers=1), where.pixels)
+    where = CachePaths.of(folder, settings.image_size)
+    return open_images(build_cache(where, settings, paths, workers=1), where.pixels)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cached(paths: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+def cached(paths: Dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
     return build(tmp_path_factory.mktemp("store"), paths)
 
 
@@ -88,7 +88,7 @@ def read(images: ImageReader, rows: List[int]) -> np.ndarray:
 
 
 def test_store_and_files_have_the_same_pixels(
-    paths: Dict[str, str], names: List[str], cached: StoreReader
+    paths: Dict[str, str], names: List[str], cached: CacheReader
 ) -> None:
     assert len(cached) == len(names) == EVERY_KIND
     direct = read(files_of(paths, names), list(range(EVERY_KIND)))
@@ -102,13 +102,13 @@ def test_store_and_files_have_the_same_pixels(
     "rows", [[8, 0, 5], [3, 3, 3], [2, 7, 2, 0, 7], [4], []], ids=lambda rows: str(rows)
 )
 def test_rows_are_read_in_any_order_and_any_number_of_times(
-    paths: Dict[str, str], names: List[str], cached: StoreReader, rows: List[int]
+    paths: Dict[str, str], names: List[str], cached: CacheReader, rows: List[int]
 ) -> None:
     np.testing.assert_array_equal(read(cached, rows), read(files_of(paths, names), rows))
 
 
 def test_random_batches_match_the_files(
-    paths: Dict[str, str], names: List[str], cached: StoreReader
+    paths: Dict[str, str], names: List[str], cached: CacheReader
 ) -> None:
     random = np.random.default_rng(0)
     for _ in range(20):
@@ -117,7 +117,7 @@ def test_random_batches_match_the_files(
 
 
 def test_images_are_selected_by_name_in_the_given_order(
-    paths: Dict[str, str], names: List[str], cached: StoreReader
+    paths: Dict[str, str], names: List[str], cached: CacheReader
 ) -> None:
     wanted = [names[6], names[1], names[8], names[1]]
     expected = np.stack([read_gray(paths[name], SIDE) for name in wanted])
@@ -130,19 +130,19 @@ def test_images_are_selected_by_name_in_the_given_order(
         np.testing.assert_array_equal(read(again, [3, 2, 1, 0]), expected)
 
 
-def test_unusable_image_cannot_be_selected(cached: StoreReader) -> None:
+def test_unusable_image_cannot_be_selected(cached: CacheReader) -> None:
     with pytest.raises(KeyError, match=r"00000004_000\.png"):
         cached.select(["00000004_000.png"])
 
 
-def test_only_the_given_part_of_the_buffer_is_written(cached: StoreReader) -> None:
+def test_only_the_given_part_of_the_buffer_is_written(cached: CacheReader) -> None:
     buffer = np.full((4, SIDE, SIDE), 7, dtype=np.uint8)
     cached.read(np.array([1, 2]), buffer[1:3])
     assert (buffer[[0, 3]] == 7).all()
     np.testing.assert_array_equal(buffer[1:3], read(cached, [1, 2]))
 
 
-def test_read_returns_a_copy(cached: StoreReader) -> None:
+def test_read_returns_a_copy(cached: CacheReader) -> None:
     before = cached._store.path.read_bytes()
     images = read(cached, [0, 1])
     images += 1
@@ -166,7 +166,7 @@ def read_all(images: ImageReader) -> np.ndarray:
 
 
 def test_other_process_reads_the_same_images(
-    paths: Dict[str, str], names: List[str], cached: StoreReader
+    paths: Dict[str, str], names: List[str], cached: CacheReader
 ) -> None:
     expected = read_all(cached)  # maps the store here; the map must not be pickled
     spawn = multiprocessing.get_context("spawn")
@@ -182,7 +182,7 @@ def test_neither_pixels_nor_names_of_other_images_are_pickled(tmp_path: Path) ->
     store = tmp_path / "images.u8"
     store.write_bytes(b"\1" * (1000 * SIDE**2))
     by_name = {f"{row:08d}_000.png": row for row in range(1000)}
-    images = StoreReader(StoreMap(store, (1000, SIDE, SIDE)), by_name, list(by_name))
+    images = CacheReader(CacheMap(store, (1000, SIDE, SIDE)), by_name, list(by_name))
     ten = images.select(list(by_name)[:10])
     assert read_all(images).sum() == 1000 * SIDE**2
     assert read_all(ten).sum() == 10 * SIDE**2
@@ -196,7 +196,7 @@ def test_map_is_shared_and_has_no_private_pages(tmp_path: Path) -> None:
     store = tmp_path / "images.u8"
     store.write_bytes(b"\1" * (64 * 256**2))
     by_name = {str(row): row for row in range(64)}
-    images = StoreReader(StoreMap(store, (64, 256, 256)), by_name, list(by_name))
+    images = CacheReader(CacheMap(store, (64, 256, 256)), by_name, list(by_name))
     read_all(images)
     maps = Path("/proc/self/smaps").read_text().splitlines()
     start = next(row for row, line in enumerate(maps) if line.endswith(str(store)))
@@ -210,10 +210,10 @@ READS_A_LARGE_STORE = """
 import sys
 from pathlib import Path
 import numpy as np
-from cxr_vit.data.store import StoreReader, StoreMap
+from cxr_vit.data.cache import CacheReader, CacheMap
 
 names = {str(row): row for row in range(640)}
-images = StoreReader(StoreMap(Path(sys.argv[1]), (640, 1024, 1024)), names, list(names))
+images = CacheReader(CacheMap(Path(sys.argv[1]), (640, 1024, 1024)), names, list(names))
 out = np.empty((8, 1024, 1024), dtype=np.uint8)
 most = 0
 for start in list(range(0, 640, 8)) * 3:

@@ -95,3 +95,17 @@ def test_other_errors_pass_through_the_engine(make_engine):
     with pytest.raises(RuntimeError, match=r"^a bug$"), engine:
         raise RuntimeError("a bug")
     assert engine.failed
+
+
+@pytest.mark.parametrize("first", [None, ValueError("another")])
+def test_killed_worker_noticed_while_closing_is_a_data_error(make_engine, monkeypatch, first):
+    engine = make_engine()
+
+    def close():
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(engine, "close", close)
+    expected = DataError if first is None else ValueError
+    with pytest.raises(expected), engine:
+        if first is not None:
+            raise first

@@ -62,6 +62,6 @@ def test_processes_that_do_not_fit_are_refused(make_config):
 def test_processes_on_different_devices_are_refused(make_config, monkeypatch):
     config = make_config("engine.name=torch")
     words = ["engine.precision=bf16 here, fp32 there"]
-    monkeypatch.setattr(process_group.RunStore, "differences", lambda store, name, facts: words)
+    monkeypatch.setattr(process_group.Coordinator, "differences", lambda store, name, facts: words)
     with pytest.raises(ConfigError, match=r"engine\.precision=bf16 here, fp32 there"):
         engine_of(config, None)

@@ -1,4 +1,4 @@
-"""RunStore with its processes as threads, over torch's in-memory store."""
+"""Coordinator with its processes as threads, over torch's in-memory store."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -8,20 +8,20 @@ import torch
 import torch.distributed as dist
 
 from cxr_vit.engines import process_group
-from cxr_vit.engines.process_group import ProcessGroup, RunStore, run_store
+from cxr_vit.engines.process_group import Coordinator, ProcessGroup, coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ProcessLost
 
 
 @pytest.fixture
 def in_all(monkeypatch):
-    """Run a function of a RunStore in two processes of one start; return both results."""
+    """Run a function of a Coordinator in two processes of one start; return both results."""
     shared = dist.HashStore()
     shared.set_timeout(timedelta(seconds=20))
     monkeypatch.setattr(process_group, "_connect", lambda: dist.PrefixStore("starts", shared))
 
     def run(function):
-        stores = [RunStore(Launch(rank, 2, launcher="torchrun")) for rank in range(2)]
+        stores = [Coordinator(Launch(rank, 2, launcher="torchrun")) for rank in range(2)]
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(function, stores))
 
@@ -106,7 +106,7 @@ def test_missing_process_is_named(monkeypatch):
     monkeypatch.setattr(process_group, "_connect", dist.HashStore)
     monkeypatch.setattr(process_group, "_START_S", 0.2)
     with pytest.raises(ProcessLost, match=r"processes \[1, 2\] of 3 did not start in 0\.2 s"):
-        RunStore(Launch(0, 3, launcher="torchrun")).open()
+        Coordinator(Launch(0, 3, launcher="torchrun")).open()
 
 
 def test_unreachable_store_leaves_every_process_its_error(monkeypatch):
@@ -114,14 +114,14 @@ def test_unreachable_store_leaves_every_process_its_error(monkeypatch):
         raise RuntimeError("Connection refused")
 
     monkeypatch.setattr(process_group, "_connect", broken)
-    store = RunStore(Launch(1, 2, launcher="torchrun"))
+    store = Coordinator(Launch(1, 2, launcher="torchrun"))
     assert store.claim_error_report()
     store.finish_error_report()
 
 
 def test_single_process_needs_no_store():
-    store = run_store(Launch())
-    assert store is run_store(Launch())
+    store = coordinator(Launch())
+    assert store is coordinator(Launch())
     assert store.call_once("thing", lambda: 3) == 3
     assert store.differences("facts", {"a": 1}) == []
     assert store.claim_error_report()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import EngineUnavailable
 
 VARIABLES = (
     "RANK",
@@ -76,15 +77,24 @@ def test_local_replicas_come_from_popdist(set_variables, monkeypatch):
         isPopdistEnvSet=lambda: True,
         init=lambda: calls.append("init"),
         getNumLocalReplicas=lambda: 2,
+        getInstanceIndex=lambda: 1,
+        getNumInstances=lambda: 2,
     )
     monkeypatch.setitem(sys.modules, "popdist", popdist)
-    assert Launch.from_environment().local_replicas is None, "poprun did not start this process"
+    with pytest.raises(EngineUnavailable, match=r"poprun started this process as 1 of 2"):
+        assert Launch.from_environment().local_replicas
     set_variables(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2)
     assert Launch.from_environment().local_replicas == 2
     monkeypatch.setattr(popdist, "isPopdistEnvSet", lambda: False)
     assert Launch.from_environment().local_replicas is None, "mpirun without poprun"
     monkeypatch.setitem(sys.modules, "popdist", None)
     assert Launch.from_environment().local_replicas is None, "popdist is not installed"
+
+
+def test_poprun_wins_over_a_scheduler_that_sets_a_rank(set_variables):
+    set_variables(RANK=0, WORLD_SIZE=1, POPDIST_NUM_TOTAL_REPLICAS=4)
+    set_variables(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2)
+    assert Launch.from_environment() == Launch(1, 2, launcher="poprun")
 
 
 def test_replicas_are_divided_evenly():

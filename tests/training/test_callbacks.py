@@ -30,8 +30,8 @@ class FakeTrainer:
 
     step = 0
     durations = SimpleNamespace(total_steps=4)
-    store = SimpleNamespace(linked=lambda name: None)
-    train = SimpleNamespace(image_names=[f"{row:08d}_000.png" for row in range(10)])
+    checkpoints = SimpleNamespace(linked=lambda name: None)
+    train_data = SimpleNamespace(image_names=[f"{row:08d}_000.png" for row in range(10)])
 
     def __init__(self):
         self.reasons = []

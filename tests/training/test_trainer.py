@@ -24,13 +24,13 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer):
         self.events.append(("fit_start", trainer.step))
-        save = trainer.store.save
+        save = trainer.checkpoints.save
 
         def recorded(step, *arguments, **keywords):
             self.events.append(("checkpoint", step))
             return save(step, *arguments, **keywords)
 
-        trainer.store.save = recorded
+        trainer.checkpoints.save = recorded
 
     def on_step_end(self, trainer, event):
         self.events.append(("step", event.step))
@@ -130,21 +130,21 @@ def test_learning_rates_follow_the_schedule(make_trainer):
 def test_best_points_at_the_best_score_and_last_at_the_last_step(make_trainer):
     trainer = make_trainer("train.eval_every_steps=2", scores=[0.6, 0.9, 0.7])
     trainer.fit()
-    assert trainer.store.linked("best").name == "step_00000004"
-    assert trainer.store.linked("last").name == "step_00000006"
+    assert trainer.checkpoints.linked("best").name == "step_00000004"
+    assert trainer.checkpoints.linked("last").name == "step_00000006"
 
 
 def test_best_follows_last_until_a_score_is_defined(make_trainer, caplog):
     trainer = make_trainer(scores=[None, None])
     trainer.fit()
-    assert trainer.store.linked("best").name == "step_00000006"
+    assert trainer.checkpoints.linked("best").name == "step_00000006"
     assert "undefined" in caplog.text
 
 
 def test_undefined_score_does_not_replace_a_defined_one(make_trainer):
     trainer = make_trainer(scores=[0.6, None])
     trainer.fit()
-    assert trainer.store.linked("best").name == "step_00000003"
+    assert trainer.checkpoints.linked("best").name == "step_00000003"
 
 
 def test_early_stopping_ends_the_run_after_saving(make_trainer):
@@ -158,7 +158,7 @@ def test_early_stopping_ends_the_run_after_saving(make_trainer):
     trainer.fit()
     assert trainer.step == 6
     assert "early stopping" in trainer.stop_reason and not trainer.interrupted
-    assert trainer.store.linked("last").name == "step_00000006"
+    assert trainer.checkpoints.linked("last").name == "step_00000006"
     assert recorder.events[-1] == ("fit_end", 6)
 
 
@@ -180,7 +180,7 @@ def test_non_finite_loss_ends_the_run_without_saving(make_trainer):
         broken.engine.model.stages[0].vit.embeddings.cls_token.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0 .*\.png"):
         broken.fit()
-    assert broken.store.steps() == []
+    assert broken.checkpoints.steps() == []
     assert recorder.events[-1] == ("NonFiniteLoss", 1)
 
 
@@ -196,7 +196,7 @@ def test_each_sample_is_used_once_per_epoch(make_trainer):
     trainer.engine.train_step = watched
     trainer.fit()
     assert expected == seen
-    count = len(trainer.train)
+    count = len(trainer.train_data)
     assert sorted(seen[:count]) == list(range(count))
     assert sorted(seen[count : 2 * count]) == list(range(count))
     assert seen[:count] != seen[count : 2 * count]
@@ -204,11 +204,11 @@ def test_each_sample_is_used_once_per_epoch(make_trainer):
 
 def test_interruption_of_another_process_ends_the_run_here_too(make_trainer):
     trainer = make_trainer()
-    trainer.engine.agree = lambda flag: trainer.step == 4
+    trainer.engine.any_process = lambda flag: trainer.step == 4
     trainer.fit()
     assert (trainer.step, trainer.interrupted) == (4, True)
     assert "stopped at step 4: another process was interrupted" in trainer.describe_end()
-    assert trainer.store.linked("last").name == "step_00000004"
+    assert trainer.checkpoints.linked("last").name == "step_00000004"
 
 
 @pytest.mark.parametrize("stop", [3, 6])
@@ -222,12 +222,12 @@ def test_validation_prevented_by_a_stop_is_done_on_resume(make_trainer, stop):
     resumed = make_trainer(
         callbacks=[recorder], scores=[scores[step] for step in (3, 6) if step >= stop]
     )
-    resumed.resume(resumed.store.folder / "last")
+    resumed.resume(resumed.checkpoints.folder / "last")
     resumed.fit()
     assert recorder.of("eval") == [step for step in (3, 6) if step >= stop]
     assert resumed.is_complete
     assert resumed.describe_end().startswith("finished")
-    assert resumed.store.linked("best").name == "step_00000003"
+    assert resumed.checkpoints.linked("best").name == "step_00000003"
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_run_with_other_facts_is_not_resumed(make_trainer, override, fact):
     make_trainer("train.steps=3").fit()
     other = make_trainer(override)
     with pytest.raises(CheckpointError, match=f"with another {fact}"):
-        other.resume(other.store.folder / "last")
+        other.resume(other.checkpoints.folder / "last")
 
 
 def test_weights_alone_can_be_resumed(make_trainer):
     first = make_trainer("train.steps=3")
     first.fit()
     second = make_trainer()
-    second.resume(second.store.folder / "last", weights_only=True)
+    second.resume(second.checkpoints.folder / "last", weights_only=True)
     assert second.step == 3
     state = second.engine.state_dict()
     assert (state.optimizer, state.scalars["updates"]) == ({}, 3.0)
@@ -262,7 +262,7 @@ def test_run_is_not_resumed_past_its_end(make_trainer):
     make_trainer().fit()
     shorter = make_trainer("train.steps=3")
     with pytest.raises(CheckpointError, match="at step 6, past this run's 3 steps"):
-        shorter.resume(shorter.store.folder / "last")
+        shorter.resume(shorter.checkpoints.folder / "last")
 
 
 def test_non_finite_weights_are_not_saved(make_trainer):
@@ -271,7 +271,7 @@ def test_non_finite_weights_are_not_saved(make_trainer):
         trainer.engine.model.stages[3].classifier.bias[2] = float("inf")
     with pytest.raises(NonFiniteLoss, match=r"1 weights are not finite.*classifier\.bias"):
         trainer.save()
-    assert trainer.store.steps() == []
+    assert trainer.checkpoints.steps() == []
 
 
 def test_resumed_log_equals_the_uninterrupted_one(make_trainer, tmp_path):
@@ -285,7 +285,7 @@ def test_resumed_log_equals_the_uninterrupted_one(make_trainer, tmp_path):
     make_trainer(callbacks=[logging("whole")], folder="whole").fit()
     make_trainer(callbacks=[logging("cut"), StopAt(4)], folder="cut").fit()
     resumed = make_trainer(callbacks=[logging("cut")], folder="cut")
-    resumed.resume(resumed.store.folder / "last")
+    resumed.resume(resumed.checkpoints.folder / "last")
     resumed.fit()
     for one, other in zip(losses("whole"), losses("cut")):
         assert (one["step"], one["train/loss"]) == (other["step"], other["train/loss"])
@@ -300,7 +300,7 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
     make_trainer(*settings, callbacks=[StopAt(stop)], folder="cut").fit()
     recorder = Recorder()
     resumed = make_trainer(*settings, callbacks=[recorder], folder="cut")
-    resumed.resume(resumed.store.folder / "last")
+    resumed.resume(resumed.checkpoints.folder / "last")
     resumed.fit()
     assert recorder.of("step") == list(range(stop + 1, 7))
     expected, state = whole.engine.state_dict(), resumed.engine.state_dict()
@@ -316,15 +316,15 @@ def test_resumed_run_keeps_the_best_score(make_trainer):
     first = make_trainer("train.steps=3", scores=[0.9])
     first.fit()
     second = make_trainer(scores=[0.8])
-    second.resume(second.store.folder / "last")
+    second.resume(second.checkpoints.folder / "last")
     second.fit()
-    assert second.store.linked("best").name == "step_00000003"
+    assert second.checkpoints.linked("best").name == "step_00000003"
 
 
 def test_checkpoint_has_labels_best_score_and_callback_states(make_trainer):
     trainer = make_trainer(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)])
     trainer.fit()
-    state = json.loads((trainer.store.folder / "last" / "trainer_state.json").read_text())
+    state = json.loads((trainer.checkpoints.folder / "last" / "trainer_state.json").read_text())
     assert state["labels"][0] == "Atelectasis"
     assert (state["format"], state["best_score"]) == (2, 0.7)
     assert state["callbacks"] == {"early_stopping": {"best": 0.7, "since_best": 1}}
@@ -337,7 +337,7 @@ def test_checkpoint_of_format_1_resumes_the_same_run(make_trainer, tmp_path):
 
     cut = make_trainer(callbacks=[*callbacks(), StopAt(4)], scores=[0.7])
     cut.fit()
-    file = cut.store.folder / "last" / "trainer_state.json"
+    file = cut.checkpoints.folder / "last" / "trainer_state.json"
     state = json.loads(file.read_text())
     callback_states = state["callbacks"]
     old_names = {"early_stopping": "EarlyStopping", "metrics": "MetricsLogging"}
@@ -346,8 +346,27 @@ def test_checkpoint_of_format_1_resumes_the_same_run(make_trainer, tmp_path):
     file.write_text(json.dumps({**state, "format": 1}))
 
     resumed = make_trainer(callbacks=callbacks())
-    resumed.resume(resumed.store.folder / "last")
+    resumed.resume(resumed.checkpoints.folder / "last")
     assert (resumed.step, resumed.evaluated_step, resumed.best_score) == (4, 3, 0.7)
     assert callback_states["metrics"]["num_samples"] > 0
     restored = {callback.state_key: callback.state_dict() for callback in resumed.callbacks}
     assert restored == callback_states
+
+
+def test_missed_validation_that_ends_the_run_is_saved_and_trains_no_further(make_trainer):
+    make_trainer(callbacks=[StopAt(3), EarlyStopping(1)], scores=[0.9]).fit()
+    recorder = Recorder()
+    resumed = make_trainer(callbacks=[recorder, EarlyStopping(1)], scores=[0.1])
+    resumed.resume(resumed.checkpoints.folder / "last")
+    resumed.best_score, resumed.callbacks[1].best = 0.9, 0.9  # of an earlier validation
+    resumed.fit()
+    assert recorder.of("step") == [] and recorder.of("eval") == [3]
+    assert recorder.of("checkpoint") == [3]
+    again = make_trainer(callbacks=[EarlyStopping(1)])
+    again.resume(again.checkpoints.folder / "last")
+    assert (again.step, again.evaluated_step, again.callbacks[0].since_best) == (3, 3, 1)
+
+
+def test_two_callbacks_cannot_share_a_state_key(make_trainer):
+    with pytest.raises(AssertionError, match="state_key"):
+        make_trainer(callbacks=[EarlyStopping(1), EarlyStopping(2)])

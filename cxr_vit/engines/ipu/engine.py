@@ -192,7 +192,7 @@ class PopTorchEngine(Engine):
         logits: Tensor = guarded("scoring", executor, batch.images)
         return logits.float()
 
-    def agree(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         (flags,) = self.gather(torch.tensor([float(flag)]))
         return bool(flags.any())

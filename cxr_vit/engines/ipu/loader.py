@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
-from cxr_vit.engines.base import leave_the_process_group, with_user_errors
+from cxr_vit.engines.base import leave_signal_group, with_user_errors
 from cxr_vit.engines.ipu.graphs import guarded
 from cxr_vit.errors import ConfigError, DataError
 
@@ -91,7 +91,7 @@ class HostBatchLoader:
             num_workers=num_workers,
             persistent_workers=False,
             collate_fn=collate,
-            worker_init_fn=leave_the_process_group,
+            worker_init_fn=leave_signal_group,
             auto_distributed_partitioning=False,
             mode=modes[mode],
             **more,
@@ -141,7 +141,7 @@ def _start_fork_server() -> None:
     """Start the process that an asynchronous loader's process is forked from, SIGTERM ignored.
 
     It stays in the process group, where a signal to the group would end the loader. Its children
-    restore the signal (`leave_the_process_group`).
+    restore the signal (`leave_signal_group`).
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -157,10 +157,10 @@ class LoaderProcessDataset(Dataset[Sample]):
         self.dataset = dataset
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """Leave the process group if the loader's process unpickles this."""
+        """Leave the signal group if the loader's process unpickles this."""
         self.__dict__.update(state)
         if multiprocessing.parent_process() is not None:
-            leave_the_process_group()
+            leave_signal_group()
 
     def __len__(self) -> int:
         return len(self.dataset)

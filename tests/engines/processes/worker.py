@@ -27,7 +27,7 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.engines.base import EngineState, StepOutput
-from cxr_vit.engines.process_group import run_store
+from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.training.schedule import LearningRate
@@ -125,7 +125,7 @@ def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
 def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, StagedViT]:
     """Build configuration, data and model."""
     config = check(load_config([CONFIG], overrides))
-    data = ChestXrayDataModule(config.data, once=run_store(Launch.from_environment()).call_once)
+    data = ChestXrayDataModule(config.data, once=coordinator(Launch.from_environment()).call_once)
     model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
     return config, data, model
 

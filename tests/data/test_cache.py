@@ -15,25 +15,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import store_build
+from cxr_vit.data import cache_build
+from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_images, refusal
+from cxr_vit.data.cache_build import build_cache, check_cache, check_images
 from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
-from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
-from cxr_vit.data.store_build import build_store, check_images, verify_store
 from cxr_vit.errors import DataError
 
 SIDE = 16
-SETTINGS = StoreSettings(SIDE, 5)
+SETTINGS = CacheSettings(SIDE, 5)
 BAD = "00000003_000.png"
 
 
 class Store(NamedTuple):
     images: Path
     paths: Dict[str, str]
-    where: StorePaths
-    index: StoreIndex
+    where: CachePaths
+    index: CacheIndex
 
-    def refusal(self, settings: StoreSettings = SETTINGS) -> Optional[str]:
-        index = StoreIndex.load(self.where.index)
+    def refusal(self, settings: CacheSettings = SETTINGS) -> Optional[str]:
+        index = CacheIndex.load(self.where.index)
         return refusal(index, self.where.pixels, settings, find_images(self.images))
 
 
@@ -51,15 +51,15 @@ def store(tmp_path: Path) -> Store:
         write_image(images / f"{row:08d}_000.png", row)
     (images / BAD).write_bytes(b"<html>")
     paths = find_images(images)
-    where = StorePaths.of(tmp_path, SIDE)
-    return Store(images, paths, where, build_store(where, SETTINGS, paths, workers=1))
+    where = CachePaths.of(tmp_path, SIDE)
+    return Store(images, paths, where, build_cache(where, SETTINGS, paths, workers=1))
 
 
 # The index
 
 
 def test_files_are_named_by_the_image_size(tmp_path: Path) -> None:
-    where = StorePaths.of(tmp_path, 224)
+    where = CachePaths.of(tmp_path, 224)
     assert where.pixels == tmp_path / "films_224.u8"
     assert where.index == tmp_path / "films_224.json"
     assert len(set(dataclasses.astuple(where))) == 5
@@ -106,8 +106,8 @@ def test_index_has_the_settings_and_versions(store: Store) -> None:
 
 
 def test_index_is_loaded_as_it_was_saved(store: Store) -> None:
-    assert StoreIndex.load(store.where.index) == store.index
-    assert store.index.store_bytes == store.where.pixels.stat().st_size == 6 * SIDE**2
+    assert CacheIndex.load(store.where.index) == store.index
+    assert store.index.cache_bytes == store.where.pixels.stat().st_size == 6 * SIDE**2
 
 
 def test_unusable_image_has_a_reason_and_a_black_row_that_is_not_read(store: Store) -> None:
@@ -181,13 +181,13 @@ def test_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) ->
     store.where.index.write_text(damage(text))
     assert store.where.index.read_text() != text
     with pytest.raises(ValueError, match=rf"its index {store.where.index} is damaged"):
-        StoreIndex.load(store.where.index)
+        CacheIndex.load(store.where.index)
 
 
 def test_index_that_is_not_text_is_refused(store: Store) -> None:
     store.where.index.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="is damaged"):
-        StoreIndex.load(store.where.index)
+        CacheIndex.load(store.where.index)
 
 
 def test_added_images_are_counted_and_the_first_is_named(store: Store) -> None:
@@ -249,14 +249,14 @@ CHANGED = "the cache does not hold what its file holds now"
 
 def verified(store: Store, *, workers: int = 1) -> Dict[str, str]:
     paths = find_images(store.images)
-    return verify_store(store.index, store.where, paths, workers=workers)
+    return check_cache(store.index, store.where, paths, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_undamaged_store_has_nothing_wrong(
     store: Store, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_build, "_FEW_IMAGES", 0)
+    monkeypatch.setattr(cache_build, "_FEW_IMAGES", 0)
     assert verified(store, workers=workers) == {}
 
 
@@ -313,4 +313,4 @@ def test_store_of_other_pixels_is_refused_at_the_start(store: Store) -> None:
     pixels = store.where.pixels
     pixels.write_bytes(bytes(len(pixels.read_bytes())))  # the right size, and black
     with pytest.raises(DataError, match=r"is damaged: .* is not what its index says.*prepare"):
-        open_images(StoreIndex.load(store.where.index), pixels)
+        open_images(CacheIndex.load(store.where.index), pixels)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vit.data import store_build
+from cxr_vit.data import cache_build
+from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_images, refusal
+from cxr_vit.data.cache_build import Chunk, build_cache, locked
 from cxr_vit.data.images import find_images, read_gray
-from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, open_images, refusal
-from cxr_vit.data.store_build import Chunk, build_store, locked
 from cxr_vit.errors import DataError
 
 SIDE = 8
-SETTINGS = StoreSettings(SIDE, 1)
+SETTINGS = CacheSettings(SIDE, 1)
 IMAGES = 300  # more than one process decodes, in five chunks
 BAD = "00000100_000.png"
 
@@ -42,7 +42,7 @@ def write_images(folder: Path) -> Dict[str, str]:
 
 class Reference(NamedTuple):
     paths: Dict[str, str]
-    where: StorePaths
+    where: CachePaths
     pixels: bytes
     index: bytes
 
@@ -51,25 +51,25 @@ class Reference(NamedTuple):
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A store built without interruption by one process."""
     root = tmp_path_factory.mktemp("reference")
-    where = StorePaths.of(root, SIDE)
+    where = CachePaths.of(root, SIDE)
     paths = write_images(root / "images")
-    build_store(where, SETTINGS, paths, workers=1)
+    build_cache(where, SETTINGS, paths, workers=1)
     return Reference(paths, where, where.pixels.read_bytes(), where.index.read_bytes())
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> StorePaths:
-    return StorePaths.of(tmp_path, SIDE)
+def where(tmp_path: Path) -> CachePaths:
+    return CachePaths.of(tmp_path, SIDE)
 
 
-def assert_complete(where: StorePaths, reference: Reference) -> None:
+def assert_complete(where: CachePaths, reference: Reference) -> None:
     assert where.pixels.read_bytes() == reference.pixels
     assert where.index.read_bytes() == reference.index
     assert not where.partial.exists()
     assert not where.journal.exists()
 
 
-def build(where: StorePaths, paths: Dict[str, str]) -> int:
+def build(where: CachePaths, paths: Dict[str, str]) -> int:
     """Build a store or resume its build; return how many images were not decoded again."""
     found = []
 
@@ -79,12 +79,12 @@ def build(where: StorePaths, paths: Dict[str, str]) -> int:
         yield lambda count: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_build, "progress", record)
-        build_store(where, SETTINGS, paths, workers=1)
+        patch.setattr(cache_build, "progress", record)
+        build_cache(where, SETTINGS, paths, workers=1)
     return found[0]
 
 
-def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) -> None:
+def interrupt(where: CachePaths, paths: Dict[str, str], *, after_chunks: int) -> None:
     """Interrupt a build when the journal has this many chunks."""
 
     @contextlib.contextmanager
@@ -98,21 +98,21 @@ def interrupt(where: StorePaths, paths: Dict[str, str], *, after_chunks: int) ->
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_build, "progress", interrupt_it)
+        patch.setattr(cache_build, "progress", interrupt_it)
         with pytest.raises(KeyboardInterrupt):
-            build_store(where, SETTINGS, paths, workers=1)
+            build_cache(where, SETTINGS, paths, workers=1)
 
 
-def interrupt_before_the_index(where: StorePaths, paths: Dict[str, str]) -> str:
+def interrupt_before_the_index(where: CachePaths, paths: Dict[str, str]) -> str:
     """Interrupt a build after the pixels are renamed; return the journal."""
 
-    def interrupt_it(index: StoreIndex, path: Path) -> None:
+    def interrupt_it(index: CacheIndex, path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoreIndex, "save", interrupt_it)
+        patch.setattr(CacheIndex, "save", interrupt_it)
         with pytest.raises(KeyboardInterrupt):
-            build_store(where, SETTINGS, paths, workers=1)
+            build_cache(where, SETTINGS, paths, workers=1)
     return where.journal.read_text()
 
 
@@ -121,16 +121,16 @@ def interrupt_before_the_index(where: StorePaths, paths: Dict[str, str]) -> str:
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_processes_builds_the_same_bytes(
-    reference: Reference, where: StorePaths, workers: int
+    reference: Reference, where: CachePaths, workers: int
 ) -> None:
-    build_store(where, SETTINGS, reference.paths, workers=workers)
+    build_cache(where, SETTINGS, reference.paths, workers=workers)
     assert_complete(where, reference)
 
 
 def test_order_in_which_images_are_found_does_not_matter(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
-    build_store(where, SETTINGS, dict(reversed(list(reference.paths.items()))), workers=1)
+    build_cache(where, SETTINGS, dict(reversed(list(reference.paths.items()))), workers=1)
     assert_complete(where, reference)
 
 
@@ -139,7 +139,7 @@ def test_order_in_which_images_are_found_does_not_matter(
 
 @pytest.mark.parametrize(("chunks", "images"), [(1, 64), (3, 192), (5, 300)])
 def test_interrupted_build_resumes(
-    reference: Reference, where: StorePaths, chunks: int, images: int
+    reference: Reference, where: CachePaths, chunks: int, images: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=chunks)
     assert not where.pixels.exists() and not where.index.exists()
@@ -148,14 +148,14 @@ def test_interrupted_build_resumes(
 
 
 def test_interrupted_build_may_be_resumed_by_more_processes(
-    reference: Reference, where: StorePaths, caplog: pytest.LogCaptureFixture
+    reference: Reference, where: CachePaths, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="cxr_vit")
     interrupt(where, reference.paths, after_chunks=1)
     # Few images are left, for which no processes would be started.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_build, "_FEW_IMAGES", 0)
-        build_store(where, SETTINGS, reference.paths, workers=2)
+        patch.setattr(cache_build, "_FEW_IMAGES", 0)
+        build_cache(where, SETTINGS, reference.paths, workers=2)
     assert_complete(where, reference)
     assert "resuming an interrupted cache: 64 of 300 images are in it" in caplog.text
     assert "cached 299 images in" in caplog.text
@@ -163,7 +163,7 @@ def test_interrupted_build_may_be_resumed_by_more_processes(
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1], ids=lambda kept: f"up to {kept}")
 def test_truncated_line_of_the_journal_is_ignored(
-    reference: Reference, where: StorePaths, kept: int
+    reference: Reference, where: CachePaths, kept: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     lines = where.journal.read_text().splitlines(keepends=True)
@@ -173,7 +173,7 @@ def test_truncated_line_of_the_journal_is_ignored(
 
 
 def test_journal_without_its_first_line_restarts_the_build(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     plan = where.journal.read_text().splitlines()[0]
@@ -183,7 +183,7 @@ def test_journal_without_its_first_line_restarts_the_build(
         assert_complete(where, reference)
 
 
-def test_build_of_the_first_release_is_resumed(reference: Reference, where: StorePaths) -> None:
+def test_build_of_the_first_release_is_resumed(reference: Reference, where: CachePaths) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     plan, *lines = where.journal.read_text().splitlines(keepends=True)
     assert plan.count('"images"') == 1
@@ -196,7 +196,7 @@ def test_build_of_the_first_release_is_resumed(reference: Reference, where: Stor
     "line", ["\0" * 40, "[192, [1, 2", "{}", "[5]"], ids=["zeros", "cut", "object", "short"]
 )
 def test_damaged_line_of_the_journal_is_ignored(
-    reference: Reference, where: StorePaths, line: str
+    reference: Reference, where: CachePaths, line: str
 ) -> None:
     """A power loss damages lines; a kill does not."""
     interrupt(where, reference.paths, after_chunks=3)
@@ -206,7 +206,7 @@ def test_damaged_line_of_the_journal_is_ignored(
     assert_complete(where, reference)
 
 
-def test_lost_pixels_are_decoded_again(reference: Reference, where: StorePaths) -> None:
+def test_lost_pixels_are_decoded_again(reference: Reference, where: CachePaths) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     with where.partial.open("r+b") as file:
         file.seek(70 * SIDE**2)
@@ -217,7 +217,7 @@ def test_lost_pixels_are_decoded_again(reference: Reference, where: StorePaths) 
 
 @pytest.mark.parametrize("held", [None, 0, 100 * SIDE**2, 301 * SIDE**2])
 def test_partial_file_that_is_lost_or_has_another_size_is_rebuilt(
-    reference: Reference, where: StorePaths, held: int
+    reference: Reference, where: CachePaths, held: int
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     if held is None:
@@ -229,7 +229,7 @@ def test_partial_file_that_is_lost_or_has_another_size_is_rebuilt(
 
 
 def test_kill_before_the_index_is_written_loses_nothing(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
     interrupt_before_the_index(where, reference.paths)
     assert where.pixels.exists() and not where.index.exists() and not where.partial.exists()
@@ -238,12 +238,12 @@ def test_kill_before_the_index_is_written_loses_nothing(
 
 
 def test_kill_before_the_journal_is_removed_leaves_a_complete_store(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
     journal = interrupt_before_the_index(where, reference.paths)
     build(where, reference.paths)
     where.journal.write_text(journal)
-    index = StoreIndex.load(where.index)
+    index = CacheIndex.load(where.index)
     assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
     os.truncate(where.pixels, 5)  # the old journal must not be used for the next store
     build(where, reference.paths)
@@ -251,7 +251,7 @@ def test_kill_before_the_journal_is_removed_leaves_a_complete_store(
 
 
 def test_kill_while_an_old_store_is_replaced_loses_nothing(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
     interrupt(where, reference.paths, after_chunks=5)
     where.pixels.write_bytes(b"of an old store whose index is gone")
@@ -260,7 +260,7 @@ def test_kill_while_an_old_store_is_replaced_loses_nothing(
 
 
 def test_pixels_without_an_index_and_a_journal_are_not_used(
-    reference: Reference, where: StorePaths
+    reference: Reference, where: CachePaths
 ) -> None:
     where.pixels.write_bytes(bytes(len(reference.pixels)))
     assert build(where, reference.paths) == 0
@@ -276,7 +276,7 @@ def changed(reference: Reference, tmp_path: Path) -> Tuple[Dict[str, str], str]:
 
 
 def test_changed_images_restart_the_build(
-    reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
+    reference: Reference, where: CachePaths, changed: Tuple[Dict[str, str], str]
 ) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     paths, _ = changed
@@ -286,20 +286,20 @@ def test_changed_images_restart_the_build(
     assert pixels[SIDE**2 :] == reference.pixels[SIDE**2 :]
 
 
-def test_other_settings_restart_the_build(reference: Reference, where: StorePaths) -> None:
+def test_other_settings_restart_the_build(reference: Reference, where: CachePaths) -> None:
     interrupt(where, reference.paths, after_chunks=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.SETTINGS", StoreSettings(SIDE, 2))
+        patch.setattr(f"{__name__}.SETTINGS", CacheSettings(SIDE, 2))
         assert build(where, reference.paths) == 0
-    assert StoreIndex.load(where.index).settings.max_megapixels == 2
+    assert CacheIndex.load(where.index).settings.max_megapixels == 2
 
 
 def test_old_store_stays_readable_until_the_new_one_is_complete(
-    reference: Reference, where: StorePaths, changed: Tuple[Dict[str, str], str]
+    reference: Reference, where: CachePaths, changed: Tuple[Dict[str, str], str]
 ) -> None:
     build(where, reference.paths)
     interrupt(where, changed[0], after_chunks=5)
-    index = StoreIndex.load(where.index)
+    index = CacheIndex.load(where.index)
     assert refusal(index, where.pixels, SETTINGS, reference.paths) is None
     out = np.empty((1, SIDE, SIDE), dtype=np.uint8)
     open_images(index, where.pixels).read(np.array([0]), out)
@@ -312,12 +312,12 @@ def test_old_store_stays_readable_until_the_new_one_is_complete(
 
 
 def test_too_little_space_is_reported_before_decoding(
-    reference: Reference, where: StorePaths, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, where: CachePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, IMAGES * SIDE**2 - 1))
     with pytest.raises(DataError, match=r"the cache needs .* GB in .* GB are free") as caught:
-        build_store(where, SETTINGS, reference.paths, workers=1)
+        build_cache(where, SETTINGS, reference.paths, workers=1)
     assert "data.cache_dir" in str(caught.value) and "data.cache=off" in str(caught.value)
     assert not where.partial.exists() and not where.pixels.exists()
 
@@ -325,11 +325,11 @@ def test_too_little_space_is_reported_before_decoding(
 def test_full_disk_is_reported_with_what_to_do(reference: Reference) -> None:
     chunk = Chunk(0, [reference.paths[name_of(0)]])
     with pytest.raises(DataError, match=r"No space left on device.*the build resumes"):
-        store_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
+        cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    lock = StorePaths.of(tmp_path / "file", SIDE).lock
+    lock = CachePaths.of(tmp_path / "file", SIDE).lock
     with pytest.raises(DataError, match=r"cannot be written to .*data\.cache_dir"), locked(lock):
         raise AssertionError("the lock was taken")

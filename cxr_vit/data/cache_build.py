@@ -1,4 +1,4 @@
-"""Build, check and verify the packed store, on all cores."""
+"""Build, check and verify the packed cache, on all cores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,25 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, TypeVar
+from typing import (
+    IO,
+    Callable,
+    Dict,
+    Generator,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+)
 
 import numpy as np
 
 from cxr_vit.console import progress
+from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, file_sizes, library_versions
 from cxr_vit.data.images import gray_or_reason
-from cxr_vit.data.store import StoreIndex, StorePaths, StoreSettings, file_sizes, library_versions
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
 
@@ -58,7 +70,7 @@ class DecodedChunk(NamedTuple):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a store's lock file, waiting while another process builds.
+    """Hold a cache's lock file, waiting while another process builds.
 
     Raises DataError if the folder cannot be written.
     """
@@ -81,12 +93,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build_store(
-    where: StorePaths, settings: StoreSettings, paths: Mapping[str, str], *, workers: Optional[int]
-) -> StoreIndex:
-    """Decode images into a new store, or resume an interrupted build.
+def build_cache(
+    where: CachePaths, settings: CacheSettings, paths: Mapping[str, str], *, workers: Optional[int]
+) -> CacheIndex:
+    """Decode images into a new cache, or resume an interrupted build.
 
-    The caller holds the lock. An older store is replaced only when the new one is complete.
+    The caller holds the lock. An older cache is replaced only when the new one is complete.
 
     Raises DataError if the disk has too little space.
     """
@@ -100,7 +112,7 @@ def build_store(
     started = time.monotonic()
     decode = partial(decode_chunk, settings=settings, pixels=where.partial)
     decoding = in_parallel("decoding images", decode, chunks, workers=workers, done=done)
-    with where.journal.open("a", encoding="utf-8") as journal:
+    with where.journal.open("a", encoding="utf-8") as journal, contextlib.closing(decoding):
         for decoded in decoding:
             finished[decoded.first_row] = decoded
             journal.write(json.dumps(decoded) + "\n")
@@ -108,8 +120,8 @@ def build_store(
     in_order = [finished[first_row] for first_row in sorted(finished)]
     crc32 = [crc for decoded in in_order for crc in decoded.crc32]
     unusable = _unusable(names, in_order)
-    index = StoreIndex(settings, library_versions(), names, sizes, crc32, unusable)
-    # The new pixels are renamed over an older store's; the index is written last.
+    index = CacheIndex(settings, library_versions(), names, sizes, crc32, unusable)
+    # The new pixels are renamed over an older cache's; the index is written last.
     with where.partial.open("rb") as file:
         os.fsync(file.fileno())
     where.index.unlink(missing_ok=True)
@@ -120,13 +132,13 @@ def build_store(
         "cached %d images in %s (%.1f MB, %.0f s)",
         len(names) - len(index.unusable),
         where.pixels,
-        index.store_bytes / 1e6,
+        index.cache_bytes / 1e6,
         time.monotonic() - started,
     )
     return index
 
 
-def _plan(settings: StoreSettings, names: List[str], sizes: List[int]) -> str:
+def _plan(settings: CacheSettings, names: List[str], sizes: List[int]) -> str:
     """Describe the build in one line, the journal's first; a build of another is not resumed."""
     images = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
     digest = hashlib.sha256(images.encode()).hexdigest()
@@ -135,7 +147,7 @@ def _plan(settings: StoreSettings, names: List[str], sizes: List[int]) -> str:
 
 
 def _resume(
-    where: StorePaths, settings: StoreSettings, plan: str, num_images: int
+    where: CachePaths, settings: CacheSettings, plan: str, num_images: int
 ) -> Dict[int, DecodedChunk]:
     """Prepare the partial file and the journal; return the finished chunks by first row."""
     total_bytes = num_images * settings.image_size**2
@@ -164,7 +176,7 @@ def _has_plan(line: bytes, plan: str) -> bool:
     return line.endswith(b"\n") and recorded == list(json.loads(plan).values())
 
 
-def _start(where: StorePaths, plan: str, total_bytes: int) -> None:
+def _start(where: CachePaths, plan: str, total_bytes: int) -> None:
     for path in (where.journal, where.partial):
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(where.partial.parent).free
@@ -197,7 +209,7 @@ def _stored_checksums(
     return [zlib.crc32(pixels.read(image_bytes)) for _ in range(num_images)]
 
 
-def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path]) -> DecodedChunk:
+def decode_chunk(chunk: Chunk, *, settings: CacheSettings, pixels: Optional[Path]) -> DecodedChunk:
     """Decode a chunk and, if a file of pixels is given, write it there at its rows."""
     size = settings.image_size
     images = np.zeros((len(chunk.paths), size, size), dtype=np.uint8)
@@ -223,7 +235,7 @@ def decode_chunk(chunk: Chunk, *, settings: StoreSettings, pixels: Optional[Path
 
 
 def check_images(
-    paths: Mapping[str, str], settings: StoreSettings, *, workers: Optional[int]
+    paths: Mapping[str, str], settings: CacheSettings, *, workers: Optional[int]
 ) -> Dict[str, str]:
     """Decode images without storing them; return the reason for each unusable one by file name."""
     names = sorted(paths)
@@ -237,10 +249,10 @@ def _unusable(names: List[str], in_order: List[DecodedChunk]) -> Dict[str, str]:
     return {name: reason for name, reason in zip(names, reasons) if reason is not None}
 
 
-def verify_store(
-    index: StoreIndex, where: StorePaths, paths: Mapping[str, str], *, workers: Optional[int]
+def check_cache(
+    index: CacheIndex, where: CachePaths, paths: Mapping[str, str], *, workers: Optional[int]
 ) -> Dict[str, str]:
-    """Compare every image of a store with its checksum, and with its file, decoded again.
+    """Compare every image of a cache with its checksum, and with its file, decoded again.
 
     `paths` maps file names to the paths of files that exist; other images are only checked for
     damage. Returns what is wrong by file name.
@@ -249,9 +261,9 @@ def verify_store(
     verify = partial(_verify_chunk, settings=index.settings, pixels=where.pixels)
     chunks = _in_chunks(paths, index.images)
     for stored, decoded in in_parallel("verifying images", verify, chunks, workers=workers):
-        for row, (in_store, in_file) in enumerate(zip(stored, decoded.crc32), decoded.first_row):
+        for row, (in_cache, in_file) in enumerate(zip(stored, decoded.crc32), decoded.first_row):
             crc, name = index.crc32[row], index.images[row]
-            if crc is not None and in_store != crc:
+            if crc is not None and in_cache != crc:
                 wrong[name] = "its pixels in the cache are damaged"
             elif name in paths and in_file != crc:
                 wrong[name] = "the cache does not hold what its file holds now"
@@ -259,7 +271,7 @@ def verify_store(
 
 
 def _verify_chunk(
-    chunk: Chunk, *, settings: StoreSettings, pixels: Path
+    chunk: Chunk, *, settings: CacheSettings, pixels: Path
 ) -> Tuple[List[int], DecodedChunk]:
     with pixels.open("rb") as file:
         stored = _stored_checksums(file, chunk.first_row, len(chunk.paths), settings.image_size**2)
@@ -280,7 +292,7 @@ def in_parallel(
     *,
     workers: Optional[int],
     done: int = 0,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield the result of a picklable function on each chunk, in any order, and show progress.
 
     `workers` None uses a process per available core; with 1, or few images, this process does it.

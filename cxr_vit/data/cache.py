@@ -1,4 +1,4 @@
-"""The packed store: all images of a data set, decoded, in one memory-mapped file with an index."""
+"""The packed cache: all images of a data set, decoded, in one memory-mapped file with an index."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SPOT_CHECKS = 256
 _RETRIES = 64
 
 #: A process drops its mapped pages after reading this many bytes. They stay in the system's cache,
-#: but a pass over all images would otherwise add the whole store to the process's memory. (The
+#: but a pass over all images would otherwise add the whole cache to the process's memory. (The
 #: system maps more than is read, about two pages for one.)
 _RELEASE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class StoreSettings:
-    """What the pixels of a store depend on, besides the image files."""
+class CacheSettings:
+    """What the pixels of a cache depend on, besides the image files."""
 
     image_size: int
     max_megapixels: int
@@ -42,10 +42,10 @@ class StoreSettings:
 
 
 @dataclass(frozen=True)
-class StorePaths:
-    """The files of a store.
+class CachePaths:
+    """The files of a cache.
 
-    `pixels` and `index` are the finished store; `partial` and `journal` one that is being built, of
+    `pixels` and `index` are the finished cache; `partial` and `journal` one that is being built, of
     which `journal` records the finished chunks; the building process holds `lock`.
     """
 
@@ -56,18 +56,18 @@ class StorePaths:
     lock: Path
 
     @classmethod
-    def of(cls, folder: Path, image_size: int) -> StorePaths:
-        """Name the files of the store of one image size."""
-        stem = f"films_{image_size}"  # the first release's name, so that its stores stay readable
+    def of(cls, folder: Path, image_size: int) -> CachePaths:
+        """Name the files of the cache of one image size."""
+        stem = f"films_{image_size}"  # the first release's name, so that its caches stay readable
         suffixes = (".u8", ".json", ".u8.partial", ".journal", ".lock")
         return cls(*(folder / f"{stem}{suffix}" for suffix in suffixes))
 
 
 @dataclass(frozen=True)
-class StoreIndex:
-    """What a store holds; the lists have one entry per row."""
+class CacheIndex:
+    """What a cache holds; the lists have one entry per row."""
 
-    settings: StoreSettings
+    settings: CacheSettings
     versions: Dict[str, str]  # of the libraries that decoded and resized the images
     images: List[str]  # file names
     source_bytes: List[int]  # sizes of the files; -1 if unknown
@@ -75,11 +75,11 @@ class StoreIndex:
     unusable: Dict[str, str]  # file name -> reason
 
     @classmethod
-    def load(cls, path: Path) -> StoreIndex:
+    def load(cls, path: Path) -> CacheIndex:
         """Read an index; raise ValueError if it is damaged or of another version of this code."""
         try:
             values: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            index = cls(**{**values, "settings": StoreSettings(**values["settings"])})
+            index = cls(**{**values, "settings": CacheSettings(**values["settings"])})
             if not len(index.images) == len(index.source_bytes) == len(index.crc32):
                 raise ValueError("its lists differ in length")
         except (ValueError, TypeError, KeyError) as error:
@@ -91,15 +91,15 @@ class StoreIndex:
         write_text(path, json.dumps(asdict(self)))
 
     @property
-    def store_bytes(self) -> int:
+    def cache_bytes(self) -> int:
         """Size of the file of pixels."""
         return len(self.images) * self.settings.image_size**2
 
 
-class StoreMap:
-    """A memory map of a store's pixels, `shape` (images, height, width), shared by all processes.
+class CacheMap:
+    """A memory map of a cache's pixels, `shape` (images, height, width), shared by all processes.
 
-    It refuses a file that replaced its own: a store that is rebuilt while loader processes start
+    It refuses a file that replaced its own: a cache that is rebuilt while loader processes start
     holds other images in the same rows.
     """
 
@@ -142,60 +142,60 @@ def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class StoreReader(ImageReader):
-    """Read images from the memory map of a store.
+class CacheReader(ImageReader):
+    """Read images from the memory map of a cache.
 
-    `by_name` maps file names to the store's rows; `names` are the images of this sequence in order.
+    `by_name` maps file names to the cache's rows; `names` are the images of this sequence in order.
     """
 
-    def __init__(self, store: StoreMap, by_name: Mapping[str, int], names: Sequence[str]) -> None:
-        super().__init__(store.shape[-1])
-        self._store = store
+    def __init__(self, cache: CacheMap, by_name: Mapping[str, int], names: Sequence[str]) -> None:
+        super().__init__(cache.shape[-1])
+        self._cache = cache
         self._by_name = by_name
         self._rows = np.array([by_name[name] for name in names], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def select(self, names: Sequence[str]) -> StoreReader:
+    def select(self, names: Sequence[str]) -> CacheReader:
         """Return a reader of some of the images."""
-        return StoreReader(self._store, self._by_name, names)
+        return CacheReader(self._cache, self._by_name, names)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copy all images at once."""
-        self._store.take(self._rows[rows], out)
+        self._cache.take(self._rows[rows], out)
 
     def __getstate__(self) -> Dict[str, Any]:
         # A loader process needs the rows of its own images only.
         return {**self.__dict__, "_by_name": {}}
 
 
-def open_images(index: StoreIndex, pixels: Path) -> StoreReader:
-    """Return a reader of all usable images of a store, after checking a random sample.
+def open_images(index: CacheIndex, pixels: Path) -> CacheReader:
+    """Return a reader of all usable images of a cache, after checking a random sample.
 
     Raises DataError if one does not match its checksum.
     """
     size = index.settings.image_size
-    store = StoreMap(pixels, (len(index.images), size, size))
+    cache = CacheMap(pixels, (len(index.images), size, size))
     rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
     sample = np.random.default_rng().permutation(np.array(list(rows.values()), dtype=np.int64))
     for row in sample[:_SPOT_CHECKS].tolist():
-        if zlib.crc32(store.pixels[row]) != index.crc32[row]:
+        if zlib.crc32(cache.pixels[row]) != index.crc32[row]:
             raise DataError(
                 f"the cache {pixels} is damaged: {index.images[row]} is not what its index says."
                 " Rebuild it (remove it and run: python -m cxr_vit prepare --config <file>), or"
                 " train without it (data.cache=off)."
             )
-    return StoreReader(store, rows, list(rows))
+    return CacheReader(cache, rows, list(rows))
 
 
 def refusal(
-    index: StoreIndex, pixels: Path, settings: StoreSettings, paths: Mapping[str, str]
+    index: CacheIndex, pixels: Path, settings: CacheSettings, paths: Mapping[str, str]
 ) -> Optional[str]:
-    """Return why a store does not fit the images that are needed, or None.
+    """Return why a cache does not fit the images that are needed, or None.
 
     This is cheap: it compares sizes of files, and contents of unusable images only. `paths` holds
-    file name -> path of the needed images whose file exists; others are read from the store, so
+    file name -> path of the needed images whose file exists; others are read from the cache, so
     that it can be copied to a machine without the files.
     """
     for setting, needed in asdict(settings).items():
@@ -203,8 +203,8 @@ def refusal(
         if built != needed:
             return f"it was built with {setting}={built}, and {needed} is needed"
     held_bytes = pixels.stat().st_size if pixels.is_file() else 0
-    if held_bytes != index.store_bytes:
-        return f"{pixels} has {held_bytes} bytes and should have {index.store_bytes}"
+    if held_bytes != index.cache_bytes:
+        return f"{pixels} has {held_bytes} bytes and should have {index.cache_bytes}"
     held_names = set(index.images)
     absent = [name for name in paths if name not in held_names]
     if absent:
