@@ -107,5 +107,9 @@ def test_killed_worker_noticed_while_closing_is_a_data_error(make_engine, monkey
     monkeypatch.setattr(engine, "close", close)
     expected = DataError if first is None else ValueError
     with pytest.raises(expected), engine:
-        if first is not None:
-            raise first
+        raise_if_given(first)
+
+
+def raise_if_given(error):
+    if error is not None:
+        raise error
