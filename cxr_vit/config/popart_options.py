@@ -1,8 +1,8 @@
 """Names and value types of PopART's session options, for `engine.popart_options`.
 
-PopTorch accepts any key, and the Python type of the value decides where PopTorch looks the key up,
-at the end of a compilation: `1` for `True`, or a misspelt name, fails half an hour later. The names
-are those that PopTorch 3.4 registers (popart_compiler/source/SessionOptions.cpp).
+PopTorch checks names and Python types only at the end of a compilation: `1` for `True`, or a
+misspelt name, fails half an hour later. The names are those that PopTorch 3.4 registers
+(popart_compiler/source/SessionOptions.cpp).
 """
 
 from typing import Any, Dict

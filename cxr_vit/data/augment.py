@@ -16,7 +16,8 @@ import numpy as np
 
 from cxr_vit.config.schema import AugmentSection
 
-#: Random numbers per image, each uniform in [0, 1). The order is part of the result.
+#: Random numbers per image, each uniform in [0, 1). Their order and their count are part of the
+#: result: with another name, also at the end, all images are augmented differently.
 _DRAWN = (
     "rotation", "shift_x", "shift_y", "scale", "crop_area", "crop_ratio", "crop_x", "crop_y",
     "brightness", "contrast", "gamma", "flip",

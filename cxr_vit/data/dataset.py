@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """A host batch, as a loader yields it to an engine."""
 
-    images: Tensor  # uint8 [B, 1, H, W]; normalized and made three-channel on the device
+    images: Tensor  # uint8 [B, 1, H, W]; normalised and made three-channel on the device
     labels: Tensor  # float32 [B, C], 0 or 1
     indices: Tensor  # int64 [B], row in the split; -1 marks padding (evaluation only)
 

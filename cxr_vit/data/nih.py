@@ -1,4 +1,4 @@
-"""The label CSV of ChestX-ray14, NIH's boxes and Google's second labels.
+"""The label CSV of ChestX-ray14, NIH's boxes and Google's labels of 2019.
 
 All three are read as text first: copies differ in columns, spelling and formatting.
 """

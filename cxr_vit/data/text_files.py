@@ -1,4 +1,4 @@
-"""Read CSVs and list files as text, with errors that say what the file is instead."""
+"""Read CSVs and list files as text, with errors that name the actual type of a wrong file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Predicts memory, time and speed of a configuration before it runs."""
+"""Predict memory, time and speed of a configuration before it runs."""

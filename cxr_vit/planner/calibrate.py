@@ -1,4 +1,4 @@
-"""Fits the constants of the speed to logged runs."""
+"""Fit the constants of the speed to logged runs."""
 
 from __future__ import annotations
 

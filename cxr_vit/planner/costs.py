@@ -1,7 +1,7 @@
 """Costs of the parts of a ViT: parameters, operations and bytes, from its shape alone.
 
-Parameters, matrix products and what a pipeline keeps of a stage are counted exactly. What is live
-while a layer is differentiated is estimated.
+Parameters, matrix products and what a pipeline keeps of a stage are counted exactly. The memory
+that a layer's backward pass needs besides is estimated.
 """
 
 from __future__ import annotations

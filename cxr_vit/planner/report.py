@@ -208,7 +208,8 @@ def _basis(plan: Plan) -> List[str]:
         text += f" ({percent(share)} of the peak)"
     if constants.overhead_s:
         text = f"an overhead of {1e3 * constants.overhead_s:.2f} ms per micro-batch and {text}"
-    text += f", {plan.model.basis}; stated error +- {percent(plan.model.error)}"
+    error = percent(plan.model.error)
+    text += f", {plan.model.basis}; the range assumes errors of up to {error} in these speeds"
     if constants.overhead_s == 0:
         text += f". {_UNKNOWN_OVERHEAD} The range covers no overhead and nothing but overhead"
     return prose("basis", text)
