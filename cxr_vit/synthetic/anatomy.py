@@ -4,6 +4,10 @@ Pixels are computed with ``+ - * /``, minima and comparisons only. These are exa
 while ``sin``, ``exp`` and BLAS differ between numpy builds, so that an image is the same
 everywhere. Scalars are Python floats, because numpy 1.x and 2.x promote ``np.float64`` scalars
 differently.
+
+Body coordinates: `across` runs from -1 (the patient's right, the viewer's left) to 1, `down` from
+-1 (top) to 1, before the image is shifted, turned and scaled. Brightness: 0 is air, 1 is bone.
+A side is -1 on the patient's right, 1 on the left. The extent of a finding is 0..1.
 """
 
 from __future__ import annotations
