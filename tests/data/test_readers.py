@@ -143,10 +143,10 @@ def test_only_the_given_part_of_the_buffer_is_written(cached: CacheReader) -> No
 
 
 def test_read_returns_a_copy(cached: CacheReader) -> None:
-    before = cached._store.path.read_bytes()
+    before = cached._cache.path.read_bytes()
     images = read(cached, [0, 1])
     images += 1
-    assert cached._store.path.read_bytes() == before
+    assert cached._cache.path.read_bytes() == before
     assert not np.array_equal(read(cached, [0, 1]), images)
 
 
