@@ -334,3 +334,11 @@ def test_write_sample_if_absent_writes_nothing_if_the_root_exists_or_no_sample_i
     write_sample_if_absent(DataSection(root=str(root), sample_images=sample_images))
     assert root.exists() == there
     assert list(tmp_path.rglob("*")) == [root] * there
+
+
+def test_write_sample_if_absent_names_a_root_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    root = tmp_path / "file" / "set"
+    with pytest.raises(DataError, match=rf"data\.root={root} does not exist and cannot be written"):
+        write_sample_if_absent(DataSection(root=str(root), sample_images=20))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
