@@ -33,6 +33,10 @@ class DeviceError(CxrVitError):
     """The device or its compiler failed; the message quotes it and gives advice."""
 
 
+class OutOfMemory(CxrVitError):
+    """The CPU or the GPU has not enough memory; the message names a smaller batch."""
+
+
 class CheckpointError(CxrVitError):
     """A checkpoint is missing, incomplete, damaged or from another model."""
 
