@@ -8,9 +8,10 @@ names of 4.x. These "hub names" are used for everything that this project stores
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ _RENAMES: Tuple[Tuple[str, str], ...] = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 _HEAD = "classifier."
+_LINEAR_HEAD = frozenset((f"{_HEAD}weight", f"{_HEAD}bias"))
+#: What Hugging Face names labels that nobody named.
+_UNNAMED = re.compile(r"LABEL_\d+$")
 #: Part of the hub's in21k checkpoint; the classifier does not use it.
 _POOLER = re.compile(r"^(vit\.)?pooler\.")
 
@@ -68,6 +72,28 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def check_source(
+    model: ModelSection, *, image_size: int, layers_per_stage: Sequence[int]
+) -> Optional[List[str]]:
+    """Check the source of the weights by its config.json alone, before work is done for them.
+
+    Returns the labels of a trained head in the order of its logits, or None if there is no trained
+    head, its labels have no names, or `model.name` is a size.
+
+    Raises ModelError if the source cannot be read, is not a ViT, is made for another image size, or
+    has other layers than `layers_per_stage`.
+    """
+    if model.name in SIZES:
+        return None
+    with _loading(model.name):
+        saved = AutoConfig.from_pretrained(model.name)
+    _check_config(model, saved, image_size)
+    _check_depth(layers_per_stage, saved.num_hidden_layers)
+    labels = _labels(saved)
+    has_head = "ViTForImageClassification" in (saved.architectures or [])
+    return None if not has_head or all(map(_UNNAMED.match, labels)) else labels
+
+
 def build_vit(
     model: ModelSection,
     *,
@@ -84,7 +110,10 @@ def build_vit(
     random weights and a new head. `layers_per_stage` must hold every layer.
 
     `prevalence`, float64 ``[C]``, is the fraction of the training images with each label, for the
-    bias of a new head. None if the head must be trained already (evaluation).
+    bias of a new head. Without it a new head has a bias of zero.
+
+    A head of other labels, or of other modules than one linear layer (``classifier.0.weight``), is
+    replaced by a new one; a subclass that changes the head loads its weights afterwards.
 
     `for_ipu` builds what PopTorch can run: eager attention, and GELU in its tanh form, which is the
     only one an IPU has. The model's config records it.
@@ -100,17 +129,9 @@ def build_vit(
             vit, head_is_new = _from_size(model, names, image_size, for_ipu), True
         else:
             vit, head_is_new = _from_pretrained(model, names, image_size, for_ipu)
-    problem = depth_problem(list(layers_per_stage), vit.config.num_hidden_layers)
-    if problem:
-        raise ModelError(str(problem))
-    if head_is_new:
-        if prevalence is None:
-            raise ModelError(
-                f"{model.name} has no trained head for the labels {', '.join(names)}."
-                " Use a checkpoint of a finished run."
-            )
-        if model.head_bias == "prior":
-            _set_prior(vit.classifier, prevalence)
+    _check_depth(layers_per_stage, vit.config.num_hidden_layers)
+    if head_is_new and prevalence is not None and model.head_bias == "prior":
+        _set_prior(vit.classifier, prevalence)
     vit.config.architectures = ["ViTForImageClassification"]
     return vit.float()
 
@@ -160,7 +181,7 @@ def _from_pretrained(
     model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
 ) -> Tuple[ViTForImageClassification, bool]:
     """Load weights; return the model and whether its head is new."""
-    try:
+    with _loading(model.name):
         saved = AutoConfig.from_pretrained(model.name)
         _check_config(model, saved, image_size)
         vit, info = ViTForImageClassification.from_pretrained(
@@ -172,21 +193,40 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # reported by _check_weights, all at once
             use_safetensors=True,  # a pickle can run code
         )
+    unfit = _check_weights(model.name, info)
+    saved_names = _labels(saved)
+    has_other_labels = saved_names != list(names)
+    if has_other_labels and not unfit:
+        logger.warning("%s has other labels (%s): its head is replaced", model.name, saved_names)
+    head_is_new = has_other_labels or bool(unfit)
+    if head_is_new and not unfit >= _LINEAR_HEAD:  # Hugging Face initialises missing weights
+        torch.nn.init.normal_(vit.classifier.weight, std=vit.config.initializer_range)
+        torch.nn.init.zeros_(vit.classifier.bias)
+    return vit, head_is_new
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Raise ModelError with the alternatives if the source cannot be loaded."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"cannot load model.name={model.name!r}: {first_line} Set it to a folder with"
+            f"cannot load model.name={name!r}: {first_line} Set it to a folder with"
             " config.json and model.safetensors, to a hub name this machine can reach, or to a"
             f" size: {', '.join(SIZES)}."
         ) from error
-    head_is_new = _check_weights(model.name, info)
-    saved_names = [str(name) for _, name in sorted(saved.id2label.items())]
-    if not head_is_new and saved_names != list(names):
-        logger.warning("%s has other labels (%s): its head is replaced", model.name, saved_names)
-        torch.nn.init.normal_(vit.classifier.weight, std=vit.config.initializer_range)
-        torch.nn.init.zeros_(vit.classifier.bias)
-        head_is_new = True
-    return vit, head_is_new
+
+
+def _labels(saved: Any) -> List[str]:
+    return [str(name) for _, name in sorted(saved.id2label.items())]
+
+
+def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:
+    problem = depth_problem(list(layers_per_stage), depth)
+    if problem:
+        raise ModelError(str(problem))
 
 
 def _check_config(model: ModelSection, saved: Any, image_size: int) -> None:
@@ -201,19 +241,19 @@ def _check_config(model: ModelSection, saved: Any, image_size: int) -> None:
         )
 
 
-def _check_weights(name: str, info: Dict[str, Any]) -> bool:
-    """Refuse weights that do not fit, except the head's; return whether the head is new."""
+def _check_weights(name: str, info: Dict[str, Any]) -> Set[str]:
+    """Refuse weights that do not fit, except the head's; return those of the head."""
     missing = _hub_names(info["missing_keys"])
     mismatched = _hub_names(
         key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]
     )
     unexpected = {key for key in _hub_names(info["unexpected_keys"]) if not _POOLER.match(key)}
-    head = {key for key in missing | mismatched if key.startswith(_HEAD)}
+    head = {key for key in missing | mismatched | unexpected if key.startswith(_HEAD)}
     problems = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
         for what, keys in (
             ("missing", missing - head),
-            ("unexpected", unexpected - {f"{_HEAD}weight", f"{_HEAD}bias"}),
+            ("unexpected", unexpected - head),
             ("of another shape", mismatched - head),
         )
         if keys
@@ -225,7 +265,7 @@ def _check_weights(name: str, info: Dict[str, Any]) -> bool:
         )
     if head:
         logger.info("%s: new head (%s)", name, ", ".join(sorted(head)))
-    return bool(head)
+    return head
 
 
 def _hub_names(keys: Iterable[str]) -> Set[str]:

@@ -10,7 +10,7 @@ from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ModelError
 from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.model.vit import build_vit, hub_name
+from cxr_vit.model.vit import build_vit, check_source, hub_name
 
 #: Positives of the 14 findings among the 75,312 training images of the community's official split
 #: (Wang et al. 2017, v2020 labels).
@@ -225,9 +225,94 @@ def test_damaged_weights_are_reported(trunk):
         build(trunk)
 
 
-def test_evaluation_refuses_a_model_without_a_trained_head(trunk):
-    with pytest.raises(ModelError, match="no trained head"):
-        build(trunk, prevalence=None)
+def test_new_head_without_a_prevalence_has_no_bias(trunk):
+    micro = build("vit-micro", layers=(4,), prevalence=None, patch_size=8)
+    for model in (build(trunk, prevalence=None), micro):
+        assert torch.count_nonzero(model.classifier.bias) == 0
+        std = float(model.classifier.weight.detach().std())
+        assert std == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+def save_trained(folder, names=FINDINGS, **weights):
+    """Save a model with a trained head, and with further weights."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {}, "num_labels": len(names)}
+    ViTForImageClassification(ViTConfig(**TINY, **labels)).save_pretrained(folder)
+    edit_weights(folder, lambda saved: saved.update(weights))
+
+
+def test_head_of_other_modules_is_replaced(tmp_path):
+    # As a subclass saves it that makes the head a sequence of two linear layers.
+    save_trained(
+        tmp_path,
+        **{"classifier.0.weight": torch.ones(24, 24), "classifier.0.bias": torch.ones(24)},
+        **{"classifier.2.weight": torch.ones(14, 24), "classifier.2.bias": torch.ones(14)},
+    )
+    edit_weights(
+        tmp_path, lambda saved: [saved.pop(f"classifier.{key}") for key in ("weight", "bias")]
+    )
+    head = build(tmp_path, head_bias="zero").classifier
+    assert head.weight.shape == (14, 24)
+    assert torch.count_nonzero(head.bias) == 0
+    assert float(head.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_linear_head_with_further_modules_is_replaced(tmp_path):
+    save_trained(
+        tmp_path,
+        **{"classifier.bias": torch.ones(14), "classifier.norm.weight": torch.ones(24)},
+    )
+    assert torch.count_nonzero(build(tmp_path, head_bias="zero").classifier.bias) == 0
+
+
+# The check by config.json alone
+
+
+def check(name, *, image_size=32, layers=(1, 1)):
+    return check_source(
+        ModelSection(name=str(name)), image_size=image_size, layers_per_stage=layers
+    )
+
+
+def test_source_of_a_trained_head_has_its_labels(tmp_path):
+    save_trained(tmp_path, ["second", "first"])
+    assert check(tmp_path) == ["second", "first"]
+
+
+def test_source_without_named_labels_has_none(tmp_path, trunk):
+    save_trained(tmp_path, ["LABEL_0", "LABEL_1"])
+    assert check(tmp_path) is None
+    assert check(trunk) is None
+    assert check("vit-tiny", image_size=224, layers=(12,)) is None
+
+
+def test_trunk_with_named_labels_has_no_head(trunk):
+    config = json.loads((trunk / "config.json").read_text())
+    (trunk / "config.json").write_text(json.dumps({**config, "id2label": {"0": "cat", "1": "dog"}}))
+    assert check(trunk) is None
+
+
+def test_check_of_a_source_reads_no_weights(trunk):
+    (trunk / "model.safetensors").write_bytes(b"")
+    assert check(trunk) is None
+
+
+@pytest.mark.parametrize("name", ["nobody/vit-nowhere", "/no/such/folder"])
+def test_check_names_the_alternatives_of_a_missing_source(name):
+    with pytest.raises(ModelError, match=r"cannot load model\.name=.*vit-tiny"):
+        check(name)
+
+
+def test_check_refuses_what_cannot_be_built(trunk):
+    with pytest.raises(ModelError, match=r"takes images of 32 pixels.*Set data\.image_size=32"):
+        check(trunk, image_size=64)
+    with pytest.raises(ModelError, match=r"places 3 layers; the model has 2"):
+        check(trunk, layers=(1, 2))
+    (trunk / "config.json").write_text('{"model_type": "deit"}')
+    with pytest.raises(ModelError, match="'deit' model"):
+        check(trunk)
+    (trunk / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot load model\.name="):
+        check(trunk)
 
 
 def test_activation_of_random_weights():
