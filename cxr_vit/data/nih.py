@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from cxr_vit.data.labels import FINDINGS, multi_hot
-from cxr_vit.data.text_files import read_text
+from cxr_vit.data.text_files import CSV_FILES, read_text
+from cxr_vit.data.text_files import find_csv as find_csv
 from cxr_vit.errors import DataError, did_you_mean
 from cxr_vit.files import find_file
 
@@ -28,9 +29,6 @@ RELABELS: Tuple[str, ...] = ("Fracture", "Pneumothorax", "Airspace opacity", "No
 
 #: Width and height of the images as NIH published them; boxes are in pixels of these.
 IMAGE_PIXELS = 1024
-
-#: NIH's, the corrected labels first, and that of Kaggle's sample.
-_CSV_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
 
 #: NIH's and that of the copy at 224 pixels.
 _BOX_FILES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
@@ -78,23 +76,6 @@ _NIH_NAME = re.compile(r"\d{8}_\d{3}\.png")
 _NO_FILE_NAME = r"[/\\\x00-\x1f]|^[A-Za-z]:|^\.{0,2}$"
 
 _LIST_LINE = re.compile(r"\S+\.(png|jpe?g)\b", re.IGNORECASE)
-
-
-def find_csv(root: Path, given: Optional[str]) -> Path:
-    """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
-    if not root.is_dir():
-        raise DataError(
-            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
-            " chest-xray-nihcc) to the NIH files, or write a synthetic data set:"
-            " python -m cxr_vit sample --out data/sample"
-        )
-    found = find_file(root, given, _CSV_FILES, key="data.csv")
-    if found is None:
-        raise DataError(
-            f"no label CSV: looked for {', '.join(str(root / name) for name in _CSV_FILES)}."
-            " Put NIH's Data_Entry_2017_v2020.csv there or set data.csv."
-        )
-    return found
 
 
 def find_boxes(root: Path, given: Optional[str] = None) -> Optional[Path]:
@@ -177,7 +158,7 @@ def read_records(
     Raises DataError if the file is not such a table, an image name is a path or repeated, a patient
     differs from the one in the file name, or a finding is unknown.
     """
-    raw = read_table(csv, list(_REQUIRED), key="data.csv", example=_CSV_FILES[0])
+    raw = read_table(csv, list(_REQUIRED), key="data.csv", example=CSV_FILES[0])
     table = _read_images(raw, csv)
     try:
         labels = multi_hot(table["findings"].tolist(), include_no_finding=include_no_finding)

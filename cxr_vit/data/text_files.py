@@ -1,10 +1,10 @@
-"""Read CSVs and list files as text, with errors that name the actual type of a wrong file."""
+"""Find CSVs and list files and read them as text; errors name the actual type of a wrong file."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Dict, Set, Tuple
+from typing import Dict, Optional, Set, Tuple
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError
@@ -21,6 +21,9 @@ _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
     (b"\x89PNG", "a PNG image. Give the text file that belongs here."),
 )
 
+#: NIH's, the corrected labels first, and that of Kaggle's sample.
+CSV_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
+
 #: Configuration key -> known names: NIH's, those of the copy at 224 pixels, and those of the
 #: validation list that most papers use.
 LIST_NAMES: Dict[str, Tuple[str, ...]] = {
@@ -31,6 +34,35 @@ LIST_NAMES: Dict[str, Tuple[str, ...]] = {
 
 #: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
 _LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
+
+
+def check_data_root(data: DataSection) -> None:
+    """Raise DataError if the root, the CSV or a given list file is missing.
+
+    Nothing is read, and neither torch nor pandas is imported: the error comes before the seconds
+    that they take. A root that does not exist is right if `data.sample_images` will write it.
+    """
+    root = Path(data.root)
+    if data.sample_images is None or root.exists():
+        find_csv(root, data.csv)
+        find_lists(root, data)
+
+
+def find_csv(root: Path, given: Optional[str]) -> Path:
+    """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
+    if not root.is_dir():
+        raise DataError(
+            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
+            " chest-xray-nihcc) to the NIH files, or write a synthetic data set:"
+            " python -m cxr_vit sample --out data/sample"
+        )
+    found = find_file(root, given, CSV_FILES, key="data.csv")
+    if found is None:
+        raise DataError(
+            f"no label CSV: looked for {', '.join(str(root / name) for name in CSV_FILES)}."
+            " Put NIH's Data_Entry_2017_v2020.csv there or set data.csv."
+        )
+    return found
 
 
 def find_lists(root: Path, data: DataSection) -> Dict[str, Path]:

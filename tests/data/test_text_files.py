@@ -1,12 +1,15 @@
-"""read_text and read_list. Invalid text files are in test_nih_records.py."""
+"""read_text, read_list and check_data_root. Invalid text files are in test_nih_records.py."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from cxr_vit.data.text_files import read_list, read_text
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.text_files import check_data_root, read_list, read_text
 from cxr_vit.errors import DataError
 
 
@@ -53,3 +56,56 @@ def test_read_list_accepts_any_line_ends(tmp_path: Path, end: str) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(end.join(["a.png", "images_001/b.png 0 1 0", "c.png", ""]).encode())
     assert read_list(path) == {"a.png", "b.png", "c.png"}
+
+
+def test_a_complete_root_passes(tmp_path: Path) -> None:
+    (tmp_path / "Data_Entry_2017_v2020.csv").touch()
+    check_data_root(DataSection(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"root": "{}/absent"}, r"data\.root=.*absent is not a folder"),
+        ({"root": "{}/some.csv", "sample_images": 20}, r"data\.root=.*some\.csv is not a folder"),
+        ({"root": "{}", "sample_images": 20}, r"no label CSV: looked for .*/Data_Entry_2017"),
+        ({"root": "{}", "csv": "{}/absent.csv"}, r"data\.csv=.*absent\.csv: no such file"),
+        (
+            {"root": "{}", "csv": "{}/some.csv", "test_list": "{}/absent.txt"},
+            r"data\.test_list=.*absent\.txt: no such file",
+        ),
+    ],
+)
+def test_an_incomplete_root_is_refused(tmp_path: Path, settings: dict, message: str) -> None:
+    (tmp_path / "some.csv").touch()
+    texts = {
+        key: value.format(tmp_path) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+    with pytest.raises(DataError, match=message):
+        check_data_root(DataSection(**texts))
+
+
+def test_a_sample_may_be_written_later(tmp_path: Path) -> None:
+    check_data_root(DataSection(root=str(tmp_path / "absent"), sample_images=20))
+    with pytest.raises(DataError, match="is not a folder"):
+        check_data_root(DataSection(root=str(tmp_path / "absent")))
+
+
+def test_the_root_is_checked_before_slow_imports(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from cxr_vit.config.schema import DataSection
+started = time.perf_counter()
+from cxr_vit.data.text_files import check_data_root
+from cxr_vit.errors import DataError
+try:
+    check_data_root(DataSection(root=sys.argv[1]))
+except DataError:
+    print(sorted({"torch", "pandas", "transformers"} & set(sys.modules)))
+    print(time.perf_counter() - started)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "absent")]
+    modules, seconds = subprocess.check_output(command, encoding="utf-8").splitlines()
+    assert modules == "[]"
+    assert float(seconds) < 1
