@@ -1,6 +1,6 @@
 """python -m cxr_vit COMMAND: see cxr_vit.cli."""
 
-from cxr_vit.cli import main, run
+from cxr_vit.cli import console
 
 if __name__ == "__main__":
-    run(main)
+    console()

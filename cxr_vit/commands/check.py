@@ -1,0 +1,28 @@
+"""The command `check`: what a configuration means."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from cxr_vit.cli import COMMANDS, config_parser, files_and_overrides
+from cxr_vit.config import BatchPlan, StagePlan, dump_config, load_config
+from cxr_vit.config.ipu_rules import ipu_problems
+from cxr_vit.config.rules import describe_processes
+from cxr_vit.planner.estimate import describe_memory, preflight
+
+
+def check(argv: Sequence[str]) -> int:
+    """Run the command line; return the exit status."""
+    parser = config_parser("check", description=COMMANDS["check"].summary)
+    config = load_config(*files_and_overrides(parser.parse(argv)))
+    print(dump_config(config))
+    print(*BatchPlan.from_section(config.batch).describe(), sep="\n")
+    print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
+    print(describe_processes(config))
+    refused = ipu_problems(config)
+    verdict = "refused by PopTorch:" if refused else "nothing here that PopTorch would refuse"
+    print(f"on IPUs      {verdict}", *refused, sep="\n  ")
+    print(f"on IPUs      {describe_memory(config)}")
+    if config.planner.strict:
+        preflight(config, config.engine.name)
+    return 0

@@ -1,0 +1,46 @@
+"""Find configuration files, by path or by the name of one that the package brings along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, List
+
+from cxr_vit.config.schema import SECTIONS
+from cxr_vit.errors import ConfigError, suggestion
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: Beside the package in a checkout, inside it once installed.
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def packaged_configs() -> Dict[str, Path]:
+    """Return name -> path of the configurations that come with the package."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    paths = sorted(folder.rglob("*.yaml"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def find_config(path: Path) -> Path:
+    """Return the file that `path` means; raise ConfigError with near names if there is none.
+
+    A path that exists wins, with or without `.yaml`. `vit_demo`, `vit_demo.yaml` and
+    `configs/vit_demo.yaml` also mean the packaged file of that name.
+    """
+    with_suffix = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
+    for candidate in (path, with_suffix):
+        if candidate.exists():
+            return candidate
+    packaged = packaged_configs()
+    name = with_suffix.with_suffix("").as_posix()
+    name = name[len("configs/") :] if name.startswith("configs/") else name
+    if name in packaged:
+        return packaged[name]
+    raise ConfigError(f"{path}: there is no such file.{_advice(path, name, list(packaged))}")
+
+
+def _advice(path: Path, name: str, packaged: List[str]) -> str:
+    if str(path).partition(".")[0] in SECTIONS:
+        return f" An override is written {path}=value."
+    here = [str(file) for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
+    near = suggestion(str(path), here) or suggestion(name, packaged)
+    return f"{near} The package has {', '.join(packaged)}."
