@@ -16,6 +16,7 @@ import kornia_rs
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cxr_vit.data.dicom import decode_dicom, is_dicom
 from cxr_vit.errors import DataError
 
 MAX_MEGAPIXELS = 64
@@ -25,7 +26,7 @@ RESIZE_FILTER = "bilinear, antialiased (Pillow)"
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
-#: The only decoders that are tried, whatever the file's name or content.
+#: The only decoders of Pillow that are tried, whatever the file's name or content.
 _FORMATS = ("PNG", "JPEG")
 
 #: What a failed download leaves in place of an image, by its first bytes.
@@ -171,13 +172,14 @@ def read_gray(
 ) -> np.ndarray:
     """Read an image as 8-bit gray, uint8 ``[size, size]``, with an antialiased bilinear filter.
 
-    The file is a PNG or JPEG, gray or colour, of 8 or 16 bits. An alpha channel must be opaque
-    (some of NIH's images are RGBA with equal colours); 16-bit values are scaled by the depth they
-    use. A JPEG has no checksums: damage inside it may go unnoticed. Images of more than
+    The file is a PNG or JPEG, gray or colour, of 8 or 16 bits, or a DICOM file (see
+    `decode_dicom`), whatever its name. An alpha channel must be opaque (some of NIH's images are
+    RGBA with equal colours); 16-bit values are scaled by the depth they use. A JPEG and a DICOM
+    file have no checksums: damage inside them may go unnoticed. Images of more than
     `max_megapixels` are refused before they are decoded.
 
     Raises DataError if the file is missing, damaged, of another format, too large, animated or
-    partly transparent.
+    partly transparent, or a DICOM file and pydicom is not installed.
     """
     pixels = gray_or_reason(path, size, max_megapixels=max_megapixels)
     if isinstance(pixels, str):
@@ -220,6 +222,11 @@ def _read_bytes(path: Union[str, Path]) -> bytes:
 
 def _decode(data: bytes, max_megapixels: int) -> Image.Image:
     """Decode a file to an image of mode L."""
+    if is_dicom(data):
+        pixels = decode_dicom(data, max_megapixels=max_megapixels)
+        if isinstance(pixels, str):
+            raise _Unusable(pixels)
+        return Image.fromarray(pixels)
     try:
         chunks = _read_chunks(data) if data.startswith(_PNG_SIGNATURE) else None
         with warnings.catch_warnings():  # Pillow warns of large images and of broken metadata
@@ -236,7 +243,7 @@ def _decode(data: bytes, max_megapixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")):
             raise _damaged("in its header") from error
-        raise _Unusable("neither a PNG nor a JPEG by its content. Fetch the file again.") from error
+        raise _Unusable("no PNG, JPEG or DICOM file by its content. Fetch it again.") from error
     except Exception as error:  # decoders raise errors of many types on damaged bytes
         raise _damaged(error) from error
 

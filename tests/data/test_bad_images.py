@@ -123,14 +123,13 @@ OTHER_CONTENT: Dict[str, Tuple[bytes, str]] = {
     "page after a mark and lines": (b"\xef\xbb\xbf\r\n" + b"<!doctype HTML>" + PAGE, "HTML"),
     "page after a comment": (b"<!-- saved -->" + PAGE, "HTML"),
     "an object store's denial": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "ML"),
-    "text": (b"the image is in the other folder\n", "neither a PNG nor a JPEG"),
-    "csv": (b"Image Index,Finding Labels\n00000001_000.png,Hernia\n", "neither a PNG nor a JPEG"),
-    "zeros": (b"\0" * 5000, "neither a PNG nor a JPEG"),
-    "one byte": (b"\x89", "neither a PNG nor a JPEG"),
-    "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 500, "neither a PNG nor a JPEG"),
-    "webp": (b"RIFF\x24\0\0\0WEBPVP8 \x18\0\0\0" + b"\0" * 24, "neither a PNG nor a JPEG"),
+    "text": (b"the image is in the other folder\n", "no PNG, JPEG or DICOM file"),
+    "csv": (b"Image Index,Finding Labels\n00000001_000.png,Hernia\n", "no PNG, JPEG or DICOM file"),
+    "zeros": (b"\0" * 5000, "no PNG, JPEG or DICOM file"),
+    "one byte": (b"\x89", "no PNG, JPEG or DICOM file"),
+    "webp": (b"RIFF\x24\0\0\0WEBPVP8 \x18\0\0\0" + b"\0" * 24, "no PNG, JPEG or DICOM file"),
     **{
-        kind: (encoded(Image.fromarray(pixels()), kind), "neither a PNG nor a JPEG")
+        kind: (encoded(Image.fromarray(pixels()), kind), "no PNG, JPEG or DICOM file")
         for kind in ("GIF", "BMP", "TIFF", "PPM", "TGA")
     },
 }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Callable, Dict, List
@@ -396,3 +397,15 @@ def test_circular_links_and_links_to_the_same_folder_are_walked_once(tmp_path: P
 
 def test_folder_without_images_is_empty(tmp_path: Path) -> None:
     assert find_images(tmp_path) == {}
+
+
+# DICOM (more in test_dicom.py)
+
+
+def test_dicom_without_pydicom_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    path = write(tmp_path, b"\0" * 128 + b"DICM" + b"\0" * 500, "image.dcm")
+    with pytest.raises(DataError, match=r'needs pydicom.*pip install "cxr-vit\[dicom\]"'):
+        read_gray(path, SIDE)

@@ -1,0 +1,270 @@
+"""DICOM files, written by pydicom, and their 8-bit gray."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_files import SIDE, write
+
+from cxr_vit.data.images import FileReader, gray_or_reason, read_gray
+from cxr_vit.errors import DataError
+
+pydicom = pytest.importorskip("pydicom", reason="reading DICOM needs pydicom (extra: dicom)")
+from pydicom import uid  # noqa: E402
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import encapsulate  # noqa: E402
+
+IS_PYDICOM_2 = pydicom.__version__.startswith("2.")
+
+
+def ramp(bits: int = 12) -> np.ndarray:
+    """All levels of gray, the first pixel at 0."""
+    return np.linspace(0, 2**bits - 1, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
+
+
+def image(values: np.ndarray, *, bits: int = 12, **fields: Any) -> Dataset:
+    """An X-ray of these values; `fields` are added or replaced."""
+    dataset = Dataset()
+    dataset.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = uid.generate_uid()
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, bits, bits - 1
+    dataset.PixelRepresentation = int(values.dtype.kind == "i")
+    dataset.PixelData = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def encoded(dataset: Dataset, syntax: str = uid.ExplicitVRLittleEndian) -> bytes:
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    buffer = io.BytesIO()
+    if IS_PYDICOM_2:
+        dataset.is_little_endian = True
+        dataset.is_implicit_VR = syntax == uid.ImplicitVRLittleEndian
+        dataset.save_as(buffer, write_like_original=False)
+    else:
+        dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def read(dataset: Dataset, folder: Path, syntax: str = uid.ExplicitVRLittleEndian) -> np.ndarray:
+    return read_gray(write(folder, encoded(dataset, syntax), "image.dcm"), SIDE)
+
+
+def reason(data: bytes, folder: Path, **limits: int) -> str:
+    found = gray_or_reason(write(folder, data, "image.dcm"), SIDE, **limits)
+    assert isinstance(found, str)
+    return found
+
+
+def stretched(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    shown = np.clip((values.astype(np.float64) - black) / (white - black), 0, 1)
+    return np.round(255 * shown).astype(np.uint8)
+
+
+def assert_equal_gray(found: np.ndarray, expected: np.ndarray) -> None:
+    """Allow one level where float32 rounds the other way."""
+    assert found.dtype == np.uint8
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 1 and np.count_nonzero(difference) <= 2
+
+
+# What is shown
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_without_a_window_the_extremes_are_black_and_white(
+    tmp_path: Path, bits: int, syntax: str
+) -> None:
+    values = ramp(bits) // 2 + 100
+    found = read(image(values, bits=bits), tmp_path, syntax)
+    assert_equal_gray(found, stretched(values, values.min(), values.max()))
+    assert found[0, 0] == 0 and found[-1, -1] == 255
+
+
+def test_8_bits_per_value_are_read(tmp_path: Path) -> None:
+    values = ramp(8)
+    dataset = image(values, bits=8, BitsAllocated=8, PixelData=values.astype(np.uint8).tobytes())
+    np.testing.assert_array_equal(read(dataset, tmp_path), values)
+
+
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
+    bones_dark = image(ramp(), PhotometricInterpretation="MONOCHROME1")
+    assert_equal_gray(read(bones_dark, tmp_path), 255 - stretched(ramp(), 0, 4095))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_window_is_applied(tmp_path: Path, photometric: str) -> None:
+    dataset = image(
+        ramp(), WindowCenter=2000, WindowWidth=1001, PhotometricInterpretation=photometric
+    )
+    # The standard's LINEAR: centre - 0.5 is the middle of width - 1 values.
+    expected = stretched(ramp(), 1999.5 - 500, 1999.5 + 500)
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    assert_equal_gray(read(dataset, tmp_path), expected)
+
+
+def test_image_inside_of_its_window_is_not_stretched(tmp_path: Path) -> None:
+    values = ramp() // 4 + 1000
+    found = read(image(values, WindowCenter=2048, WindowWidth=4096), tmp_path)
+    assert_equal_gray(found, stretched(values, 0, 4095))
+    assert found.max() < 140
+
+
+def test_first_of_several_windows_is_applied(tmp_path: Path) -> None:
+    dataset = image(ramp(), WindowCenter=[1000.5, 3000], WindowWidth=[2001, 10])
+    assert_equal_gray(read(dataset, tmp_path), stretched(ramp(), 0, 2000))
+
+
+def test_exact_window_is_applied(tmp_path: Path) -> None:
+    fields = {"WindowCenter": 1000, "WindowWidth": 500, "VOILUTFunction": "LINEAR_EXACT"}
+    assert_equal_gray(read(image(ramp(), **fields), tmp_path), stretched(ramp(), 750, 1250))
+
+
+def test_sigmoid_window_is_applied(tmp_path: Path) -> None:
+    fields = {"WindowCenter": 2000, "WindowWidth": 900, "VOILUTFunction": "SIGMOID"}
+    expected = 255 / (1 + np.exp(-4 * (ramp().astype(np.float64) - 2000) / 900))
+    assert_equal_gray(read(image(ramp(), **fields), tmp_path), np.round(expected).astype(np.uint8))
+
+
+@pytest.mark.parametrize("slope", [0.5, 2, -2])
+def test_window_is_in_rescaled_values(tmp_path: Path, slope: float) -> None:
+    fields = {"RescaleSlope": slope, "RescaleIntercept": -100, "RescaleType": "US"}
+    rescaled = ramp() * float(slope) - 100
+    assert_equal_gray(
+        read(image(ramp(), WindowCenter=500.5, WindowWidth=401, **fields), tmp_path),
+        stretched(rescaled, 300, 700),
+    )
+    assert_equal_gray(
+        read(image(ramp(), **fields), tmp_path),
+        stretched(rescaled, rescaled.min(), rescaled.max()),
+    )
+
+
+def test_signed_values_are_read(tmp_path: Path) -> None:
+    values = ramp().astype(np.int16) - 2048
+    found = read(image(values, WindowCenter=0.5, WindowWidth=1001), tmp_path)
+    assert_equal_gray(found, stretched(values, -500, 500))
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_lookup_table_is_applied_before_a_window(tmp_path: Path, bits: int) -> None:
+    curve = np.round((np.arange(2000) / 1999) ** 2 * (2**bits - 1)).astype(np.uint16)
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [2000, 1000, bits])
+    table.add_new("LUTData", "OW", curve.astype("<u2").tobytes())
+    dataset = image(ramp(), WindowCenter=10, WindowWidth=10)
+    dataset.VOILUTSequence = [table]
+    looked_up = curve[np.clip(ramp().astype(int) - 1000, 0, 1999)]
+    assert_equal_gray(read(dataset, tmp_path), stretched(looked_up, 0, 2**bits - 1))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_uniform_image_is_black(tmp_path: Path, photometric: str) -> None:
+    dataset = image(np.full((SIDE, SIDE), 700, np.uint16), PhotometricInterpretation=photometric)
+    assert read(dataset, tmp_path).max() == 0
+
+
+def test_run_length_encoded_image_is_decoded(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(encoded(image(ramp()))))
+    dataset.compress(uid.RLELossless)
+    path = tmp_path / "image.dcm"
+    dataset.save_as(path)
+    assert_equal_gray(read_gray(path, SIDE), stretched(ramp(), 0, 4095))
+
+
+# Among other images
+
+
+@pytest.mark.parametrize("name", ["image.dcm", "image", "00000001_000.png"])
+def test_content_decides_whatever_the_name(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, encoded(image(ramp())), name)
+    reader = FileReader({name: str(path)}, [name], image_size=SIDE, max_megapixels=1)
+    out = np.zeros((1, SIDE, SIDE), np.uint8)
+    reader.read(np.array([0]), out)
+    assert_equal_gray(out[0], stretched(ramp(), 0, 4095))
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_image_is_resized(tmp_path: Path, size: int) -> None:
+    values = np.repeat(np.array([[0, 4095]], np.uint16), 30, axis=1).repeat(50, axis=0)
+    found = read_gray(write(tmp_path, encoded(image(values))), size)
+    assert found.shape == (size, size)
+    assert (found[:, 0] == 0).all() and (found[:, -1] == 255).all()
+
+
+# What is refused
+
+
+def test_several_frames_are_refused(tmp_path: Path) -> None:
+    two = image(ramp(), NumberOfFrames=2, PixelData=ramp().tobytes() * 2)
+    assert "several pictures" in reason(encoded(two), tmp_path)
+
+
+def test_colour_is_refused(tmp_path: Path) -> None:
+    colour = image(ramp(), PhotometricInterpretation="RGB", SamplesPerPixel=3, BitsAllocated=8)
+    assert "a colour image in a DICOM file (RGB)" in reason(encoded(colour), tmp_path)
+
+
+def test_report_is_refused(tmp_path: Path) -> None:
+    report = image(ramp())
+    del report.PixelData
+    assert reason(encoded(report), tmp_path) == "a DICOM file without an image."
+
+
+def test_large_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    data = encoded(image(ramp(), Rows=5000, Columns=5000))
+    assert reason(data, tmp_path, max_megapixels=24) == (
+        "5000 x 5000 pixels are more than data.max_megapixels=24."
+    )
+    assert "damaged" in reason(data, tmp_path, max_megapixels=25)
+
+
+def test_deflated_file_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    data = encoded(image(ramp()), uid.DeflatedExplicitVRLittleEndian)
+    assert "deflated" in reason(data, tmp_path)
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.JPEGBaseline8Bit])
+def test_undecodable_compression_is_named(tmp_path: Path, syntax: str) -> None:
+    dataset = image(ramp(8), bits=8, BitsAllocated=8)
+    dataset.PixelData = encapsulate([b"\xff\xd8" + b"\0" * 98])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    found = reason(encoded(dataset, syntax), tmp_path)
+    assert f"cannot be decoded ({uid.UID(syntax).name})" in found
+    assert "Export it uncompressed" in found
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    data = encoded(image(ramp()))
+    kept = 132 + int((len(data) - 132) * share)
+    path = write(tmp_path, data[:kept], "image.dcm")
+    with pytest.raises(DataError, match=r"image\.dcm: a (damaged )?DICOM file"):
+        read_gray(path, SIDE)
+
+
+def test_damaged_file_is_read_or_refused(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    data = encoded(image(ramp(), WindowCenter=2000, WindowWidth=1001))
+    header = len(data) - 2 * SIDE * SIDE
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(chance.choice([1, 4, 16])):
+            damaged[chance.randrange(132, header)] = chance.randrange(256)
+        found = gray_or_reason(write(tmp_path, bytes(damaged), "image.dcm"), SIDE)
+        assert isinstance(found, str) or found.shape == (SIDE, SIDE)
+        refused += isinstance(found, str)
+    assert 50 < refused < 300
