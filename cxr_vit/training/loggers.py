@@ -1,58 +1,106 @@
-"""Loggers: metrics.jsonl and TensorBoard, and the callback that feeds them."""
+"""Loggers: TensorBoard, JSON lines, CSV, Weights & Biases and MLflow behind one interface."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
 import math
+import os
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Type
 
 from matplotlib.figure import Figure
 
+from cxr_vit.config.schema import Config
+from cxr_vit.errors import ConfigError
 from cxr_vit.files import write_text
-from cxr_vit.training.trainer import Callback, EvalEnd, StepEnd, Trainer
+
+logger = logging.getLogger(__name__)
 
 #: Tag -> value, None where it is undefined.
 Scalars = Mapping[str, Optional[float]]
 #: Tag -> figure.
 Figures = Mapping[str, Figure]
 
-#: Columns of the hparams page; the values are the scalars of these tags.
-_HPARAM_SCORES = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
+#: Numbers that stay the same in a run: TensorBoard draws no curve of them.
+_CONSTANTS = {"perf/compile_s", "val/auroc_defined", "val/num_findings"}
+#: Columns of TensorBoard's hparams page, beside the settings.
+_HPARAM_METRICS = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
+#: Settings that name places on a machine, not what is trained: no hyperparameters.
+_MACHINE = {
+    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.images", "data.boxes",
+    "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
+    "engine.executable_cache", "engine.profile_dir", "loggers",
+}  # fmt: skip
+#: TensorBoard's Custom Scalars page: group -> chart -> how it is drawn and regexes of its tags.
+_LAYOUT = {
+    "validation": {
+        "macro AUROC": ["Multiline", ["^val/auroc_macro$"]],
+        "AUROC of each finding": ["Multiline", ["^val/auroc/"]],
+    },
+    "training": {
+        "loss, training and validation": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "learning rate": ["Multiline", ["^train/lr$"]],
+    },
+    "speed": {
+        "samples per second": ["Multiline", ["^perf/samples_per_s$"]],
+        "waiting for data, % of the time": ["Multiline", ["^perf/data_wait_pct$"]],
+    },
+}
+#: Default project of W&B and experiment of MLflow.
+_PROJECT = "cxr-vit"
 
 
 class Logger:
-    """Base of loggers; every method does nothing."""
+    """Base of loggers; every method does nothing. Only the main process has loggers."""
 
-    def start(self, first_step: int) -> None:
-        """Open the log; a resumed run begins after `first_step`."""
+    def setup(self, folder: Path, first_step: int) -> None:
+        """Open the log. `folder` is the run's folder and has config.yaml already.
 
-    def scalars(self, step: int, values: Scalars) -> None:
-        """Log scalars."""
+        `first_step` is 0 in a new run; a resumed run continues after `first_step`.
+        """
 
-    def figures(self, step: int, figures: Figures) -> None:
-        """Log figures."""
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Log the whole configuration, ``"optim.lr"`` -> value: once, after `setup`."""
 
-    def close(self, final: Scalars) -> None:
-        """Close the log; `final` are the scores of the last validation."""
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
+        """Log an event; a value is None where it is undefined."""
+
+    def log_figures(self, figures: Figures, step: int) -> None:
+        """Log matplotlib figures."""
+
+    def finalize(self, status: str) -> None:
+        """Close the log; `status` is "success", "stopped" or "failed".
+
+        Also called if `setup` was not reached or failed.
+        """
 
 
 class JsonlLogger(Logger):
-    """Write one JSON object per event, with flat keys and always with `step`."""
+    """Write one JSON object per event to ``metrics.jsonl``, flat and always with `step`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self.path = Path("metrics.jsonl")
 
-    def start(self, first_step: int) -> None:
+    def setup(self, folder: Path, first_step: int) -> None:
         """Drop the events after `first_step`: a resumed run repeats them."""
+        self.path = folder / self.path.name
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
             write_text(self.path, "".join(kept))
 
-    def scalars(self, step: int, values: Scalars) -> None:
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
         """Append an event. The file is closed each time, so that a killed run loses none."""
-        event = {"step": step, **{tag: _finite(value) for tag, value in values.items()}}
+        event = {"step": step, **{tag: _finite(value) for tag, value in metrics.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
@@ -69,176 +117,403 @@ def _finite(value: Optional[float]) -> Optional[float]:
     return value if value is not None and math.isfinite(value) else None
 
 
-class TensorBoardLogger(Logger):
-    """Write scalars, figures, the configuration and the hparams page for TensorBoard.
+class CsvLogger(Logger):
+    """Write one row per event to ``metrics.csv``; a cell is empty where its tag has no value.
 
-    `config_text` is the resolved configuration as YAML, `hparams` its flat settings.
+    The first event with a new tag adds a column, for which the file is written again.
     """
 
-    def __init__(self, folder: Path, *, config_text: str, hparams: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.config_text = config_text
-        self.hparams = dict(hparams)
+    def __init__(self) -> None:
+        self.path = Path("metrics.csv")
+        self._columns = ["step"]
+
+    def setup(self, folder: Path, first_step: int) -> None:
+        """Drop the rows after `first_step`: a resumed run repeats them."""
+        self.path = folder / self.path.name
+        if self.path.exists():
+            rows = self._rows()
+            self._columns = list(rows[0]) if rows else ["step"]
+            self._write([row for row in rows if int(row["step"]) <= first_step])
+
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
+        """Append a row. The file is closed each time, so that a killed run loses none."""
+        values = {tag: _finite(value) for tag, value in metrics.items()}
+        row = {"step": str(step), **{tag: _cell(value) for tag, value in values.items()}}
+        new = [tag for tag in row if tag not in self._columns]
+        if new or not self.path.exists():
+            rows = self._rows()
+            self._columns += new
+            self._write([*rows, row])
+            return
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+
+    def _rows(self) -> List[Dict[str, str]]:
+        """Read the file, without the last line if a killed process left it incomplete."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+
+def _cell(value: Optional[float]) -> str:
+    return "" if value is None else repr(value)
+
+
+class TensorBoardLogger(Logger):
+    """Write event files into the run's folder, so that TensorBoard shows the run by its name.
+
+    Numbers that stay the same are no curves, and the hparams page has only the settings that
+    differ from the defaults. The page "Custom Scalars" has the charts to look at first.
+    """
+
+    def __init__(self) -> None:
+        self._params: Dict[str, Any] = {}
         self._writer: Any = None
 
-    def start(self, first_step: int) -> None:
+    def setup(self, folder: Path, first_step: int) -> None:
         """Open the event file; in a new run write the configuration."""
         from torch.utils.tensorboard import SummaryWriter
 
+        earlier = folder / "tensorboard"  # where versions before 0.2 wrote
         # Also purges the events of a run that was restarted in its folder.
-        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
-        if not first_step:
-            self._writer.add_text("config", f"```yaml\n{self.config_text}```")
+        self._writer = SummaryWriter(
+            str(earlier if earlier.is_dir() else folder), purge_step=first_step + 1
+        )
+        self._writer.add_custom_scalars(_LAYOUT)
+        config = folder / "config.yaml"
+        if not first_step and config.exists():
+            self._writer.add_text("config", f"```yaml\n{config.read_text(encoding='utf-8')}```")
 
-    def scalars(self, step: int, values: Scalars) -> None:
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Keep the settings for the hparams page, which is written at the end."""
+        self._params = changed_settings(params)
+
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
         """Add the defined values; flushed, so that the curves are live."""
-        for tag, value in values.items():
-            if value is not None:
+        for tag, value in metrics.items():
+            if tag == "perf/compile_s" and value is not None:
+                self._writer.add_text("compilation", f"{value:.1f} s", step)
+            elif tag not in _CONSTANTS and value is not None:
                 self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
-    def figures(self, step: int, figures: Figures) -> None:
+    def log_figures(self, figures: Figures, step: int) -> None:
         """Add figures."""
         for tag, figure in figures.items():
             self._writer.add_figure(tag, figure, step)
+        self._writer.flush()
 
-    def close(self, final: Scalars) -> None:
+    def finalize(self, status: str) -> None:
         """Add the hparams page and close the file."""
         if self._writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        metrics = {tag: value for tag, value in final.items() if tag in _HPARAM_SCORES}
-        for page in hparams(self.hparams, metrics):  # type: ignore[no-untyped-call]
+        metrics = dict.fromkeys(_HPARAM_METRICS, 0.0)  # the page takes the values of these tags
+        for page in hparams(self._params, metrics):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(page)
         self._writer.close()
         self._writer = None
 
 
-class MetricsLogging(Callback):
-    """Hand the numbers of a run to the loggers after `every` steps, and its figures.
+def changed_settings(params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the settings that differ from the defaults, without the places on this machine."""
+    defaults = Config().flat()
+    return {
+        key: value if isinstance(value, (bool, int, float)) else str(value)
+        for key, value in params.items()
+        if key not in _MACHINE and not (key in defaults and str(defaults[key]) == str(value))
+    }
 
-    `start_figures` and `eval_figures` draw those of a new run and of a validation.
+
+class WandbLogger(Logger):
+    """Log to Weights & Biases, which `WANDB_MODE=offline` keeps in ``<run>/wandb``.
+
+    A resumed run continues the run whose id is in ``wandb_run_id.txt``.
     """
 
-    state_key = "metrics"
+    def __init__(
+        self, *, project: Optional[str] = None, entity: Optional[str] = None, offline: bool = False
+    ) -> None:
+        _require("wandb")
+        self.project = project or os.environ.get("WANDB_PROJECT") or _PROJECT
+        self.entity = entity
+        self.offline = offline
+        self._run: Any = None
+
+    def setup(self, folder: Path, first_step: int) -> None:
+        """Open the run, or continue that of the folder."""
+        import wandb
+
+        file = folder / "wandb_run_id.txt"
+        run_id = _id_in(file)
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=folder.resolve().name,
+                dir=str(folder),
+                id=run_id,
+                resume=None if run_id is None else "allow",
+                mode="offline" if self.offline else None,
+                settings=wandb.Settings(console="off"),  # leave stdout and the progress bar alone
+            )
+        except wandb.errors.Error as error:
+            advice = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` it later"
+            _unavailable("Weights & Biases", error, advice, first_step)
+            return
+        write_text(file, f"{self._run.id}\n")
+        # W&B counts calls itself and refuses a step that is not later than the last one, which
+        # a resumed run repeats: the step is a metric, and the x axis of all others.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Log the whole configuration; a resumed run may have changed it."""
+        if self._run is not None:
+            self._run.config.update(dict(params), allow_val_change=True)
+
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
+        """Log the defined values; W&B's own process sends them."""
+        values = {tag: value for tag, value in metrics.items() if value is not None}
+        if self._run is not None and values:
+            self._run.log({"step": step, **values})
+
+    def log_figures(self, figures: Figures, step: int) -> None:
+        """Log figures as images."""
+        if self._run is None or not figures:
+            return
+        import wandb
+        from PIL import Image
+
+        images = {
+            tag: wandb.Image(Image.open(io.BytesIO(_png(figure))))
+            for tag, figure in figures.items()
+        }
+        self._run.log({"step": step, **images})
+
+    def finalize(self, status: str) -> None:
+        """Close the run; waits until everything is sent, or W&B's own retries end."""
+        if self._run is not None:
+            self._run.finish(exit_code=1 if status == "failed" else 0)
+            self._run = None
+
+
+class MLFlowLogger(Logger):
+    """Log to the MLflow server of `MLFLOW_TRACKING_URI`, without one to ``<run>/mlruns``.
+
+    A resumed run continues the run whose id is in ``mlflow_run_id.txt``.
+    """
 
     def __init__(
-        self,
-        loggers: Sequence[Logger],
-        *,
-        every: int,
-        start_figures: Callable[[Trainer], Figures] = lambda trainer: {},
-        eval_figures: Callable[[EvalEnd], Figures] = lambda event: {},
+        self, *, experiment: Optional[str] = None, tracking_uri: Optional[str] = None
     ) -> None:
-        self.loggers = loggers
-        self.every = every
-        self.start_figures = start_figures
-        self.eval_figures = eval_figures
-        self._window = Window()
-        self._final: Dict[str, Optional[float]] = {}
+        _require("mlflow")
+        self.experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _PROJECT
+        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._client: Any = None
+        self._run_id = ""
+        self._backlog = _Backlog("MLflow")
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Open the loggers; log the start figures of a new run and the compile time."""
-        for logger in self.loggers:
-            logger.start(trainer.step)
-        if not trainer.step:
-            self._log_figures(trainer.step, self.start_figures(trainer))
-        self._log(trainer.step, {"perf/compile_s": trainer.compile_s})
+    def setup(self, folder: Path, first_step: int) -> None:
+        """Open the run, or continue that of the folder."""
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
-    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
-        """Log the mean over the steps since the last event when due."""
-        self._window.add(event)
-        if trainer.is_due(event.first_step, self.every):
-            self._log(event.step, {**self._window.summary(), **trainer.engine.device_stats()})
-            self._window.clear()
+        uri = self.tracking_uri
+        if not uri:
+            # MLflow 3 wants a database, which mlflow-skinny does not have.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            uri = (folder / "mlruns").resolve().as_uri()
+        file = folder / "mlflow_run_id.txt"
+        try:
+            client = MlflowClient(uri)
+            run_id = _id_in(file)
+            if run_id is None:
+                experiment = _experiment(client, self.experiment)
+                run_id = client.create_run(experiment, run_name=folder.resolve().name).info.run_id
+            else:
+                client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            advice = f"correct the tracking URI, {uri}, or start its server"
+            _unavailable("MLflow", error, advice, first_step)
+            return
+        write_text(file, f"{run_id}\n")
+        self._client, self._run_id = client, run_id
+        config = folder / "config.yaml"
+        if config.exists():
+            self._backlog.add(lambda: client.log_artifact(run_id, str(config)))
 
-    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
-        """Log the scores and the figures of a validation."""
-        self._final = {f"val/{name}": value for name, value in event.scores.items()}
-        self._final["val/loss"] = event.loss
-        self._log(event.step, self._final)
-        self._log_figures(event.step, self.eval_figures(event))
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Log the settings that differ from the defaults; MLflow never changes one."""
+        changed = changed_settings(params)
+        if self._client is not None:
+            self._backlog.add(lambda: self._send_params(changed))
 
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the loggers."""
-        self._close()
+    def _send_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
 
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Close the loggers, so that what was logged is on the disk."""
-        self._close()
+        known = self._client.get_run(self._run_id).data.params
+        new = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        for first in range(0, len(new), 100):  # the most of one call
+            self._client.log_batch(self._run_id, params=new[first : first + 100])
+        for key, value in params.items():
+            if known.get(key, str(value)) != str(value):
+                self._client.set_tag(self._run_id, f"resumed with {key}", str(value))
 
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the numbers since the last event, so that a resumed run logs the same."""
-        return self._window.state_dict()
+    def log_metrics(self, metrics: Scalars, step: int) -> None:
+        """Log the defined values."""
+        if self._client is None:
+            return
+        from mlflow.entities import Metric
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore the numbers since the last event."""
-        self._window.load_state_dict(state)
+        now_ms = int(1000 * time.time())
+        values = [
+            Metric(tag, float(value), now_ms, step)
+            for tag, value in metrics.items()
+            if value is not None
+        ]
+        if values:
+            self._backlog.add(lambda: self._client.log_batch(self._run_id, metrics=values))
 
-    def _log(self, step: int, values: Scalars) -> None:
-        for logger in self.loggers:
-            logger.scalars(step, values)
+    def log_figures(self, figures: Figures, step: int) -> None:
+        """Log figures as artifacts, ``val/roc/step_000042.png``."""
+        if self._client is None:
+            return
+        for tag, figure in figures.items():
+            self._backlog.add(partial(self._send_image, f"{tag}/step_{step:06d}.png", _png(figure)))
 
-    def _log_figures(self, step: int, figures: Figures) -> None:
-        for logger in self.loggers:
-            logger.figures(step, figures)
+    def _send_image(self, name: str, png: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(png)
+            self._client.log_artifact(self._run_id, str(path), str(Path(name).parent))
 
-    def _close(self) -> None:
-        for logger in self.loggers:
-            logger.close(self._final)
+    def finalize(self, status: str) -> None:
+        """Close the run; waits until everything is sent, or MLflow's own retries end."""
+        if self._client is not None:
+            end = {"success": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED")
+            self._backlog.add(lambda: self._client.set_terminated(self._run_id, end))
+            self._backlog.close()
+            self._client = None
 
 
-class Window:
-    """Running sums over host batches, without the batches themselves."""
+def _experiment(client: Any, name: str) -> str:
+    """Return the id of an experiment, which is created if missing."""
+    from mlflow.exceptions import MlflowException
 
-    _STATE = ("losses", "num_samples", "seconds", "wait_s", "lr", "grad_norm")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another run has just created it
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
-    def __init__(self) -> None:
-        self.clear()
 
-    def clear(self) -> None:
-        """Reset the sums."""
-        self.losses: List[float] = []
-        self.num_samples = 0
-        self.seconds = 0.0
-        self.wait_s = 0.0
-        self.lr = 0.0
-        self.grad_norm: Optional[float] = None
+class _Backlog:
+    """Makes the calls to a server in their order and in a thread, so that training never waits.
 
-    def add(self, event: StepEnd) -> None:
-        """Add a host batch."""
-        self.losses += event.output.losses.tolist()
-        self.num_samples += event.output.num_samples
-        self.seconds += event.seconds
-        self.wait_s += event.wait_s
-        self.lr = event.lr
-        norm = event.output.grad_norm
-        self.grad_norm = None if norm is None else float(norm[-1])
+    A call that fails is kept and made once more with the next one, for a network that comes back;
+    a call that the server refuses is dropped. Both are warned of once.
+    """
 
-    def summary(self) -> Dict[str, float]:
-        """Return the metrics of the window.
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self._calls: Deque[Callable[[], object]] = deque()
+        self._thread: Optional[ThreadPoolExecutor] = None
+        self._sending: Optional[Future[None]] = None
+        self._has_warned = False
 
-        `train/lr` and `train/grad_norm` are the values of the last update. The speed includes the
-        loader, but neither compilation nor validation.
-        """
-        total_s = self.seconds + self.wait_s
-        values = {
-            "train/loss": math.fsum(self.losses) / len(self.losses),
-            "train/lr": self.lr,
-            "perf/samples_per_s": self.num_samples / total_s,
-            "perf/data_wait_pct": 100.0 * self.wait_s / total_s,
-        }
-        if self.grad_norm is not None:
-            values["train/grad_norm"] = self.grad_norm
-        return values
+    def add(self, call: Callable[[], object]) -> None:
+        """Make a call soon."""
+        self._calls.append(call)
+        if self._sending is None or self._sending.done():
+            self._report()
+            self._start()
 
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the sums, JSON-able."""
-        return {name: getattr(self, name) for name in self._STATE}
+    def close(self) -> None:
+        """Make the calls that are left, and wait for them."""
+        if self._sending is None or self._thread is None:
+            return
+        wait([self._sending])
+        if self._calls:
+            self._start()
+            wait([self._sending])
+        self._thread.shutdown()
+        if self._calls:
+            text = "%s: %d calls failed to the end of the run; their numbers are in metrics.jsonl"
+            logger.warning(text, self.server, len(self._calls))
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore the sums; an empty state resets them."""
-        self.clear()
-        for name in self._STATE:
-            setattr(self, name, state.get(name, getattr(self, name)))
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.server)
+        self._sending = self._thread.submit(self._send)
+
+    def _send(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        while self._calls:
+            try:
+                self._calls[0]()
+            except MlflowException as error:
+                reply: Any = error
+                if reply.get_http_status_code() >= 500:  # also if there was no answer at all
+                    raise
+                self._warn(f"refused: {error}")
+            self._calls.popleft()
+
+    def _report(self) -> None:
+        error = None if self._sending is None else self._sending.exception()
+        if error is not None:
+            self._warn(f"{error}; trying again with the next numbers")
+
+    def _warn(self, text: str) -> None:
+        if not self._has_warned:
+            logger.warning("%s: %s", self.server, text)
+        self._has_warned = True
+
+
+def _require(package: str) -> None:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:  # a folder of that name here is no package
+        raise ConfigError(
+            f'loggers: {package} is not installed. Install it, pip install "cxr-vit[loggers]", or'
+            f" take {package} out of loggers."
+        )
+
+
+def _unavailable(service: str, error: Exception, advice: str, first_step: int) -> None:
+    """Raise ConfigError in a new run; a resumed run trains on without the service."""
+    text = f"{service} cannot be reached: {str(error).rstrip('.')}."
+    if not first_step:
+        raise ConfigError(f"{text} Either {advice}, or take it out of loggers.") from error
+    logger.warning("%s The resumed run logs nothing there.", text)
+
+
+def _id_in(file: Path) -> Optional[str]:
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+#: Name in a configuration -> logger.
+BUILT_IN: Dict[str, Type[Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "jsonl": JsonlLogger,
+    "csv": CsvLogger,
+    "wandb": WandbLogger,
+    "mlflow": MLFlowLogger,
+}
