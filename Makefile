@@ -4,6 +4,8 @@
 # make test-all    the same with the cases marked exhaustive: ten minutes more
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
 # make lint        formatter, linter, types, spelling
+# make docs        the documentation, into site/; a warning is an error
+# make dist        sdist and wheel, into dist/
 # make picture     redraw docs/architecture.md's picture from the code
 
 PYTHON      ?= python3
@@ -17,16 +19,20 @@ endif
 PARALLEL    ?= -n auto --dist loadfile
 PIP         := -m pip install --quiet --disable-pip-version-check
 SPELLED     := cxr_vit tests configs benchmarks docs .github .ci train.py evaluate.py Makefile \
-               $(wildcard *.md *.toml *.txt *.cff .*.yaml)
+               $(wildcard *.md *.toml *.txt *.cff *.in *.yml .*.yaml notebooks)
+# What the tests need besides requirements.txt.
+DEV         := requirements-dev.txt requirements-dicom.txt requirements-loggers.txt
 
-.PHONY: demo setup test test-all test-sdk34 lint picture clean
+.PHONY: demo setup test test-all test-sdk34 lint docs dist picture clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
 	$(VENV)/bin/python evaluate.py --checkpoint $(RUN)/checkpoints/best
 	@echo
-	@echo "The report:       $(RUN)/report (metrics.json, predictions.csv, roc.png)"
-	@echo "The curves:       $(VENV)/bin/tensorboard --logdir runs"
+	@echo "The report:         $(RUN)/report (metrics.json, predictions.csv, roc.png)"
+	@echo "The curves:         $(VENV)/bin/tensorboard --logdir runs"
+	@echo "What was trained:   notebooks/chest_xray_walkthrough.ipynb, step by step"
+	@echo "The documentation:  docs/index.md, or make docs and open site/index.html"
 
 setup: $(VENV)/.installed-dev
 
@@ -45,6 +51,13 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell $(SPELLED)
 
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+dist: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m build --outdir dist
+
 picture: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m docs.draw_architecture
 
@@ -53,15 +66,19 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(VENV)/bin/python $(PIP) -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(VENV)/bin/python $(PIP) -r requirements-dev.txt -c $(CONSTRAINTS)
+$(VENV)/.installed-dev: $(VENV)/.installed $(DEV)
+	$(VENV)/bin/python $(PIP) $(DEV:%=-r %) -c $(CONSTRAINTS)
 	@touch $@
 
-$(VENV_SDK34)/.installed-dev: requirements-sdk34.txt requirements-dev.txt
+$(VENV)/.installed-docs: $(VENV)/.installed-dev requirements-docs.txt
+	$(VENV)/bin/python $(PIP) -r requirements-docs.txt -c $(CONSTRAINTS)
+	@touch $@
+
+$(VENV_SDK34)/.installed-dev: requirements-sdk34.txt $(DEV)
 	@test -n "$$(sh tests/find_python38.sh)" || { echo "no Python 3.8 on PATH or under pyenv"; exit 1; }
 	"$$(sh tests/find_python38.sh)" -m venv $(VENV_SDK34)
-	$(VENV_SDK34)/bin/python $(PIP) -r requirements-sdk34.txt -r requirements-dev.txt
+	$(VENV_SDK34)/bin/python $(PIP) -r requirements-sdk34.txt $(DEV:%=-r %)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_SDK34) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_SDK34) .pytest_cache .mypy_cache .ruff_cache build dist site *.egg-info
