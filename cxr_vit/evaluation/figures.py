@@ -1,13 +1,19 @@
-"""Figures: ROC curves and a grid of images, drawn without a display."""
+"""Figures: ROC curves and a grid of images, drawn without a display.
+
+TensorBoard shows an image in a card about 370 pixels wide and 220 high, and leaves out pixels to
+scale it down. The figures for it have that shape, few things, and text of at least 7.5 points.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from itertools import cycle
+from typing import List, Sequence
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from torchmetrics.functional.classification import binary_roc
 
@@ -15,6 +21,16 @@ from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.evaluation.metrics import evaluate, probabilities
 
 _COLUMNS = 5
+#: Inches and dots per inch of a figure for TensorBoard's card; the least size of its text, points.
+_CARD = (4.0, 2.4)
+_CARD_DPI = 200
+_CARD_TEXT = 7.5
+#: Curves that the legend of a card has room for; images side by side, and lines over an image.
+_CARD_CURVES = 15
+_CARD_COLUMNS = 4
+_CARD_LINES = 2
+#: Colours and styles of up to 20 curves.
+_STYLES = [(f"C{color}", style) for style in ("-", "--") for color in range(10)]
 
 
 def roc_figure(
@@ -45,19 +61,77 @@ def roc_figure(
     return figure
 
 
+def roc_overview(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Figure:
+    """Draw the ROC curves of float32 ``[N, C]`` into one chart for TensorBoard's card.
+
+    The legend has the AUROC of each label, the highest first.
+    """
+    scores = evaluate(logits, labels, names)
+    probs, truth = probabilities(logits), labels.to(torch.int64)
+    figure = Figure(figsize=_CARD, dpi=_CARD_DPI, layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
+    defined = [name for name in names if scores["auroc"][name] is not None]
+    by_score = sorted(defined, key=lambda name: -scores["auroc"][name])
+    for name, (color, style) in zip(by_score, cycle(_STYLES)):
+        column = list(names).index(name)
+        false_positives, true_positives, _ = binary_roc(probs[:, column], truth[:, column])
+        axis.plot(
+            false_positives.numpy(),
+            true_positives.numpy(),
+            color=color,
+            linestyle=style,
+            linewidth=1,
+            label=f"{scores['auroc'][name]:.2f} {name}",
+        )
+    axis.set_box_aspect(1)
+    axis.set_xticks([0, 1])
+    axis.set_yticks([0, 1])
+    axis.tick_params(labelsize=_CARD_TEXT)
+    axis.set_xlabel("false positive rate", fontsize=_CARD_TEXT, labelpad=-6)
+    axis.set_ylabel("true positive rate", fontsize=_CARD_TEXT, labelpad=-6)
+    lines, texts = axis.get_legend_handles_labels()
+    macro = scores["auroc_macro"]
+    figure.legend(
+        lines[:_CARD_CURVES],
+        texts[:_CARD_CURVES],
+        loc="outside right center",
+        title="AUROC undefined" if macro is None else f"macro AUROC {macro:.3f}",
+        title_fontsize=_CARD_TEXT,
+        fontsize=_CARD_TEXT,
+        alignment="left",
+        frameon=False,
+        handlelength=1.2,
+        labelspacing=0.05,
+        borderpad=0,
+    )
+    return figure
+
+
 def image_grid(
-    dataset: ChestXrayDataset, names: Sequence[str], *, num_images: int = 15, seed: int = 0
+    dataset: ChestXrayDataset, names: Sequence[str], *, num_images: int = 8, seed: int = 0
 ) -> Figure:
-    """Draw random images as the model sees them, each with its findings as heading."""
+    """Draw random images as the model sees them, each under its findings, for a card."""
     rows = np.random.default_rng(seed).permutation(len(dataset))[:num_images]
-    lines = math.ceil(len(rows) / _COLUMNS)
-    figure = Figure(figsize=(2.5 * _COLUMNS, 2.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
+    lines = math.ceil(len(rows) / _CARD_COLUMNS)
+    # Each image is square, under a heading.
+    height = lines * (_CARD[0] / _CARD_COLUMNS + _CARD_LINES * 1.5 * _CARD_TEXT / 72)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.03, wspace=0, hspace=0)
+    figure = Figure(figsize=(_CARD[0], height), dpi=_CARD_DPI, layout=layout)
+    axes = figure.subplots(lines, _CARD_COLUMNS, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     batch = dataset.__getitems__(rows.tolist())
     for axis, image, labels in zip(axes, batch.images, batch.labels.tolist()):
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
         findings = [name for name, label in zip(names, labels) if label]
-        axis.set_title("\n".join(findings) or "No Finding", fontsize=8)
+        axis.set_title("\n".join(_shortened(findings)), fontsize=_CARD_TEXT, pad=2)
     return figure
+
+
+def _shortened(findings: Sequence[str]) -> List[str]:
+    """Return the lines over an image: its findings, or the first ones and how many there are."""
+    if len(findings) <= _CARD_LINES:
+        return list(findings) or ["No Finding"]
+    shown = findings[: _CARD_LINES - 1]
+    return [*shown, f"and {len(findings) - len(shown)} more"]

@@ -10,13 +10,12 @@ from rich.console import Console
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.evaluation.figures import image_grid, roc_figure
 from cxr_vit.evaluation.report import print_table, write_report
 
 
 @pytest.fixture
 def dataset(make_config):
-    return ChestXrayDataModule(make_config().data).dataset("test")
+    return ChestXrayDataModule(make_config()).dataset("test")
 
 
 @pytest.fixture
@@ -98,22 +97,3 @@ def test_roc_plot_has_a_curve(report):
         assert image.width >= 1200
         colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
     assert any(blue > 1.3 * red for _, (red, _, blue) in colours), "matplotlib's first colour"
-
-
-def test_heading_of_an_undefined_curve_is_undefined():
-    labels = torch.zeros(4, 2)
-    labels[0, 0] = 1
-    figure = roc_figure(torch.randn(4, 2), labels, ["Mass", "Hernia"], title="title")
-    titles = [axis.get_title() for axis in figure.axes[:2]]
-    assert "undefined" in titles[1]
-    assert "undefined" not in titles[0]
-
-
-def test_image_grid_has_the_findings_of_each_image(dataset):
-    figure = image_grid(dataset, FINDINGS, num_images=len(dataset))
-    titles = sorted(axis.get_title().replace("\n", "|") for axis in figure.axes if axis.images)
-    expected = sorted(
-        "|".join(name for name in FINDINGS if name in text.split("|")) or "No Finding"
-        for text in dataset.records.table["findings"]
-    )
-    assert titles == expected

@@ -1,4 +1,4 @@
-"""The figures: 1200 pixels wide, and no text overlaps another."""
+"""The figures: as wide as a page or a card, and no text overlaps another."""
 
 from itertools import combinations
 
@@ -6,9 +6,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
 from cxr_vit.planner.estimate import make_plan
-from cxr_vit.planner.figures import memory_figure, timeline_figure
+from cxr_vit.planner.figures import CARD, WIDE, memory_figure, timeline_figure
 
 from .shapes import DEMO, gpu4, pod4
 
@@ -33,7 +33,7 @@ PLANS = {
     "gpipe": lambda: make_plan(gpu4("pipeline.schedule=gpipe", "planner.device_memory_gib=24")),
     "unknown memory": lambda: make_plan(gpu4()),
     "sharded": lambda: make_plan(pod4("pipeline.execution=sharded")),
-    "alone": lambda: make_plan(load_config([DEMO])),
+    "alone": lambda: make_plan(read_config([DEMO])),
 }
 
 
@@ -63,9 +63,10 @@ def labels_beyond(axes):
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("draw", [timeline_figure, memory_figure])
-def test_no_text_overlaps_another_or_the_edge(draw, name):
-    found, width, height = texts(draw(PLANS[name]()))
-    assert width == 1200
+@pytest.mark.parametrize(("size", "pixels"), [(WIDE, 1200), (CARD, 800)])
+def test_no_text_overlaps_another_or_the_edge(size, pixels, draw, name):
+    found, width, height = texts(draw(PLANS[name](), size))
+    assert width == pixels
     assert len(found) > 5
     for text, box in found:
         assert box.x0 >= -1 and box.y0 >= -1, text
@@ -74,6 +75,16 @@ def test_no_text_overlaps_another_or_the_edge(draw, name):
         across = min(box.x1, place.x1) - max(box.x0, place.x0)
         down = min(box.y1, place.y1) - max(box.y0, place.y0)
         assert across <= 1 or down <= 1, f"{one!r} overlaps {other!r}"
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("draw", [timeline_figure, memory_figure])
+def test_text_of_a_card_is_legible_in_tensorboard(draw, name):
+    figure = draw(PLANS[name](), CARD)
+    assert (figure.get_figwidth(), figure.get_figheight()) == (4.0, 2.4)
+    shown = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    # A card of 370 pixels shows 7.5 points of a figure 4 inches wide as 9.6 pixels.
+    assert min(text.get_fontsize() for text in shown) >= 7.5
 
 
 def test_timeline_shows_the_plan():
