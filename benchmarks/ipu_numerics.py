@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
-from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, load_config, read_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.choice import build_engine, choose_engine
@@ -37,7 +37,7 @@ SCALINGS = (1, 16, 128, 1024, 16384)
 def gelu_difference(checkpoint: Path) -> Dict[str, float]:
     """Score the test split with both forms and compare."""
     folder = run_of_checkpoint(checkpoint)
-    config = load_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
+    config = read_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
     data = ChestXrayDataModule(config.data)
     dataset = data.dataset(data.default_split())
     launch, batch = Launch(), BatchPlan.from_section(config.batch)
@@ -63,7 +63,7 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
 
 def gradients_lost(num_images: int) -> Dict[str, Dict[str, float]]:
     """Return loss scaling -> fraction of the hidden states' gradients that fp16 rounds to zero."""
-    config = check(load_config([], ["model.name=vit-base"]))
+    config = load_config([], ["model.name=vit-base"])
     model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.05))
     hidden: List[torch.Tensor] = []
 

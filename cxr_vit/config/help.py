@@ -9,7 +9,7 @@ from typing import Any, List, Mapping, Sequence, Union
 from pydantic.fields import FieldInfo
 from typing_extensions import Annotated, Literal, get_args, get_origin
 
-from cxr_vit.config.schema import SECTIONS, Words
+from cxr_vit.config.schema import LISTS, SECTIONS, Config, Words
 from cxr_vit.errors import did_you_mean, suggestion
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
@@ -50,6 +50,9 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     key = ".".join(location[:2])
     place = places.get(key) or places.get(location[0])
     where = f"{place}: " if place else ""
+    if location[0] in LISTS:
+        field = Config.model_fields[location[0]]
+        return f"{where}{location[0]}: must be {allowed(field)}; wrong is {detail['input']!r}."
     if detail["type"] == "extra_forbidden":
         return where + _unknown(location)
     where += f"{key}={_written(detail['input'])}"
@@ -77,7 +80,7 @@ def _unknown(location: List[str]) -> str:
     elsewhere = [f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields]
     near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), _SYNONYMS.get(name))
     if near is None and len(location) == 1:
-        near = did_you_mean(section, SECTIONS)
+        near = did_you_mean(section, [*SECTIONS, *LISTS])
     hint = f"Did you mean '{near}'?" if near else "See train.py --help for all keys."
     return f"unknown key '{'.'.join(location)}'. {hint}"
 
@@ -141,4 +144,10 @@ def help_text() -> str:
             lines.append(f"  {name}.{key}  ({allowed(field)}; default {default})")
             lines.append(f"      {field.description}")
         lines.append("")
+    lines.append("lists:")
+    for name in LISTS:
+        field = Config.model_fields[name]
+        lines.append(f"  {name}  ({allowed(field)}; default {_written(field.default)})")
+        lines.append(f"      {field.description}")
+    lines.append("")
     return "\n".join(lines)

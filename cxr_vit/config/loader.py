@@ -8,29 +8,42 @@ same. File and line of each key are kept for error messages.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
 import yaml
 from pydantic import ValidationError
 
+from cxr_vit.config.files import find_config
 from cxr_vit.config.help import explain
+from cxr_vit.config.rules import check
 from cxr_vit.config.schema import SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
+
+#: One path or several.
+Files = Union[str, Path, Sequence[Union[str, Path]]]
 
 _COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
 
 
-def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(files: Files, overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files and overrides (``section.key=value``), and validate the result.
 
-    Later files win over earlier ones, and overrides over every file; lists are replaced whole.
-    Raises ConfigError with every unknown or duplicate key, wrong type and value out of range.
+    `files` is one path or a list of paths. Later files win over earlier ones, and overrides over
+    every file; lists are replaced whole. Raises ConfigError with every unknown or duplicate key,
+    wrong type, value out of range and broken rule.
     """
+    return check(read_config(files, overrides))
+
+
+def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
+    """Load a configuration as `load_config` does, without the rules that involve several fields."""
     reader = _Reader()
+    if isinstance(files, (str, Path)):
+        files = [files]
     merged: Dict[str, Any] = {}
     for file in files:
-        _merge(merged, reader.read_file(file))
+        _merge(merged, reader.read_file(Path(file)))
     _merge(merged, reader.read_overrides(overrides))
     problems = reader.problems
     try:
@@ -46,7 +59,8 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back unchanged."""
-    return str(yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None))
+    values = config.model_dump(by_alias=True)
+    return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
 
 
 class _Reader:
@@ -59,12 +73,12 @@ class _Reader:
         self.problems: List[str] = []
 
     def read_file(self, file: Path) -> Dict[str, Any]:
+        file = find_config(file)
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            message = f"{file}: cannot read the configuration: {reason}."
-            raise ConfigError(f"{message} (An override is written section.key=value.)") from error
+            raise ConfigError(f"{file}: cannot read the configuration: {reason}.") from error
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:

@@ -1,5 +1,6 @@
 """The sections of a configuration: their fields, types, ranges, defaults and help texts."""
 
+import contextlib
 import os
 import re
 from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Tuple, Type, Union, cast
@@ -445,6 +446,42 @@ class PlannerSection(Section):
     )
 
 
+def _typed(value: Any) -> Any:
+    """Convert the text of numbers, true and false, also inside lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    with contextlib.suppress(ValueError):
+        return int(value)
+    with contextlib.suppress(ValueError):
+        return float(value)
+    return value
+
+
+class Extension(BaseModel):
+    """A class of the user's own, by its import path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    path: str = Field(alias="class", pattern=r"^\w+(\.\w+)+$")
+    args: Annotated[Dict[str, Any], AfterValidator(_typed)] = {}
+
+    def __str__(self) -> str:
+        return self.path
+
+
+LoggerName = Literal["tensorboard", "jsonl", "csv", "wandb", "mlflow"]
+_EXTENSION_WORDS = "a list of {class: package.Name, args: {name: value}}"
+_LOGGER_WORDS = (
+    "a list of tensorboard, jsonl, csv, wandb, mlflow or {class: package.Name, args: {name: value}}"
+)
+
+
 class Config(Section):
     """A complete configuration."""
 
@@ -459,22 +496,40 @@ class Config(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     planner: PlannerSection = Field(default_factory=PlannerSection)
+    callbacks: Annotated[List[Extension], Words(_EXTENSION_WORDS)] = option(
+        [], "callbacks of your own, after the built-in ones: subclasses of cxr_vit.Callback"
+    )
+    loggers: Annotated[List[Union[LoggerName, Extension]], Words(_LOGGER_WORDS)] = option(
+        ["tensorboard", "jsonl"], "loggers: built-in ones, or subclasses of cxr_vit.Logger"
+    )
 
-    def changed(self, **sections: Dict[str, Any]) -> "Config":
-        """Return a copy with some keys of some sections replaced, without validation."""
-        new = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+    def changed(self, **values: Any) -> "Config":
+        """Return a copy with some keys of sections and some lists replaced, without validation.
+
+        Each argument is a section with its new keys, ``optim={"lr": 0.1}``, or a list.
+        """
+        new = {
+            name: value if name in LISTS else getattr(self, name).model_copy(update=value)
+            for name, value in values.items()
+        }
         return self.model_copy(update=new)
 
     def flat(self) -> Dict[str, Any]:
-        """Return `section.key` -> value for TensorBoard's hparams; lists become text."""
-        return {
-            f"{section}.{key}": value if isinstance(value, (bool, int, float)) else str(value)
-            for section, values in self.model_dump().items()
-            for key, value in values.items()
-        }
+        """Return `section.key` -> value, for loggers; lists become text."""
+        values = self.model_dump(by_alias=True)
+        flat = {name: str(values[name]) for name in LISTS}
+        for section in SECTIONS:
+            for key, value in values[section].items():
+                is_number = isinstance(value, (bool, int, float))
+                flat[f"{section}.{key}"] = value if is_number else str(value)
+        return flat
 
 
+#: Fields of a configuration that are lists.
+LISTS = ("callbacks", "loggers")
 #: Name of a section -> its class.
 SECTIONS: Dict[str, Type[Section]] = {
-    name: cast(Type[Section], field.annotation) for name, field in Config.model_fields.items()
+    name: cast(Type[Section], field.annotation)
+    for name, field in Config.model_fields.items()
+    if name not in LISTS
 }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import pandas as pd
+from torch.utils.data import DataLoader
 
-from cxr_vit.config.schema import AugmentSection, DataSection
+from cxr_vit.config.plans import BatchPlan
+from cxr_vit.config.schema import Config, DataSection
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.dataset import ChestXrayDataset
+from cxr_vit.data.dataset import ChestXrayDataset, collate
 from cxr_vit.data.image_source import (
     ImageSource,
     RunOnce,
@@ -24,7 +26,9 @@ from cxr_vit.data.image_source import (
 )
 from cxr_vit.data.labels import label_names
 from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_records
+from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
+from cxr_vit.data.synthetic.dataset import write_sample_if_absent
 from cxr_vit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,38 +36,82 @@ logger = logging.getLogger(__name__)
 _MISSING = "missing"
 
 
-class ChestXrayDataModule:
-    """The data of a run. The constructor reads them, checks them for leaks and splits them.
+class _Content(NamedTuple):
+    """What a data module reads."""
 
-    `once` runs slow checks in one process of several. Raises DataError if files are missing or
-    invalid.
+    csv: Path
+    source: ImageSource
+    records: Records
+    splits: Splits
+    skipped: pd.DataFrame
+
+
+class ChestXrayDataModule:
+    """The data of a run: labels, splits and images.
+
+    `setup` reads them; everything that needs them calls it. The constructor reads nothing.
+
+    Attributes
+    ----------
+    names
+        Labels in the order of the columns and of the logits.
+    once
+        Runs a slow check in one process of several; the trainer sets it.
     """
 
-    def __init__(self, data: DataSection, *, once: RunOnce = run_here) -> None:
-        self.data = data
-        root = Path(data.root)
-        self.names: List[str] = label_names(include_no_finding=data.include_no_finding)
-        self.csv: Path = find_csv(root, data.csv)
-        listed = read_records(
-            self.csv,
-            include_no_finding=data.include_no_finding,
-            boxes=find_boxes(root, data.boxes),
-            relabels=find_relabels(root, data.relabels),
-        )
-        splits = make_splits(listed, root, data)
-        self._source = open_image_source(data, listed.table["image"].tolist(), once=once)
-        _refuse_unusable(self._source, data, total=len(listed))
-        self.skipped: pd.DataFrame = _unusable(self._source)
-        usable = ~listed.table["image"].isin(self.skipped["image"]).to_numpy(dtype=bool)
-        self.records: Records = listed.take(np.flatnonzero(usable))
-        self.splits: Splits = splits.keep(usable)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data = config.data
+        self.names: List[str] = label_names(include_no_finding=self.data.include_no_finding)
+        self.once: RunOnce = run_here
+        self._content: Optional[_Content] = None
 
-    def dataset(
-        self, split: str, *, augment: Optional[AugmentSection] = None, seed: int = 0
-    ) -> ChestXrayDataset:
+    def prepare_data(self) -> None:
+        """Write the synthetic sample if `data.sample_images` is set and the root does not exist."""
+        write_sample_if_absent(self.data)
+
+    def setup(self, stage: Optional[str] = None) -> None:
+        """Read the CSV, check it for leaks, split it, and open or build the cache of the images.
+
+        All stages use the same data, and a second call does nothing. Raises DataError if files are
+        missing or invalid.
+        """
+        if self._content is None:
+            self.prepare_data()
+            self._content = _read(self.data, self.once)
+
+    @property
+    def content(self) -> _Content:
+        """What `setup` reads."""
+        self.setup()
+        assert self._content is not None
+        return self._content
+
+    @property
+    def csv(self) -> Path:
+        """The file of the labels."""
+        return self.content.csv
+
+    @property
+    def records(self) -> Records:
+        """All usable images."""
+        return self.content.records
+
+    @property
+    def splits(self) -> Splits:
+        """Rows of `records` by split."""
+        return self.content.splits
+
+    @property
+    def skipped(self) -> pd.DataFrame:
+        """Images left out, columns `image` and `reason`."""
+        return self.content.skipped
+
+    def dataset(self, split: str, *, augmented: bool = False) -> ChestXrayDataset:
         """Return the images of ``"train"``, ``"val"`` or ``"test"``.
 
-        `seed` is the run's. Raises DataError if the split has no images.
+        `augmented` applies `config.augment`, as in training. Raises DataError if the split has no
+        images.
         """
         rows = getattr(self.splits, split)
         if len(rows) == 0:
@@ -73,12 +121,53 @@ class ChestXrayDataModule:
             )
         records = self.records.take(rows)
         augmentation = None
-        if augment is not None and augment.is_on:
+        if augmented and self.config.augment.is_on:
             augmentation = Augmentation(
-                augment, num_samples=len(records), image_size=self.data.image_size, seed=seed
+                self.config.augment,
+                num_samples=len(records),
+                image_size=self.data.image_size,
+                seed=self.config.run.seed,
             )
-        reader = self._source.reader.select(records.table["image"].tolist())
+        reader = self.content.source.reader.select(records.table["image"].tolist())
         return ChestXrayDataset(records, reader, augmentation=augmentation)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the host batches of the first epoch, in the order of the training.
+
+        For looking at the data and for loops of your own. Engines make their own loaders from
+        `dataset`: PopTorch has a loader class of its own, and processes read their own replicas.
+        """
+        dataset = self.dataset("train", augmented=True)
+        batch = BatchPlan.from_section(self.config.batch)
+        steps = max(1, len(dataset) // batch.global_batch_size)
+        sampler = TrainingSampler(
+            len(dataset),
+            global_batch_size=batch.global_batch_size,
+            device_iterations=batch.device_iterations,
+            seed=self.config.run.seed,
+            start_step=0,
+            total_steps=max(1, steps // batch.device_iterations) * batch.device_iterations,
+        )
+        return self._dataloader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the host batches of the validation images, in order; the last may be shorter."""
+        return self._evaluation_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the host batches of the test images, in order; the last may be shorter."""
+        return self._evaluation_dataloader("test")
+
+    def _evaluation_dataloader(self, split: str) -> DataLoader[Any]:
+        dataset, batch = self.dataset(split), BatchPlan.from_section(self.config.batch)
+        size = batch.eval_host_batch_size
+        return self._dataloader(dataset, EvaluationSampler(len(dataset), batch_size=size))
+
+    def _dataloader(
+        self, dataset: ChestXrayDataset, sampler: Union[TrainingSampler, EvaluationSampler]
+    ) -> DataLoader[Any]:
+        workers = self.data.num_workers
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
 
     def prevalence(self) -> np.ndarray:
         """Return the fraction of training images with each label, float64 ``[C]``, in (0, 1).
@@ -115,11 +204,31 @@ class ChestXrayDataModule:
 
     def describe(self) -> str:
         """Return two lines: what the data are, and where the images are read from."""
+        size, source = self.data.image_size, self.content.source
         return (
             f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
             f" {self.csv}, {describe_splits(self.splits)}\n"
-            f"images at {self.data.image_size} x {self.data.image_size} from {self._source.origin}"
+            f"images at {size} x {size} from {source.origin}"
         )
+
+
+def _read(data: DataSection, once: RunOnce) -> _Content:
+    """Read the records, split them, open the images, and leave the unusable ones out."""
+    root = Path(data.root)
+    csv = find_csv(root, data.csv)
+    listed = read_records(
+        csv,
+        include_no_finding=data.include_no_finding,
+        boxes=find_boxes(root, data.boxes),
+        relabels=find_relabels(root, data.relabels),
+    )
+    splits = make_splits(listed, root, data)
+    source = open_image_source(data, listed.table["image"].tolist(), once=once)
+    _refuse_unusable(source, data, total=len(listed))
+    skipped = _unusable(source)
+    usable = ~listed.table["image"].isin(skipped["image"]).to_numpy(dtype=bool)
+    records = listed.take(np.flatnonzero(usable))
+    return _Content(csv, source, records, splits.keep(usable), skipped)
 
 
 def prepare(data: DataSection) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.images import EmptyReader, ImageReader
+from cxr_vit.data.images import MAX_MEGAPIXELS, EmptyReader, FileReader, ImageReader
 from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING
+from cxr_vit.errors import DataError
 
 
 class Sample(NamedTuple):
@@ -112,6 +115,28 @@ class ChestXrayDataset(Dataset[Sample]):
         indices = torch.from_numpy(rows)
         batch = Batch(torch.from_numpy(images).unsqueeze(1), self._labels[indices], indices)
         return batch.padded(len(draws))
+
+
+def dataset_of_files(
+    paths: Sequence[Union[str, Path]],
+    *,
+    num_classes: int,
+    image_size: int,
+    max_megapixels: int = MAX_MEGAPIXELS,
+) -> ChestXrayDataset:
+    """Return the images of some files, in this order, with labels of zero.
+
+    Raises DataError if a file is missing.
+    """
+    names = [str(path) for path in paths]
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"no such image: {missing[0]}{more}. Correct the path.")
+    files = {name: name for name in names}
+    reader = FileReader(files, names, image_size=image_size, max_megapixels=max_megapixels)
+    table = pd.DataFrame({"image": names})
+    return ChestXrayDataset(Records(table, np.zeros((len(names), num_classes), np.uint8)), reader)
 
 
 def collate(batch: Any) -> Batch:  # torch's types expect a list of samples

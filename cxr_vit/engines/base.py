@@ -17,6 +17,7 @@ from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.errors import DataError
+from cxr_vit.model.module import ViTModule
 
 EngineType = TypeVar("EngineType", bound="Engine")
 
@@ -53,6 +54,8 @@ class Engine(ABC):
 
     Attributes
     ----------
+    module
+        Model, loss and optimizer of the run.
     batch
         Batch arithmetic of the run.
     local_batch
@@ -65,12 +68,14 @@ class Engine(ABC):
         Whether the engine was closed because of an error.
     """
 
-    def __init__(self, batch: BatchPlan) -> None:
+    def __init__(self, module: ViTModule, batch: BatchPlan) -> None:
+        self.module = module
         self.batch = batch
         self.local_batch = batch
         self.is_main = True
         self.place = "stage"
         self.failed = False
+        self.loss_device = torch.device("cpu")  # where the module's buffers are
 
     def __enter__(self: EngineType) -> EngineType:
         return self
@@ -179,6 +184,12 @@ class Engine(ABC):
         order = scored.argsort()
         assert torch.equal(scored[order], torch.arange(len(dataset))), "each image once"
         return all_logits[order], all_labels[order]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> float:
+        """Return the module's loss over a whole split, given float32 ``[N, C]`` on the CPU."""
+        with torch.no_grad():
+            device = self.loss_device
+            return float(self.module.loss(logits.to(device), labels.to(device)))
 
 
 def check_batch(batch: Batch, unit: int) -> None:

@@ -18,7 +18,7 @@ from cxr_vit.engines.process_group import ProcessGroup, coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.module import ViTModule
 
 #: The oldest torch for the pipeline engine: 2.6 does not wait for all that 1F1B sends over gloo,
 #: and 2.8 cannot score several stages per process.
@@ -86,14 +86,14 @@ def _choose(config: Config, launch: Launch, offline: bool) -> EngineChoice:
 
 def build_engine(
     config: Config,
-    model: StagedViT,
+    module: ViTModule,
     choice: EngineChoice,
     batch: BatchPlan,
     launch: Launch,
     *,
     offline: bool = False,
 ) -> Engine:
-    """Build the chosen engine for a model that is built `for_ipu` if the choice is.
+    """Build the chosen engine for a module that is set up `for_ipu` if the choice is.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def build_engine(
     """
     if choice.is_ipu:
         _check_poprun(config, launch)
-        return PopTorchEngine(model, config, batch, launch, reason=choice.reason, offline=offline)
+        return PopTorchEngine(module, config, batch, launch, reason=choice.reason, offline=offline)
     device = choose_device(config.engine, launch)
     _check_same_device(choice, device, launch)
     device = device._replace(reason=f"{choice.reason}; {device.reason}")
@@ -113,8 +113,8 @@ def build_engine(
         # Needs a newer torch than PopTorch's.
         from cxr_vit.engines.pipeline_engine import PipelineEngine
 
-        return PipelineEngine(model, config, batch, device, group)
-    return TorchEngine(model, config, batch, device, group)
+        return PipelineEngine(module, config, batch, device, group)
+    return TorchEngine(module, config, batch, device, group)
 
 
 def _check_poprun(config: Config, launch: Launch) -> None:

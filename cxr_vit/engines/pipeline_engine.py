@@ -25,8 +25,8 @@ from cxr_vit.engines.base import EngineState, check_batch
 from cxr_vit.engines.devices import DeviceChoice
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.engines.torch_engine import TorchEngineBase
-from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.model.stages import Stage, StagedViT
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.stages import Stage
 
 
 class AutocastStage(nn.Module):
@@ -158,20 +158,21 @@ class PipelineEngine(TorchEngineBase):
 
     def __init__(
         self,
-        model: StagedViT,
+        module: ViTModule,
         config: Config,
         batch: BatchPlan,
         device: DeviceChoice,
         group: ProcessGroup,
     ) -> None:
-        num_stages, replicas = model.plan.num_stages, batch.replicas
+        num_stages, replicas = module.model.plan.num_stages, batch.replicas
         per_replica = group.size // replicas
         replica, position = divmod(group.rank, per_replica)
         own_stages = range(position, num_stages, per_replica)
         group.roles = _roles(num_stages, per_replica, replicas)
         mesh = _make_mesh(group, device.device.type, replicas)
+        module.model.keep(own_stages)
         super().__init__(
-            model.keep(own_stages),
+            module,
             config,
             batch,
             device,
@@ -196,7 +197,9 @@ class PipelineEngine(TorchEngineBase):
         self._head_rank = replica * per_replica + (num_stages - 1) % per_replica
         self._parameters = [parameter for _, parameter in self.model.hub_parameters()]
         self._losses: List[Tensor] = []
-        modules = {index: AutocastStage(model.stage(index), self.autocast) for index in own_stages}
+        modules = {
+            index: AutocastStage(self.model.stage(index), self.autocast) for index in own_stages
+        }
         self._training_stages = self._make_stages(modules, batch.micro_batch_size, training=True)
         self._scoring_stages = self._make_stages(
             modules, batch.eval_micro_batch_size, training=False
@@ -262,7 +265,7 @@ class PipelineEngine(TorchEngineBase):
         return ScheduleGPipe(stages[0], count)
 
     def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = multi_label_loss(logits, labels)
+        loss = self.module.loss(logits.float(), labels)
         self._losses.append(loss.detach())
         scaled: Tensor = self.scaler.scale(loss)
         return scaled

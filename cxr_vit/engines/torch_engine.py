@@ -28,11 +28,11 @@ from cxr_vit.engines.base import (
     with_user_errors,
 )
 from cxr_vit.engines.devices import DeviceChoice
-from cxr_vit.engines.optim import build_optimizer, check_kind, torch_slots
+from cxr_vit.engines.optim import check_kind, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.optim import learning_rate_ratios
 
 
 class TorchEngineBase(Engine):
@@ -40,8 +40,8 @@ class TorchEngineBase(Engine):
 
     Parameters
     ----------
-    model
-        What it holds is moved to the device.
+    module
+        Set up; its model and buffers are moved to the device.
     own_replicas
         The replicas that this process computes or takes part in.
     scaler
@@ -54,7 +54,7 @@ class TorchEngineBase(Engine):
 
     def __init__(
         self,
-        model: StagedViT,
+        module: ViTModule,
         config: Config,
         batch: BatchPlan,
         device: DeviceChoice,
@@ -64,7 +64,7 @@ class TorchEngineBase(Engine):
         scaler: Any,
         compile_size: int,
     ) -> None:
-        super().__init__(batch)
+        super().__init__(module, batch)
         self.local_batch = replace(batch, replicas=len(own_replicas))
         self.own_replicas = own_replicas
         self.is_main = group.rank == 0
@@ -73,10 +73,13 @@ class TorchEngineBase(Engine):
         self.device_choice = device
         self.reads_images = True  # whether this process needs the pixels
         self.num_stages = 1  # that are computed separately
-        self.model = model.to_device(self.device)
+        module.to_device(self.device)
+        self.loss_device = self.device
+        self.model = module.model
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
-        self.optimizer = build_optimizer(self.model.hub_parameters(), config.optim)
+        self.optimizer = module.configure_optimizers()
+        self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
         self.optimizer_kind = f"torch.{type(self.optimizer).__name__}"
         self.scaler = scaler
         self.compile_size = compile_size
@@ -142,8 +145,8 @@ class TorchEngineBase(Engine):
         size = self.local_batch.global_batch_size
         check_batch(batch, size)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
+            group["lr"] = lr * ratio
         images, labels = self.to_device(batch.images, batch.labels)
         losses: List[Tensor] = []
         norms: List[Tensor] = []
@@ -252,14 +255,14 @@ class TorchEngine(TorchEngineBase):
 
     def __init__(
         self,
-        model: StagedViT,
+        module: ViTModule,
         config: Config,
         batch: BatchPlan,
         device: DeviceChoice,
         group: ProcessGroup,
     ) -> None:
         super().__init__(
-            model,
+            module,
             config,
             batch,
             device,
@@ -299,7 +302,7 @@ class TorchEngine(TorchEngineBase):
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():
             logits = self._parallel(images)
-        return multi_label_loss(logits, labels)
+        return self.module.loss(logits.float(), labels)
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients, which are the same in all processes."""

@@ -15,6 +15,9 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from cxr_vit.data.labels import NO_FINDING
 from cxr_vit.errors import NonFiniteLoss
 
+#: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
+Scores = Dict[str, Optional[float]]
+
 
 def probabilities(logits: Tensor) -> Tensor:
     """Return the sigmoid of logits ``[N, C]`` in float32: findings are not mutually exclusive."""
@@ -65,9 +68,9 @@ def _mean(values: List[Optional[float]]) -> Optional[float]:
     return sum(known) / len(known) if known else None
 
 
-def flat_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Optional[float]]:
+def flat_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Scores:
     """Score a split under the tags of the logs: `auroc_macro`, `auroc/Hernia`, ..."""
-    flat: Dict[str, Optional[float]] = {}
+    flat: Scores = {}
     for key, value in evaluate(logits, labels, names).items():
         if key in ("auroc", "average_precision"):
             flat.update({f"{key}/{name}": score for name, score in value.items()})

@@ -8,17 +8,15 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 from __future__ import annotations
 
 import json
-from typing import Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
 from cxr_vit.config.plans import StagePlan
-from cxr_vit.config.schema import Config
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.vit import VitParts, build_vit, hub_name, layer_output
+from cxr_vit.model.vit import VitParts, hub_name, layer_output
 
 
 class Normalise(nn.Module):
@@ -113,29 +111,6 @@ class StagedViT(nn.Module):
         self.stages = nn.ModuleList(self._stages)
         #: Stages whose weights this process has.
         self._local_stages = list(range(plan.num_stages))
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Config,
-        *,
-        names: Sequence[str],
-        prevalence: Optional[np.ndarray],
-        for_ipu: bool = False,
-    ) -> StagedViT:
-        """Build the configured model and split it; see `build_vit`."""
-        layers_per_stage = config.pipeline.layers_per_stage
-        vit = build_vit(
-            config.model,
-            names=names,
-            image_size=config.data.image_size,
-            layers_per_stage=layers_per_stage,
-            seed=config.run.seed,
-            prevalence=prevalence,
-            for_ipu=for_ipu,
-        )
-        plan = StagePlan.from_list(layers_per_stage)
-        return cls(vit, plan, mean=config.model.image_mean, std=config.model.image_std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]``."""

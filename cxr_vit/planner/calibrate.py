@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-from cxr_vit.config import Config, load_config
+from cxr_vit.config import Config, read_config
 from cxr_vit.console import columns, percent, prose, signed_percent
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import speed_of
@@ -98,7 +98,7 @@ def _read_run(folder: Path, overrides: Sequence[str]) -> Tuple[Config, Target]:
     ran = [f"engine.name={name}", f"engine.precision={precision}"]
     if name != "poptorch":
         ran.append(f"engine.device={'cpu' if device == 'CPU' else 'cuda'}")
-    config = load_config([folder / "config.yaml"], [*ran, *overrides])
+    config = read_config([folder / "config.yaml"], [*ran, *overrides])
     return config, make_target(name, device, precision, config.planner.hardware)
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 #: NIH's official training list, from which the validation images are drawn; all images.
 _NIH_TRAINING, _NIH_ALL = 86_524, 112_120
-#: Share of test images in the synthetic sample (cxr_vit/synthetic/dataset.py).
+#: Share of test images in the synthetic sample (cxr_vit/data/synthetic/dataset.py).
 _SAMPLE_TEST_SHARE = 0.25
 
 

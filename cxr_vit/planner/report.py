@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, List, Sequence, Tuple
 
-from cxr_vit.config import Config, load_config
+from cxr_vit.config import Config, read_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.console import columns, count, percent, prose, signed_percent
@@ -375,7 +375,7 @@ def source_lines(target: Target) -> List[str]:
     lines.append("published runs, samples/s, and how full their fullest device is predicted")
     rows = [["", "published", "predicted", "measured over it", "", "fullest"]]
     for run in PUBLISHED:
-        config = load_config([], [*run.settings, f"planner.hardware={run.hardware}"])
+        config = read_config([], [*run.settings, f"planner.hardware={run.hardware}"])
         plan = make_plan(config, image_bytes=run.image_bytes)
         row = [f"  {run.what}", f"{run.samples_per_s:,.0f}", f"{plan.samples_per_s:,.0f}"]
         row.append(signed_percent(run.samples_per_s / plan.samples_per_s - 1))

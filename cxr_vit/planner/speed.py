@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple, Optional, Sequence, Tuple
 
-from cxr_vit.config import BatchPlan, Config, StagePlan, load_config
+from cxr_vit.config import BatchPlan, Config, StagePlan, read_config
 from cxr_vit.config.plans import empty_stage_problem
 from cxr_vit.console import count
 from cxr_vit.errors import ConfigError
@@ -260,7 +260,7 @@ def _scaled(measured: Sequence[Measured], prior: Constants) -> Constants:
 
 def published_workload(run: PublishedRun) -> Workload:
     """Return the workload of a published run."""
-    config = load_config([], run.settings)
+    config = read_config([], run.settings)
     return workload(config, make_target("poptorch", "IPU", config.engine.precision, run.hardware))
 
 

@@ -1,23 +1,43 @@
-"""Callbacks: early stopping, a check for NaN, and the progress display."""
+"""Built-in callbacks: logging, early stopping, a check for NaN, and the progress display."""
 
 from __future__ import annotations
 
 import math
 import time
 from datetime import timedelta
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from cxr_vit.config.schema import Config
 from cxr_vit.console import progress_bar
-from cxr_vit.errors import NonFiniteLoss
-from cxr_vit.training.loggers import Window
-from cxr_vit.training.trainer import MONITOR, Callback, EvalEnd, StepEnd, Trainer
+from cxr_vit.data.dataset import Batch
+from cxr_vit.errors import ConfigError, NonFiniteLoss
+from cxr_vit.model.module import ViTModule
+from cxr_vit.training.callback import Callback, EvalOutputs, TrainOutputs
 
+#: The metric that decides which checkpoint is best.
+MONITOR = "auroc_macro"
 #: Images that an error message names.
 _NAMED_IMAGES = 16
+
+
+def default_callbacks(
+    config: Config, given: Sequence[Callback], *, is_main: bool
+) -> List[Callback]:
+    """Return the built-in callbacks of a run; those of `given` replace their kind."""
+    every = config.train.log_every_steps
+    built_in: List[Callback] = []
+    if not config.engine.synthetic_data:  # its losses are meaningless
+        built_in.append(NonFiniteGuard())
+    if not any(isinstance(callback, EarlyStopping) for callback in given):
+        built_in.append(EarlyStopping(config.train.early_stopping_patience))
+    built_in.append(MetricsLogging(every=every))
+    if is_main:
+        built_in += [FigureLogging(), ProgressDisplay(every=every)]
+    return built_in
 
 
 class NonFiniteGuard(Callback):
@@ -26,21 +46,28 @@ class NonFiniteGuard(Callback):
     Must be the first callback, so that the others do not record such a step.
     """
 
-    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Any,
+        module: ViTModule,
+        outputs: TrainOutputs,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
         """Raise NonFiniteLoss with the step and the names of its images."""
-        values = {"loss": event.output.losses}
-        if event.output.grad_norm is not None:
-            values["gradient norm"] = event.output.grad_norm
+        values = {"loss": outputs.losses}
+        if outputs.grad_norm is not None:
+            values["gradient norm"] = outputs.grad_norm
         for what, value in values.items():
             bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
             if bad:
                 raise NonFiniteLoss(
-                    f"the {what} is {float(value[bad[0]])} at step {event.first_step + bad[0]}"
-                    f" (lr {event.lr:.3g}), {_advice(trainer, event.first_step + bad[0])}"
+                    f"the {what} is {float(value[bad[0]])} at step {outputs.first_step + bad[0]}"
+                    f" (lr {outputs.lr:.3g}), {_advice(trainer, outputs.first_step + bad[0])}"
                 )
 
 
-def _advice(trainer: Trainer, step: int) -> str:
+def _advice(trainer: Any, step: int) -> str:
     rows = trainer.rows(step)
     names = trainer.train_data.image_names
     images = ", ".join(names[row] for row in rows[:_NAMED_IMAGES])
@@ -54,38 +81,111 @@ def _advice(trainer: Trainer, step: int) -> str:
 
 
 class EarlyStopping(Callback):
-    """Request a stop after `patience` validations without a better score; None never stops."""
+    """Stop after `patience` validations without a better score; None never stops.
+
+    `monitor` is a tag of `trainer.callback_metrics`; `mode` is ``"max"`` or ``"min"``. An undefined
+    score is no improvement.
+    """
 
     state_key = "early_stopping"
 
-    def __init__(self, patience: Optional[int]) -> None:
+    def __init__(
+        self, patience: Optional[int] = 3, *, monitor: str = f"val/{MONITOR}", mode: str = "max"
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise ConfigError(f"EarlyStopping: mode={mode!r} must be 'max' or 'min'.")
         self.patience = patience
-        self.best = -math.inf
+        self.monitor = monitor
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.best: Optional[float] = None
         self.since_best = 0
 
-    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
-        """Count validations since the best score; an undefined score is no improvement."""
-        score = event.scores.get(MONITOR)
-        if score is not None and score > self.best:
+    def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
+        """Count the validations since the best score."""
+        if not trainer.is_fitting:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(trainer.validation_outputs.tagged())
+            raise ConfigError(f"EarlyStopping: no metric {self.monitor!r}. There are: {known}.")
+        score = trainer.callback_metrics[self.monitor]
+        if score is not None and (self.best is None or self.sign * (score - self.best) > 0):
             self.best, self.since_best = score, 0
             return
         self.since_best += 1
         if self.patience is not None and self.since_best >= self.patience:
+            best = "" if self.best is None else f" than {self.best:.4f}"
             trainer.request_stop(
-                f"early stopping: {self.since_best} validations without a better {MONITOR}"
-                f" than {self.best:.4f}"
+                f"early stopping: {self.since_best} validations without a better"
+                f" {self.monitor}{best}"
             )
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the best score, None before the first one, and the count."""
-        best = self.best if math.isfinite(self.best) else None
-        return {"best": best, "since_best": self.since_best}
+        return {"best": self.best, "since_best": self.since_best}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the best score and the count."""
-        best = state.get("best")
-        self.best = -math.inf if best is None else best
-        self.since_best = state.get("since_best", 0)
+        self.best, self.since_best = state_dict["best"], state_dict["since_best"]
+
+
+class MetricsLogging(Callback):
+    """Log the mean over the steps since the last event, after `every` steps, and the scores."""
+
+    state_key = "metrics"
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        self._window = Window()
+
+    def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
+        """Log the compile time."""
+        trainer.log_metrics({"perf/compile_s": trainer.compile_s})
+
+    def on_train_batch_end(
+        self,
+        trainer: Any,
+        module: ViTModule,
+        outputs: TrainOutputs,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Log when due."""
+        self._window.add(outputs)
+        if trainer.is_due(outputs.first_step, self.every):
+            trainer.log_metrics({**self._window.summary(), **trainer.engine.device_stats()})
+            self._window.clear()
+
+    def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
+        """Log the scores."""
+        trainer.log_metrics(trainer.validation_outputs.tagged())
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the numbers since the last event, so that a resumed run logs the same."""
+        return self._window.state_dict()
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Restore the numbers since the last event."""
+        self._window.load_state_dict(state_dict)
+
+
+class FigureLogging(Callback):
+    """Log training images at the start of a run, and ROC curves after each validation."""
+
+    def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
+        """Log images as the model sees them, in a new run."""
+        from cxr_vit.evaluation.figures import image_grid
+
+        if trainer.is_logging and not trainer.global_step:
+            trainer.log_figures({"train/images": image_grid(trainer.train_data, module.names)})
+
+    def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
+        """Log the ROC curves."""
+        from cxr_vit.evaluation.figures import roc_figure
+
+        if trainer.is_logging:
+            scored: EvalOutputs = trainer.validation_outputs
+            figure = roc_figure(scored.logits, scored.labels, module.names)
+            trainer.log_figures({"val/roc": figure})
 
 
 class ProgressDisplay(Callback):
@@ -103,48 +203,52 @@ class ProgressDisplay(Callback):
         self._started = 0.0
         self._start_step = 0
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Start the bar."""
-        self._started, self._start_step = time.perf_counter(), trainer.step
+        self._started, self._start_step = time.perf_counter(), trainer.global_step
         if self.console.is_terminal:
             self._bar = progress_bar(self.console, "step")
             self._bar.start()
             total = trainer.durations.total_steps
-            self._task = self._bar.add_task("", total=total, completed=trainer.step)
+            self._task = self._bar.add_task("", total=total, completed=trainer.global_step)
 
-    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Any,
+        module: ViTModule,
+        outputs: TrainOutputs,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
         """Update the bar, or print a line when due."""
-        self._window.add(event)
-        is_due = trainer.is_due(event.first_step, self.every)
+        self._window.add(outputs)
+        is_due = trainer.is_due(outputs.first_step, self.every)
         if self._bar is not None:
             text = _short(self._window.summary())
-            self._bar.update(self._task, completed=event.step, description=text)
+            self._bar.update(self._task, completed=outputs.step, description=text)
         elif is_due:
             total = trainer.durations.total_steps
-            per_step_s = (time.perf_counter() - self._started) / (event.step - self._start_step)
+            per_step_s = (time.perf_counter() - self._started) / (outputs.step - self._start_step)
             self._print(
-                f"step {event.step}/{total}  {_short(self._window.summary())}"
-                f"  eta {timedelta(seconds=round(per_step_s * (total - event.step)))}"
+                f"step {outputs.step}/{total}  {_short(self._window.summary())}"
+                f"  eta {timedelta(seconds=round(per_step_s * (total - outputs.step)))}"
             )
         if is_due:
             self._window.clear()
 
-    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
+    def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Print a line with the scores."""
-        score = event.scores.get(MONITOR)
-        defined, total = event.scores["auroc_defined"], event.scores["num_findings"]
-        text = "undefined" if score is None else f"{score:.4f}"
+        scored: EvalOutputs = trainer.validation_outputs
         self._print(
-            f"step {event.step}  val loss {event.loss:.4f}"
-            f"  macro AUROC {text} ({defined:.0f} of {total:.0f} findings)"
-            f"  {len(event.logits)} images in {event.seconds:.1f} s"
+            f"step {scored.step}  val loss {scored.loss:.4f}  {_score_text(scored)}"
+            f"  {len(scored.logits)} images in {scored.seconds:.1f} s"
         )
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Any, module: ViTModule) -> None:
         """Stop the bar."""
         self._stop()
 
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+    def on_exception(self, trainer: Any, module: ViTModule, exception: BaseException) -> None:
         """Stop the bar, so that the error has a line of its own."""
         self._stop()
 
@@ -162,3 +266,66 @@ def _short(values: Mapping[str, float]) -> str:
         f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}"
         f"  {values['perf/samples_per_s']:.0f} samples/s  wait {values['perf/data_wait_pct']:.1f} %"
     )
+
+
+def _score_text(scored: EvalOutputs) -> str:
+    score, defined = scored.scores.get(MONITOR), scored.scores.get("auroc_defined")
+    text = "undefined" if score is None else f"{score:.4f}"
+    if defined is None:  # metrics of a subclass
+        return f"{MONITOR} {text}"
+    return f"macro AUROC {text} ({defined:.0f} of {scored.scores['num_findings']:.0f} findings)"
+
+
+class Window:
+    """Running sums over host batches, without the batches themselves."""
+
+    _STATE = ("losses", "num_samples", "seconds", "wait_s", "lr", "grad_norm")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Reset the sums."""
+        self.losses: List[float] = []
+        self.num_samples = 0
+        self.seconds = 0.0
+        self.wait_s = 0.0
+        self.lr = 0.0
+        self.grad_norm: Optional[float] = None
+
+    def add(self, outputs: TrainOutputs) -> None:
+        """Add a host batch."""
+        self.losses += outputs.losses.tolist()
+        self.num_samples += outputs.num_samples
+        self.seconds += outputs.seconds
+        self.wait_s += outputs.wait_s
+        self.lr = outputs.lr
+        norm = outputs.grad_norm
+        self.grad_norm = None if norm is None else float(norm[-1])
+
+    def summary(self) -> Dict[str, float]:
+        """Return the metrics of the window.
+
+        `train/lr` and `train/grad_norm` are the values of the last update. The speed includes the
+        loader, but neither compilation nor validation.
+        """
+        total_s = self.seconds + self.wait_s
+        values = {
+            "train/loss": math.fsum(self.losses) / len(self.losses),
+            "train/lr": self.lr,
+            "perf/samples_per_s": self.num_samples / total_s,
+            "perf/data_wait_pct": 100.0 * self.wait_s / total_s,
+        }
+        if self.grad_norm is not None:
+            values["train/grad_norm"] = self.grad_norm
+        return values
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the sums, JSON-able."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore the sums; an empty state resets them."""
+        self.clear()
+        for name in self._STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))

@@ -22,10 +22,10 @@ from torch import Tensor
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
 from cxr_vit.files import remove
+from cxr_vit.model.module import WEIGHTS
+from cxr_vit.training.run_folder import STATE
 
-WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-STATE = "trainer_state.json"
 _STEP_NAME = re.compile(r"^step_(\d{8})$")
 _FORMAT = 2
 #: Keys of callback states: format 1 used class names.

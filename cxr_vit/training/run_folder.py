@@ -12,9 +12,9 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
-from cxr_vit.config import Config, check, dump_config, load_config
+from cxr_vit.config import Config, dump_config, load_config, read_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: File that makes a folder a checkpoint.
+STATE = "trainer_state.json"
 #: Held while a process writes the run.
 _LOCK = ".lock"
 #: The loader processes of a killed process keep its lock until they notice: torch's look for their
@@ -56,8 +58,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last"
         self.config = path / "config.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
 
     @classmethod
     def create(cls, run: RunSection) -> RunFolder:
@@ -65,13 +65,9 @@ class RunFolder:
 
         Raises ConfigError if `run.dir` has content: a run is never overwritten.
         """
+        cls.refuse_existing(run)
         if run.dir is not None:
             path = Path(run.dir)
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise ConfigError(
-                    f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume"
-                    f" the run in it: --resume {run.dir}"
-                )
             if not path.is_dir():
                 _make(path, f"run.dir={run.dir}")
             return cls(path, writes=True)
@@ -84,6 +80,16 @@ class RunFolder:
                 continue
             return cls(path, writes=True)
         raise ConfigError(f"{run.root} has 99 runs named {run.name} of this second.")
+
+    @staticmethod
+    def refuse_existing(run: RunSection) -> None:
+        """Raise ConfigError if `run.dir` has content."""
+        path = None if run.dir is None else Path(run.dir)
+        if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume the"
+                f" run in it: --resume {run.dir}"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -186,99 +192,142 @@ def git_commit() -> Optional[str]:
     return result.stdout.decode().strip()
 
 
-class OpenedRun(NamedTuple):
-    """The folder of a run, its configuration, and whether to resume its last checkpoint."""
+class FoundRun(NamedTuple):
+    """What `find_run` finds.
 
-    folder: RunFolder
-    config: Config
-    resumes: bool
+    `folder` is None for a new run, `checkpoint` where there is none to resume; `restarted` says
+    whether torchrun restarted the processes.
+    """
+
+    folder: Optional[RunFolder]
+    checkpoint: Optional[Path]
+    restarted: bool = False
 
 
-def open_run(
-    files: Sequence[Path], overrides: Sequence[str], resume: Optional[str], launch: Launch
-) -> OpenedRun:
-    """Create a new run, or find the one to resume.
+def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Launch) -> FoundRun:
+    """Find the run to continue, the same in all processes; nothing is created.
 
-    Processes that torchrun restarted (`--max-restarts`) resume the run that they began.
-
-    `resume` is None for a new run; a run folder; or ``""`` for `run.dir`, else the newest run of
-    `run.name`. A resumed run uses its own config.yaml and the overrides; the files then only
-    select the run. Raises ConfigError if the configuration is wrong or `run.dir` is not empty,
+    `ckpt_path` is that of `Trainer.fit`. Processes that torchrun restarted (`--max-restarts`) find
+    the run that they began. Raises ConfigError if a new run's `run.dir` is not empty,
     CheckpointError if there is nothing to resume.
     """
     if not launch.is_connected:
-        return _open(files, overrides, resume, launch)
-    if files:
-        check(load_config(files, overrides))  # report an error before waiting for other processes
+        return _find(run, ckpt_path, writes=launch.is_main)
     from cxr_vit.engines.process_group import coordinator
 
     processes = coordinator(launch)
     if launch.is_main:
         begun = processes.load_across_restarts(_RUN_KEY)
         if begun is not None and Path(begun).exists():  # else it failed before it wrote anything
-            opened = _continue(Path(begun), files, overrides)
+            folder = RunFolder(Path(begun), writes=True)
+            found = FoundRun(folder, folder.last if folder.last.exists() else None, restarted=True)
         else:
-            opened = _open(files, overrides, resume, launch)
-        path = str(opened.folder.path.resolve())  # the working directories may differ
-        processes.save_across_restarts(_RUN_KEY, path)
-        settings = {key: str(value) for key, value in opened.config.flat().items()}
-        run = {"path": path, "resumes": opened.resumes, "settings": settings}
-        processes.call_once("run", lambda: run)
-        return opened
-    main = processes.call_once("run", dict)
-    folder = RunFolder(Path(main["path"]), writes=False)
-    sources = [folder.config] if main["resumes"] else files
-    config = check(load_config(sources, overrides))
-    _check_same_settings(config, main["settings"])
-    return OpenedRun(folder, config, main["resumes"])
+            found = _find(run, ckpt_path, writes=True)
+        # Absolute: the working directories may differ.
+        path = found.folder and str(found.folder.path.absolute())
+        checkpoint = found.checkpoint and str(found.checkpoint.absolute())
+        processes.call_once("found run", lambda: [path, checkpoint, found.restarted])
+        if found.folder:
+            processes.save_across_restarts(_RUN_KEY, str(path))
+        return found
+    path, checkpoint, restarted = processes.call_once("found run", list)
+    return FoundRun(
+        None if path is None else RunFolder(Path(path), writes=False),
+        None if checkpoint is None else Path(checkpoint),
+        restarted,
+    )
 
 
-def _open(
-    files: Sequence[Path], overrides: Sequence[str], resume: Optional[str], launch: Launch
-) -> OpenedRun:
-    if resume is None:
-        config = check(load_config(files, overrides))
-        if launch.is_main:
-            return OpenedRun(RunFolder.create(config.run), config, False)
-        path = Path(config.run.dir or config.run.root)
-        return OpenedRun(RunFolder(path, writes=False), config, False)
-    if resume and files:
-        raise ConfigError(
-            f"--resume {resume} uses that run's own config.yaml: leave --config out (overrides are"
-            " allowed), or leave the folder out to resume the newest run of --config."
-        )
-    path = Path(resume) if resume else _newest_run(load_config(files, overrides).run)
-    folder = RunFolder(path, writes=launch.is_main)
+def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: bool) -> FoundRun:
+    if ckpt_path is None:
+        RunFolder.refuse_existing(run)
+        return FoundRun(None, None)
+    path = newest_run(run) if ckpt_path == "last" else Path(ckpt_path)
+    if (path / STATE).is_file():
+        return FoundRun(None, path)
+    folder = RunFolder(path, writes=writes)
     if not folder.last.exists():
         raise CheckpointError(f"nothing to resume: {path} has no checkpoints/last. {_RESUME_HINT}")
-    return OpenedRun(folder, check(load_config([folder.config], overrides)), True)
+    return FoundRun(folder, folder.last)
 
 
-def _continue(path: Path, files: Sequence[Path], overrides: Sequence[str]) -> OpenedRun:
-    """Open the run that these processes began before torchrun restarted them."""
-    folder = RunFolder(path, writes=True)
-    if not folder.last.exists():
-        return OpenedRun(folder, check(load_config(files, overrides)), False)
-    config = check(load_config([folder.config], overrides))
-    # An override of the first start; the checkpoints written since have the optimizer's state.
-    return OpenedRun(folder, config.changed(train={"resume_weights_only": False}), True)
+def create_run(run: RunSection, launch: Launch) -> RunFolder:
+    """Create the folder of a new run in the main process; return it in all."""
+    if not launch.is_connected:
+        if launch.is_main:
+            return RunFolder.create(run)
+        return RunFolder(Path(run.dir or run.root), writes=False)
+    from cxr_vit.engines.process_group import coordinator
+
+    processes = coordinator(launch)
+    if not launch.is_main:
+        return RunFolder(Path(processes.call_once("new run", str)), writes=False)
+    folder = RunFolder.create(run)
+    path = str(folder.path.absolute())
+    processes.save_across_restarts(_RUN_KEY, path)
+    processes.call_once("new run", lambda: path)
+    return folder
 
 
-def _check_same_settings(config: Config, main: Dict[str, str]) -> None:
-    """Raise if this host has another configuration than the main process."""
-    differing = [
-        f"{key}={value} here, {main.get(key)} there"
-        for key, value in config.flat().items()
-        if str(value) != main.get(key) and key not in _HOST_SETTINGS
-    ]
+def read_run_config(
+    files: Sequence[Path], overrides: Sequence[str], resume: Optional[str], launch: Launch
+) -> Tuple[Config, Optional[Path]]:
+    """Return the configuration of the command line, and the folder of the run to resume or None.
+
+    `resume` is None for a new run; a run's folder; or ``""`` for `run.dir`, else the newest run of
+    `run.name`. A resumed run uses its own config.yaml and the overrides; the files then only
+    select the run. Raises ConfigError if the configuration is wrong or differs between processes.
+    """
+    folder = None
+    if resume is not None:
+        if resume and files:
+            raise ConfigError(
+                f"--resume {resume} uses that run's own config.yaml: leave --config out (overrides"
+                " are allowed), or leave the folder out to resume the newest run of --config."
+            )
+        folder = _resumed_run(files, overrides, resume, launch)
+        files = [folder.config]
+    config = load_config(files, overrides)
+    _check_same_settings(config, launch)
+    return config, None if folder is None else folder.path
+
+
+def _resumed_run(
+    files: Sequence[Path], overrides: Sequence[str], resume: str, launch: Launch
+) -> RunFolder:
+    def find() -> str:
+        path = Path(resume) if resume else newest_run(read_config(files, overrides).run)
+        folder = RunFolder(path, writes=False)
+        if not folder.last.exists():
+            problem = f"nothing to resume: {path} has no checkpoints/last."
+            raise CheckpointError(f"{problem} {_RESUME_HINT}")
+        return str(path.absolute() if launch.is_connected else path)
+
+    if not launch.is_connected:
+        return RunFolder(Path(find()), writes=False)
+    from cxr_vit.engines.process_group import coordinator
+
+    return RunFolder(Path(coordinator(launch).call_once("resumed run", find)), writes=False)
+
+
+def _check_same_settings(config: Config, launch: Launch) -> None:
+    """Raise ConfigError if this host has another configuration than the main process."""
+    if not launch.is_connected:
+        return
+    from cxr_vit.engines.process_group import coordinator
+
+    settings = {
+        key: str(value) for key, value in config.flat().items() if key not in _HOST_SETTINGS
+    }
+    differing = coordinator(launch).differences("settings", settings)
     if differing:
         raise ConfigError(
-            f"this host's configuration differs from that of the first process:"
+            "this host's configuration differs from that of the first process:"
             f" {'; '.join(differing)}. Use the same files and overrides on every host."
         )
 
 
-def _newest_run(run: RunSection) -> Path:
+def newest_run(run: RunSection) -> Path:
     """Return `run.dir`, else the run of that name that began last and has a checkpoint."""
     if run.dir is not None:
         return Path(run.dir)
@@ -292,17 +341,35 @@ def _newest_run(run: RunSection) -> Path:
     return max(runs, key=lambda folder: folder.name)
 
 
+def checkpoint_of(path: Path) -> Path:
+    """Return a checkpoint's folder: the path itself, or `best` (else `last`) of a run's folder.
+
+    Raises CheckpointError if it is neither.
+    """
+    if (path / STATE).is_file():
+        return path
+    for name in ("best", "last"):
+        if (path / "checkpoints" / name / STATE).is_file():
+            return path / "checkpoints" / name
+    if path.is_file():
+        problem = "it is a file, and a checkpoint is a folder"
+        if (path.parent / STATE).is_file():
+            raise CheckpointError(f"{path} is not a checkpoint: {problem}. Use {path.parent}.")
+    elif (path / "config.yaml").is_file():
+        problem = "this run has saved none yet"
+    else:
+        problem = f"it has no {STATE}" if path.is_dir() else "there is no such folder"
+    raise CheckpointError(
+        f"{path} is not a checkpoint: {problem}. Use a run's folder or a folder such as"
+        " runs/<name>/checkpoints/best."
+    )
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """Return the folder of the run that a checkpoint belongs to.
 
-    Raises CheckpointError if it is not a checkpoint, or no config.yaml is two folders above it.
+    Raises CheckpointError if no config.yaml is two folders above it.
     """
-    if not (checkpoint / "trainer_state.json").is_file():
-        what = "it has no trainer_state.json" if checkpoint.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint: {what}. Use a folder such as"
-            " runs/<name>/checkpoints/best."
-        )
     # By the text of the path, so that messages show the path as given although `best` is a link.
     folder = Path(os.path.normpath(checkpoint / ".." / ".."))
     if not (folder / "config.yaml").is_file():
@@ -313,8 +380,3 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
             " as runs/<name>/checkpoints/best."
         )
     return folder
-
-
-def with_weights_of(config: Config, checkpoint: Path) -> Config:
-    """Return the configuration with a checkpoint as the model: `model.name` may be gone."""
-    return config.changed(model={"name": str(checkpoint)})

@@ -1,303 +1,320 @@
-"""The training loop, the interface of its callbacks, and stopping on signals.
+"""The trainer: runs a module on an engine, with callbacks, loggers, checkpoints and a run folder.
 
-A run is, in short::
-
-    on_fit_start                # and a validation, if the resumed run missed one
-    for each host batch:
-        train, on_step_end
-        if a validation is due: validate, on_eval_end
-        if a checkpoint is due or the score is the best: save
-        if a stop was requested: break
-    save, on_fit_end            # or on_exception
+The order of the hooks is in `cxr_vit.training.callback`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from cxr_vit.data.dataset import Batch, ChestXrayDataset
+from cxr_vit.config import BatchPlan, Config
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, dataset_of_files
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.base import Engine, EngineState, StepOutput
-from cxr_vit.errors import CheckpointError, NonFiniteLoss
-from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
-from cxr_vit.training.schedule import Durations, LearningRate
+from cxr_vit.engines.base import Engine, EngineState
+from cxr_vit.engines.choice import build_engine, choose_engine
+from cxr_vit.engines.memory import explaining_out_of_memory
+from cxr_vit.engines.process_group import coordinator
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from cxr_vit.evaluation.metrics import Scores, probabilities
+from cxr_vit.model.module import ViTModule
+from cxr_vit.training.callback import Callback, EvalOutputs, TrainOutputs
+from cxr_vit.training.callbacks import MONITOR, default_callbacks
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify_checkpoint
+from cxr_vit.training.durations import Durations
+from cxr_vit.training.extensions import load_extension
+from cxr_vit.training.loggers import BUILT_IN, Logger
+from cxr_vit.training.run_folder import RunFolder, checkpoint_of, create_run, find_run
+from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-#: The metric that decides which checkpoint is best.
-MONITOR = "auroc_macro"
-
-#: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
-Scores = Dict[str, Optional[float]]
-
-
-@dataclass(frozen=True)
-class StepEnd:
-    """A host batch is done: updates `first_step` to `step` - 1.
-
-    `lr` is their learning rate, `wait_s` the time spent waiting for the data, `seconds` the time
-    spent in the engine.
-    """
-
-    first_step: int
-    step: int
-    output: StepOutput
-    lr: float
-    wait_s: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EvalEnd:
-    """The validation split is scored: logits and labels are float32 ``[N, C]``."""
-
-    step: int
-    loss: float
-    scores: Scores
-    logits: Tensor
-    labels: Tensor
-    seconds: float
-
-
-class Callback:
-    """Base of callbacks; every hook does nothing.
-
-    A callback observes a run. It may call `request_stop` or `interrupt` of the trainer.
-    """
-
-    #: Name of the callback's state in a checkpoint; empty if it has none.
-    state_key = ""
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Run after compilation, before the first step."""
-
-    def on_step_end(self, trainer: Trainer, event: StepEnd) -> None:
-        """Run after each host batch."""
-
-    def on_eval_end(self, trainer: Trainer, event: EvalEnd) -> None:
-        """Run after each validation."""
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """Run after the last step, also after a requested stop."""
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Run if an error ends the run."""
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the JSON-able state that a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the state is empty if a checkpoint has none."""
+PathLike = Union[str, Path]
 
 
 class Trainer:
-    """Train the model of an engine; validate and save when due.
+    """Train, validate, test and predict.
 
-    Learning rate and sample order are functions of the step, so the step, the engine's state and
-    the callbacks' state are enough to resume a run exactly.
+    Each call builds the engine of the configuration and closes it at its end. Learning rate and
+    sample order are functions of the step, so the step, the engine's state and the callbacks' state
+    are enough to resume a run exactly.
 
-    `callbacks` are called in their order. `score` maps logits and labels, float32 ``[N, C]``, to
-    metrics. A checkpoint has `model_files` (name -> text) and `origin`, JSON-able facts about the
-    data that must match on resume. `keep_last` checkpoints are kept besides `best`.
+    Parameters
+    ----------
+    config
+        The configuration that the module and the data were made with.
+    callbacks
+        Called after the built-in ones and those of `config.callbacks`, in their order.
+    loggers
+        Used instead of those of `config.loggers`.
+
+    Attributes
+    ----------
+    global_step
+        Weight updates done.
+    current_epoch
+        Epoch of the current host batch, counted from 0.
+    callback_metrics
+        Tag -> last value of every metric that was logged or computed.
+    module, datamodule, engine
+        What is running. The engine is there until the call ends.
+    run
+        The run's folder, from the beginning of `fit` on.
+    validation_outputs, test_outputs
+        Scores, logits and labels of the last validation and test.
+    interrupted
+        Whether a signal or `interrupt` ended the training, to be resumed later.
+
+    Raises
+    ------
+    ConfigError
+        If a class named in the configuration cannot be used, or the configuration does not fit the
+        processes or the IPUs.
+    EngineUnavailable
+        If the configured engine is not available here.
     """
+
+    module: ViTModule
+    datamodule: ChestXrayDataModule
+    engine: Engine
+    run: RunFolder
+    train_data: ChestXrayDataset
+    val_data: ChestXrayDataset
+    durations: Durations
+    checkpoints: CheckpointStore
+    validation_outputs: EvalOutputs
+    test_outputs: EvalOutputs
 
     def __init__(
         self,
+        config: Config,
         *,
-        engine: Engine,
-        train_data: ChestXrayDataset,
-        val_data: ChestXrayDataset,
-        durations: Durations,
-        learning_rate: LearningRate,
-        seed: int,
-        callbacks: Sequence[Callback],
-        score: Callable[[Tensor, Tensor], Scores],
-        checkpoints: CheckpointStore,
-        keep_last: int,
-        model_files: Dict[str, str],
-        origin: Dict[str, Any],
+        callbacks: Sequence[Callback] = (),
+        loggers: Optional[Sequence[Logger]] = None,
     ) -> None:
-        self.engine = engine
-        self.train_data = train_data
-        self.val_data = val_data
-        self.durations = durations
-        self.learning_rate = learning_rate
-        self.seed = seed
-        self.callbacks = list(callbacks)
-        keys = [callback.state_key for callback in self.callbacks if callback.state_key]
-        assert len(keys) == len(set(keys)), f"two callbacks have the same state_key: {keys}"
-        self.score = score
-        self.checkpoints = checkpoints
-        self.keep_last = keep_last
-        self.model_files = model_files
-        self.origin = origin
+        self.config = config
+        self.launch = Launch.from_environment()
+        self.is_global_zero = self.launch.is_main
+        configured = [load_extension(item, Callback, key="callbacks") for item in config.callbacks]
+        own = [*configured, *_instances(callbacks, Callback, "callbacks")]
+        self.callbacks = [*default_callbacks(config, own, is_main=self.is_global_zero), *own]
+        _refuse_same_keys(self.callbacks)
+        self.loggers = (
+            _configured_loggers(config)
+            if loggers is None
+            else list(_instances(loggers, Logger, "loggers"))
+        )
+        self.choice = choose_engine(config, self.launch)
+        self.batch = BatchPlan.from_section(config.batch)
+        self.callback_metrics: Scores = {}
+        self.is_fitting = False
+        self.is_logging = False
+        self._reset()
 
-        self.step = 0  # weight updates done
+    def _reset(self) -> None:
+        """Set the state of a run that has not begun."""
+        self.global_step = 0
+        self.current_epoch = 0
         self.evaluated_step = 0
         self.best_score: Optional[float] = None  # `MONITOR` of the checkpoint `best`
         self.stop_reason: Optional[str] = None
-        self.interrupted = False  # whether `interrupt` is the reason
+        self.interrupted = False
         self.compile_s = 0.0
         self._saved_step = 0
         self._saved_validation = 0
+        self._stop_request: Optional[str] = None
         self._interruption: Optional[str] = None
 
-    def fit(self) -> None:
-        """Train from the current step to the last one, or until a stop is requested."""
-        try:
-            self.compile_s = self.engine.compile(self._example_batch())
-            self._notify("on_fit_start")
-            if self.validation_is_due:  # the run was stopped between a step and its validation
-                self.validate()
-            if not self.stop_reason:
-                self._train()
-            if (self._saved_step, self._saved_validation) != (self.step, self.evaluated_step):
-                self.save()
-            self._notify("on_fit_end")
-        except BaseException as error:
-            self._notify("on_exception", error)
-            raise
+    # The four entry points
 
-    def _train(self) -> None:
-        """Train batch by batch to the last step or a stop; validate and save when due."""
-        batches = self.engine.loader(self.train_data, self._sampler(), training=True)
-        for batch, wait_s in _timed(batches):
-            self._train_step(batch, wait_s)
-            if self.checkpoint_is_due and not self.validation_is_due:
-                self.save()
-            self._stop_if_interrupted()
-            if self.validation_is_due:
-                self.validate()  # saves if the score is the best or a checkpoint is due
-                self._stop_if_interrupted()
-            if self.stop_reason:
-                break
+    def fit(
+        self,
+        module: ViTModule,
+        datamodule: ChestXrayDataModule,
+        ckpt_path: Optional[PathLike] = None,
+    ) -> None:
+        """Train to the end, or until a stop is requested.
 
-    def _train_step(self, batch: Batch, wait_s: float) -> None:
-        """Do the weight updates of a host batch and notify the callbacks."""
-        start = time.perf_counter()
-        lr = self.learning_rate.at(self.step)
-        output = self.engine.train_step(batch, lr=lr)
-        seconds = time.perf_counter() - start
-        first, self.step = self.step, self.step + len(output.losses)
-        self._notify("on_step_end", StepEnd(first, self.step, output, lr, wait_s, seconds))
+        A new run gets a folder of its own. `ckpt_path` resumes: ``"last"`` the newest run of this
+        configuration (`run.dir`, else `run.name`), a run's folder that run; both continue in their
+        folder. Another checkpoint's path begins a new run with its state. Processes that torchrun
+        restarts resume the run that they began.
 
-    def validate(self) -> None:
-        """Score the validation split, notify the callbacks, and save if best or due."""
-        start = time.perf_counter()
-        logits, labels = self.engine.predict_dataset(self.val_data)
-        loss = float(multi_label_loss(logits, labels))
-        seconds = time.perf_counter() - start
-        self.evaluated_step = self.step
-        scores = self.score(logits, labels)
-        self._notify("on_eval_end", EvalEnd(self.step, loss, scores, logits, labels, seconds))
-        is_best = self._update_best(scores.get(MONITOR))
-        if is_best or self.checkpoint_is_due:
-            self.save(is_best=is_best)
-
-    def _update_best(self, score: Optional[float]) -> bool:
-        """Return whether the score is the best; as long as none is defined, every one is."""
-        if score is None:  # no label of the validation split has both positives and negatives
-            effect = "best follows the last one" if self.best_score is None else "best stays"
-            logger.warning("val/%s is undefined at step %d: %s", MONITOR, self.step, effect)
-        is_best = self.best_score is None or (score is not None and score > self.best_score)
-        if is_best:
-            self.best_score = score
-        return is_best
-
-    def is_due(self, first_step: int, every: int) -> bool:
-        """Whether a multiple of `every` lies in the steps since `first_step`; always at the end."""
-        return self.step // every > first_step // every or self.is_finished
-
-    @property
-    def validation_is_due(self) -> bool:
-        """Whether a validation is due since the last one; none is after a requested stop."""
-        due = self.is_due(self.evaluated_step, self.durations.eval_every)
-        return due and self.evaluated_step < self.step and not self.stop_reason
-
-    @property
-    def checkpoint_is_due(self) -> bool:
-        """Whether a checkpoint is due since the last one."""
-        due = self.is_due(self._saved_step, self.durations.checkpoint_every)
-        return due and self._saved_step < self.step
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last step is done."""
-        return self.step >= self.durations.total_steps
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the last step is done and validated: nothing is left to resume."""
-        return self.is_finished and self.evaluated_step == self.step
-
-    def request_stop(self, reason: str) -> None:
-        """Stop after the current host batch. Every process must call it."""
-        self.stop_reason = self.stop_reason or reason
-
-    def interrupt(self, reason: str) -> None:
-        """Stop after the current host batch, to be resumed later.
-
-        Any process may call it at any time, also from a signal handler.
+        Raises
+        ------
+        CheckpointError
+            If there is nothing to resume, or the checkpoint is damaged, of another model or of
+            other data, or past the end of this run.
+        OutOfMemory
+            With a batch that needs less.
         """
-        self._interruption = reason
-
-    def _stop_if_interrupted(self) -> None:
-        """Stop if any process was interrupted: all of them must stop at the same step."""
-        if not self.stop_reason and self.engine.any_process(self._interruption is not None):
-            self.stop_reason = self._interruption or "another process was interrupted"
-            self.interrupted = True
-
-    def save(self, *, is_best: bool = False) -> Path:
-        """Write a checkpoint of the current step, update the links, and delete old checkpoints.
-
-        Raises NonFiniteLoss and writes nothing if a weight is NaN or infinite.
-        """
-        state = self.engine.state_dict()
-        broken = [name for name, weight in state.weights.items() if not weight.isfinite().all()]
-        if broken:
-            raise NonFiniteLoss(
-                f"{len(broken)} weights are not finite at step {self.step}, first {broken[0]}; they"
-                f" are not saved. The last checkpoint is {self.checkpoints.linked('last')}."
+        self._reset()
+        found = find_run(self.config.run, ckpt_path, self.launch)
+        self.setup_data(datamodule, "fit")
+        self._open_module(module)
+        self.train_data = datamodule.dataset("train", augmented=True)
+        self.val_data = datamodule.dataset("val")
+        self.durations = Durations.from_section(self.config.train, self.batch, len(self.train_data))
+        state = self._restore(found.checkpoint, found.restarted) if found.checkpoint else None
+        if self.is_complete:
+            self._print(
+                f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to do."
+                " To train on, raise train.epochs or train.steps."
             )
-        path = self.checkpoints.save(
-            self.step,
-            state,
-            model_files=self.model_files,
-            trainer_state={
-                **self._resume_facts(),
-                "evaluated_step": self.evaluated_step,
-                "best_score": self.best_score,
-                "callbacks": {
-                    callback.state_key: callback.state_dict()
-                    for callback in self.callbacks
-                    if callback.state_key
-                },
-            },
+            return
+        self.run = found.folder or create_run(self.config.run, self.launch)
+        self.checkpoints = CheckpointStore(self.run.checkpoints, writes=self.run.writes)
+        with self.run.locked(), self._building_engine("fit"):
+            if state is not None:
+                self.engine.load_state_dict(state)
+            self._describe_run(is_new=found.folder is None)
+            with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
+                self._fit()
+        self._notify("teardown", "fit")
+        self._print(self.describe_end())
+
+    def validate(
+        self,
+        module: ViTModule,
+        datamodule: ChestXrayDataModule,
+        ckpt_path: Optional[PathLike] = None,
+    ) -> Scores:
+        """Score the validation split; return the metrics by tag (``val/auroc_macro``).
+
+        `ckpt_path` is a checkpoint to score: a path, a run's folder (then its `best`), or
+        ``"best"`` or ``"last"`` of the run that `fit` made. None: the module's present weights.
+        """
+        with self._scoring(module, datamodule, "validate", ckpt_path):
+            self._validate(datamodule.dataset("val"))
+        return self.validation_outputs.tagged()
+
+    def test(
+        self,
+        module: ViTModule,
+        datamodule: ChestXrayDataModule,
+        ckpt_path: Optional[PathLike] = None,
+        *,
+        split: str = "test",
+    ) -> Scores:
+        """Score the test split, or another one; return the metrics by tag. See `validate`."""
+        with self._scoring(module, datamodule, "test", ckpt_path):
+            self._notify("on_test_start")
+            self.test_outputs = self._score(datamodule.dataset(split), split)
+            self._notify("on_test_end")
+        return self.test_outputs.tagged()
+
+    def predict(
+        self,
+        module: ViTModule,
+        images: Sequence[PathLike],
+        ckpt_path: Optional[PathLike] = None,
+    ) -> Tensor:
+        """Return the probability of each label for image files, float32 ``[N, C]``.
+
+        The columns are those of `module.names`. PNG, JPEG and (with the extra `dicom`) DICOM files
+        are read. Raises DataError if a file is missing or unusable. See `validate` for `ckpt_path`.
+        """
+        dataset = dataset_of_files(
+            images,
+            num_classes=len(module.names),
+            image_size=self.config.data.image_size,
+            max_megapixels=self.config.data.max_megapixels,
         )
-        self._saved_step, self._saved_validation = self.step, self.evaluated_step
-        if is_best:
-            self.checkpoints.link("best", path)
-        self.checkpoints.prune(self.keep_last)
-        return path
+        with self._scoring(module, None, "predict", ckpt_path):
+            logits, _ = self._predict(dataset)
+        return probabilities(logits)
 
-    def resume(self, checkpoint: Path, *, weights_only: bool = False) -> None:
-        """Restore the state of a checkpoint.
+    # Opening and closing
 
-        `weights_only` leaves out the state of the optimizer and of the device's random generator.
-        Raises CheckpointError if the checkpoint is damaged, of another model, of other data, or
-        past the end of this run.
+    def setup_data(self, datamodule: ChestXrayDataModule, stage: Optional[str] = None) -> None:
+        """Set up the data in all processes, in the main process first.
+
+        `fit`, `validate` and `test` do it. Raises DataError if this process has other data: its
+        rows would be other images.
+        """
+        processes = coordinator(self.launch)
+        self.datamodule = datamodule
+        datamodule.once = processes.call_once
+        with processes.main_first("data"):
+            datamodule.setup(stage)
+        differing = processes.differences("data", datamodule.fingerprint())
+        if differing:
+            raise DataError(
+                "this host's data differ from those of the first process:"
+                f" {'; '.join(differing)}. Give all hosts the same CSV, lists and images."
+            )
+
+    def _open_module(self, module: ViTModule) -> None:
+        """Set the module up; ConfigError if it was made with another configuration."""
+        own, its = self.config.flat(), module.config.flat()
+        differing = [
+            f"{key}={its[key]} there, {value} here"
+            for key, value in own.items()
+            if key.startswith(("model.", "pipeline.", "optim.", "schedule."))
+            and key != "model.name"  # a checkpoint's path in a module that was loaded from it
+            and its[key] != value
+        ]
+        if differing:
+            raise ConfigError(
+                "the module was made with another configuration than the trainer:"
+                f" {'; '.join(differing)}. Give both the same."
+            )
+        self.module = module
+        module.setup(for_ipu=self.choice.is_ipu)
+
+    @contextlib.contextmanager
+    def _building_engine(self, stage: str) -> Iterator[None]:
+        """Build the engine and close it at the end."""
+        with build_engine(self.config, self.module, self.choice, self.batch, self.launch) as engine:
+            self.engine = engine
+            self._notify("setup", stage)
+            yield
+
+    @contextlib.contextmanager
+    def _scoring(
+        self,
+        module: ViTModule,
+        datamodule: Optional[ChestXrayDataModule],
+        stage: str,
+        ckpt_path: Optional[PathLike],
+    ) -> Iterator[None]:
+        """Open what scoring needs, with the weights of a checkpoint if one is given."""
+        checkpoint = None if ckpt_path is None else self._find_checkpoint(ckpt_path)
+        if datamodule is not None:
+            self.setup_data(datamodule, stage)
+        self._open_module(module)
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint, needs_optimizer=False)
+            module.load_weights(checkpoint)
+        with self._building_engine(stage):
+            yield
+        self._notify("teardown", stage)
+
+    def _find_checkpoint(self, ckpt_path: PathLike) -> Path:
+        """Return the folder of a checkpoint; ``"best"`` and ``"last"`` are of the own run."""
+        if ckpt_path not in ("best", "last"):
+            return checkpoint_of(Path(ckpt_path))
+        if not hasattr(self, "run"):
+            raise CheckpointError(
+                f"ckpt_path={ckpt_path!r} is a checkpoint of the run that fit() makes, and this"
+                " trainer has made none. Give a path."
+            )
+        return self.run.checkpoints / str(ckpt_path)
+
+    def _restore(self, checkpoint: Path, restarted: bool) -> EngineState:
+        """Restore the trainer's and the callbacks' state; return the engine's.
+
+        Raises CheckpointError if the checkpoint is damaged, of other data, or past the end of this
+        run.
         """
         state, trainer_state = load_checkpoint(checkpoint)
         changed = [
@@ -315,27 +332,297 @@ class Trainer:
                 f"{checkpoint} is at step {step}, past this run's {self.durations.total_steps}"
                 " steps. Raise train.epochs or train.steps."
             )
-        if weights_only:
-            state = EngineState(state.weights, scalars={"updates": float(step)})
-        self.engine.load_state_dict(state)
-        self.step = self._saved_step = step
+        self.global_step = self._saved_step = step
         self.evaluated_step = self._saved_validation = trainer_state["evaluated_step"]
         self.best_score = trainer_state["best_score"]
         for callback in self.callbacks:
-            callback.load_state_dict(trainer_state["callbacks"].get(callback.state_key, {}))
+            if callback.state_key in trainer_state["callbacks"]:
+                callback.load_state_dict(trainer_state["callbacks"][callback.state_key])
+        self._notify("on_load_checkpoint", trainer_state)
+        # A restarted run may have been started with this option; its checkpoints are complete.
+        if self.config.train.resume_weights_only and not restarted:
+            return EngineState(state.weights, scalars={"updates": float(step)})
+        return state
 
     def _resume_facts(self) -> Dict[str, Any]:
         """Return the facts that must match on resume."""
-        global_batch_size = self.engine.batch.global_batch_size
-        return {**self.origin, "seed": self.seed, "global_batch_size": global_batch_size}
+        return {
+            "labels": self.module.names,
+            **self.datamodule.fingerprint(),
+            "seed": self.config.run.seed,
+            "global_batch_size": self.batch.global_batch_size,
+        }
+
+    def _describe_run(self, *, is_new: bool) -> None:
+        """Print the run's folder and what runs in it; write the files that describe it."""
+        self._print(str(self.run.path))
+        data, engine = self.datamodule, self.engine
+        if is_new:
+            self.run.write_environment(engine.describe(), engine.facts(), data.fingerprint())
+        self.run.write_config(self.config)
+        self.run.write_skipped(data.skipped)
+        self._print(data.describe(), engine.describe())
+        self._print(*self.module.model.plan.describe(engine.place), *self.batch.describe())
+        self._print(self.durations.describe(self.global_step))
+
+    def _print(self, *lines: str) -> None:
+        if self.is_global_zero:
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
+
+    # The training loop
+
+    def _fit(self) -> None:
+        """Train from the current step to the last one, or until a stop is requested."""
+        self.is_fitting = True
+        try:
+            with explaining_out_of_memory(self.config, training=True):
+                self.compile_s = self.engine.compile(self._example_batch())
+            self._open_loggers()
+            self._notify("on_fit_start")
+            self._notify("on_train_start")
+            self._stop_if_requested()
+            if self.validation_is_due:  # the run was stopped between a step and its validation
+                self._validate_and_save()
+            if not self.stop_reason:
+                self._train()
+            if (self._saved_step, self._saved_validation) != (
+                self.global_step,
+                self.evaluated_step,
+            ):
+                self.save_checkpoint()
+            self._notify("on_train_end")
+            self._notify("on_fit_end")
+            self._close_loggers("success" if self.is_complete else "stopped")
+        except BaseException as error:
+            self._notify("on_exception", error)
+            self._close_loggers("failed")
+            raise
+        finally:
+            self.is_fitting = False
+
+    def _train(self) -> None:
+        """Train batch by batch to the last step or a stop; validate and save when due."""
+        per_epoch = self.durations.steps_per_epoch
+        is_first = True
+        batches = self.engine.loader(self.train_data, self._sampler(), training=True)
+        for batch, wait_s in _timed(batches):
+            first = self.global_step
+            if is_first or first // per_epoch != self.current_epoch:
+                self.current_epoch, is_first = first // per_epoch, False
+                self._notify("on_train_epoch_start")
+            self._train_step(batch, wait_s)
+            if self.checkpoint_is_due and not self.validation_is_due:
+                self.save_checkpoint()
+            self._stop_if_requested()
+            if self.validation_is_due:
+                self._validate_and_save()
+            if self.is_due(first, per_epoch):
+                self._notify("on_train_epoch_end")
+            self._stop_if_requested()
+            if self.stop_reason:
+                break
+
+    def _train_step(self, batch: Batch, wait_s: float) -> None:
+        """Do the weight updates of a host batch and notify the callbacks."""
+        first = self.global_step
+        index = first % self.durations.steps_per_epoch // self.batch.device_iterations
+        self._notify("on_train_batch_start", batch, index)
+        start = time.perf_counter()
+        lr = self.module.learning_rate(first, self.durations.total_steps)
+        with explaining_out_of_memory(self.config, training=True):
+            output = self.engine.train_step(batch, lr=lr)
+        seconds = time.perf_counter() - start
+        self.global_step = first + len(output.losses)
+        outputs = TrainOutputs(
+            first_step=first,
+            step=self.global_step,
+            losses=output.losses,
+            grad_norm=output.grad_norm,
+            num_samples=output.num_samples,
+            lr=lr,
+            wait_s=wait_s,
+            seconds=seconds,
+        )
+        self._notify("on_train_batch_end", outputs, batch, index)
+
+    def _validate(self, dataset: ChestXrayDataset) -> None:
+        """Score the validation split and notify the callbacks."""
+        self._notify("on_validation_start")
+        self.validation_outputs = self._score(dataset, "val")
+        self._notify("on_validation_end")
+
+    def _validate_and_save(self) -> None:
+        """Validate, and save if the score is the best or a checkpoint is due."""
+        self.evaluated_step = self.global_step
+        self._validate(self.val_data)
+        is_best = self._update_best(self.validation_outputs.scores.get(MONITOR))
+        if is_best or self.checkpoint_is_due:
+            self.save_checkpoint(is_best=is_best)
+
+    def _score(self, dataset: ChestXrayDataset, split: str) -> EvalOutputs:
+        """Score a split with the present weights."""
+        start = time.perf_counter()
+        logits, labels = self._predict(dataset)
+        loss = self.engine.loss(logits, labels)
+        seconds = time.perf_counter() - start
+        scores = self.module.compute_metrics(logits, labels)
+        outputs = EvalOutputs(split, self.global_step, loss, scores, logits, labels, seconds)
+        self.callback_metrics.update(outputs.tagged())
+        return outputs
+
+    def _predict(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
+        with explaining_out_of_memory(self.config, training=False):
+            return self.engine.predict_dataset(dataset)
+
+    def _update_best(self, score: Optional[float]) -> bool:
+        """Return whether the score is the best; as long as none is defined, every one is."""
+        if score is None:  # no label of the validation split has both positives and negatives
+            effect = "best follows the last one" if self.best_score is None else "best stays"
+            logger.warning("val/%s is undefined at step %d: %s", MONITOR, self.global_step, effect)
+        is_best = self.best_score is None or (score is not None and score > self.best_score)
+        if is_best:
+            self.best_score = score
+        return is_best
+
+    def is_due(self, first_step: int, every: int) -> bool:
+        """Whether a multiple of `every` lies in the steps since `first_step`; always at the end."""
+        return self.global_step // every > first_step // every or self.is_finished
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether a validation is due since the last one; none is after a requested stop."""
+        due = self.is_due(self.evaluated_step, self.durations.eval_every)
+        return due and self.evaluated_step < self.global_step and not self.stop_reason
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether a checkpoint is due since the last one."""
+        due = self.is_due(self._saved_step, self.durations.checkpoint_every)
+        return due and self._saved_step < self.global_step
+
+    @property
+    def estimated_stepping_batches(self) -> int:
+        """Number of weight updates of the whole run."""
+        return self.durations.total_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.global_step >= self.durations.total_steps
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last step is done and validated: nothing is left to resume."""
+        return self.is_finished and self.evaluated_step == self.global_step
+
+    # Stopping
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run stops after the current host batch; set it to stop the run."""
+        return bool(self.stop_reason or self._stop_request or self._interruption)
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value:
+            self.request_stop("should_stop was set")
+
+    def request_stop(self, reason: str) -> None:
+        """Stop all processes after the current host batch. Any process may call it."""
+        self._stop_request = self._stop_request or reason
+
+    def interrupt(self, reason: str) -> None:
+        """Stop all processes after the current host batch, to be resumed later.
+
+        Any process may call it at any time, also from a signal handler.
+        """
+        self._interruption = reason
+
+    def _stop_if_requested(self) -> None:
+        """Stop if any process asks for it: all of them must stop at the same step."""
+        if self.stop_reason or not self.engine.any_process(self.should_stop):
+            return
+        self.interrupted = self.engine.any_process(self._interruption is not None)
+        own = self._interruption or self._stop_request
+        self.stop_reason = own or "another process asked for it"
 
     def describe_end(self) -> str:
         """Describe in one line how the run ended and where its best checkpoint is."""
         best = "best" if self.checkpoints.linked("best") else "last"
         ending = "finished"
         if not self.is_complete:
-            ending = f"stopped at step {self.step}: {self.stop_reason}"
+            ending = f"stopped at step {self.global_step}: {self.stop_reason}"
         return f"{ending}; {best} checkpoint: {self.checkpoints.folder / best}"
+
+    # Checkpoints
+
+    def save_checkpoint(self, *, is_best: bool = False) -> Path:
+        """Write a checkpoint of the current step, update the links, and delete old checkpoints.
+
+        All processes must call it together. Raises NonFiniteLoss and writes nothing if a weight is
+        NaN or infinite.
+        """
+        state = self.engine.state_dict()
+        broken = [name for name, weight in state.weights.items() if not weight.isfinite().all()]
+        if broken:
+            raise NonFiniteLoss(
+                f"{len(broken)} weights are not finite at step {self.global_step}, first"
+                f" {broken[0]}; they are not saved. The last checkpoint is"
+                f" {self.checkpoints.linked('last')}."
+            )
+        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        trainer_state = {
+            **self._resume_facts(),
+            "evaluated_step": self.evaluated_step,
+            "best_score": self.best_score,
+            "callbacks": {key: value for key, value in states.items() if value},
+        }
+        self._notify("on_save_checkpoint", trainer_state)
+        path = self.checkpoints.save(
+            self.global_step,
+            state,
+            model_files=self.module.model.hub_files(),
+            trainer_state=trainer_state,
+        )
+        self._saved_step, self._saved_validation = self.global_step, self.evaluated_step
+        if is_best:
+            self.checkpoints.link("best", path)
+        self.checkpoints.prune(self.config.train.keep_last)
+        return path
+
+    # Logging
+
+    def _open_loggers(self) -> None:
+        if self.is_global_zero:
+            self.is_logging = True
+            for log in self.loggers:
+                log.setup(self.run.path, self.global_step)
+                log.log_hyperparams(self.config.flat())
+
+    def _close_loggers(self, status: str) -> None:
+        if self.is_logging:
+            self.is_logging = False
+            for log in self.loggers:
+                log.finalize(status)
+
+    def log_metrics(self, metrics: Mapping[str, Optional[float]]) -> None:
+        """Log metrics of the current step, tag -> value, None where undefined.
+
+        They also become `callback_metrics`. Outside `fit` nothing is logged.
+        """
+        self.callback_metrics.update(metrics)
+        if self.is_logging:
+            for log in self.loggers:
+                log.log_metrics(metrics, self.global_step)
+
+    def log_figures(self, figures: Mapping[str, Figure]) -> None:
+        """Log matplotlib figures of the current step, tag -> figure."""
+        if self.is_logging:
+            for log in self.loggers:
+                log.log_figures(figures, self.global_step)
+
+    # Batches
 
     def rows(self, step: int) -> List[int]:
         """Return the rows of the training split that an update uses, over all processes."""
@@ -345,10 +632,10 @@ class Trainer:
     def _sampler(self) -> TrainingSampler:
         return TrainingSampler(
             len(self.train_data),
-            global_batch_size=self.engine.batch.global_batch_size,
-            device_iterations=self.engine.batch.device_iterations,
-            seed=self.seed,
-            start_step=self.step,
+            global_batch_size=self.batch.global_batch_size,
+            device_iterations=self.batch.device_iterations,
+            seed=self.config.run.seed,
+            start_step=self.global_step,
             total_steps=self.durations.total_steps,
         )
 
@@ -361,7 +648,36 @@ class Trainer:
 
     def _notify(self, hook: str, *event: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *event)
+            getattr(callback, hook)(self, self.module, *event)
+
+
+def _instances(items: Sequence[Any], base: type, what: str) -> Sequence[Any]:
+    """Return the items; ConfigError if one is not an instance of `base`."""
+    for item in items:
+        if isinstance(item, type):
+            raise ConfigError(f"{what}: {item.__name__} is a class. Give {item.__name__}(...).")
+        if not isinstance(item, base):
+            raise ConfigError(f"{what}: {item!r} is no cxr_vit.{base.__name__}.")
+    return items
+
+
+def _refuse_same_keys(callbacks: Sequence[Callback]) -> None:
+    """Raise ConfigError if a checkpoint could hold the state of only one of two callbacks."""
+    keys = [
+        callback.state_key
+        for callback in callbacks
+        if type(callback).state_dict is not Callback.state_dict
+    ]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"callbacks: two have the state_key {key!r}. Override one of them.")
+
+
+def _configured_loggers(config: Config) -> List[Logger]:
+    return [
+        BUILT_IN[item]() if isinstance(item, str) else load_extension(item, Logger, key="loggers")
+        for item in config.loggers
+    ]
 
 
 def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
@@ -370,37 +686,3 @@ def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
     for batch in batches:
         yield batch, time.perf_counter() - start
         start = time.perf_counter()
-
-
-class StopOnSignal:
-    """Context in which the first SIGINT or SIGTERM calls `interrupt` with the reason.
-
-    `quiet` prints nothing and ignores further signals, for one of several processes: torchrun
-    signals all remaining processes when one ends, and kills them later.
-    """
-
-    def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
-        self.interrupt = interrupt
-        self.quiet = quiet
-        self._before: Dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
-        name = signal.Signals(number).name
-        self.interrupt(f"{name} received")
-        if self.quiet:
-            return
-        self._restore()
-        text = f"\n{name}: saving after this step; a second signal ends the run at once\n"
-        os.write(sys.stderr.fileno(), text.encode())  # a handler may not use a buffered stream
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

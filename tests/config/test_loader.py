@@ -5,7 +5,7 @@ from typing import Callable, List, Sequence
 
 import pytest
 
-from cxr_vit.config import Config, dump_config, load_config
+from cxr_vit.config import Config, dump_config, read_config
 from cxr_vit.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -28,7 +28,7 @@ def write(tmp_path: Path) -> Write:
 
 def problems(files: Sequence[Path], overrides: Sequence[str] = ()) -> List[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(files, overrides)
+        read_config(files, overrides)
     return str(caught.value).split("\n")
 
 
@@ -42,79 +42,79 @@ def problem(files: Sequence[Path], overrides: Sequence[str] = ()) -> str:
 
 
 def test_no_files_means_the_defaults():
-    assert load_config([]) == Config()
+    assert read_config([]) == Config()
 
 
 def test_later_file_wins(write):
     first = write("optim: {lr: 0.1}", "first.yaml")
     second = write("optim: {lr: 0.2}", "second.yaml")
-    assert load_config([first, second]).optim.lr == 0.2
-    assert load_config([second, first]).optim.lr == 0.1
+    assert read_config([first, second]).optim.lr == 0.2
+    assert read_config([second, first]).optim.lr == 0.1
 
 
 def test_later_file_keeps_other_keys(write):
     first = write("optim: {lr: 0.1, eps: 0.5}\nrun: {seed: 7}", "first.yaml")
     second = write("optim: {lr: 0.2}", "second.yaml")
-    config = load_config([first, second])
+    config = read_config([first, second])
     assert (config.optim.lr, config.optim.eps, config.run.seed) == (0.2, 0.5, 7)
 
 
 def test_lists_are_replaced_not_merged(write):
     first = write("pipeline: {layers_per_stage: [3, 3, 3, 3]}", "first.yaml")
     second = write("pipeline: {layers_per_stage: [6, 6]}", "second.yaml")
-    assert load_config([first, second]).pipeline.layers_per_stage == [6, 6]
+    assert read_config([first, second]).pipeline.layers_per_stage == [6, 6]
 
 
 def test_override_wins_over_every_file(write):
     first = write("optim: {lr: 0.1}", "first.yaml")
     second = write("optim: {lr: 0.2}", "second.yaml")
-    assert load_config([first, second], ["optim.lr=0.3"]).optim.lr == 0.3
+    assert read_config([first, second], ["optim.lr=0.3"]).optim.lr == 0.3
 
 
 def test_override_replaces_one_key_of_its_section(write):
-    config = load_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim.lr=0.3"])
+    config = read_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim.lr=0.3"])
     assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
 
 
 def test_later_override_wins():
-    assert load_config([], ["optim.lr=0.3", "optim.lr=0.4"]).optim.lr == 0.4
+    assert read_config([], ["optim.lr=0.3", "optim.lr=0.4"]).optim.lr == 0.4
 
 
 def test_override_of_a_whole_section(write):
-    config = load_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim={lr: 0.3}"])
+    config = read_config([write("optim: {lr: 0.1, eps: 0.5}")], ["optim={lr: 0.3}"])
     assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
 
 
 def test_override_of_a_section_keeps_an_earlier_override_of_its_key():
-    config = load_config([], ["optim.lr=0.3", "optim={eps: 0.5}"])
+    config = read_config([], ["optim.lr=0.3", "optim={eps: 0.5}"])
     assert (config.optim.lr, config.optim.eps) == (0.3, 0.5)
 
 
 def test_override_with_a_list():
-    config = load_config([], ["pipeline.layers_per_stage=[2, 4, 6]"])
+    config = read_config([], ["pipeline.layers_per_stage=[2, 4, 6]"])
     assert config.pipeline.layers_per_stage == [2, 4, 6]
 
 
 def test_override_value_with_equal_signs():
-    assert load_config([], ["data.root=/images/size=64/a=b"]).data.root == "/images/size=64/a=b"
+    assert read_config([], ["data.root=/images/size=64/a=b"]).data.root == "/images/size=64/a=b"
 
 
 def test_file_value_with_equal_signs(write):
-    assert load_config([write("data: {root: /images/a=b}")]).data.root == "/images/a=b"
+    assert read_config([write("data: {root: /images/a=b}")]).data.root == "/images/a=b"
 
 
 def test_empty_file_means_the_defaults(write):
-    assert load_config([write("")]) == Config()
+    assert read_config([write("")]) == Config()
 
 
 def test_file_with_comments_only_means_the_defaults(write):
-    assert load_config([write("# nothing\n\n# here\n")]) == Config()
+    assert read_config([write("# nothing\n\n# here\n")]) == Config()
 
 
 def test_empty_section_keeps_values_of_earlier_files(write):
     first = write("train: {epochs: 7}", "first.yaml")
     second = write("train:\n  # epochs: 9\noptim: {lr: 0.5}\n", "second.yaml")
-    config = load_config([first, second])
+    config = read_config([first, second])
     assert (config.train.epochs, config.optim.lr) == (7, 0.5)
 
 
@@ -136,40 +136,40 @@ def test_empty_section_keeps_values_of_earlier_files(write):
     ],
 )
 def test_number_means_the_same_in_a_file_and_as_an_override(write, text, value):
-    assert load_config([write(f"optim:\n  lr: {text}\n")]).optim.lr == value
-    assert load_config([], [f"optim.lr={text}"]).optim.lr == value
+    assert read_config([write(f"optim:\n  lr: {text}\n")]).optim.lr == value
+    assert read_config([], [f"optim.lr={text}"]).optim.lr == value
 
 
 def test_leading_zero_is_decimal(write):
-    assert load_config([write("train: {steps: 010}")]).train.steps == 10
+    assert read_config([write("train: {steps: 010}")]).train.steps == 10
 
 
 @pytest.mark.parametrize("text", ["true", "True", "yes", "on", "'yes'"])
 def test_words_for_true(write, text):
-    assert load_config([write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is True
-    assert load_config([], [f"optim.decay_all={text}"]).optim.decay_all is True
+    assert read_config([write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is True
+    assert read_config([], [f"optim.decay_all={text}"]).optim.decay_all is True
 
 
 @pytest.mark.parametrize("text", ["false", "False", "no", "off", "'no'"])
 def test_words_for_false(write, text):
     below = write("optim: {decay_all: true}", "below.yaml")
-    assert load_config([below, write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is False
-    assert load_config([below], [f"optim.decay_all={text}"]).optim.decay_all is False
+    assert read_config([below, write(f"optim: {{decay_all: {text}}}")]).optim.decay_all is False
+    assert read_config([below], [f"optim.decay_all={text}"]).optim.decay_all is False
 
 
 @pytest.mark.parametrize("text", ["no", "'null'", "007", "1e-3", "true"])
 def test_text_field_keeps_the_characters(write, text):
     expected = text.strip("'")
-    assert load_config([write(f"run: {{name: {text}}}")]).run.name == expected
-    assert load_config([], [f"run.name={text}"]).run.name == expected
+    assert read_config([write(f"run: {{name: {text}}}")]).run.name == expected
+    assert read_config([], [f"run.name={text}"]).run.name == expected
 
 
 @pytest.mark.parametrize("text", ["null", "~", "Null", "NULL", ""])
 def test_null_unsets_an_optional_field(write, text):
     below = write("optim: {max_grad_norm: 2.0}", "below.yaml")
     file = write(f"optim:\n  max_grad_norm: {text}\n")
-    assert load_config([below, file]).optim.max_grad_norm is None
-    assert load_config([below], [f"optim.max_grad_norm={text}"]).optim.max_grad_norm is None
+    assert read_config([below, file]).optim.max_grad_norm is None
+    assert read_config([below], [f"optim.max_grad_norm={text}"]).optim.max_grad_norm is None
 
 
 def test_null_of_a_required_value_is_an_error(write):
@@ -190,17 +190,17 @@ def test_null_of_a_required_value_is_an_error(write):
     ],
 )
 def test_dumped_config_loads_unchanged(write, overrides):
-    config = load_config([], overrides)
-    assert load_config([write(dump_config(config))]) == config
+    config = read_config([], overrides)
+    assert read_config([write(dump_config(config))]) == config
 
 
 def test_default_data_root_is_under_the_working_directory():
-    assert load_config([]).data.root == "./chest-xray-nihcc"
+    assert read_config([]).data.root == "./chest-xray-nihcc"
 
 
 def test_default_data_root_follows_dataset_dir(monkeypatch):
     monkeypatch.setenv("DATASET_DIR", "/images")
-    assert load_config([]).data.root == "/images/chest-xray-nihcc"
+    assert read_config([]).data.root == "/images/chest-xray-nihcc"
 
 
 # Errors
@@ -270,7 +270,7 @@ def test_duplicate_section_names_both_lines(write):
 
 def test_same_key_in_two_files_is_not_a_duplicate(write):
     files = [write("optim: {lr: 0.1}", "a.yaml"), write("optim: {lr: 0.2}", "b.yaml")]
-    assert load_config(files).optim.lr == 0.2
+    assert read_config(files).optim.lr == 0.2
 
 
 def test_wrong_type_names_place_value_and_type(write):
@@ -365,7 +365,7 @@ def test_all_problems_are_reported_at_once(write):
 
 
 def test_invalid_value_replaced_by_a_later_layer_is_accepted(write):
-    assert load_config([write("optim: {lr: -1}")], ["optim.lr=1"]).optim.lr == 1
+    assert read_config([write("optim: {lr: -1}")], ["optim.lr=1"]).optim.lr == 1
 
 
 def test_error_names_the_layer_of_the_wrong_value(write):
@@ -456,7 +456,7 @@ def test_both_keys_of_a_pair_in_one_file_is_an_error(write, section, first, seco
 
 @pytest.mark.parametrize(("section", "first", "second"), PAIRS)
 def test_second_key_of_a_pair_replaces_the_default_of_the_first(section, first, second):
-    values = load_config([], [f"{section}.{second}=1"]).model_dump()[section]
+    values = read_config([], [f"{section}.{second}=1"]).model_dump()[section]
     assert (values[first], values[second]) == (None, 1)
 
 
@@ -465,30 +465,30 @@ def test_second_key_of_a_pair_replaces_the_default_of_the_first(section, first, 
 def test_later_key_of_a_pair_replaces_the_earlier(write, section, first, second, swap):
     early, late = (second, first) if swap else (first, second)
     file = write(f"{section}: {{{early}: 1}}")
-    by_override = load_config([file], [f"{section}.{late}=1"]).model_dump()[section]
-    by_file = load_config([file, write(f"{section}: {{{late}: 1}}", "late.yaml")])
+    by_override = read_config([file], [f"{section}.{late}=1"]).model_dump()[section]
+    by_file = read_config([file, write(f"{section}: {{{late}: 1}}", "late.yaml")])
     assert (by_override[early], by_override[late]) == (None, 1)
     assert by_file.model_dump()[section] == by_override
 
 
 def test_null_for_one_key_of_a_pair_keeps_the_other(write):
     file = write("train: {epochs: null, steps: 10}")
-    assert (load_config([file]).train.epochs, load_config([file]).train.steps) == (None, 10)
+    assert (read_config([file]).train.epochs, read_config([file]).train.steps) == (None, 10)
 
 
 def test_null_restores_the_default_of_a_pair(write):
-    config = load_config([write("train: {steps: 10}")], ["train.steps=null"])
+    config = read_config([write("train: {steps: 10}")], ["train.steps=null"])
     assert (config.train.epochs, config.train.steps) == (3, None)
 
 
 @pytest.mark.parametrize("text", ["{epochs: null}", "{epochs: null, steps: null}"])
 def test_null_for_a_whole_pair_means_the_default(write, text):
-    config = load_config([write(f"train: {text}")])
+    config = read_config([write(f"train: {text}")])
     assert (config.train.epochs, config.train.steps) == (3, None)
 
 
 def test_null_for_one_key_keeps_an_earlier_value_of_the_other(write):
-    config = load_config([write("train: {steps: 10}")], ["train.epochs=null"])
+    config = read_config([write("train: {steps: 10}")], ["train.epochs=null"])
     assert (config.train.epochs, config.train.steps) == (None, 10)
 
 
@@ -526,17 +526,17 @@ def test_variable_with_default(write, monkeypatch, value, expected):
     monkeypatch.delenv("CXR_TEST", raising=False)
     if value is not None:
         monkeypatch.setenv("CXR_TEST", value)
-    assert load_config([write("data:\n  root: ${CXR_TEST:-/images}/x\n")]).data.root == expected
+    assert read_config([write("data:\n  root: ${CXR_TEST:-/images}/x\n")]).data.root == expected
 
 
 def test_variable_in_an_override(monkeypatch):
     monkeypatch.setenv("CXR_TEST", "/disk")
-    assert load_config([], ["run.root=${CXR_TEST}/runs"]).run.root == "/disk/runs"
+    assert read_config([], ["run.root=${CXR_TEST}/runs"]).run.root == "/disk/runs"
 
 
 def test_two_variables_in_one_path(monkeypatch):
     monkeypatch.setenv("CXR_TEST", "/disk")
-    config = load_config([], ["run.root=${CXR_TEST}/${CXR_UNSET:-b}/c"])
+    config = read_config([], ["run.root=${CXR_TEST}/${CXR_UNSET:-b}/c"])
     assert config.run.root == "/disk/b/c"
 
 
@@ -551,13 +551,13 @@ def test_unset_variable_without_default_names_file_and_line(write, monkeypatch):
 
 def test_tilde_is_the_home_folder(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    assert load_config([write("data: {root: ~/images}")]).data.root == "/home/ada/images"
+    assert read_config([write("data: {root: ~/images}")]).data.root == "/home/ada/images"
 
 
 def test_tilde_in_a_variable_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("DATASET_DIR", "~/disk")
-    assert load_config([]).data.root == "/home/ada/disk/chest-xray-nihcc"
+    assert read_config([]).data.root == "/home/ada/disk/chest-xray-nihcc"
 
 
 def test_text_that_is_not_a_path_is_not_expanded(write):
@@ -566,7 +566,7 @@ def test_text_that_is_not_a_path_is_not_expanded(write):
 
 def test_later_root_resets_sample_images(write):
     file = write("data: {root: data/sample, sample_images: 60}\n")
-    assert load_config([file]).data.sample_images == 60
-    assert load_config([file], ["data.root=/data/typo"]).data.sample_images is None
+    assert read_config([file]).data.sample_images == 60
+    assert read_config([file], ["data.root=/data/typo"]).data.sample_images is None
     both = ["data.root=elsewhere", "data.sample_images=80"]
-    assert load_config([file], both).data.sample_images == 80
+    assert read_config([file], both).data.sample_images == 80

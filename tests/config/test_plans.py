@@ -2,13 +2,13 @@
 
 import pytest
 
-from cxr_vit.config import BatchPlan, StagePlan, check, load_config
+from cxr_vit.config import BatchPlan, StagePlan, check, load_config, read_config
 from cxr_vit.config.plans import empty_stage_problem
 from cxr_vit.errors import ConfigError
 
 
 def batch_plan(*overrides: str) -> BatchPlan:
-    return BatchPlan.from_section(load_config([], [f"batch.{text}" for text in overrides]).batch)
+    return BatchPlan.from_section(read_config([], [f"batch.{text}" for text in overrides]).batch)
 
 
 def test_global_batch_is_a_product():
@@ -64,13 +64,13 @@ def test_description_contains_the_numbers():
 )
 def test_invalid_global_batch_names_the_nearest_legal_values(overrides, legal):
     with pytest.raises(ConfigError) as caught:
-        check(load_config([], [f"batch.{text}" for text in overrides]))
+        load_config([], [f"batch.{text}" for text in overrides])
     assert f"Nearest legal values: {legal}." in str(caught.value)
 
 
 @pytest.mark.parametrize("overrides", [["micro_batch_size=4", "global_batch_size=32"], []])
 def test_valid_global_batch_passes(overrides):
-    config = load_config([], [f"batch.{text}" for text in overrides])
+    config = read_config([], [f"batch.{text}" for text in overrides])
     assert check(config) is config
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cxr_vit.config import dump_config, load_config
+from cxr_vit.config import dump_config, read_config
 from cxr_vit.config.popart_options import KINDS, OWN_KEYS, typed_options
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
@@ -21,7 +21,7 @@ from cxr_vit.errors import ConfigError
     ],
 )
 def test_values_are_converted_to_the_type_poptorch_expects(name, text, value):
-    config = load_config([], [f"engine.popart_options={{{name}: {text}}}"])
+    config = read_config([], [f"engine.popart_options={{{name}: {text}}}"])
     found = config.engine.popart_options[name]
     assert found == value
     assert type(found) is type(value)
@@ -29,9 +29,9 @@ def test_values_are_converted_to_the_type_poptorch_expects(name, text, value):
 
 def test_options_are_unchanged_after_dump_and_load(tmp_path):
     options = "{enableOutlining: true, outlineThreshold: 10, engineOptions: {a.b: 'true'}}"
-    config = load_config([], [f"engine.popart_options={options}"])
+    config = read_config([], [f"engine.popart_options={options}"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert load_config([tmp_path / "config.yaml"]) == config
+    assert read_config([tmp_path / "config.yaml"]) == config
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_value_of_a_wrong_type_is_refused(name, value):
 
 def test_misspelt_option_suggests_the_nearest():
     with pytest.raises(ConfigError) as caught:
-        load_config([], ["engine.popart_options={outlineThreshod: 10}"])
+        read_config([], ["engine.popart_options={outlineThreshod: 10}"])
     assert "Did you mean 'outlineThreshold'?" in str(caught.value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import List
 
-from cxr_vit.config import Config, load_config
+from cxr_vit.config import Config, read_config
 from cxr_vit.planner.costs import ModelShape, StageCost, stage_cost
 from cxr_vit.planner.hardware import make_target
 from cxr_vit.planner.speed import published_model
@@ -25,12 +25,12 @@ MK2_MODEL, BOW_MODEL = (published_model(target.ipu, "fp16") for target in (MK2, 
 
 def pod4(*overrides: str) -> Config:
     """Return configs/vit_pod4.yaml with overrides."""
-    return load_config([POD4], overrides)
+    return read_config([POD4], overrides)
 
 
 def gpu4(*overrides: str) -> Config:
     """Return configs/vit_gpu4.yaml with overrides."""
-    return load_config([GPU4], overrides)
+    return read_config([GPU4], overrides)
 
 
 def base_shape(image_bytes: int = FP16_RGB) -> ModelShape:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification
 
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ConfigError
@@ -192,18 +192,18 @@ def test_shape_of_a_folder_is_read_from_its_config(tmp_path):
         patch_size=8, image_size=32,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(settings.to_diff_dict()))
-    config = load_config([], [f"model.name={tmp_path}", "data.image_size=32"])
+    config = read_config([], [f"model.name={tmp_path}", "data.image_size=32"])
     shape = ModelShape.from_config(config)
     assert shape[:6] == (24, 2, 3, 50, 8, 3)
     assert shape.tokens == 17
 
 
 def test_hub_name_implies_size_and_patches():
-    shape = ModelShape.from_config(load_config([], ["model.name=google/vit-large-patch32-384"]))
+    shape = ModelShape.from_config(read_config([], ["model.name=google/vit-large-patch32-384"]))
     assert shape.hidden_size == SIZES["vit-large"].hidden_size
     assert shape.patch_size == 32
 
 
 def test_unknown_model_name_is_refused():
     with pytest.raises(ConfigError, match="owner/model does not imply its size"):
-        ModelShape.from_config(load_config([], ["model.name=owner/model"]))
+        ModelShape.from_config(read_config([], ["model.name=owner/model"]))

@@ -2,14 +2,14 @@
 
 import pytest
 
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
+from cxr_vit.data.synthetic.dataset import TEST_SHARE
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner import estimate
 from cxr_vit.planner.estimate import make_plan
 from cxr_vit.planner.hardware import find_target
 from cxr_vit.planner.speed import RELATIVE
 from cxr_vit.planner.timeline import simulate
-from cxr_vit.synthetic.dataset import TEST_SHARE
 
 from .shapes import DEMO, GPU4, POD4, gpu4, pod4
 
@@ -28,7 +28,7 @@ def test_plan_of_the_tutorials_recipe():
 
 @pytest.mark.parametrize("file", [POD4, GPU4, DEMO], ids=lambda file: file.stem)
 def test_time_of_an_update_is_that_of_the_timeline(file):
-    plan = make_plan(load_config([file]))
+    plan = make_plan(read_config([file]))
     assert plan.seconds == pytest.approx(plan.timeline.end_s)
 
 
@@ -46,7 +46,7 @@ def test_replicas_multiply_speed_and_devices():
 
 
 def test_torch_engine_holds_all_stages_on_one_device():
-    plan = make_plan(load_config([DEMO]))
+    plan = make_plan(read_config([DEMO]))
     assert len(plan.stages) == 1
     assert plan.stages[0].cost.num_layers == 4
     assert plan.work.schedule == "in_order"
@@ -107,7 +107,7 @@ def test_chosen_engine_is_planned():
 
 
 def images_of(root, *overrides):
-    return make_plan(load_config([POD4], [f"data.root={root}", *overrides])).images
+    return make_plan(read_config([POD4], [f"data.root={root}", *overrides])).images
 
 
 def write_names(path, numbers):
@@ -122,7 +122,7 @@ def test_images_per_epoch_are_those_of_the_lists(tmp_path):
     assert images_of(tmp_path) == 150
     write_names(tmp_path / "mine.txt", range(120))
     assert images_of(tmp_path, f"data.train_list={tmp_path / 'mine.txt'}") == 120
-    plan = make_plan(load_config([POD4], [f"data.root={tmp_path}"]))
+    plan = make_plan(read_config([POD4], [f"data.root={tmp_path}"]))
     assert plan.epoch_minutes == pytest.approx(150 / plan.samples_per_s / 60)
 
 

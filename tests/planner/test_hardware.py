@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
 from cxr_vit.planner import hardware
 from cxr_vit.planner.hardware import ESTIMATES, IPUS, PUBLISHED, Sourced, find_target
 
@@ -54,7 +54,7 @@ def test_gpu_is_read_from_the_machine(gpu):
         target = find_target(config)
         assert (target.kind, target.name) == ("GPU", "NVIDIA H100 80GB HBM3")
         assert target.memory_bytes == 80 * 2**30
-    assert find_target(load_config([DEMO], ["engine.device=cpu"])).name == "CPU"
+    assert find_target(read_config([DEMO], ["engine.device=cpu"])).name == "CPU"
 
 
 def test_given_memory_wins_over_the_machines(gpu):
@@ -68,7 +68,7 @@ def test_memory_of_an_absent_gpu_is_unknown():
 
 
 def test_processes_share_the_memory_of_a_cpu():
-    assert find_target(load_config([DEMO])).memory_bytes == PHYSICAL
+    assert find_target(read_config([DEMO])).memory_bytes == PHYSICAL
     four = find_target(gpu4("engine.device=cpu"))
     assert four.memory_bytes == PHYSICAL / 4
     assert four.memory_source == "read from this machine, divided by 4 processes"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cxr_vit.config import BatchPlan, load_config
+from cxr_vit.config import BatchPlan, read_config
 from cxr_vit.planner.costs import Formats, stage_memory
 from cxr_vit.planner.estimate import make_plan
 from cxr_vit.planner.hardware import ESTIMATES, PUBLISHED, find_target
@@ -112,7 +112,7 @@ FINE_TUNING = PUBLISHED[0]
 def fine_tuning(micro_batch, *more, image_bytes=FINE_TUNING.image_bytes):
     """Plan Graphcore's own fine-tuning: SGD, fp16 momentum, sharded over four replicas."""
     overrides = [*FINE_TUNING.settings, f"batch.micro_batch_size={micro_batch}", *more]
-    return make_plan(load_config([], overrides), image_bytes=image_bytes)
+    return make_plan(read_config([], overrides), image_bytes=image_bytes)
 
 
 def test_largest_published_micro_batch_fits_and_the_next_does_not():

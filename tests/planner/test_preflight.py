@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cxr_vit.config import check, load_config
+from cxr_vit.config import check, read_config
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import describe_memory, make_plan, plan_of_run, preflight
 from cxr_vit.planner.hardware import find_target
@@ -96,7 +96,7 @@ def test_advised_micro_batch_keeps_the_global_batch(overrides, expected):
 
 
 def test_moments_are_sharded_over_the_replicas_of_one_process(caplog):
-    shared = load_config(
+    shared = read_config(
         [ROOT / "configs" / "vit_pod16.yaml"],
         ["batch.micro_batch_size=8", "optim.first_moment=fp32"],
     )
@@ -154,4 +154,4 @@ def test_plan_of_a_run_is_none_if_it_cannot_be_made(overrides):
 
 def test_plan_of_a_run_does_not_check_the_rules_of_ipus():
     assert plan_of_run(pod4("pipeline.available_memory_proportion=[0.3,0.3]")) is not None
-    assert plan_of_run(load_config([DEMO])) is not None
+    assert plan_of_run(read_config([DEMO])) is not None

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import ViTConfig
 
-from cxr_vit.config import BatchPlan, check, load_config
+from cxr_vit.config import BatchPlan, load_config, read_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
@@ -168,14 +168,14 @@ def test_global_batch_is_kept():
 
 
 def test_replicas_share_the_batch_and_may_shard_the_moments():
-    config = load_config([POD16])
+    config = read_config([POD16])
     found = search(config)
     assert all(row.plan.work.batch.global_batch_size == 128 for row in found.best)
     assert found.tried == 286 * 6 * 4
     assert all(row.layout.placement.sharded for row in found.best), (
         "as in the configuration, and no slower"
     )
-    alone = search(load_config([POD16], ["engine.replicated_tensor_sharding=false"]))
+    alone = search(read_config([POD16], ["engine.replicated_tensor_sharding=false"]))
     assert not alone.best[0].layout.placement.sharded
     assert alone.best[0].plan.fullest.memory.share > found.best[0].plan.fullest.memory.share
 
@@ -191,7 +191,7 @@ def test_written_layout_overrides_a_configuration(tmp_path):
     found = search(pod4()).best[0]
     path = tmp_path / "best.yaml"
     found.layout.write(path, on_ipus=True, comment=["how it was found"])
-    config = check(load_config([POD4, path], ["engine.name=poptorch"]))
+    config = load_config([POD4, path], ["engine.name=poptorch"])
     assert config.pipeline.layers_per_stage == found.layout.layers_per_stage
     assert config.batch.global_batch_size is None
     assert make_plan(config).seconds == pytest.approx(found.plan.seconds)
@@ -223,7 +223,7 @@ def test_micro_batches_are_not_searched_while_their_overhead_is_unknown():
 
 def test_one_device_has_nothing_to_search():
     with pytest.raises(ConfigError, match="nothing to search"):
-        search(load_config([DEMO]))
+        search(read_config([DEMO]))
 
 
 def test_configuration_that_poptorch_refuses_with_any_layout_is_refused():

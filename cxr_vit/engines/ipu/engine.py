@@ -30,15 +30,16 @@ from cxr_vit.engines.ipu.graphs import (
 from cxr_vit.engines.ipu.loader import HostBatchLoader
 from cxr_vit.engines.ipu.optimizer import (
     from_poptorch,
+    module_optimizer,
     moment_dtypes,
     optimizer_kind,
-    poptorch_optimizer,
     to_poptorch,
 )
 from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.optim import learning_rate_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class PopTorchEngine(Engine):
 
     Parameters
     ----------
-    model
-        Built `for_ipu`.
+    module
+        Set up `for_ipu`.
     config
         Must have passed `check_ipu`.
     reason
@@ -63,7 +64,7 @@ class PopTorchEngine(Engine):
 
     def __init__(
         self,
-        model: StagedViT,
+        module: ViTModule,
         config: Config,
         batch: BatchPlan,
         launch: Launch,
@@ -71,7 +72,7 @@ class PopTorchEngine(Engine):
         reason: str,
         offline: bool = False,
     ) -> None:
-        super().__init__(batch)
+        super().__init__(module, batch)
         self.config = config
         self.reason = reason
         self.place = "IPU"
@@ -82,10 +83,13 @@ class PopTorchEngine(Engine):
         self.is_main = self.launch.is_main
         self.own_replicas = self.launch.own(batch.replicas)
         self.local_batch = replace(batch, replicas=len(self.own_replicas))
-        self.model = model.half() if config.engine.weights == "fp16" else model
+        self.model = module.model
+        if config.engine.weights == "fp16":
+            self.model.half()
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
-        self.optimizer = poptorch_optimizer(self.model.hub_parameters(), config.optim)
+        self.optimizer = module_optimizer(module, config.optim)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
         self.graphs = self._build_graphs(by_poprun, offline)
@@ -105,7 +109,7 @@ class PopTorchEngine(Engine):
         )
         kept = [] if pipeline.execution == "sharded" else plan.kept_layers(pipeline.recompute)
         return IpuGraphs(
-            model=self.model,
+            module=self.module,
             eval_model=self.model.recut(StagePlan.from_list(eval_layers(config))),
             optimizer=self.optimizer,
             training_options=training_options,
@@ -173,8 +177,8 @@ class PopTorchEngine(Engine):
         """Make the weight updates of one host batch."""
         check_batch(batch, self.local_batch.global_batch_size)
         executor = self.graphs.training(batch.images, batch.labels)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
+            group["lr"] = lr * ratio
         executor.setOptimizer(self.optimizer)
         losses = guarded("training", executor, batch.images, batch.labels)
         iterations = self.batch.device_iterations

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import CxrVitError, DeviceError, EngineUnavailable
-from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.module import ViTModule
 from cxr_vit.model.stages import StagedViT
 
 if TYPE_CHECKING:
@@ -195,15 +195,16 @@ def set_compute_dtype(model: StagedViT, dtype: torch.dtype) -> None:
 class TrainingGraph(nn.Module):
     """The model with its loss, which is marked for the backward pass; logits stay on the device."""
 
-    def __init__(self, model: StagedViT) -> None:
+    def __init__(self, module: ViTModule) -> None:
         super().__init__()
-        self.model = model
+        self.model = module.model
+        self.loss = module.loss
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Map uint8 ``[B, 1, H, W]`` and float32 ``[B, C]`` to a float32 scalar."""
         import poptorch
 
-        loss = multi_label_loss(self.model(images), labels)
+        loss = self.loss(self.model(images).float(), labels)
         return poptorch.identity_loss(loss, reduction="none")
 
 
@@ -252,8 +253,9 @@ class IpuGraphs:
 
     Attributes
     ----------
-    model, eval_model
-        The model as it is cut for training and for evaluation, with shared weights.
+    module, eval_model
+        The module with its model cut for training, and the model cut for evaluation; the weights
+        are shared.
     kept_layers
         Layers whose output is kept for the backward pass.
     offline
@@ -262,7 +264,7 @@ class IpuGraphs:
         The graphs once they are compiled.
     """
 
-    model: StagedViT
+    module: ViTModule
     eval_model: StagedViT
     optimizer: poptorch.optim.Optimizer
     training_options: poptorch.Options
@@ -280,9 +282,9 @@ class IpuGraphs:
         import poptorch
 
         if self.training_executor is None:
-            graph = TrainingGraph(self.model).train()
+            graph = TrainingGraph(self.module).train()
             executor = poptorch.trainingModel(graph, self.training_options, self.optimizer)
-            self._compile("training", executor, self.model, self.kept_layers, images, labels)
+            self._compile("training", executor, self.module.model, self.kept_layers, images, labels)
             self.training_executor = executor
             self.rng_state = self._rng_state
         self._attach(self.training_executor)

@@ -7,13 +7,14 @@ after the prefix `ipu_state:` or `ipu_param:`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.engines.optim import parameter_groups
+from cxr_vit.errors import ConfigError
+from cxr_vit.model.module import ViTModule
 
 if TYPE_CHECKING:
     import poptorch
@@ -30,8 +31,28 @@ _WHOLE = "*"
 _SEPARATOR = "___"
 
 
+def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.Optimizer:
+    """Return the optimizer of a module: PopTorch's counterpart of ours, or the module's own.
+
+    Raises ConfigError if the module's own is one of torch's.
+    """
+    from poptorch import optim as poptorch_optim
+
+    if type(module).configure_optimizers is ViTModule.configure_optimizers:
+        return poptorch_optimizer(module.parameter_groups(), optim)
+    own = module.configure_optimizers()
+    if not isinstance(own, poptorch_optim.Optimizer):
+        raise ConfigError(
+            f"{type(module).__name__}.configure_optimizers returns {type(own).__module__}."
+            f"{type(own).__name__}. The update is compiled for the IPU, so PopTorch takes only"
+            " optimizers of poptorch.optim (AdamW, Adam, LAMB, SGD, RMSprop): return one of them"
+            " where self.for_ipu is true, or set engine.name=torch."
+        )
+    return own
+
+
 def poptorch_optimizer(
-    parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
+    groups: List[Dict[str, Any]], optim: OptimSection
 ) -> poptorch.optim.Optimizer:
     """Build PopTorch's AdamW, LAMB or SGD.
 
@@ -39,7 +60,6 @@ def poptorch_optimizer(
     """
     from poptorch import optim as poptorch_optim
 
-    groups = parameter_groups(parameters, optim)
     shared: Dict[str, Any] = {
         "lr": optim.lr,
         "weight_decay": optim.weight_decay,

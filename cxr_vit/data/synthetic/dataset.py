@@ -15,9 +15,9 @@ from PIL import Image
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.labels import FINDINGS, NO_FINDING
+from cxr_vit.data.synthetic.anatomy import draw_image
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.files import lock, remove
-from cxr_vit.synthetic.anatomy import draw_image
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 README = """\
 Synthetic images in the layout of NIH ChestX-ray14, to try cxr_vit without the real
 data. Not medical data: a program has drawn the shapes. Do not use in medicine.
-Made by cxr_vit.synthetic.dataset.write_sample, {number} images, seed {seed}.
+Made by cxr_vit.data.synthetic.dataset.write_sample, {number} images, seed {seed}.
 Boxes are in pixels of a 1024 x 1024 image, as in NIH's list."""
 
 # Most frequent first, in the order of the real data. Rare findings are more frequent here, so that

@@ -14,15 +14,15 @@ from PIL import Image
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.errors import ConfigError, DataError
-from cxr_vit.synthetic.anatomy import draw_image
-from cxr_vit.synthetic.dataset import (
+from cxr_vit.data.synthetic.anatomy import draw_image
+from cxr_vit.data.synthetic.dataset import (
     BOXED,
     PREVALENCE,
     plan_images,
     write_sample,
     write_sample_if_absent,
 )
+from cxr_vit.errors import ConfigError, DataError
 
 NUM_IMAGES = 120
 NIH_HEADER = (

@@ -1,0 +1,23 @@
+"""A callback that logs the plan of a run on IPUs beside its curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cxr_vit.model.module import ViTModule
+from cxr_vit.planner.estimate import plan_of_run
+from cxr_vit.planner.figures import memory_figure, timeline_figure
+from cxr_vit.training.callback import Callback
+
+
+class PlanFigures(Callback):
+    """Log the predicted timeline and memory of a new run on IPUs."""
+
+    def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
+        """Draw the plan, if the planner knows the model's shape."""
+        if not (trainer.choice.is_ipu and trainer.is_logging) or trainer.global_step:
+            return
+        plan = plan_of_run(trainer.config)
+        if plan is not None:
+            figures = {"plan/timeline": timeline_figure(plan), "plan/memory": memory_figure(plan)}
+            trainer.log_figures(figures)

@@ -1,0 +1,197 @@
+"""ViTModule: what belongs to the model of a run, for subclasses to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Type, TypeVar, Union
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import ViTForImageClassification
+
+from cxr_vit.config import Config, StagePlan
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.labels import label_names
+from cxr_vit.errors import ModelError
+from cxr_vit.evaluation.metrics import Scores, flat_scores
+from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.optim import build_optimizer, parameter_groups
+from cxr_vit.model.schedule import LearningRate
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.vit import build_vit, check_source
+
+ModuleType = TypeVar("ModuleType", bound="ViTModule")
+
+#: File of a checkpoint folder that holds the weights, as transformers names it.
+WEIGHTS = "model.safetensors"
+
+
+class ViTModule(nn.Module):
+    """The model of a run with its loss, parameter groups, optimizer, schedule and metrics.
+
+    Subclass it and override `configure_model`, `loss`, `parameter_groups`, `configure_optimizers`,
+    `learning_rate` or `compute_metrics`. The subclass works on all engines. Buffers of the module
+    move to the device. Trained parameters must be part of the model; put new ones into its head.
+
+    Parameters
+    ----------
+    data
+        Gives the prevalence for `model.head_bias`; not needed to score a checkpoint.
+    checkpoint
+        Folder of a checkpoint whose weights to load instead of those of `model.name`.
+
+    Attributes
+    ----------
+    model
+        The model, cut into stages; there once `setup` has been called.
+    names
+        Labels in the order of the logits.
+    for_ipu
+        Whether `setup` builds the model for IPUs.
+
+    Raises
+    ------
+    ModelError
+        If the weights are not there or of another kind of model. Only their config.json is read.
+    """
+
+    model: StagedViT
+
+    def __init__(
+        self,
+        config: Config,
+        data: Optional[ChestXrayDataModule] = None,
+        *,
+        checkpoint: Optional[Union[str, Path]] = None,
+    ) -> None:
+        super().__init__()
+        if checkpoint is not None:  # `model.name` may be gone
+            config = config.changed(model={"name": str(checkpoint)})
+        self.config = config
+        self.data = data
+        self.names: List[str] = label_names(include_no_finding=config.data.include_no_finding)
+        self.for_ipu = False
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        layers = config.pipeline.layers_per_stage
+        labels = check_source(
+            config.model, image_size=config.data.image_size, layers_per_stage=layers
+        )
+        if checkpoint is not None and labels != self.names:
+            raise ModelError(
+                f"{checkpoint} has the labels {labels}; this configuration has {self.names}. Use"
+                " the configuration the checkpoint was trained with (data.include_no_finding)."
+            )
+
+    @classmethod
+    def load_from_checkpoint(
+        cls: Type[ModuleType],
+        checkpoint: Union[str, Path],
+        data: Optional[ChestXrayDataModule] = None,
+        *,
+        config: Config,
+    ) -> ModuleType:
+        """Return a module with the weights of a checkpoint."""
+        return cls(config, data, checkpoint=checkpoint)
+
+    def setup(self, *, for_ipu: bool = False) -> None:
+        """Build the model. The trainer calls it; call it to look at `model` before a run.
+
+        A second call does nothing. Raises ModelError if the weights do not fit, or if the model
+        was built for another kind of device.
+        """
+        if "model" in self._modules:
+            if for_ipu != self.for_ipu:
+                kind = "IPUs" if self.for_ipu else "torch devices"
+                raise ModelError(f"this module was set up for {kind}. Make a new one.")
+            return
+        self.for_ipu = for_ipu
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)  # for parameters that an override creates
+            vit = self.configure_model()
+        self.model = StagedViT(
+            vit,
+            StagePlan.from_list(config.pipeline.layers_per_stage),
+            mean=config.model.image_mean,
+            std=config.model.image_std,
+        )
+        if self.checkpoint is not None:
+            self.load_weights(self.checkpoint)
+        self._refuse_other_parameters()
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint; CheckpointError if they are of another model."""
+        self.model.load_weights(load_file(str(checkpoint / WEIGHTS)))
+
+    def _refuse_other_parameters(self) -> None:
+        others = [name for name, _ in self.named_parameters() if not name.startswith("model.")]
+        if others:
+            raise ModelError(
+                f"{type(self).__name__} has parameters outside its model: {', '.join(others)}."
+                " They would be neither trained nor saved. Put them into the head in"
+                " configure_model, or use register_buffer for constants."
+            )
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the stages of this process and all buffers to a device, in place."""
+        self.model.to_device(device)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, child in self.named_children():
+            if name != "model":
+                child.to(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]``."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def configure_model(self) -> ViTForImageClassification:
+        """Build the undivided model, in fp32.
+
+        An override may replace its `classifier` by any module that maps ``[B, width]`` to
+        ``[B, C]``.
+        """
+        config = self.config
+        return build_vit(
+            config.model,
+            names=self.names,
+            image_size=config.data.image_size,
+            layers_per_stage=config.pipeline.layers_per_stage,
+            seed=config.run.seed,
+            prevalence=None if self.data is None else self.data.prevalence(),
+            for_ipu=self.for_ipu,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a micro-batch, a scalar, from float32 ``[B, C]`` on the device.
+
+        It must be a mean over the samples: an update uses the mean over its micro-batches. PopTorch
+        compiles the function once, so it may not depend on values in Python.
+        """
+        return multi_label_loss(logits, labels)
+
+    def parameter_groups(self) -> List[Dict[str, Any]]:
+        """Return the parameters in groups, as torch's optimizers take them.
+
+        The parameters are those of this process's stages (`model.hub_parameters`). A group's own
+        ``"lr"`` keeps its ratio to `optim.lr` under the schedule.
+        """
+        return parameter_groups(self.model.hub_parameters(), self.config.optim)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer. For IPUs (`for_ipu`) an override must return one of poptorch.optim.
+
+        Raises ConfigError if torch has no optimizer named `optim.name`.
+        """
+        return build_optimizer(self.parameter_groups(), self.config.optim)
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """Return the learning rate of update `step`, counted from 0: a function of the step."""
+        optim, schedule = self.config.optim, self.config.schedule
+        return LearningRate.from_section(schedule, peak=optim.lr, total_steps=total_steps).at(step)
+
+    def compute_metrics(self, logits: Tensor, labels: Tensor) -> Scores:
+        """Return the metrics of a whole split by name, from float32 ``[N, C]`` on the CPU."""
+        return flat_scores(logits, labels, self.names)

@@ -1,0 +1,59 @@
+"""Parameter groups and torch's optimizers."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterable, List, Tuple
+
+import torch
+from torch import nn
+
+from cxr_vit.config.schema import OptimSection
+from cxr_vit.errors import ConfigError
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter: to the matrices of the layers only.
+
+    Biases and norms are vectors. The class token and the position embeddings have more dimensions,
+    but are no weights of a layer; they are recognised by their hub names.
+    """
+    return parameter.dim() > 1 and not name.endswith(("cls_token", "position_embeddings"))
+
+
+def parameter_groups(
+    parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
+) -> List[Dict[str, Any]]:
+    """Split (hub name, parameter) pairs into non-empty groups with and without weight decay."""
+    decayed: List[nn.Parameter] = []
+    kept: List[nn.Parameter] = []
+    for name, parameter in parameters:
+        (decayed if optim.decay_all or is_decayed(name, parameter) else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.optim.Optimizer:
+    """Build torch's AdamW (Loshchilov and Hutter, 2019) or SGD.
+
+    Raises
+    ------
+    ConfigError
+        If torch has no such optimizer.
+    """
+    if optim.name == "adamw":
+        betas = (optim.beta1, optim.beta2)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    raise ConfigError(
+        f"optim.name={optim.name} exists only in PopTorch; torch has adamw and sgd. Set"
+        " optim.name, or engine.name=poptorch on a machine with IPUs."
+    )
+
+
+def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:
+    """Return the rate of each group divided by `lr`, which the schedule keeps."""
+    return [group["lr"] / lr for group in optimizer.param_groups]

@@ -1,0 +1,153 @@
+"""The interface of callbacks, with Lightning's hook names.
+
+A run calls the hooks in this order::
+
+    setup                        # before compilation
+    on_fit_start, on_train_start
+    for each host batch:
+        on_train_epoch_start     # at the first host batch of an epoch
+        on_train_batch_start, on_train_batch_end
+        if a validation is due: on_validation_start, on_validation_end
+        if a checkpoint is due or the score is the best: on_save_checkpoint
+        on_train_epoch_end       # at the last host batch of an epoch
+    on_train_end, on_fit_end     # or on_exception
+    teardown
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Optional
+
+from torch import Tensor
+
+from cxr_vit.data.dataset import Batch
+from cxr_vit.evaluation.metrics import Scores
+from cxr_vit.model.module import ViTModule
+
+
+@dataclass(frozen=True)
+class TrainOutputs:
+    """Result of a host batch: the weight updates `first_step` to `step` - 1.
+
+    `losses` and `grad_norm` are float32 ``[device_iterations]`` (`grad_norm` is None on IPUs), `lr`
+    is their learning rate, `wait_s` the time spent waiting for the data, `seconds` the time spent
+    in the engine. `num_samples` counts the samples of all processes.
+    """
+
+    first_step: int
+    step: int
+    losses: Tensor
+    grad_norm: Optional[Tensor]
+    num_samples: int
+    lr: float
+    wait_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalOutputs:
+    """A scored split: logits and labels are float32 ``[N, C]`` in the split's order."""
+
+    split: str
+    step: int
+    loss: float
+    scores: Scores
+    logits: Tensor
+    labels: Tensor
+    seconds: float
+
+    def tagged(self) -> Scores:
+        """Return loss and scores under their tags, such as ``val/auroc_macro``."""
+        named = {f"{self.split}/{name}": value for name, value in self.scores.items()}
+        return {**named, f"{self.split}/loss": self.loss}
+
+
+class Callback:
+    """Base of callbacks; every hook does nothing.
+
+    A callback observes a run. It may stop it (`trainer.request_stop`, `trainer.interrupt`) and log
+    (`trainer.log_metrics`). Every process calls its own callbacks; only the one with
+    `trainer.is_global_zero` may write files or print.
+
+    The `trainer` is a `cxr_vit.Trainer`, which imports this module.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Name of the callback's state in a checkpoint; two callbacks need two names."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Run when the engine is built; `stage` is fit, validate, test or predict."""
+
+    def teardown(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Run when the stage ends without an error, after the engine is closed."""
+
+    def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
+        """Run after compilation, before the first step."""
+
+    def on_fit_end(self, trainer: Any, module: ViTModule) -> None:
+        """Run after the last checkpoint is saved, also after a requested stop."""
+
+    def on_train_start(self, trainer: Any, module: ViTModule) -> None:
+        """Run after `on_fit_start`."""
+
+    def on_train_end(self, trainer: Any, module: ViTModule) -> None:
+        """Run after the last step, before `on_fit_end`."""
+
+    def on_train_epoch_start(self, trainer: Any, module: ViTModule) -> None:
+        """Run before the first host batch of an epoch, and of a resumed run."""
+
+    def on_train_epoch_end(self, trainer: Any, module: ViTModule) -> None:
+        """Run after the last host batch of an epoch, and of the run, and after its validation."""
+
+    def on_train_batch_start(
+        self, trainer: Any, module: ViTModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Run before each host batch; `batch_idx` counts the host batches of the epoch from 0."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Any,
+        module: ViTModule,
+        outputs: TrainOutputs,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Run after each host batch: `device_iterations` weight updates."""
+
+    def on_validation_start(self, trainer: Any, module: ViTModule) -> None:
+        """Run before each validation."""
+
+    def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
+        """Run after each validation; see `trainer.callback_metrics` and `validation_outputs`."""
+
+    def on_test_start(self, trainer: Any, module: ViTModule) -> None:
+        """Run before a test."""
+
+    def on_test_end(self, trainer: Any, module: ViTModule) -> None:
+        """Run after a test; see `trainer.callback_metrics` and `test_outputs`."""
+
+    def on_save_checkpoint(
+        self, trainer: Any, module: ViTModule, checkpoint: Dict[str, Any]
+    ) -> None:
+        """Run before a checkpoint is written; `checkpoint` becomes trainer_state.json.
+
+        Add JSON-able values under keys of your own, or return them from `state_dict`.
+        """
+
+    def on_load_checkpoint(
+        self, trainer: Any, module: ViTModule, checkpoint: Dict[str, Any]
+    ) -> None:
+        """Run when a run resumes, with what `on_save_checkpoint` saw."""
+
+    def on_exception(self, trainer: Any, module: ViTModule, exception: BaseException) -> None:
+        """Run if an error ends the training."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the JSON-able state that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; not called if the checkpoint has no state of it."""
