@@ -14,20 +14,18 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-import numpy as np
 import torch
 
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
 from cxr_vit.config import BatchPlan, Config, load_config, read_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.evaluation.metrics import flat_scores
 from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.run_folder import run_of_checkpoint, with_weights_of
+from cxr_vit.model.module import ViTModule
+from cxr_vit.training.run_folder import run_of_checkpoint
 
 #: Half of fp16's smallest positive number; smaller magnitudes round to zero.
 LOST_BELOW = 2.0**-25
@@ -38,16 +36,17 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
     """Score the test split with both forms and compare."""
     folder = run_of_checkpoint(checkpoint)
     config = read_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
     dataset = data.dataset(data.default_split())
     launch, batch = Launch(), BatchPlan.from_section(config.batch)
     logits, scores = {}, {}
     for form in ("gelu", "gelu_pytorch_tanh"):
         model = config.model.model_copy(update={"hidden_act": form})
-        changed: Config = with_weights_of(config.model_copy(update={"model": model}), checkpoint)
-        staged = StagedViT.from_config(changed, names=data.names, prevalence=None)
+        changed: Config = config.model_copy(update={"model": model})
+        module = ViTModule(changed, checkpoint=checkpoint)
+        module.setup()
         choice = choose_engine(changed, launch)
-        with build_engine(changed, staged, choice, batch, launch) as engine:
+        with build_engine(changed, module, choice, batch, launch) as engine:
             logits[form], labels = engine.predict_dataset(dataset)
         scores[form] = flat_scores(logits[form], labels, data.names)["auroc_macro"]
     exact, tanh = logits.values()
@@ -64,7 +63,9 @@ def gelu_difference(checkpoint: Path) -> Dict[str, float]:
 def gradients_lost(num_images: int) -> Dict[str, Dict[str, float]]:
     """Return loss scaling -> fraction of the hidden states' gradients that fp16 rounds to zero."""
     config = load_config([], ["model.name=vit-base"])
-    model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.05))
+    module = ViTModule(config)
+    module.setup()
+    model = module.model
     hidden: List[torch.Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:

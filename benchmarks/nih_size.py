@@ -43,7 +43,8 @@ begin = time.perf_counter()
 from cxr_vit.config import load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 imported, cpu = time.perf_counter(), time.process_time()
-data = ChestXrayDataModule(load_config([], sys.argv[1:]).data)
+data = ChestXrayDataModule(load_config([], sys.argv[1:]))
+data.setup()
 done, cpu = time.perf_counter(), time.process_time() - cpu
 sizes = {name: len(getattr(data.splits, name)) for name in ("train", "val", "test")}
 seconds = {"imports_s": imported - begin, "data_s": done - imported, "data_cpu_s": cpu}

@@ -16,19 +16,18 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from cxr_vit.cli import run
-from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines import pipeline_engine
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.processes import Launch
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.module import ViTModule
 
 LEARNING_RATE = 1e-4
 
@@ -90,9 +89,10 @@ def measure(config: Config, launch: Launch, arguments: argparse.Namespace) -> Di
     The memory counts what is allocated from the first micro-batch on: connections, buffers,
     activations, gradients, optimizer state. Weights and images are allocated before.
     """
-    model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(len(FINDINGS), 0.5))
+    module = ViTModule(config)
+    module.setup()
     choice, plan = choose_engine(config, launch), BatchPlan.from_section(config.batch)
-    with build_engine(config, model, choice, plan, launch) as engine:
+    with build_engine(config, module, choice, plan, launch) as engine:
         assert isinstance(engine, pipeline_engine.PipelineEngine)
         for index in engine.own_stages:
             sleep_ms = arguments.stage_ms[index % len(arguments.stage_ms)]
@@ -140,8 +140,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.plain_stage:
         pipeline_engine.LeanStage = PlainStage
     cases = [
-        check(
-            load_config(
+        load_config(
                 [],
                 [
                     *arguments.overrides,
@@ -149,7 +148,6 @@ def main(argv: Sequence[str]) -> int:
                     f"batch.gradient_accumulation={count}",
                 ],
             )
-        )
         for count in arguments.micro_batches
         for schedule in arguments.schedules
     ]

@@ -12,6 +12,7 @@ from cxr_vit.engines.processes import Launch
 
 if TYPE_CHECKING:
     from cxr_vit.engines.base import Engine
+    from cxr_vit.model.module import ViTModule
 
 # Tests start several processes, which would compete with torch's threads for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,13 +40,22 @@ SMALL = (
 )
 
 
-def engine_of(config: Config, model: Any, launch: Optional[Launch] = None) -> "Engine":
+def module_of(config: Config, data: Any = None, *, for_ipu: bool = False) -> "ViTModule":
+    """Return a module that is set up."""
+    from cxr_vit.model.module import ViTModule
+
+    module = ViTModule(config, data)
+    module.setup(for_ipu=for_ipu)
+    return module
+
+
+def engine_of(config: Config, module: Any, launch: Optional[Launch] = None) -> "Engine":
     """Build the engine that the configuration chooses, as train.py does."""
     from cxr_vit.engines.choice import build_engine, choose_engine
 
     launch = launch or Launch()
     choice = choose_engine(config, launch)
-    return build_engine(config, model, choice, BatchPlan.from_section(config.batch), launch)
+    return build_engine(config, module, choice, BatchPlan.from_section(config.batch), launch)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.schema import Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.splits import SPLIT_NAMES
@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 def module_of(root: Path, **changes: object) -> ChestXrayDataModule:
     settings: Dict[str, object] = {"val_fraction": 0.2, "image_size": 16, **changes}
-    return ChestXrayDataModule(DataSection(root=str(root), **settings))
+    return ChestXrayDataModule(Config(data=DataSection(root=str(root), **settings)))
 
 
 def test_the_module_combines_csv_splits_and_images(root: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.schema import Config, DataSection
 from cxr_vit.data.cache import CacheReader
 from cxr_vit.data.datamodule import ChestXrayDataModule, prepare
 from cxr_vit.data.image_source import ImageSource, cache_paths, open_image_source, verify
@@ -156,7 +156,7 @@ def test_cache_is_used_where_the_images_are_absent(root: Path) -> None:
         np.testing.assert_array_equal(
             images_of(source, NAMES), np.stack([paths[name] for name in NAMES])
         )
-    assert len(ChestXrayDataModule(section(root)).records) == IMAGES
+    assert len(ChestXrayDataModule(Config(data=section(root))).records) == IMAGES
 
 
 # Refused and rebuilt
@@ -282,7 +282,7 @@ def test_verify_of_a_cache_without_pixels_is_refused(root: Path) -> None:
 def test_bad_images_are_counted_and_ten_are_named_before_training(root: Path, cache: str) -> None:
     spoil(root, range(5, 17))
     with pytest.raises(DataError, match=r"^12 of 40 images are unusable:\n") as caught:
-        ChestXrayDataModule(section(root, cache=cache))
+        ChestXrayDataModule(Config(data=section(root, cache=cache))).setup()
     lines = str(caught.value).splitlines()
     assert len(lines) == 13
     assert all(line.endswith(".png: the file is empty. Fetch it again.") for line in lines[1:11])
@@ -294,7 +294,7 @@ def test_missing_images_are_counted_and_ten_are_named_before_training(root: Path
     for name in NAMES[5:17]:
         (root / "images" / name).unlink()
     with pytest.raises(DataError, match=r"^12 of 40 images are missing under ") as caught:
-        ChestXrayDataModule(section(root))
+        ChestXrayDataModule(Config(data=section(root))).setup()
     assert str(caught.value).count(".png: missing") == 10
     assert "... and 2 more" in str(caught.value)
     assert "data.on_missing=skip" in str(caught.value)
@@ -309,7 +309,7 @@ def test_unusable_images_are_skipped_on_request_and_listed(
 ) -> None:
     spoil(root, range(5, 7))
     (root / "images" / NAMES[9]).unlink()
-    module = ChestXrayDataModule(section(root, cache=cache, **SKIP))
+    module = ChestXrayDataModule(Config(data=section(root, cache=cache, **SKIP)))
     left = set(NAMES) - {NAMES[5], NAMES[6], NAMES[9]}
     assert set(module.records.table["image"]) == left
     assert dict(zip(module.skipped["image"], module.skipped["reason"])) == {
@@ -333,9 +333,10 @@ def test_no_usable_image_is_an_error_even_with_skip(root: Path, missing: bool) -
         shutil.rmtree(str(root / "images"))
     else:
         spoil(root, range(IMAGES))
-    for act in (ChestXrayDataModule, prepare):
+    data = section(root, **SKIP)
+    for act in (ChestXrayDataModule(Config(data=data)).setup, lambda: prepare(data)):
         with pytest.raises(DataError, match="40 of 40 images"):
-            act(section(root, **SKIP))
+            act()
 
 
 def test_prepare_lists_skipped_images_beside_the_cache(root: Path) -> None:

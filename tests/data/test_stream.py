@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Callable, List
 
-import numpy as np
 import pytest
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 
 from cxr_vit.config import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.model.stages import StagedViT
 
 STEPS = 16  # of 10 of 48 images: three epochs, which begin and end within a batch
 AUGMENT = (
@@ -31,15 +29,13 @@ def config(request: pytest.FixtureRequest, make_config: Callable[..., Config]) -
 
 @pytest.fixture
 def training(config: Config) -> ChestXrayDataset:
-    module = ChestXrayDataModule(config.data)
-    return module.dataset("train", augment=config.augment, seed=config.run.seed)
+    module = ChestXrayDataModule(config)
+    return module.dataset("train", augmented=True)
 
 
 def stream(
     config: Config, training: ChestXrayDataset, *, num_workers: int = 0, start_step: int = 0
 ) -> List[Batch]:
-    names = [f"finding {number}" for number in range(14)]
-    model = StagedViT.from_config(config, names=names, prevalence=np.full(14, 0.1))
     sampler = TrainingSampler(
         len(training),
         global_batch_size=10,
@@ -48,7 +44,7 @@ def stream(
         start_step=start_step,
         total_steps=STEPS,
     )
-    with engine_of(config, model) as engine:
+    with engine_of(config, module_of(config)) as engine:
         engine.num_workers = num_workers
         return list(engine.loader(training, sampler, training=True))
 
@@ -89,13 +85,13 @@ def test_the_cache_and_the_files_give_the_same_stream(make_config: Callable[...,
     streams = []
     for cache in ("off", "auto"):
         config = make_config(*AUGMENT, f"data.cache={cache}", "batch.device_iterations=2")
-        module = ChestXrayDataModule(config.data)
-        streams.append(stream(config, module.dataset("train", augment=config.augment)))
+        module = ChestXrayDataModule(config)
+        streams.append(stream(config, module.dataset("train", augmented=True)))
     assert_same(*streams)
 
 
 def test_evaluation_images_are_never_augmented(config: Config) -> None:
-    module = ChestXrayDataModule(config.data)
+    module = ChestXrayDataModule(config)
     val = module.dataset("val")
     assert val.augmentation is None
     batch = val.__getitems__(range(len(val)))

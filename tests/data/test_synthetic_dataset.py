@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_vit.config import Config
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
@@ -318,7 +319,7 @@ def test_write_sample_if_absent_writes_a_readable_data_set_and_warns(
     assert f"data.root={tmp_path / 'new' / 'set'} does not exist" in warning
     assert "synthetic" in warning and "20 images" in warning
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["set"]  # no lock file
-    module = ChestXrayDataModule(data)
+    module = ChestXrayDataModule(Config(data=data))
     assert len(module.records) == 20
     assert module.splits.kind == "official"
     assert module.dataset("train")[0].image.shape == (1, 16, 16)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.schema import Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.dataset_report import page as report_page
@@ -79,7 +79,7 @@ def report_of(module: ChestXrayDataModule, folder: Path, **options: int) -> Repo
 @pytest.fixture(scope="module")
 def report(sample_root, tmp_path_factory):
     data = DataSection(root=str(sample_root), image_size=32, val_fraction=0.2)
-    return report_of(ChestXrayDataModule(data), tmp_path_factory.mktemp("report"))
+    return report_of(ChestXrayDataModule(Config(data=data)), tmp_path_factory.mktemp("report"))
 
 
 HEADER = (
@@ -323,7 +323,7 @@ def test_relabels_are_compared_with_the_labels_of_the_csv(report, tmp_path):
     answers.to_csv(tmp_path / "second_reading.csv", index=False)
     relabels = str(tmp_path / "second_reading.csv")
     data = report.module.data.model_copy(update={"relabels": relabels})
-    second = report_of(ChestXrayDataModule(data), tmp_path)
+    second = report_of(ChestXrayDataModule(Config(data=data)), tmp_path)
     rows = second.rows("The CSV's labels compared with the radiologists' (Google, 2019)")
     csv = records.table["findings"].iloc[:30].str.contains("Nodule|Mass").to_numpy()
     read = (answers["Nodule or mass"] == "YES").to_numpy()
@@ -336,7 +336,7 @@ def test_relabels_are_compared_with_the_labels_of_the_csv(report, tmp_path):
 
 def test_no_finding_as_a_class_changes_no_number(report, tmp_path):
     data = report.module.data.model_copy(update={"include_no_finding": True})
-    other = report_of(ChestXrayDataModule(data), tmp_path)
+    other = report_of(ChestXrayDataModule(Config(data=data)), tmp_path)
     assert other.rows(COUNTS) == report.rows(COUNTS)
     assert len(other.module.names) == 15
 
@@ -373,7 +373,7 @@ def test_long_last_column_is_wrapped_below_itself():
 
 
 def test_finding_that_a_split_cannot_score_is_warned_of(hand_made, tmp_path):
-    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    report = report_of(ChestXrayDataModule(Config(data=hand_made)), tmp_path)
     warnings = [p.text for p in report.root.iter("p") if p.get("class") == "warning"]
     absent = next(text for text in warnings if text.startswith("val: no image with"))
     assert "Hernia" in absent and "Mass" not in absent and "undefined" in absent
@@ -385,7 +385,7 @@ def test_finding_that_a_split_cannot_score_is_warned_of(hand_made, tmp_path):
 
 
 def test_finding_that_all_images_have_is_warned_of(hand_made, tmp_path):
-    module = ChestXrayDataModule(hand_made)
+    module = ChestXrayDataModule(Config(data=hand_made))
     module.records.labels[module.splits.val, FINDINGS.index("Edema")] = 1
     report = report_of(module, tmp_path)
     assert "! val: no image without Edema: the score is undefined." in report.text
@@ -393,7 +393,7 @@ def test_finding_that_all_images_have_is_warned_of(hand_made, tmp_path):
 
 def test_split_without_images_and_shared_patients_are_warned_of(hand_made, tmp_path):
     data = hand_made.model_copy(update={"split": "random", "test_fraction": 0.0})
-    report = report_of(ChestXrayDataModule(data), tmp_path)
+    report = report_of(ChestXrayDataModule(Config(data=data)), tmp_path)
     assert "! test: no images." in report.text
     assert "images share a patient with train" in report.text
     assert report.rows(COUNTS)["Mass"][-2] == "-"
@@ -401,7 +401,7 @@ def test_split_without_images_and_shared_patients_are_warned_of(hand_made, tmp_p
 
 
 def test_skipped_images_are_counted_and_named(hand_made, tmp_path):
-    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    report = report_of(ChestXrayDataModule(Config(data=hand_made)), tmp_path)
     skipped = report.module.skipped
     assert len(skipped) == 2
     assert "were skipped: 2." in report.text
@@ -440,7 +440,7 @@ def test_no_skipped_images_are_reported_as_none(report):
 
 
 def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
-    module = ChestXrayDataModule(hand_made)
+    module = ChestXrayDataModule(Config(data=hand_made))
     bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
     monkeypatch.setattr(module, "skipped", bell)
     monkeypatch.setattr(report_page, "choose_images", lambda *_, **__: [0])
@@ -457,7 +457,7 @@ def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
 
 
 def test_unknown_ages_and_views_are_counted_but_not_drawn(hand_made, tmp_path):
-    report = report_of(ChestXrayDataModule(hand_made), tmp_path)
+    report = report_of(ChestXrayDataModule(Config(data=hand_made)), tmp_path)
     rows = report.rows(PEOPLE)
     assert rows["age unknown"][3] == rows["view unknown"][3] == "38 (100.0 %)"
     assert rows["age, median (range), years"] == ["-"] * 4

@@ -5,26 +5,22 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 from torch.utils.data import get_worker_info
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.base import check_batch
 from cxr_vit.errors import DataError
-from cxr_vit.model.stages import StagedViT
 
 
 @pytest.fixture
 def make_engine(make_config):
     def make(*overrides):
         config = make_config(*overrides)
-        model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1))
-        return engine_of(config, model)
+        return engine_of(config, module_of(config))
 
     return make
 
@@ -53,7 +49,7 @@ def test_unreadable_image_is_named_in_one_line(
     root = tmp_path / "data"
     shutil.copytree(str(sample_root), str(root))
     overrides = (f"data.num_workers={workers}", "data.cache=off", f"data.root={root}")
-    dataset = ChestXrayDataModule(make_config(*overrides).data).dataset("test")
+    dataset = ChestXrayDataModule(make_config(*overrides)).dataset("test")
     name = dataset.image_names[3]
     (path,) = Path(root).rglob(name)
     path.write_bytes(b"<html>not found</html>")

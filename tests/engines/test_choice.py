@@ -2,18 +2,15 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines import process_group
 from cxr_vit.engines.choice import choose_engine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
-from cxr_vit.model.stages import StagedViT
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +31,7 @@ def test_torch_engine_is_chosen_with_its_reason(make_config, overrides, reason):
     chosen = choose_engine(config, Launch())
     assert (chosen.name, chosen.is_ipu) == ("torch", False)
     assert chosen.reason.startswith(reason)
-    model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1))
-    with engine_of(config, model) as engine:
+    with engine_of(config, module_of(config)) as engine:
         assert isinstance(engine, TorchEngine)
         assert f"({chosen.reason}; " in engine.describe()
 

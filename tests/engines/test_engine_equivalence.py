@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.schedule import LearningRate
 from cxr_vit.model.vit import hub_name
-from cxr_vit.training.schedule import LearningRate
 
 STEPS = 20
 
@@ -29,11 +28,11 @@ def host_batches(config, data):
 
 def run(config):
     """Make 20 updates on the engine; return the losses and the final weights."""
-    data = ChestXrayDataModule(config.data)
-    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    data = ChestXrayDataModule(config)
+    module = module_of(config, data)
     rate = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
     losses, step = [], 0
-    with engine_of(config, model) as engine:
+    with engine_of(config, module) as engine:
         for batch in engine.loader(
             data.dataset("train"), host_batches(config, data), training=True
         ):
@@ -45,8 +44,8 @@ def run(config):
 
 def plain_loop(config):
     """Make the same updates with transformers and torch only, and Hugging Face's loss."""
-    data = ChestXrayDataModule(config.data)
-    start = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
+    data = ChestXrayDataModule(config)
+    start = module_of(config, data).model
     model = ViTForImageClassification(ViTConfig(**start.config.to_dict()))
     weights = start.weights()
     model.load_state_dict({name: weights[hub_name(name)] for name in model.state_dict()})

@@ -1,15 +1,12 @@
-import numpy as np
 import pytest
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.model.loss import multi_label_loss
-from cxr_vit.model.stages import StagedViT
 
 needs_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="this torch has no fp16 on a CPU"
@@ -22,8 +19,7 @@ def make_engine(make_config):
 
     def make(*overrides):
         config = make_config(*overrides)
-        model = StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1))
-        return engine_of(config, model)
+        return engine_of(config, module_of(config))
 
     return make
 
@@ -109,7 +105,7 @@ def test_predict_dataset_scores_each_image_once_in_order(
         f"batch.eval_micro_batch_size={micro}",
         f"batch.eval_device_iterations={iterations}",
     )
-    dataset = ChestXrayDataModule(make_config(*overrides).data).dataset("test")
+    dataset = ChestXrayDataModule(make_config(*overrides)).dataset("test")
     logits, labels = make_engine(*overrides).predict_dataset(dataset)
     assert torch.equal(labels, torch.from_numpy(dataset.records.labels).float())
     images = torch.stack([dataset[row].image for row in range(len(dataset))])

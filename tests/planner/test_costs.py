@@ -2,17 +2,15 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import module_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from cxr_vit.config import read_config
 from cxr_vit.config.architectures import SIZES
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ConfigError
-from cxr_vit.model.stages import StagedViT
 from cxr_vit.planner.costs import ModelShape, stage_cost
 
 from .shapes import base_shape, pod4, quarters
@@ -30,9 +28,7 @@ def counted(config):
 
 def real(config):
     """Return the elements of each parameter of each stage of Hugging Face's model."""
-    names = [*FINDINGS, "No Finding"] if config.data.include_no_finding else list(FINDINGS)
-    prevalence = np.full(len(names), 0.1)
-    model = StagedViT.from_config(config, names=names, prevalence=prevalence)
+    model = module_of(config).model
     return [[weight.numel() for weight in stage.parameters()] for stage in model.stages]
 
 
@@ -74,9 +70,8 @@ def test_operations_are_those_that_torch_counts(name, layers):
     config = pod4(
         f"model.name={name}", f"pipeline.layers_per_stage={layers}", "model.patch_size=16"
     )
-    prevalence = np.full(len(FINDINGS), 0.1)
     # torch counts no operations of fused attention on a CPU.
-    model = StagedViT.from_config(config, names=FINDINGS, prevalence=prevalence, for_ipu=True)
+    model = module_of(config, for_ipu=True).model
     images = torch.zeros(1, 1, 224, 224, dtype=torch.uint8)
     with flop_counter.FlopCounterMode(display=False) as forward:
         logits = model(images)

@@ -192,13 +192,26 @@ def set_compute_dtype(model: StagedViT, dtype: torch.dtype) -> None:
     model.compute_in(dtype)
 
 
+class _Loss:
+    """A module's loss. PopTorch copies the model it wraps, but must not copy the module's data."""
+
+    def __init__(self, module: ViTModule) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> _Loss:
+        return self
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.module.loss(logits, labels)
+
+
 class TrainingGraph(nn.Module):
     """The model with its loss, which is marked for the backward pass; logits stay on the device."""
 
     def __init__(self, module: ViTModule) -> None:
         super().__init__()
         self.model = module.model
-        self.loss = module.loss
+        self.loss = _Loss(module)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Map uint8 ``[B, 1, H, W]`` and float32 ``[B, C]`` to a float32 scalar."""

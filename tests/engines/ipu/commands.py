@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import pytest
+from conftest import module_of
 from torch import Tensor
 
-from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.base import Engine
 from cxr_vit.engines.choice import EngineChoice, build_engine
 from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
-from cxr_vit.model.stages import StagedViT
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -124,7 +124,7 @@ class Commands:
         return self.resume(path, *more)
 
     def _main(self, path: Path, arguments: List[str]) -> Run:
-        import train
+        from cxr_vit.commands import train
 
         self._running = run = Run(path, -1, [], [])
         try:
@@ -134,7 +134,7 @@ class Commands:
 
     def evaluate(self, checkpoint: Path, *more: str) -> List[List[float]]:
         """Return the probabilities of predictions.csv, row by row."""
-        import evaluate
+        from cxr_vit.commands import evaluate
 
         out = self.folder / f"report{len(list(self.folder.glob('*')))}"
         assert evaluate.main(["--checkpoint", str(checkpoint), "--out", str(out), *more]) == 0
@@ -143,18 +143,16 @@ class Commands:
         return [[float(row[name]) for name in row if name.endswith("probability")] for row in rows]
 
     def config(self, *more: str) -> Config:
-        return check(load_config([self.file], self.overrides(*more)))
+        return load_config([self.file], self.overrides(*more))
 
 
 def make_engine(config: Config, *, offline: bool = False) -> PopTorchEngine:
     """Build the IPU engine like train.py, for any `engine.name`."""
-    data = ChestXrayDataModule(config.data)
-    model = StagedViT.from_config(
-        config, names=data.names, prevalence=data.prevalence(), for_ipu=True
-    )
+    data = ChestXrayDataModule(config)
+    module = module_of(config, data, for_ipu=True)
     batch, launch = BatchPlan.from_section(config.batch), Launch.from_environment()
     choice = EngineChoice("poptorch", "a test")
-    engine = build_engine(config, model, choice, batch, launch, offline=offline)
+    engine = build_engine(config, module, choice, batch, launch, offline=offline)
     assert isinstance(engine, PopTorchEngine)
     return engine
 

@@ -39,7 +39,7 @@ def main() -> None:
     with loading.stand_in() if which == "stand-in" else loading.frontend():
         from cxr_vit import cli
 
-        cli.run(importlib.import_module(program).main)
+        cli.run(importlib.import_module(f"cxr_vit.commands.{program}").main)
 
 
 if __name__ == "__main__":

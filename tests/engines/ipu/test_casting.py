@@ -1,11 +1,9 @@
-import numpy as np
 import pytest
 import torch
+from conftest import module_of
 from torch import nn
 
-from cxr_vit.data.labels import FINDINGS
 from cxr_vit.engines.ipu.graphs import cast_weights_to_input, set_compute_dtype
-from cxr_vit.model.stages import StagedViT
 
 HALF = torch.bfloat16  # the 16-bit dtype in which torch 2.0.1 computes on a CPU
 
@@ -44,7 +42,7 @@ def test_gradients_of_the_weights_are_fp32():
 @pytest.fixture
 def model(make_config):
     config = make_config()
-    return StagedViT.from_config(config, names=FINDINGS, prevalence=np.full(14, 0.1), for_ipu=True)
+    return module_of(config, for_ipu=True).model
 
 
 def test_every_layer_of_a_vit_computes_in_half_precision(model):

@@ -41,7 +41,7 @@ def sampler_of(config, data, *, start=0, steps=STEPS):
 def test_batches_follow_the_sampler_in_every_mode(ipu, commands, mode, workers):
     """Eight batches are kept: an asynchronous loader has three buffers, which it refills."""
     config = commands.config(*SHAPE, f"engine.loader_mode={mode}", f"data.num_workers={workers}")
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
     dataset = data.dataset("train")
     size = len(dataset)
     expected = [[draw % size for draw in draws] for draws in sampler_of(config, data, steps=16)]
@@ -59,7 +59,7 @@ def test_batches_follow_the_sampler_in_every_mode(ipu, commands, mode, workers):
 
 def test_resumed_loader_continues_the_order(ipu, commands):
     config = commands.config(*SHAPE)
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
     with make_engine(config) as engine:
         rows = [
             [
@@ -77,7 +77,7 @@ def test_resumed_loader_continues_the_order(ipu, commands):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_evaluation_is_padded_and_scores_every_image_once(ipu, commands, mode):
     config = commands.config(*SHAPE, f"engine.loader_mode={mode}")
-    dataset = ChestXrayDataModule(config.data).dataset("test")
+    dataset = ChestXrayDataModule(config).dataset("test")
     with make_engine(config) as engine:
         size = engine.batch.eval_host_batch_size
         sampler = EvaluationSampler(len(dataset), batch_size=size)
@@ -93,7 +93,7 @@ def test_evaluation_is_padded_and_scores_every_image_once(ipu, commands, mode):
 
 def test_steps_that_do_not_fill_a_host_call_are_refused(ipu, commands):
     config = commands.config(*SHAPE)
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
     with make_engine(config) as engine, pytest.raises(
         ConfigError, match=r"3 steps are left of 6, no multiple of batch\.device_iterations=2"
     ):
@@ -150,7 +150,7 @@ def test_loader_is_terminated_after_an_exception(loaders, commands, monkeypatch)
 def test_loader_is_terminated_at_its_end(loaders, commands):
     """The loader of a validation must not live as long as the engine."""
     config = commands.config("engine.loader_mode=async")
-    dataset = ChestXrayDataModule(config.data).dataset("val")
+    dataset = ChestXrayDataModule(config).dataset("val")
     with make_engine(config) as engine:
         engine.predict_dataset(dataset)
         assert len(loaders.made) == 1
@@ -159,7 +159,7 @@ def test_loader_is_terminated_at_its_end(loaders, commands):
 
 def test_closing_the_engine_terminates_its_loaders(loaders, commands):
     config = commands.config("engine.loader_mode=async")
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
     with make_engine(config) as engine:
         batches = iter(
             engine.loader(data.dataset("train"), sampler_of(config, data), training=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.config import BatchPlan, check, load_config
+from cxr_vit.config import BatchPlan, load_config
 from cxr_vit.config.popart_options import KINDS, OWN_KEYS
 from cxr_vit.data.dataset import Batch
 from cxr_vit.engines.ipu.options import graph_options
@@ -86,7 +86,7 @@ def plain(options):
 
 def both(*overrides, offline=False, precision="fp16", cache="cache", files=(POD4,)):
     """Return the options of training and inference."""
-    config = check(load_config([Path(file) for file in files], overrides))
+    config = load_config([Path(file) for file in files], overrides)
     batch = BatchPlan.from_section(config.batch)
     graphs = graph_options(config, batch, precision=precision, cache=cache, offline=offline)
     return [plain(options.toDict()) for options in graphs]
@@ -103,8 +103,7 @@ def test_options_of_vit_pod4(ipu):
 def test_options_of_vit_pod4_reach_the_compiler(ipu, commands):
     """The dictionary that PopTorch passes to its compiler, with a small model."""
     _, inspection = ipu
-    config = check(
-        load_config(
+    config = load_config(
             [POD4],
             [
                 f"data.root={commands.data}",
@@ -113,7 +112,6 @@ def test_options_of_vit_pod4_reach_the_compiler(ipu, commands):
                 f"engine.executable_cache={commands.folder / 'cache'}",
             ],
         )
-    )
     with make_engine(config) as engine:
         engine.compile(Batch.zeros(128, image_size=32, num_classes=14))
         inference, training = compiled(inspection)

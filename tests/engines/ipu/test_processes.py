@@ -208,7 +208,7 @@ def test_batches_of_all_processes_equal_those_of_one(instance, commands):
     from cxr_vit.data.sampler import TrainingSampler
 
     config = commands.config("batch.replicas=4", "batch.device_iterations=2")
-    data = ChestXrayDataModule(config.data)
+    data = ChestXrayDataModule(config)
 
     def sampler():
         return TrainingSampler(

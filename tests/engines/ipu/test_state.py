@@ -11,7 +11,7 @@ from fakes import loading
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
@@ -246,7 +246,7 @@ def test_plain_transformers_computes_the_same_logits_from_ipu_weights(ipu, comma
     config = json.loads((run.checkpoint() / "config.json").read_text())
     assert config["hidden_act"] == "gelu_pytorch_tanh", "what an IPU computes"
     model = ViTForImageClassification.from_pretrained(str(run.checkpoint())).eval()
-    data = ChestXrayDataModule(load_config([run.path / "config.yaml"]).data)
+    data = ChestXrayDataModule(read_config([run.path / "config.yaml"]))
     dataset = data.dataset("val")
     images = torch.stack([dataset[row].image for row in range(len(dataset))]).float()
     with torch.no_grad():

@@ -62,7 +62,7 @@ def slow_disk() -> None:
 
 def slow_start() -> None:
     """Reach the data set last."""
-    from cxr_vit.synthetic import dataset
+    from cxr_vit.data.synthetic import dataset
 
     write = dataset.write_sample_if_absent
 

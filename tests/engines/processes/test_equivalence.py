@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import pytest
 import torch
 
-from cxr_vit.synthetic.dataset import write_sample
+from cxr_vit.data.synthetic.dataset import write_sample
 
 from .launch import HAS_PIPELINING, finish, needs_pipelining, start
 from .worker import copies, has_gradient, make, measure, pipeline, score

@@ -13,7 +13,7 @@ from typing import Dict, List
 import pytest
 from conftest import SMALL
 
-from cxr_vit.synthetic.dataset import write_sample
+from cxr_vit.data.synthetic.dataset import write_sample
 
 from .launch import (
     HAS_PIPELINING,

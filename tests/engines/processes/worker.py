@@ -19,18 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
-from conftest import engine_of
+from conftest import engine_of, module_of
 from torch import Tensor
 
-from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.engines.base import EngineState, StepOutput
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
-from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.schedule import LearningRate
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.schedule import LearningRate
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "vit_demo.yaml"
 #: The scale doubles after two updates, so that fp16 overflows soon and repeatedly.
@@ -72,14 +72,15 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     """Train as train.py does, then score the test split; return the results of this process."""
     del opened_images[:]
     launch = Launch.from_environment()
-    config, data, model = make(overrides)
+    config, data, module = make(overrides)
+    model = module.model
     dataset, batches, outputs = data.dataset("train"), [], []
     rate = LearningRate.from_section(
         config.schedule, peak=config.optim.lr, total_steps=config.train.steps
     )
     start = EngineState(model.weights(), scalars={**EAGER_SCALER, "scale": scale})
     built = [(name, weakref.ref(weight)) for name, weight in model.named_parameters()]
-    with engine_of(config, model, launch) as engine:
+    with engine_of(config, module, launch) as engine:
         engine.load_state_dict(start)
         engine.compile(_example(dataset, engine.local_batch.host_batch_size))
         step = 0
@@ -116,18 +117,18 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
 
 def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
     """Return the logits of the test split, for given weights."""
-    config, data, model = make(overrides)
-    with engine_of(config, model, Launch.from_environment()) as engine:
+    config, data, module = make(overrides)
+    with engine_of(config, module, Launch.from_environment()) as engine:
         engine.load_state_dict(EngineState(weights))
         return engine.predict_dataset(data.dataset("test"))[0]
 
 
-def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, StagedViT]:
-    """Build configuration, data and model."""
-    config = check(load_config([CONFIG], overrides))
-    data = ChestXrayDataModule(config.data, once=coordinator(Launch.from_environment()).call_once)
-    model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
-    return config, data, model
+def make(overrides: Sequence[str]) -> Tuple[Config, ChestXrayDataModule, ViTModule]:
+    """Build configuration, data and module."""
+    config = load_config([CONFIG], overrides)
+    data = ChestXrayDataModule(config)
+    data.once = coordinator(Launch.from_environment()).call_once
+    return config, data, module_of(config, data)
 
 
 def _order(config: Config, dataset: ChestXrayDataset) -> TrainingSampler:
