@@ -1,16 +1,49 @@
+import csv
 import json
+import logging
+import struct
 import time
+from importlib.util import find_spec
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callbacks import eval_end, step_end
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import (
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 
-from cxr_vit.training.loggers import JsonlLogger, Logger, MetricsLogging, TensorBoardLogger, Window
+from cxr_vit.config.schema import SECTIONS, Config, _expand
+from cxr_vit.errors import ConfigError
+from cxr_vit.training import loggers
+from cxr_vit.training.loggers import (
+    BUILT_IN,
+    CsvLogger,
+    JsonlLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    changed_settings,
+)
+
+#: Optional packages have deprecation warnings of their own.
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
 
 
-def events(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def needs(package):
+    reason = f'{package} is not installed: pip install "cxr-vit[loggers]"'
+    return pytest.mark.skipif(find_spec(package) is None, reason=reason)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "vit_demo-20250101"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    return folder
 
 
 def figure():
@@ -19,13 +52,164 @@ def figure():
     return drawn
 
 
-@pytest.fixture
-def tensorboard(tmp_path):
-    return TensorBoardLogger(
-        tmp_path,
-        config_text="optim: {lr: 0.1}\n",
-        hparams={"optim.lr": 0.1, "model.name": "vit-micro"},
-    )
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# All loggers
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_logger_that_was_never_opened_is_closed(name):
+    if name in ("wandb", "mlflow") and find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    BUILT_IN[name]().finalize("failed")
+
+
+def test_base_of_loggers_accepts_every_call(run):
+    logger = Logger()
+    logger.setup(run, 0)
+    logger.log_hyperparams({"optim.lr": 0.1})
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.log_figures({"train/images": figure()}, 1)
+    logger.finalize("success")
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_missing_package_is_named_with_its_extra(name, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=rf'{name} is not installed.*pip install "cxr-vit\[logg'):
+        BUILT_IN[name]()
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_folder_of_the_same_name_is_no_package(name, monkeypatch, tmp_path):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    with pytest.raises(ConfigError, match="not installed"):
+        BUILT_IN[name]()
+
+
+# changed_settings
+
+
+def test_changed_settings_differ_from_the_defaults():
+    changed = Config().changed(optim={"lr": 0.1}, train={"epochs": None, "steps": 100})
+    assert changed_settings(changed.flat()) == {
+        "optim.lr": 0.1,
+        "train.epochs": "None",
+        "train.steps": 100,
+    }
+
+
+def test_setting_of_a_user_is_kept():
+    assert changed_settings({"my.key": [1, 2]}) == {"my.key": "[1, 2]"}
+
+
+def test_places_on_the_machine_are_no_hyperparameters():
+    paths = {
+        f"{section}.{name}"
+        for section, fields in SECTIONS.items()
+        for name, field in fields.model_fields.items()
+        if _expand.__name__ in repr((field.annotation, field.metadata))  # PathText's validator
+    }
+    assert {"data.root", "run.dir", "engine.executable_cache"} <= paths
+    assert changed_settings(dict.fromkeys(paths - {"model.name"}, "/elsewhere")) == {}
+    assert changed_settings({"run.name": "other"}) == {}
+
+
+# JsonlLogger
+
+
+def events(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_event_has_its_step_and_flat_keys(run):
+    logger = JsonlLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/loss": 0.25, "val/auroc/Hernia": None}, 3)
+    logger.log_metrics({"val/loss": 0.5}, 3)
+    assert events(run) == [
+        {"step": 3, "train/loss": 0.25, "val/auroc/Hernia": None},
+        {"step": 3, "val/loss": 0.5},
+    ]
+
+
+def test_non_finite_number_is_null_in_json(run):
+    logger = JsonlLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/grad_norm": float("nan")}, 1)
+    assert events(run) == [{"step": 1, "train/grad_norm": None}]
+
+
+def test_resumed_log_drops_the_events_after_the_checkpoint(run):
+    logger = JsonlLogger()
+    logger.setup(run, 0)
+    for step in (2, 4, 6):
+        logger.log_metrics({"train/loss": 1.0}, step)
+    with logger.path.open("a") as file:
+        file.write('{"step": 4, "train/lo')  # the process was killed here
+    JsonlLogger().setup(run, 4)
+    assert [event["step"] for event in events(run)] == [2, 4]
+
+
+# CsvLogger
+
+
+def test_csv_has_a_row_per_event_and_grows_a_column_per_tag(run):
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/loss": 0.5}, 2)
+    logger.log_metrics({"val/loss": 0.25, "val/auroc/Hernia": None}, 2)
+    logger.log_metrics({"train/loss": 0.1}, 4)
+    table = pd.read_csv(run / "metrics.csv")
+    assert list(table.columns) == ["step", "train/loss", "val/loss", "val/auroc/Hernia"]
+    assert list(table["step"]) == [2, 2, 4]
+    assert list(table["train/loss"].dropna()) == [0.5, 0.1]
+    assert table["val/loss"].dropna().to_dict() == {1: 0.25}
+    assert table["val/auroc/Hernia"].isna().all()
+
+
+def test_csv_keeps_all_digits(run):
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/lr": 1 / 3, "train/loss": float("inf")}, 1)
+    with (run / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (float(row["train/lr"]), row["train/loss"]) == (1 / 3, "")
+
+
+def test_resumed_csv_drops_later_rows_and_keeps_its_columns(run):
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    for step in (2, 4, 6):
+        logger.log_metrics({"train/loss": float(step), "train/lr": 0.1}, step)
+    with logger.path.open("a") as file:
+        file.write("4,0.")  # the process was killed here
+    resumed = CsvLogger()
+    resumed.setup(run, 4)
+    resumed.log_metrics({"train/loss": 60.0}, 6)
+    table = pd.read_csv(run / "metrics.csv")
+    assert table["step"].tolist() == [2, 4, 6]
+    assert table["train/loss"].tolist() == [2.0, 4.0, 60.0]
+    assert list(table.columns) == ["step", "train/loss", "train/lr"]
+
+
+def test_csv_killed_before_its_first_row_starts_over(run):
+    (run / "metrics.csv").write_text("step,train/lo")
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/loss": 0.5}, 2)
+    assert pd.read_csv(run / "metrics.csv").to_dict("list") == {"step": [2], "train/loss": [0.5]}
+
+
+# TensorBoardLogger
 
 
 def read_back(folder):
@@ -34,133 +218,366 @@ def read_back(folder):
     return accumulator
 
 
-# JsonlLogger
-
-
-def test_event_has_its_step_and_flat_keys(tmp_path):
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    logger.start(0)
-    logger.scalars(3, {"train/loss": 0.25, "val/auroc/Hernia": None})
-    assert events(logger.path) == [{"step": 3, "train/loss": 0.25, "val/auroc/Hernia": None}]
-
-
-def test_non_finite_number_is_null_in_json(tmp_path):
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    logger.scalars(1, {"train/grad_norm": float("nan")})
-    assert events(logger.path) == [{"step": 1, "train/grad_norm": None}]
-
-
-def test_resumed_log_drops_the_events_after_the_checkpoint(tmp_path):
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    for step in (2, 4, 6):
-        logger.scalars(step, {"train/loss": 1.0})
-    with logger.path.open("a") as file:
-        file.write('{"step": 4, "train/lo')  # the process was killed here
-    logger.start(4)
-    assert [event["step"] for event in events(logger.path)] == [2, 4]
-
-
-# TensorBoardLogger
-
-
-def test_tensorboard_has_scalars_under_the_same_tags(tensorboard):
-    tensorboard.start(0)
-    tensorboard.scalars(2, {"train/loss": 0.5, "val/auroc/Hernia": None})
-    tensorboard.scalars(4, {"train/loss": 0.25})
-    tensorboard.close({})
-    board = read_back(tensorboard.folder)
+def test_event_files_are_in_the_runs_folder(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/loss": 0.5, "val/auroc/Hernia": None}, 2)
+    # Before the end: the curves are live.
+    assert [(e.step, e.value) for e in read_back(run).Scalars("train/loss")] == [(2, 0.5)]
+    logger.log_metrics({"train/loss": 0.25}, 4)
+    logger.finalize("success")
+    board = read_back(run)
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(2, 0.5), (4, 0.25)]
-    assert "val/auroc/Hernia" not in board.Tags()["scalars"]
+    assert board.Tags()["scalars"] == ["train/loss"]
+    assert not [path for path in run.iterdir() if path.is_dir()], "one name in TensorBoard"
 
 
-def test_tensorboard_has_figures_config_and_hparams(tensorboard):
-    tensorboard.start(0)
-    tensorboard.figures(0, {"train/images": figure(), "plan/timeline": figure()})
-    tensorboard.figures(4, {"val/roc": figure()})
-    tensorboard.close({"val/auroc_macro": 0.5, "val/auroc/Hernia": 0.25})
-    board = read_back(tensorboard.folder)
+def test_run_of_an_earlier_version_continues_in_its_folder(run):
+    (run / "tensorboard").mkdir()
+    logger = TensorBoardLogger()
+    logger.setup(run, 4)
+    logger.finalize("success")
+    assert not list(run.glob("events.*"))
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
+
+
+def test_constants_are_no_curves(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"perf/compile_s": 12.34}, 0)
+    logger.log_metrics({"val/auroc_defined": 14, "val/num_findings": 14, "val/loss": 1.0}, 2)
+    logger.finalize("success")
+    board = read_back(run)
+    assert board.Tags()["scalars"] == ["val/loss"]
+    (text,) = board.Tensors("compilation/text_summary")
+    assert text.tensor_proto.string_val[0] == b"12.3 s"
+
+
+def test_layout_begins_with_the_macro_auroc_alone(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.finalize("success")
+    (event,) = read_back(run).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    tags = [list(chart.multiline.tag) for chart in charts]
+    assert tags == [
+        ["^val/auroc_macro$"],
+        ["^val/auroc/"],
+        ["^train/loss$", "^val/loss$"],
+        ["^train/lr$"],
+        ["^perf/samples_per_s$"],
+        ["^perf/data_wait_pct$"],
+    ]
+
+
+def test_figures_and_config_are_pages(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.log_figures({"train/images": figure(), "plan/timeline": figure()}, 0)
+    logger.log_figures({"val/roc": figure()}, 4)
+    logger.finalize("success")
+    board = read_back(run)
     assert board.Tags()["images"] == ["train/images", "plan/timeline", "val/roc"]
     assert [event.step for event in board.Images("val/roc")] == [4]
     (text,) = board.Tensors("config/text_summary")
     assert b"lr: 0.1" in text.tensor_proto.string_val[0]
-    plugins = board.SummaryMetadata("_hparams_/session_start_info").plugin_data
-    assert plugins.plugin_name == "hparams"
-    assert b"vit-micro" in plugins.content
-    experiment = board.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    assert b"val/auroc_macro" in experiment
-    assert b"val/auroc/Hernia" not in experiment
 
 
-def test_resumed_board_purges_later_steps(tensorboard, tmp_path):
-    tensorboard.start(0)
+def test_hparams_are_what_differs_from_the_defaults(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.log_hyperparams(Config().changed(optim={"lr": 0.1}, model={"name": "vit-micro"}).flat())
+    logger.log_metrics({"val/auroc_macro": 0.5, "val/auroc/Hernia": 0.25}, 2)
+    logger.finalize("success")
+    board = read_back(run)
+    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = parse_session_start_info_plugin_data(content)
+    assert sorted(start.hparams) == ["model.name", "optim.lr"]
+    assert start.hparams["optim.lr"].number_value == 0.1
+    content = board.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = parse_experiment_plugin_data(content)
+    assert sorted(info.name.tag for info in experiment.metric_infos) == [
+        "val/auroc_macro",
+        "val/average_precision_macro",
+        "val/loss",
+    ]
+
+
+def test_resumed_board_has_one_line(run):
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
     for step in (2, 4, 6):
-        tensorboard.scalars(step, {"train/loss": float(step)})
-    tensorboard.close({})
+        logger.log_metrics({"train/loss": float(step)}, step)
+    logger.finalize("failed")
     # TensorBoard reads files in the order of their names: the second they were made in, then a
     # counter as text, where 10 comes before 9. A resumed run is another process, seconds later.
     time.sleep(1)
-    tensorboard.start(4)
-    tensorboard.scalars(6, {"train/loss": 60.0})
-    tensorboard.close({})
-    values = [(e.step, e.value) for e in read_back(tmp_path).Scalars("train/loss")]
+    resumed = TensorBoardLogger()
+    resumed.setup(run, 4)
+    resumed.log_metrics({"train/loss": 60.0}, 6)
+    resumed.finalize("success")
+    board = read_back(run)
+    values = [(e.step, e.value) for e in board.Scalars("train/loss")]
     assert values == [(2, 2.0), (4, 4.0), (6, 60.0)]
+    assert len(board.Tensors("config/text_summary")) == 1
 
 
-# MetricsLogging
+# WandbLogger
 
 
-class FigureRecorder(Logger):
-    """Records the figures by step."""
-
-    def __init__(self):
-        self.recorded = []
-
-    def figures(self, step, figures):
-        self.recorded.append((step, sorted(figures)))
-
-
-class FakeTrainer:
-    """A trainer that starts at a step."""
-
-    compile_s = 0.0
-
-    def __init__(self, step):
-        self.step = step
+@pytest.fixture
+def offline_wandb(monkeypatch, tmp_path):
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, [(0, ["start"])]), (4, [])])
-def test_start_figures_are_drawn_in_new_runs_only(step, expected):
-    recorder = FigureRecorder()
-    logging = MetricsLogging(
-        [recorder],
-        every=1,
-        start_figures=lambda trainer: {"start": figure()},
-        eval_figures=lambda event: {"roc": figure()},
-    )
-    trainer = FakeTrainer(step)
-    logging.on_fit_start(trainer)
-    logging.on_eval_end(trainer, eval_end(0.5, step=6))
-    assert recorder.recorded == [*expected, (6, ["roc"])]
+def wandb_records(file):
+    """Yield the records of a W&B log, which has LevelDB's format: blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # no room for a header: the end of a block
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
 
 
-# Window
+def wandb_log(run):
+    """Return the events and the first run record of each start."""
+    logs, runs = [], []
+    for folder in sorted(
+        (run / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime
+    ):
+        (file,) = folder.glob("*.wandb")
+        # W&B's own process may still be writing.
+        wait_for(lambda file=file: any(record.HasField("exit") for record in wandb_records(file)))
+        events = []
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                runs.append(record.run)
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                events.append({key: value for key, value in items.items() if key[0] != "_"})
+        logs.append(events)
+    return logs, runs
 
 
-def test_summary_is_the_mean_over_the_window():
-    window = Window()
-    for losses in ([1.0, 2.0], [6.0]):
-        window.add(step_end(losses))
-    values = window.summary()
-    assert values["train/loss"] == pytest.approx(3.0)
-    assert values["perf/samples_per_s"] == pytest.approx(6 / 2.0)
-    assert values["perf/data_wait_pct"] == 0.0
-    assert "train/grad_norm" not in values, "a device that cannot report it logs none"
+@needs("wandb")
+def test_wandb_has_events_config_and_images(run, offline_wandb):
+    logger = WandbLogger()
+    logger.setup(run, 0)
+    logger.log_hyperparams({"optim.lr": 0.1, "optim.name": "adamw"})
+    logger.log_metrics({"train/loss": 0.5, "val/auroc/Hernia": None}, 2)
+    logger.log_metrics({"val/auroc/Mass": 0.25}, 2)
+    logger.log_metrics({"val/auroc/Hernia": None}, 3)
+    logger.log_figures({"val/roc": figure()}, 2)
+    logger.finalize("success")
+    (events,), runs = wandb_log(run)
+    assert events[:2] == [{"step": 2, "train/loss": 0.5}, {"step": 2, "val/auroc/Mass": 0.25}]
+    assert [event["step"] for event in events] == [2, 2, 2]
+    assert any(key.startswith("val/roc") for key in events[2])
+    assert len(list((run / "wandb").glob("offline-*/files/media/images/val/roc*.png"))) == 1
+    assert (runs[0].project, runs[0].display_name) == ("cxr-vit", run.name)
+    assert runs[0].run_id == (run / "wandb_run_id.txt").read_text().strip()
 
 
-def test_window_is_restored_from_json_and_reset_by_an_empty_state():
-    window, restored = Window(), Window()
-    window.add(step_end([1.0, 2.0]))
-    restored.load_state_dict(json.loads(json.dumps(window.state_dict())))
-    assert restored.summary() == window.summary()
-    restored.load_state_dict({})
-    assert restored.state_dict() == Window().state_dict()
+@needs("wandb")
+def test_resumed_run_continues_its_wandb_run(run, offline_wandb):
+    for first_step in (0, 4):
+        logger = WandbLogger(project="mine")
+        logger.setup(run, first_step)
+        logger.log_hyperparams({"optim.lr": 0.1 * (1 + first_step)})
+        logger.log_metrics({"train/loss": 0.5}, first_step + 2)
+        logger.finalize("stopped")
+    logs, runs = wandb_log(run)
+    assert logs == [[{"step": 2, "train/loss": 0.5}], [{"step": 6, "train/loss": 0.5}]]
+    assert {record.run_id for record in runs} == {(run / "wandb_run_id.txt").read_text().strip()}
+    assert {record.project for record in runs} == {"mine"}
+
+
+@needs("wandb")
+@pytest.mark.parametrize(("first_step", "fails"), [(0, True), (4, False)])
+def test_unreachable_wandb_ends_new_runs_only(
+    run, offline_wandb, monkeypatch, caplog, first_step, fails
+):
+    import wandb
+
+    def init(**options):
+        raise wandb.errors.CommError("no answer")
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = WandbLogger()
+    if fails:
+        with pytest.raises(ConfigError, match=r"no answer\. Either run `wandb login`"):
+            logger.setup(run, first_step)
+    else:
+        with caplog.at_level(logging.WARNING, "cxr_vit"):
+            logger.setup(run, first_step)
+        assert "no answer" in caplog.text
+    logger.log_hyperparams({"optim.lr": 0.1})
+    logger.log_metrics({"train/loss": 0.5}, 6)
+    logger.log_figures({"val/roc": figure()}, 6)
+    logger.finalize("success")
+
+
+# MLFlowLogger
+
+
+@pytest.fixture
+def local_mlflow(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def mlflow_run(run, uri=None):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri or (run / "mlruns").as_uri())
+    return client, client.get_run((run / "mlflow_run_id.txt").read_text().strip())
+
+
+@needs("mlflow")
+def test_mlflow_has_metrics_params_and_artifacts(run, local_mlflow):
+    logger = MLFlowLogger()
+    logger.setup(run, 0)
+    logger.log_hyperparams(Config().changed(optim={"lr": 0.1}).flat())
+    logger.log_metrics({"train/loss": 0.5, "val/auroc/Hernia": None}, 2)
+    logger.log_metrics({"train/loss": 0.25}, 4)
+    logger.log_figures({"val/roc": figure()}, 4)
+    logger.finalize("success")
+    client, found = mlflow_run(run)
+    assert found.info.run_name == run.name
+    assert client.get_experiment(found.info.experiment_id).name == "cxr-vit"
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"optim.lr": "0.1"}
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(2, 0.5), (4, 0.25)]
+    assert list(found.data.metrics) == ["train/loss"]
+    assert [item.path for item in client.list_artifacts(found.info.run_id)] == [
+        "config.yaml",
+        "val",
+    ]
+    images = client.list_artifacts(found.info.run_id, "val/roc")
+    assert [item.path for item in images] == ["val/roc/step_000004.png"]
+
+
+@needs("mlflow")
+def test_resumed_run_continues_its_mlflow_run(run, local_mlflow, monkeypatch, tmp_path):
+    uri = (tmp_path / "server").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for first_step, lr in ((0, 0.1), (4, 0.2)):
+        logger = MLFlowLogger(experiment="mine")
+        logger.setup(run, first_step)
+        logger.log_hyperparams(Config().changed(optim={"lr": lr}).flat())
+        logger.log_metrics({"train/loss": lr}, first_step + 2)
+        logger.finalize("stopped")
+    client, found = mlflow_run(run, uri)
+    assert client.get_experiment(found.info.experiment_id).name == "mine"
+    assert [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")] == [2, 6]
+    assert found.data.params == {"optim.lr": "0.1"}
+    assert found.data.tags["resumed with optim.lr"] == "0.2"
+    assert found.info.status == "KILLED"
+    assert not (run / "mlruns").exists()
+
+
+@needs("mlflow")
+@pytest.mark.parametrize(("first_step", "fails"), [(0, True), (4, False)])
+def test_unreachable_mlflow_ends_new_runs_only(
+    run, local_mlflow, monkeypatch, caplog, first_step, fails
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    logger = MLFlowLogger(tracking_uri="http://127.0.0.1:9")
+    if fails:
+        with pytest.raises(
+            ConfigError, match=r"MLflow cannot be reached.*correct the tracking URI"
+        ):
+            logger.setup(run, first_step)
+    else:
+        with caplog.at_level(logging.WARNING, "cxr_vit"):
+            logger.setup(run, first_step)
+        assert "logs nothing there" in caplog.text
+    logger.log_hyperparams({"optim.lr": 0.1})
+    logger.log_metrics({"train/loss": 0.5}, 6)
+    logger.log_figures({"val/roc": figure()}, 6)
+    logger.finalize("success")
+
+
+class Outage:
+    """Lets a method of MLflow's client fail while `is_down`."""
+
+    def __init__(self, monkeypatch, method):
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        self.is_down = True
+        self.calls = 0
+        answer = getattr(MlflowClient, method)
+
+        def call(client, *args, **kwargs):
+            self.calls += 1
+            if self.is_down:
+                raise MlflowException("API request failed: no route to host")
+            return answer(client, *args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, method, call)
+
+
+@needs("mlflow")
+def test_numbers_of_an_outage_are_sent_when_the_network_is_back(
+    run, local_mlflow, monkeypatch, caplog
+):
+    logger = MLFlowLogger()
+    logger.setup(run, 0)
+    outage = Outage(monkeypatch, "log_batch")
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        for step in (2, 4):
+            logger.log_metrics({"train/loss": float(step)}, step)
+            wait_for(lambda: logger._backlog._sending.done())
+        assert outage.calls == 2, "the first event was tried again, the second one waits"
+        outage.is_down = False
+        logger.log_metrics({"train/loss": 6.0}, 6)
+        logger.finalize("success")
+    client, found = mlflow_run(run)
+    steps = [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")]
+    assert steps == [2, 4, 6]
+    assert caplog.text.count("no route to host") == 1
+    assert "to the end of the run" not in caplog.text
+
+
+@needs("mlflow")
+def test_outage_to_the_end_is_a_warning(run, local_mlflow, monkeypatch, caplog):
+    logger = MLFlowLogger()
+    logger.setup(run, 0)
+    Outage(monkeypatch, "log_batch")
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger.log_metrics({"train/loss": 0.5}, 2)
+        logger.finalize("success")
+    assert "2 calls failed to the end of the run" in caplog.text  # the numbers, and the status
+
+
+@needs("mlflow")
+def test_refused_metric_does_not_hold_up_the_others(run, local_mlflow, caplog):
+    logger = MLFlowLogger()
+    logger.setup(run, 0)
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger.log_metrics({"my metric #1!": 1.0}, 2)
+        logger.log_metrics({"train/loss": 0.5}, 2)
+        logger.finalize("success")
+    assert mlflow_run(run)[1].data.metrics == {"train/loss": 0.5}
+    assert "refused" in caplog.text
