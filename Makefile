@@ -27,7 +27,7 @@ DEV         := requirements-dev.txt requirements-dicom.txt requirements-loggers.
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
-	$(VENV)/bin/python evaluate.py --checkpoint $(RUN)/checkpoints/best
+	$(VENV)/bin/python evaluate.py --checkpoint $(RUN)
 	@echo
 	@echo "The report:         $(RUN)/report (metrics.json, predictions.csv, roc.png)"
 	@echo "The curves:         $(VENV)/bin/tensorboard --logdir runs"

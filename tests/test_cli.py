@@ -8,13 +8,11 @@ from typing import List, NamedTuple, Set
 
 import pytest
 
-import train
-from cxr_vit.cli import evaluate_arguments, main, run, train_arguments
-from cxr_vit.config import Config
+from cxr_vit import __version__, cli
+from cxr_vit.cli import COMMANDS, evaluate_arguments, main, program, run, train_arguments
+from cxr_vit.config import load_config
 from cxr_vit.config.schema import SECTIONS
-from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import DataError
-from cxr_vit.training.run_folder import RunFolder
+from cxr_vit.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 #: Libraries that are slow to import.
@@ -150,23 +148,6 @@ def test_missing_config_exits_without_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_that_fails_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch):
-    def fail(config: Config, folder: RunFolder, launch: Launch, *, resume: bool) -> int:
-        assert folder.path.is_dir()
-        raise DataError("no images")
-
-    monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(DataError, match="no images"):
-        train.main([f"run.dir={tmp_path / 'run'}"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_first_line_is_the_run_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train", lambda *arguments, **options: 0)
-    assert train.main([f"run.dir={tmp_path / 'run'}"]) == 0
-    assert capsys.readouterr().out.split("\n")[0] == str(tmp_path / "run")
-
-
 def test_nothing_to_resume_exits_without_traceback(tmp_path):
     result = command(str(ROOT / "train.py"), "--resume", cwd=tmp_path)
     assert result.status == 2
@@ -240,17 +221,24 @@ def test_no_command_prints_the_usage(capsys):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("sample", "check", "plan", "prepare"))
+    assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["sample", "check", "plan", "prepare", "data-report"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_lists_its_options(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"usage: python -m cxr_vit {name} ")
-    assert ("--config" in out) == (name != "sample")
+    assert out.startswith(f"usage: {program(name)} ")
+    assert ("--config FILE" in out) == (name not in ("sample", "evaluate"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(name):
+    result = command("-m", "cxr_vit", name, "--help")
+    assert (result.status, result.err) == (0, "")
+    assert result.imported & HEAVY == set()
 
 
 # Errors
@@ -330,7 +318,7 @@ def test_file_with_an_equal_sign_in_its_name_is_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "resume"),
-    [([], None), (["--resume"], ""), (["--resume", "runs/a"], "runs/a")],
+    [(["optim.lr=1"], None), (["--resume"], ""), (["--resume", "runs/a"], "runs/a")],
 )
 def test_resume_names_a_run_or_the_newest(words, resume):
     assert train_arguments(words).resume == resume
@@ -342,20 +330,128 @@ def test_override_after_resume_is_not_a_run():
 
 
 def test_options_are_not_abbreviated():
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ConfigError, match=r"unrecognized arguments: --conf\. .* '--config'"):
         train_arguments(["--conf", "a.yaml"])
-    assert caught.value.code == 2
 
 
 def test_evaluate_needs_a_checkpoint():
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ConfigError, match="required: --checkpoint"):
         evaluate_arguments([])
-    assert caught.value.code == 2
 
 
 def test_evaluate_takes_split_out_and_overrides():
     words = ["--checkpoint", "a", "--split", "val", "--out", "b", "data.root=c"]
     assert evaluate_arguments(words) == (Path("a"), "val", Path("b"), ["data.root=c"])
+
+
+# Mistakes on the command line: one line that says what to write
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["--optim.lr=1e-3"], "--optim.lr is no option. Write optim.lr=1e-3, without dashes."),
+        (["--optim.lr", "1e-3"], "--optim.lr is no option. Write optim.lr=1e-3, without dashes."),
+        (["-optim.lr=1e-3"], "-optim.lr is no option. Write optim.lr=1e-3, without dashes."),
+        (["--optim.weight-decay", "0"], "Write optim.weight_decay=0, without dashes."),
+        (["--lr", "1e-3"], "--lr is no option. Write optim.lr=1e-3, without dashes."),
+        (["--name=a"], "Write run.name=a or model.name=a or optim.name=a or "),
+        (["--optim.lr", "run.seed=1"], "Write optim.lr=value, without dashes."),
+        (["--data.split", "--resume"], "Write data.split=value, without dashes."),
+        (["--loggers=[csv]"], "Write loggers=[csv], without dashes."),
+        (["--resumee"], "unrecognized arguments: --resumee. Did you mean '--resume'?"),
+        (["vit_demo.yaml"], "vit_demo.yaml: a configuration file is given as --config vit_demo.y"),
+        ([], "no configuration. Give one, e.g. python train.py --config vit_demo, or --resume"),
+    ],
+)
+def test_mistake_of_train_is_answered_with_what_to_write(words, advice):
+    with pytest.raises(ConfigError) as caught:
+        train_arguments(words)
+    assert advice in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_misspelt_override_is_reported():
+    with pytest.raises(ConfigError) as caught:
+        train_arguments(["--optim.lr=1", "--train.epochs", "2"])
+    assert str(caught.value).splitlines() == [
+        "--optim.lr is no option. Write optim.lr=1, without dashes.",
+        "--train.epochs is no option. Write train.epochs=2, without dashes.",
+    ]
+
+
+def test_option_with_the_name_of_a_field_stays_an_option():
+    with pytest.raises(DataError, match="sample"):  # --seed is also run.seed
+        main(["sample", "--out", str(ROOT / "tests"), "--seed", "1", "--images", "60"])
+
+
+def test_mistakes_exit_with_status_2_and_one_line():
+    result = command("train.py", "--optim.lr", "1e-3", "--config", "configs/vit_demo.yaml")
+    assert (result.status, result.out, len(result.err.splitlines())) == (2, "", 1)
+    assert result.imported & HEAVY == set()
+
+
+def test_run_given_without_checkpoint_option():
+    with pytest.raises(ConfigError, match=r"a run is given as --checkpoint runs/a"):
+        evaluate_arguments(["runs/a"])
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("vit_dmo", " Did you mean 'vit_demo'? The package has vit_demo, "),
+        ("configs/vit_dmo.yaml", " Did you mean 'vit_demo'? The package has vit_demo, "),
+        ("mine.yaml", " Did you mean 'mime.yaml'? The package has vit_demo, "),
+        ("nothing_like_it", "nothing_like_it: there is no such file. The package has vit_demo, "),
+        ("optim.lr", "optim.lr: there is no such file. An override is written optim.lr=value."),
+    ],
+)
+def test_unknown_configuration_lists_near_ones(word, advice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mime.yaml").touch()
+    with pytest.raises(ConfigError) as caught:
+        load_config([word])
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["vit_demo", "vit_demo.yaml", "configs/vit_demo.yaml"])
+def test_configuration_of_the_package_is_found_by_name(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(word) == load_config(ROOT / "configs" / "vit_demo.yaml")
+
+
+@pytest.mark.parametrize("word", ["vit_demo", "vit_demo.yaml"])
+def test_own_file_wins_over_the_package(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("vit_demo.yaml").write_text("run: {name: mine}\n", encoding="utf-8")
+    assert load_config(word).run.name == "mine"
+
+
+# The program's name
+
+
+@pytest.mark.parametrize(
+    ("started", "advised"),
+    [
+        ("train.py", "python train.py"),
+        ("/usr/bin/cxr-vit", "cxr-vit train"),
+        ("cxr_vit/__main__.py", "python train.py"),
+    ],
+)
+def test_advice_names_the_program_as_it_was_started(started, advised, monkeypatch):
+    monkeypatch.setattr("sys.argv", [started])
+    assert program("train") == advised
+
+
+def test_scripts_are_not_advised_where_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cxr_vit/__main__.py"])
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cxr_vit" / "cli.py"))
+    assert program("train") == "python -m cxr_vit train"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cxr-vit {__version__}\n"
 
 
 # IPUs

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from cxr_vit.cli import main
-from cxr_vit.config import load_config
+from cxr_vit.config import read_config
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner import hardware
 from cxr_vit.planner.estimate import make_plan
@@ -70,7 +70,7 @@ def cells(lines, label):
 
 def test_all_predictions_are_printed(plan):
     lines = plan()
-    predicted = make_plan(load_config([POD4]))
+    predicted = make_plan(read_config([POD4]))
     assert "  IPU 0  embedding, layers 0 to 2" in lines
     assert "  IPU 3  layers 9 to 11, head" in lines
     assert cells(lines, "parameters, millions") == ["22.01", "21.26", "21.26", "21.28"]
@@ -245,7 +245,7 @@ def test_best_result_is_written_as_overrides(plan, tmp_path):
     out = tmp_path / "best.yaml"
     lines = plan("--search", "--write", out)
     assert lines[-1] == f"written: {out}"
-    config = load_config([POD4, out])
+    config = read_config([POD4, out])
     assert config.batch.micro_batch_size == 8
     assert out.read_text().startswith(f"# python train.py --config {POD4} {out}\n")
     assert make_plan(config).samples_per_s > 900
@@ -258,7 +258,7 @@ def test_written_command_repeats_the_overrides(plan, tmp_path):
     first, _, third = out.read_text().splitlines()[:3]
     command = f"# python train.py --config {POD4} {out} batch.replicas=4"
     assert first == command, "overrides of searched keys would win over the file"
-    trained = load_config([POD4, out], ["batch.replicas=4"])
+    trained = read_config([POD4, out], ["batch.replicas=4"])
     best = next(line for line in lines if line.startswith("1  "))
     assert f"{make_plan(trained).samples_per_s:,.0f}" in best
     assert "for 16 x Mk2 IPU" in third and "samples/s" in third and "% full" in third
@@ -321,11 +321,9 @@ def test_mistakes_are_refused(plan, arguments, words):
 
 
 @pytest.mark.parametrize("arguments", [["--images", "0"], ["--micro-batches", "1,a"]])
-def test_invalid_numbers_are_refused(plan, arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_invalid_numbers_are_refused(plan, arguments):
+    with pytest.raises(ConfigError, match=f"argument {arguments[0]}: .* is no integer of 1"):
         plan(*arguments)
-    assert ended.value.code == 2
-    assert "argument" in capsys.readouterr().err
 
 
 def test_calibrated_plan_repeats_the_speed_of_the_run(plan, run):

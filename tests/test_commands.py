@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from typing import ClassVar, List, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ import train
 from cxr_vit import cli
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.training.callback import Callback
 from cxr_vit.training.trainer import Trainer
 
 
@@ -102,14 +103,14 @@ def test_start_prints_batch_stages_and_data(trained):
 
 def test_run_folder_has_the_documented_files(trained):
     run = trained[0]
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir() if "tfevents" not in path.name} == {
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
-        "tensorboard",
         "checkpoints",
         "report",
     }
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert len(environment["csv_sha256"]) == len(environment["split_sha256"]) == 64
@@ -125,7 +126,7 @@ def test_log_has_the_documented_tags(trained):
 
 
 def test_tensorboard_has_the_numbers_of_the_log(trained):
-    board = EventAccumulator(str(trained[0] / "tensorboard"), size_guidance={"scalars": 0})
+    board = EventAccumulator(str(trained[0]), size_guidance={"scalars": 0})
     board.Reload()
     logged = losses(trained[0])
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
@@ -248,6 +249,13 @@ def test_evaluation_of_another_split(trained, call):
     assert json.loads((out / "metrics.json").read_text())["split"] == "val"
 
 
+def test_evaluation_of_a_run_scores_its_best_checkpoint(trained, call):
+    run = trained[0]
+    out = run.parent / "of_run"
+    assert call(evaluate, "--checkpoint", run, "--out", out).status == 0
+    assert (out / "metrics.json").read_text() == (run / "report" / "metrics.json").read_text()
+
+
 def test_evaluation_never_writes_a_synthetic_data_set(trained, call, tmp_path):
     result = call(
         evaluate, "--checkpoint", trained[0] / "checkpoints" / "best",
@@ -292,20 +300,22 @@ def test_missing_image_is_an_error_unless_skipped(call, sample_root, tmp_path):
     assert "3 of 80 images are missing" in skipped.log
 
 
-def test_training_images_are_augmented_and_validation_images_are_not(
-    sample_root, tmp_path, monkeypatch
-):
-    seen = []
+class StopAtStart(Callback):
+    """Keeps the trainer and ends the training before its first step."""
 
-    def fit(trainer, *arguments):
-        seen.append(trainer)
+    seen: ClassVar[List[Trainer]] = []
+
+    def on_fit_start(self, trainer, module):
+        self.seen.append(trainer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", fit)
+
+def test_training_images_are_augmented_and_validation_images_are_not(sample_root, tmp_path):
     words = [*SMALL, f"data.root={sample_root}", f"run.dir={tmp_path / 'run'}", "run.seed=3"]
+    words.append("callbacks=[{class: test_commands.StopAtStart}]")
     with pytest.raises(KeyboardInterrupt):
         train.main([*words, "augment.rotation=5"])
-    (trainer,) = seen
+    trainer = StopAtStart.seen.pop()
     assert trainer.train_data.augmentation.section.rotation == 5
     assert trainer.train_data.augmentation.seed == 3
     assert trainer.val_data.augmentation is None

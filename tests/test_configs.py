@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.config import BatchPlan, Config, check, load_config
+from cxr_vit.config import BatchPlan, Config, check, read_config
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.config.rules import check_processes
 
@@ -15,12 +15,12 @@ NAMES = [path.name for path in CONFIGS]
 
 @pytest.fixture(scope="module")
 def pod4() -> Config:
-    return load_config([FOLDER / "vit_pod4.yaml"])
+    return read_config([FOLDER / "vit_pod4.yaml"])
 
 
 @pytest.fixture(scope="module")
 def demo() -> Config:
-    return load_config([FOLDER / "vit_demo.yaml"])
+    return read_config([FOLDER / "vit_demo.yaml"])
 
 
 def test_main_configs_exist():
@@ -29,7 +29,7 @@ def test_main_configs_exist():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_config_passes_the_checks(path):
-    config = load_config([path])
+    config = read_config([path])
     assert check(config) is config
     assert config.run.name == path.stem
 
@@ -38,7 +38,7 @@ def test_config_passes_the_checks(path):
 def test_first_line_is_the_command(path):
     first_line = path.read_text(encoding="utf-8").split("\n")[0]
     launcher = "python"
-    config = load_config([path])
+    config = read_config([path])
     if config.engine.name == "pipeline":
         processes = len(config.pipeline.layers_per_stage) * config.batch.replicas
         launcher = f"torchrun --nproc-per-node {processes}"
@@ -47,7 +47,7 @@ def test_first_line_is_the_command(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_pipeline_config_passes_the_process_checks(path):
-    config = load_config([path])
+    config = read_config([path])
     if config.engine.name != "pipeline":
         pytest.skip("for another engine")
     check_processes(config, "pipeline", len(config.pipeline.layers_per_stage))
@@ -95,9 +95,21 @@ def test_pod4_has_a_global_batch_of_128(pod4):
     assert BatchPlan.from_section(pod4.batch).global_batch_size == 128
 
 
+@pytest.mark.parametrize("name", ["vit_gpu", "vit_gpu4", "vit_pod16"])
+def test_other_machines_train_by_the_recipe_of_pod4(pod4, name):
+    config = read_config([FOLDER / f"{name}.yaml"])
+    assert BatchPlan.from_section(config.batch).global_batch_size == 128
+    for key in ("model", "schedule", "train"):
+        assert config.model_dump()[key] == pod4.model_dump()[key]
+    for key in ("root", "split", "val_fraction", "image_size", "split_seed"):
+        assert getattr(config.data, key) == getattr(pod4.data, key)
+    for key in ("name", "lr", "weight_decay"):
+        assert getattr(config.optim, key) == getattr(pod4.optim, key)
+
+
 def test_pod4_reads_from_dataset_dir(monkeypatch):
     monkeypatch.setenv("DATASET_DIR", "/disk")
-    assert load_config([FOLDER / "vit_pod4.yaml"]).data.root == "/disk/chest-xray-nihcc"
+    assert read_config([FOLDER / "vit_pod4.yaml"]).data.root == "/disk/chest-xray-nihcc"
 
 
 def test_demo_needs_no_download(demo):

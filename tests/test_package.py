@@ -207,3 +207,11 @@ def test_installed_command_writes_and_describes_a_data_set(outside, tmp_path):
     outside("sample", "--out", "sample", "--images", "60", "--size", "32")
     outside("data-report", "data.root=sample", "data.image_size=32", "data.val_fraction=0.2")
     assert "<html" in (tmp_path / "data_report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_installed_command_trains_and_evaluates(outside, tmp_path):
+    overrides = ["data.sample_images=60", "train.steps=1", "run.dir=run"]
+    outside("train", "--config", "vit_demo", *overrides)
+    outside("evaluate", "--checkpoint", "run")
+    assert (tmp_path / "run" / "report" / "metrics.json").is_file()
