@@ -410,7 +410,7 @@ def test_missing_file_is_named(tmp_path):
     file = tmp_path / "absent.yaml"
     message = problem([file])
     assert message.startswith(f"{file}: ")
-    assert "No such file" in message
+    assert "no such file" in message
 
 
 def test_folder_instead_of_a_file_is_named(tmp_path):

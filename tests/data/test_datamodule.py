@@ -10,9 +10,8 @@ from typing import Dict, Optional
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.schema import BatchSection, Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.splits import SPLIT_NAMES
@@ -49,7 +48,9 @@ def root(tmp_path: Path) -> Path:
 
 def module_of(root: Path, **changes: object) -> ChestXrayDataModule:
     settings: Dict[str, object] = {"val_fraction": 0.2, "image_size": 16, **changes}
-    return ChestXrayDataModule(Config(data=DataSection(root=str(root), **settings)))
+    module = ChestXrayDataModule(Config(data=DataSection(root=str(root), **settings)))
+    module.setup()
+    return module
 
 
 def test_the_module_combines_csv_splits_and_images(root: Path) -> None:
@@ -246,3 +247,26 @@ def test_an_absent_root_without_a_sample_explains_where_to_get_data(
         module_of(tmp_path / "absent", csv=given)
     assert "DATASET_DIR" in str(caught.value) and "NIH" in str(caught.value)
     assert "python -m cxr_vit sample --out" in str(caught.value)
+
+
+def test_the_constructor_reads_nothing(tmp_path: Path) -> None:
+    data = DataSection(root=str(tmp_path / "absent"))
+    assert len(ChestXrayDataModule(Config(data=data)).names) == 14
+
+
+def test_the_training_loader_yields_the_host_batches_of_an_epoch(root: Path) -> None:
+    batch = BatchSection(micro_batch_size=2, gradient_accumulation=2, device_iterations=2)
+    data = DataSection(root=str(root), val_fraction=0.2, image_size=16)
+    module = ChestXrayDataModule(Config(data=data, batch=batch))
+    batches = list(module.train_dataloader())
+    assert {tuple(batch.images.shape) for batch in batches} == {(8, 1, 16, 16)}
+    rows = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(set(rows)) == len(rows) == len(module.splits.train) // 8 * 8
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_evaluation_loaders_yield_each_image_once_in_order(root: Path, split: str) -> None:
+    module = module_of(root)
+    batches = list(getattr(module, f"{split}_dataloader")())
+    rows = torch.cat([batch.indices for batch in batches]).tolist()
+    assert rows == list(range(len(getattr(module.splits, split))))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import List
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import DataSection
-from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.data.datamodule import ChestXrayDataModule, _Content
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.nih import RELABELS, Records, read_records
@@ -236,10 +237,11 @@ def test_a_patient_split_of_the_real_images_is_near_its_fractions(
 
 
 def test_the_loss_of_the_prevalence_alone_is_0_1637(community: Path, annotated: Records) -> None:
-    # The images are not available; prevalence() needs only these attributes.
-    module = ChestXrayDataModule.__new__(ChestXrayDataModule)
-    module.records = annotated
-    module.splits = make_splits(annotated, community, DataSection(root=str(community)))
+    # The images are not available; prevalence() needs only the records and the splits.
+    data = DataSection(root=str(community))
+    module = ChestXrayDataModule(Config(data=data))
+    splits = make_splits(annotated, community, data)
+    module._content = _Content(Path(), None, annotated, splits, pd.DataFrame())
     assert len(module.splits.train) == 75_312
     prior = module.prevalence()
     labels = module.records.labels[module.splits.train]

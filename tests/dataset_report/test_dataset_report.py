@@ -71,6 +71,10 @@ class Report(NamedTuple):
         return {part: csv[csv["Image Index"].isin(images)] for part, images in listed.items()}
 
 
+def _replace_skipped(monkeypatch, module, skipped):
+    monkeypatch.setattr(module, "_content", module.content._replace(skipped=skipped))
+
+
 def report_of(module: ChestXrayDataModule, folder: Path, **options: int) -> Report:
     text = write_data_report(module, folder / "report.html", **options)
     return Report(module, text, (folder / "report.html").read_text(encoding="utf-8"))
@@ -415,7 +419,7 @@ def test_rare_reasons_come_first_and_the_remaining_ones_are_summed(report, tmp_p
     reasons = ["missing"] * 20 + [f"reason {number}" for number in range(12)]
     names = [f"{number}.png" for number in range(32)]
     skipped = pd.DataFrame({"image": names, "reason": reasons})
-    monkeypatch.setattr(report.module, "skipped", skipped)
+    _replace_skipped(monkeypatch, report.module, skipped)
     changed = report_of(report.module, tmp_path)
     counts = changed.tables()["Reasons"][1:]
     assert counts[0] == ["20", "missing"]
@@ -429,7 +433,7 @@ def test_three_images_of_each_reason_are_named(report, tmp_path, monkeypatch):
     names = [f"{number}.png" for number in range(15)]
     reasons = ["missing"] * 10 + ["empty"] * 5
     skipped = pd.DataFrame({"image": names, "reason": reasons})
-    monkeypatch.setattr(report.module, "skipped", skipped)
+    _replace_skipped(monkeypatch, report.module, skipped)
     some = report_of(report.module, tmp_path).tables()[EXAMPLES][1:]
     assert [name for name, _ in some] == [*names[10:13], *names[:3]]
 
@@ -442,7 +446,7 @@ def test_no_skipped_images_are_reported_as_none(report):
 def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
     module = ChestXrayDataModule(Config(data=hand_made))
     bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
-    monkeypatch.setattr(module, "skipped", bell)
+    _replace_skipped(monkeypatch, module, bell)
     monkeypatch.setattr(report_page, "choose_images", lambda *_, **__: [0])
     report = report_of(module, tmp_path)
     assert "<script" not in report.page and "<b>&lt;" not in report.page
