@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import IO, Callable, Iterator, Optional, Sequence
 
-from cxr_vit.errors import DataError
+from cxr_vit.errors import CheckpointError, DataError
 
+#: File that makes a folder a checkpoint.
+STATE = "trainer_state.json"
 #: Seconds between attempts to take a lock.
 _POLL_S = 0.2
 
@@ -100,3 +102,44 @@ def find_file(
     if not Path(given).is_file():
         raise DataError(f"{key}={given}: no such file. Correct {key} or leave it out.")
     return Path(given)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Return a checkpoint's folder: the path itself, or `best` (else `last`) of a run's folder.
+
+    Raises CheckpointError if it is neither.
+    """
+    if (path / STATE).is_file():
+        return path
+    for name in ("best", "last"):
+        if (path / "checkpoints" / name / STATE).is_file():
+            return path / "checkpoints" / name
+    if path.is_file():
+        problem = "it is a file, and a checkpoint is a folder"
+        if (path.parent / STATE).is_file():
+            raise CheckpointError(f"{path} is not a checkpoint: {problem}. Use {path.parent}.")
+    elif (path / "config.yaml").is_file():
+        problem = "this run has saved none yet"
+    else:
+        problem = f"it has no {STATE}" if path.is_dir() else "there is no such folder"
+    raise CheckpointError(
+        f"{path} is not a checkpoint: {problem}. Use a run's folder or a folder such as"
+        " runs/<name>/checkpoints/best."
+    )
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint belongs to.
+
+    Raises CheckpointError if no config.yaml is two folders above it.
+    """
+    # By the text of the path, so that messages show the path as given although `best` is a link.
+    folder = Path(os.path.normpath(checkpoint / ".." / ".."))
+    if not (folder / "config.yaml").is_file():
+        folder = checkpoint.resolve().parent.parent  # a link from elsewhere
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{checkpoint} is not in a run's folder: no {folder / 'config.yaml'}. Use a folder such"
+            " as runs/<name>/checkpoints/best."
+        )
+    return folder

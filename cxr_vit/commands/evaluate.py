@@ -13,7 +13,8 @@ from rich.console import Console
 from cxr_vit.cli import evaluate_arguments
 from cxr_vit.config import check, read_config
 from cxr_vit.data.text_files import check_data_root
-from cxr_vit.training.run_folder import RunFolder, checkpoint_of, run_of_checkpoint
+from cxr_vit.files import checkpoint_of, run_of_checkpoint
+from cxr_vit.training.run_folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:

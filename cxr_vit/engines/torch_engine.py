@@ -32,7 +32,7 @@ from cxr_vit.engines.optim import check_kind, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.module import ViTModule
-from cxr_vit.model.optim import learning_rate_ratios
+from cxr_vit.model.optim import freeze_others, learning_rate_ratios
 
 
 class TorchEngineBase(Engine):
@@ -79,6 +79,7 @@ class TorchEngineBase(Engine):
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
+        freeze_others(self.model, self.optimizer)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
         self.optimizer_kind = f"torch.{type(self.optimizer).__name__}"
         self.scaler = scaler
@@ -211,6 +212,7 @@ class TorchEngineBase(Engine):
             name: {
                 slot: torch.as_tensor(value).detach().cpu().clone()
                 for slot, value in self.optimizer.state[parameter].items()
+                if value is not None  # torch 2.0's SGD without momentum
             }
             for name, parameter in self.model.hub_parameters()
             if parameter in self.optimizer.state
@@ -224,7 +226,7 @@ class TorchEngineBase(Engine):
         self.model.load_weights(state.weights)
         self.optimizer.state.clear()
         for name, parameter in self.model.hub_parameters():
-            if state.optimizer and name not in state.optimizer:
+            if state.optimizer and parameter.requires_grad and name not in state.optimizer:
                 raise CheckpointError(f"the checkpoint lacks the optimizer state of {name}.")
             if name in state.optimizer:
                 self.optimizer.state[parameter] = {

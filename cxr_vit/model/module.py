@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
-from cxr_vit.config import Config, StagePlan
+from cxr_vit.config import Config, StagePlan, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
+from cxr_vit.files import checkpoint_of, run_of_checkpoint
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.optim import build_optimizer, parameter_groups
 from cxr_vit.model.schedule import LearningRate
@@ -88,11 +89,19 @@ class ViTModule(nn.Module):
         cls: Type[ModuleType],
         checkpoint: Union[str, Path],
         data: Optional[ChestXrayDataModule] = None,
-        *,
-        config: Config,
+        config: Optional[Config] = None,
     ) -> ModuleType:
-        """Return a module with the weights of a checkpoint."""
-        return cls(config, data, checkpoint=checkpoint)
+        """Return a module with the weights of a checkpoint.
+
+        `checkpoint` is its folder, or the folder of a run, then its `best`. Without `config` the
+        module has the configuration of the run.
+
+        Raises CheckpointError if there is no checkpoint.
+        """
+        folder = checkpoint_of(Path(checkpoint))
+        if config is None:
+            config = load_config(run_of_checkpoint(folder) / "config.yaml")
+        return cls(config, data, checkpoint=folder)
 
     def setup(self, *, for_ipu: bool = False) -> None:
         """Build the model. The trainer calls it; call it to look at `model` before a run.
@@ -175,8 +184,8 @@ class ViTModule(nn.Module):
     def parameter_groups(self) -> List[Dict[str, Any]]:
         """Return the parameters in groups, as torch's optimizers take them.
 
-        The parameters are those of this process's stages (`model.hub_parameters`). A group's own
-        ``"lr"`` keeps its ratio to `optim.lr` under the schedule.
+        The parameters are those of this process's stages (`model.hub_parameters`); those in no
+        group are frozen. A group's own ``"lr"`` keeps its ratio to `optim.lr` under the schedule.
         """
         return parameter_groups(self.model.hub_parameters(), self.config.optim)
 

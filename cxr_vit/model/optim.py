@@ -57,3 +57,11 @@ def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.
 def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:
     """Return the rate of each group divided by `lr`, which the schedule keeps."""
     return [group["lr"] / lr for group in optimizer.param_groups]
+
+
+def freeze_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Freeze the parameters in no group: their gradients would only add up and be clipped."""
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for parameter in model.parameters():
+        if id(parameter) not in trained and not parameter.is_meta:
+            parameter.requires_grad_(False)

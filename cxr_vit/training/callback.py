@@ -3,6 +3,7 @@
 A run calls the hooks in this order::
 
     setup                        # before compilation
+    if a run is resumed: on_load_checkpoint
     on_fit_start, on_train_start
     for each host batch:
         on_train_epoch_start     # at the first host batch of an epoch

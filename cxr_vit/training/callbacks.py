@@ -104,10 +104,10 @@ class EarlyStopping(Callback):
         """Count the validations since the best score."""
         if not trainer.is_fitting:
             return
-        if self.monitor not in trainer.callback_metrics:
+        if self.monitor not in trainer.callback_metrics and self.patience is not None:
             known = ", ".join(trainer.validation_outputs.tagged())
             raise ConfigError(f"EarlyStopping: no metric {self.monitor!r}. There are: {known}.")
-        score = trainer.callback_metrics[self.monitor]
+        score = trainer.callback_metrics.get(self.monitor)
         if score is not None and (self.best is None or self.sign * (score - self.best) > 0):
             self.best, self.since_best = score, 0
             return

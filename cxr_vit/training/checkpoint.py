@@ -21,9 +21,8 @@ from torch import Tensor
 
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
-from cxr_vit.files import remove
+from cxr_vit.files import STATE, remove
 from cxr_vit.model.module import WEIGHTS
-from cxr_vit.training.run_folder import STATE
 
 OPTIMIZER = "optimizer.safetensors"
 _STEP_NAME = re.compile(r"^step_(\d{8})$")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import re
 import subprocess
@@ -18,7 +17,7 @@ from cxr_vit.config import Config, dump_config, load_config, read_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.files import lock, write_text
+from cxr_vit.files import STATE, lock, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: File that makes a folder a checkpoint.
-STATE = "trainer_state.json"
 #: Held while a process writes the run.
 _LOCK = ".lock"
 #: The loader processes of a killed process keep its lock until they notice: torch's look for their
@@ -339,44 +336,3 @@ def newest_run(run: RunSection) -> Path:
             f"nothing to resume: no {run.root}/{run.name}-* has a checkpoint. {_RESUME_HINT}"
         )
     return max(runs, key=lambda folder: folder.name)
-
-
-def checkpoint_of(path: Path) -> Path:
-    """Return a checkpoint's folder: the path itself, or `best` (else `last`) of a run's folder.
-
-    Raises CheckpointError if it is neither.
-    """
-    if (path / STATE).is_file():
-        return path
-    for name in ("best", "last"):
-        if (path / "checkpoints" / name / STATE).is_file():
-            return path / "checkpoints" / name
-    if path.is_file():
-        problem = "it is a file, and a checkpoint is a folder"
-        if (path.parent / STATE).is_file():
-            raise CheckpointError(f"{path} is not a checkpoint: {problem}. Use {path.parent}.")
-    elif (path / "config.yaml").is_file():
-        problem = "this run has saved none yet"
-    else:
-        problem = f"it has no {STATE}" if path.is_dir() else "there is no such folder"
-    raise CheckpointError(
-        f"{path} is not a checkpoint: {problem}. Use a run's folder or a folder such as"
-        " runs/<name>/checkpoints/best."
-    )
-
-
-def run_of_checkpoint(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint belongs to.
-
-    Raises CheckpointError if no config.yaml is two folders above it.
-    """
-    # By the text of the path, so that messages show the path as given although `best` is a link.
-    folder = Path(os.path.normpath(checkpoint / ".." / ".."))
-    if not (folder / "config.yaml").is_file():
-        folder = checkpoint.resolve().parent.parent  # a link from elsewhere
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{checkpoint} is not in a run's folder: no {folder / 'config.yaml'}. Use a folder such"
-            " as runs/<name>/checkpoints/best."
-        )
-    return folder

@@ -26,6 +26,7 @@ from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
 from cxr_vit.evaluation.metrics import Scores, probabilities
+from cxr_vit.files import checkpoint_of
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, EvalOutputs, TrainOutputs
 from cxr_vit.training.callbacks import MONITOR, default_callbacks
@@ -33,12 +34,15 @@ from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import load_extension
 from cxr_vit.training.loggers import BUILT_IN, Logger
-from cxr_vit.training.run_folder import RunFolder, checkpoint_of, create_run, find_run
+from cxr_vit.training.run_folder import RunFolder, create_run, find_run
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, Path]
+
+#: Settings that the shapes of images and labels depend on.
+_SHAPES = ("data.image_size", "data.include_no_finding")
 
 
 class Trainer:
@@ -164,18 +168,22 @@ class Trainer:
         self.train_data = datamodule.dataset("train", augmented=True)
         self.val_data = datamodule.dataset("val")
         self.durations = Durations.from_section(self.config.train, self.batch, len(self.train_data))
-        state = self._restore(found.checkpoint, found.restarted) if found.checkpoint else None
-        if self.is_complete:
+        restored = self._restore(found.checkpoint, found.restarted) if found.checkpoint else None
+        if found.folder:
+            self._use_run(found.folder)
+        if restored and self.is_complete:
+            module.model.load_weights(restored[0].weights)
             self._print(
                 f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to do."
                 " To train on, raise train.epochs or train.steps."
             )
             return
-        self.run = found.folder or create_run(self.config.run, self.launch)
-        self.checkpoints = CheckpointStore(self.run.checkpoints, writes=self.run.writes)
+        if not found.folder:
+            self._use_run(create_run(self.config.run, self.launch))
         with self.run.locked(), self._building_engine("fit"):
-            if state is not None:
-                self.engine.load_state_dict(state)
+            if restored:
+                self.engine.load_state_dict(restored[0])
+                self._restore_callbacks(restored[1])
             self._describe_run(is_new=found.folder is None)
             with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
                 self._fit()
@@ -241,6 +249,7 @@ class Trainer:
         `fit`, `validate` and `test` do it. Raises DataError if this process has other data: its
         rows would be other images.
         """
+        self._refuse_other_config("data module", datamodule.config, _SHAPES)
         processes = coordinator(self.launch)
         self.datamodule = datamodule
         datamodule.once = processes.call_once
@@ -255,21 +264,27 @@ class Trainer:
 
     def _open_module(self, module: ViTModule) -> None:
         """Set the module up; ConfigError if it was made with another configuration."""
-        own, its = self.config.flat(), module.config.flat()
+        keys = [
+            key
+            for key in self.config.flat()
+            if key.startswith(("model.", "pipeline.", "optim.", "schedule.")) or key == "run.seed"
+        ]
+        if module.checkpoint:  # then the name is its path
+            keys.remove("model.name")
+        self._refuse_other_config("module", module.config, [*keys, *_SHAPES])
+        self.module = module
+        module.setup(for_ipu=self.choice.is_ipu)
+
+    def _refuse_other_config(self, what: str, config: Config, keys: Sequence[str]) -> None:
+        own, its = self.config.flat(), config.flat()
         differing = [
-            f"{key}={its[key]} there, {value} here"
-            for key, value in own.items()
-            if key.startswith(("model.", "pipeline.", "optim.", "schedule."))
-            and key != "model.name"  # a checkpoint's path in a module that was loaded from it
-            and its[key] != value
+            f"{key}={its[key]} there, {own[key]} here" for key in keys if its[key] != own[key]
         ]
         if differing:
             raise ConfigError(
-                "the module was made with another configuration than the trainer:"
+                f"the {what} was made with another configuration than the trainer:"
                 f" {'; '.join(differing)}. Give both the same."
             )
-        self.module = module
-        module.setup(for_ipu=self.choice.is_ipu)
 
     @contextlib.contextmanager
     def _building_engine(self, stage: str) -> Iterator[None]:
@@ -310,8 +325,12 @@ class Trainer:
             )
         return self.run.checkpoints / str(ckpt_path)
 
-    def _restore(self, checkpoint: Path, restarted: bool) -> EngineState:
-        """Restore the trainer's and the callbacks' state; return the engine's.
+    def _use_run(self, folder: RunFolder) -> None:
+        self.run = folder
+        self.checkpoints = CheckpointStore(folder.checkpoints, writes=folder.writes)
+
+    def _restore(self, checkpoint: Path, restarted: bool) -> Tuple[EngineState, Dict[str, Any]]:
+        """Restore the trainer's state; return the engine's and the content of trainer_state.json.
 
         Raises CheckpointError if the checkpoint is damaged, of other data, or past the end of this
         run.
@@ -335,14 +354,17 @@ class Trainer:
         self.global_step = self._saved_step = step
         self.evaluated_step = self._saved_validation = trainer_state["evaluated_step"]
         self.best_score = trainer_state["best_score"]
+        # A restarted run may have been started with this option; its checkpoints are complete.
+        if self.config.train.resume_weights_only and not restarted:
+            state = EngineState(state.weights, scalars={"updates": float(step)})
+        return state, trainer_state
+
+    def _restore_callbacks(self, trainer_state: Dict[str, Any]) -> None:
+        """Restore the callbacks' state, after their `setup`, which may set the initial one."""
+        self._notify("on_load_checkpoint", trainer_state)
         for callback in self.callbacks:
             if callback.state_key in trainer_state["callbacks"]:
                 callback.load_state_dict(trainer_state["callbacks"][callback.state_key])
-        self._notify("on_load_checkpoint", trainer_state)
-        # A restarted run may have been started with this option; its checkpoints are complete.
-        if self.config.train.resume_weights_only and not restarted:
-            return EngineState(state.weights, scalars={"updates": float(step)})
-        return state
 
     def _resume_facts(self) -> Dict[str, Any]:
         """Return the facts that must match on resume."""

@@ -39,7 +39,7 @@ from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.module import ViTModule
-from cxr_vit.model.optim import learning_rate_ratios
+from cxr_vit.model.optim import freeze_others, learning_rate_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class PopTorchEngine(Engine):
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
         self.optimizer = module_optimizer(module, config.optim)
+        freeze_others(self.model, self.optimizer)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0

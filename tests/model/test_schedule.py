@@ -3,53 +3,28 @@ from typing import Callable, Iterator, List
 
 import pytest
 
-from cxr_vit.config import BatchPlan, load_config
-from cxr_vit.training.schedule import Durations, LearningRate
+from cxr_vit.config import read_config
+from cxr_vit.model.schedule import LearningRate
 
 POD4 = Path(__file__).parents[2] / "configs" / "vit_pod4.yaml"
-
-
-def durations(num_samples: int, *overrides: str) -> Durations:
-    config = load_config([], overrides)
-    return Durations.from_section(config.train, BatchPlan.from_section(config.batch), num_samples)
+#: Steps of Graphcore's tutorial: 3 epochs of 832.
+TUTORIAL_STEPS = 2496
 
 
 def rate(total_steps: int, *overrides: str) -> LearningRate:
-    config = load_config([], overrides)
+    config = read_config([], overrides)
     return LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=total_steps)
 
 
 @pytest.fixture
-def tutorial() -> Durations:
-    config = load_config([POD4])
-    return Durations.from_section(config.train, BatchPlan.from_section(config.batch), 106_514)
-
-
-@pytest.fixture
-def tutorial_rate(tutorial: Durations) -> LearningRate:
-    config = load_config([POD4])
+def tutorial_rate() -> LearningRate:
+    config = read_config([POD4])
     return LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=tutorial.total_steps
+        config.schedule, peak=config.optim.lr, total_steps=TUTORIAL_STEPS
     )
 
 
 # The numbers of Graphcore's tutorial
-
-
-def test_tutorial_has_832_steps_per_epoch(tutorial):
-    assert tutorial.steps_per_epoch == 832
-
-
-def test_tutorial_has_2496_steps(tutorial):
-    assert tutorial.total_steps == 2496
-
-
-def test_tutorial_saves_every_1000_steps(tutorial):
-    assert tutorial.checkpoint_every == 1000
-
-
-def test_tutorial_validates_every_epoch(tutorial):
-    assert tutorial.eval_every == 832
 
 
 @pytest.mark.parametrize(
@@ -67,68 +42,6 @@ def test_peak_of_the_tutorial_is_at_the_end_of_the_warm_up(tutorial_rate):
     assert tutorial_rate.warmup_steps == 624
     assert tutorial_rate.at(624) == 2e-4
     assert max(tutorial_rate.at(step) for step in range(2497)) == 2e-4
-
-
-# Durations
-
-
-def test_epoch_is_the_number_of_whole_batches_in_the_samples():
-    assert durations(99, "batch.global_batch_size=10").steps_per_epoch == 9
-    assert durations(100, "batch.global_batch_size=10").steps_per_epoch == 10
-
-
-def test_epoch_has_at_least_one_step():
-    found = durations(3, "batch.global_batch_size=10", "train.epochs=4")
-    assert (found.steps_per_epoch, found.total_steps) == (1, 4)
-
-
-def test_steps_are_used_as_given():
-    found = durations(
-        100,
-        "train.steps=7",
-        "train.eval_every_steps=2",
-        "train.checkpoint_every_steps=3",
-    )
-    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (7, 2, 3)
-
-
-def test_fraction_of_an_epoch_is_rounded_to_steps():
-    found = durations(
-        100,
-        "train.epochs=0.5",
-        "train.eval_every_epochs=0.251",
-        "train.checkpoint_every_epochs=0.257",
-    )
-    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (50, 25, 26)
-
-
-def test_no_duration_is_0():
-    found = durations(
-        100,
-        "train.epochs=0.001",
-        "train.eval_every_epochs=0.001",
-        "train.checkpoint_every_epochs=0.001",
-    )
-    assert (found.total_steps, found.eval_every, found.checkpoint_every) == (1, 1, 1)
-
-
-def test_run_is_a_whole_number_of_host_calls():
-    found = durations(100, "train.epochs=1", "batch.device_iterations=8")
-    assert found.total_steps == 96
-
-
-def test_run_is_at_least_one_host_call():
-    found = durations(3, "train.epochs=1", "batch.device_iterations=8")
-    assert found.total_steps == 8
-
-
-def test_description_has_the_numbers():
-    text = Durations(832, 2496, 416, 1000).describe()
-    assert text == ("2496 steps, 832 per epoch; validation every 416, checkpoint every 1000 steps")
-
-
-def test_description_of_a_resumed_run_names_the_first_step():
-    assert Durations(832, 2496, 416, 1000).describe(50).startswith("from step 50 on, 2496 steps")
 
 
 # The learning rate

@@ -1,18 +1,21 @@
-import numpy as np
 import pytest
 import torch
+from conftest import module_of
 from torch import nn
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.data.labels import FINDINGS
-from cxr_vit.engines.optim import build_optimizer, check_kind, parameter_groups
-from cxr_vit.errors import CheckpointError
-from cxr_vit.model.stages import StagedViT
+from cxr_vit.errors import ConfigError
+from cxr_vit.model.optim import (
+    build_optimizer,
+    freeze_others,
+    learning_rate_ratios,
+    parameter_groups,
+)
 
 
 @pytest.fixture
 def model(make_config):
-    return StagedViT.from_config(make_config(), names=FINDINGS, prevalence=np.full(14, 0.1))
+    return module_of(make_config()).model
 
 
 def names_of(model, group):
@@ -44,9 +47,9 @@ def test_decay_all_decays_all_parameters(model):
 
 def test_weight_decay_shrinks_only_decayed_parameters():
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer(
-        [("a.weight", weight), ("a.bias", bias)], OptimSection(lr=0.1, weight_decay=0.5)
-    )
+    optim = OptimSection(lr=0.1, weight_decay=0.5)
+    groups = parameter_groups([("a.weight", weight), ("a.bias", bias)], optim)
+    optimizer = build_optimizer(groups, optim)
     weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.allclose(weight, torch.full((2, 2), 0.95))
@@ -55,36 +58,28 @@ def test_weight_decay_shrinks_only_decayed_parameters():
 
 def test_settings_are_passed_to_the_optimizer():
     optim = OptimSection(lr=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
-    optimizer = build_optimizer([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
+    groups = parameter_groups([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
+    optimizer = build_optimizer(groups, optim)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.95), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        ("torch.AdamW", "torch.AdamW"),
-        ("torch.AdamW", "poptorch.AdamW"),
-        ("poptorch.AdamW", "torch.AdamW"),
-        ("poptorch.LAMB", "poptorch.LAMB"),
-        ("", "torch.SGD"),
-    ],
-)
-def test_state_of_the_same_meaning_is_accepted(given, own):
-    check_kind(given, own)
+def test_optimizer_of_poptorch_is_refused_with_advice():
+    with pytest.raises(ConfigError, match=r"torch has adamw and sgd.*engine\.name=poptorch"):
+        build_optimizer([], OptimSection(name="lamb"))
 
 
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        ("torch.SGD", "poptorch.SGD"),  # PopART's velocity is scaled with the loss
-        ("poptorch.LAMB", "torch.AdamW"),
-        ("torch.AdamW", "torch.SGD"),
-        ("poptorch.AdamW", "poptorch.LAMB"),
-    ],
-)
-def test_state_of_another_meaning_is_refused_with_advice(given, own):
-    with pytest.raises(CheckpointError, match=r"train\.resume_weights_only=true") as caught:
-        check_kind(given, own)
-    assert given in str(caught.value)
-    assert own in str(caught.value)
+def test_ratios_are_those_of_the_groups_own_rates():
+    groups = [
+        {"params": [nn.Parameter(torch.ones(1))]},
+        {"params": [nn.Parameter(torch.ones(1))], "lr": 0.02},
+    ]
+    optimizer = build_optimizer(groups, OptimSection(lr=0.2))
+    assert learning_rate_ratios(optimizer, 0.2) == [1.0, pytest.approx(0.1)]
+
+
+def test_parameters_in_no_group_are_frozen(model):
+    head = [parameter for name, parameter in model.hub_parameters() if "classifier" in name]
+    freeze_others(model, torch.optim.SGD(head, lr=0.1))
+    trained = [name for name, parameter in model.hub_parameters() if parameter.requires_grad]
+    assert trained == ["classifier.weight", "classifier.bias"]
