@@ -493,7 +493,8 @@ def _require(package: str) -> None:
 
 def _unavailable(service: str, error: Exception, advice: str, first_step: int) -> None:
     """Raise ConfigError in a new run; a resumed run trains on without the service."""
-    text = f"{service} cannot be reached: {str(error).rstrip('.')}."
+    reason = str(error).strip().split("\n")[0]  # what follows is advice on their Python API
+    text = f"{service} cannot be used: {reason.rstrip('.')}."
     if not first_step:
         raise ConfigError(f"{text} Either {advice}, or take it out of loggers.") from error
     logger.warning("%s The resumed run logs nothing there.", text)
