@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import json
 import math
@@ -8,39 +7,53 @@ import pytest
 import torch
 from rich.console import Console
 
-from cxr_vit.engines.base import StepOutput
-from cxr_vit.errors import NonFiniteLoss
-from cxr_vit.training.callbacks import EarlyStopping, NonFiniteGuard, ProgressDisplay
-from cxr_vit.training.trainer import EvalEnd, StepEnd
+from cxr_vit.errors import ConfigError, NonFiniteLoss
+from cxr_vit.training.callback import EvalOutputs, TrainOutputs
+from cxr_vit.training.callbacks import (
+    EarlyStopping,
+    NonFiniteGuard,
+    ProgressDisplay,
+    default_callbacks,
+)
 
 
-def step_end(losses, *, first_step=0):
-    output = StepOutput(torch.tensor(losses), None, 2 * len(losses))
-    return StepEnd(first_step, first_step + len(losses), output, 1e-3, 0.0, 1.0)
+def outputs(losses, *, first_step=0, grad_norm=None):
+    step = first_step + len(losses)
+    count = 2 * len(losses)
+    return TrainOutputs(first_step, step, torch.tensor(losses), grad_norm, count, 1e-3, 0.0, 1.0)
 
 
-def eval_end(score, step=1):
+def scored(score, step=1):
     scores = {"auroc_macro": score, "auroc_defined": 13, "num_findings": 14}
     empty = torch.zeros(2, 1)
-    return EvalEnd(step, 0.1, scores, empty, empty, 1.0)
+    return EvalOutputs("val", step, 0.1, scores, empty, empty, 1.0)
 
 
 class FakeTrainer:
     """Records what a callback requests."""
 
-    step = 0
+    global_step = 0
+    is_fitting = True
     durations = SimpleNamespace(total_steps=4)
     checkpoints = SimpleNamespace(linked=lambda name: None)
     train_data = SimpleNamespace(image_names=[f"{row:08d}_000.png" for row in range(10)])
 
     def __init__(self):
         self.reasons = []
+        self.callback_metrics = {}
+
+    def validated(self, result, *callbacks):
+        """Call the hook as after a validation."""
+        self.validation_outputs = result
+        self.callback_metrics.update(result.tagged())
+        for callback in callbacks:
+            callback.on_validation_end(self, None)
 
     def rows(self, step):
         return {11: [0, 1], 41: [1, 2], 42: [7, 8]}[step]
 
     def is_due(self, first_step, every):
-        return self.step % every == 0
+        return self.global_step % every == 0
 
     def request_stop(self, reason):
         self.reasons.append(reason)
@@ -51,25 +64,23 @@ class FakeTrainer:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_loss_names_the_step_and_its_images(bad):
-    event = step_end([0.5, bad], first_step=41)
+    event = outputs([0.5, bad], first_step=41)
     with pytest.raises(
         NonFiniteLoss, match=r"at step 42 .*00000007_000\.png, 00000008_000\.png"
     ) as caught:
-        NonFiniteGuard().on_step_end(FakeTrainer(), event)
+        NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, event, None, 0)
     assert "00000001_000.png" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_gradient_is_reported_although_the_loss_is_finite(bad):
-    event = step_end([0.5, 0.4], first_step=10)
-    output = event.output._replace(grad_norm=torch.tensor([1.0, bad]))
-    event = dataclasses.replace(event, output=output)
+    event = outputs([0.5, 0.4], first_step=10, grad_norm=torch.tensor([1.0, bad]))
     with pytest.raises(NonFiniteLoss, match=r"gradient norm is .* at step 11"):
-        NonFiniteGuard().on_step_end(FakeTrainer(), event)
+        NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, event, None, 0)
 
 
 def test_finite_loss_passes():
-    NonFiniteGuard().on_step_end(FakeTrainer(), step_end([0.5, 0.1]))
+    NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, outputs([0.5, 0.1]), None, 0)
 
 
 # EarlyStopping
@@ -78,9 +89,9 @@ def test_finite_loss_passes():
 def test_early_stopping_waits_for_its_patience():
     stopping, trainer = EarlyStopping(2), FakeTrainer()
     for score in (0.5, 0.6, 0.59, 0.7, 0.7):
-        stopping.on_eval_end(trainer, eval_end(score))
+        trainer.validated(scored(score), stopping)
     assert trainer.reasons == []
-    stopping.on_eval_end(trainer, eval_end(0.69))
+    trainer.validated(scored(0.69), stopping)
     assert len(trainer.reasons) == 1
     assert "2 validations" in trainer.reasons[0]
     assert "0.7000" in trainer.reasons[0]
@@ -89,29 +100,67 @@ def test_early_stopping_waits_for_its_patience():
 def test_early_stopping_without_patience_never_stops():
     stopping, trainer = EarlyStopping(None), FakeTrainer()
     for _ in range(20):
-        stopping.on_eval_end(trainer, eval_end(0.5))
+        trainer.validated(scored(0.5), stopping)
     assert trainer.reasons == []
 
 
 def test_undefined_score_counts_as_no_improvement():
     stopping, trainer = EarlyStopping(1), FakeTrainer()
-    stopping.on_eval_end(trainer, eval_end(None))
+    trainer.validated(scored(None), stopping)
     assert len(trainer.reasons) == 1
 
 
 def test_early_stopping_continues_after_a_resume():
     before, after, trainer = EarlyStopping(2), EarlyStopping(2), FakeTrainer()
-    before.on_eval_end(trainer, eval_end(0.8))
-    before.on_eval_end(trainer, eval_end(0.7))
+    trainer.validated(scored(0.8), before)
+    trainer.validated(scored(0.7), before)
     after.load_state_dict(before.state_dict())
-    after.on_eval_end(trainer, eval_end(0.75))
+    trainer.validated(scored(0.75), after)
     assert len(trainer.reasons) == 1
 
 
 def test_state_before_the_first_score_is_valid_json():
     stopping = EarlyStopping(2)
     stopping.load_state_dict(json.loads(json.dumps(EarlyStopping(2).state_dict())))
-    assert stopping.best == -math.inf
+    assert stopping.best is None
+
+
+def test_any_metric_can_be_monitored():
+    stopping, trainer = EarlyStopping(1, monitor="val/loss", mode="min"), FakeTrainer()
+    trainer.validated(scored(0.5), stopping)
+    assert (stopping.best, trainer.reasons) == (0.1, [])
+    trainer.validated(scored(0.9), stopping)
+    assert trainer.reasons == [
+        "early stopping: 1 validations without a better val/loss than 0.1000"
+    ]
+
+
+def test_unknown_metric_is_refused_with_those_there_are():
+    trainer = FakeTrainer()
+    with pytest.raises(
+        ConfigError, match=r"no metric 'val/f1'\. There are: val/auroc_macro, .*loss"
+    ):
+        trainer.validated(scored(0.5), EarlyStopping(1, monitor="val/f1"))
+
+
+def test_metric_that_stops_nothing_may_be_absent():
+    """The built-in callback without patience, and a module with other metrics."""
+    stopping, trainer = EarlyStopping(None), FakeTrainer()
+    trainer.validated(EvalOutputs("val", 1, 0.1, {"f1": 0.5}, None, None, 1.0), stopping)
+    assert trainer.reasons == []
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ConfigError, match="mode='best' must be 'max' or 'min'"):
+        EarlyStopping(1, mode="best")
+
+
+def test_validation_outside_a_fit_is_not_counted():
+    stopping, trainer = EarlyStopping(1), FakeTrainer()
+    trainer.is_fitting = False
+    trainer.validated(scored(0.5), stopping)
+    trainer.validated(scored(0.4), stopping)
+    assert (stopping.best, trainer.reasons) == (None, [])
 
 
 # ProgressDisplay
@@ -119,12 +168,12 @@ def test_state_before_the_first_score_is_valid_json():
 
 def displayed(console, steps=4):
     display, trainer = ProgressDisplay(every=2, console=console), FakeTrainer()
-    display.on_fit_start(trainer)
+    display.on_fit_start(trainer, None)
     for first in range(steps):
-        trainer.step = first + 1
-        display.on_step_end(trainer, step_end([0.5], first_step=first))
-    display.on_eval_end(trainer, eval_end(0.5, step=4))
-    display.on_fit_end(trainer)
+        trainer.global_step = first + 1
+        display.on_train_batch_end(trainer, None, outputs([0.5], first_step=first), None, first)
+    trainer.validated(scored(0.5, step=4), display)
+    display.on_fit_end(trainer, None)
     return console.file.getvalue()
 
 
@@ -143,3 +192,55 @@ def test_output_on_a_terminal_is_a_bar():
     assert "\x1b" in text
     for part in ("4/4", "loss 0.5000", "samples/s", "eta"):
         assert part in text
+
+
+def test_scores_of_other_metrics_are_displayed():
+    console = Console(file=io.StringIO())
+    trainer = FakeTrainer()
+    result = EvalOutputs("val", 3, 0.1, {"f1": 0.5}, torch.zeros(2, 1), None, 1.0)
+    trainer.validated(result, ProgressDisplay(every=2, console=console))
+    assert console.file.getvalue().startswith("step 3  val loss 0.1000  auroc_macro undefined")
+
+
+# default_callbacks
+
+
+@pytest.fixture
+def names(make_config):
+    def of(*given, is_main, **engine):
+        config = make_config().changed(engine=engine)
+        return [type(one).__name__ for one in default_callbacks(config, given, is_main=is_main)]
+
+    return of
+
+
+def test_process_that_writes_displays_and_logs(names):
+    assert names(is_main=True) == [
+        "NonFiniteGuard",
+        "EarlyStopping",
+        "MetricsLogging",
+        "FigureLogging",
+        "ProgressDisplay",
+    ]
+
+
+def test_other_process_neither_displays_nor_draws(names):
+    assert names(is_main=False) == ["NonFiniteGuard", "EarlyStopping", "MetricsLogging"]
+
+
+def test_losses_of_synthetic_data_are_not_checked(names):
+    assert names(is_main=False, synthetic_data=True) == ["EarlyStopping", "MetricsLogging"]
+
+
+def test_given_early_stopping_replaces_the_configured_one(names):
+    assert "EarlyStopping" not in names(EarlyStopping(3, mode="min"), is_main=True)
+
+
+def test_patience_is_that_of_the_configuration(make_config):
+    config = make_config("train.early_stopping_patience=7")
+    (stopping,) = [
+        one
+        for one in default_callbacks(config, [], is_main=False)
+        if isinstance(one, EarlyStopping)
+    ]
+    assert stopping.patience == 7

@@ -4,11 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.config import Config, load_config
+from cxr_vit.config import Config, read_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.training.run_folder import RunFolder, open_run, run_of_checkpoint
+from cxr_vit.files import checkpoint_of, run_of_checkpoint
+from cxr_vit.training.run_folder import (
+    FoundRun,
+    RunFolder,
+    create_run,
+    find_run,
+    read_run_config,
+)
 
 SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
 
@@ -87,10 +94,8 @@ def test_run_root_that_is_a_file_is_refused(tmp_path):
 
 def test_files_are_in_the_folder(folder, tmp_path):
     assert folder.config == tmp_path / "config.yaml"
-    assert folder.metrics == tmp_path / "metrics.jsonl"
     assert folder.checkpoints == tmp_path / "checkpoints"
     assert folder.last == tmp_path / "checkpoints" / "last"
-    assert folder.tensorboard == tmp_path / "tensorboard"
 
 
 def test_only_the_report_of_another_split_has_a_suffix(folder, tmp_path):
@@ -99,21 +104,21 @@ def test_only_the_report_of_another_split_has_a_suffix(folder, tmp_path):
 
 
 def test_written_config_repeats_the_run(folder):
-    config = load_config([], ["optim.lr=1e-5", "train.steps=7", "run.name=demo", "run.seed=3"])
+    config = read_config([], ["optim.lr=1e-5", "train.steps=7", "run.name=demo", "run.seed=3"])
     folder.write_config(config)
-    assert load_config([folder.config]) == config
+    assert read_config([folder.config]) == config
 
 
 def test_written_config_leaves_run_dir_out(folder, tmp_path):
-    folder.write_config(load_config([], [f"run.dir={tmp_path}", "run.seed=3"]))
-    again = load_config([folder.config])
+    folder.write_config(read_config([], [f"run.dir={tmp_path}", "run.seed=3"]))
+    again = read_config([folder.config])
     assert again.run.dir is None
     assert again.run.seed == 3
 
 
 def test_written_config_leaves_resume_weights_only_out(folder):
-    folder.write_config(load_config([], ["train.resume_weights_only=true"]))
-    assert load_config([folder.config]).train.resume_weights_only is False
+    folder.write_config(read_config([], ["train.resume_weights_only=true"]))
+    assert read_config([folder.config]).train.resume_weights_only is False
 
 
 def test_written_config_begins_with_the_command_that_repeats_it(folder):
@@ -180,7 +185,7 @@ def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool
     """Create the files of a run that ended `age` seconds ago."""
     path = root / folder
     (path / "checkpoints").mkdir(parents=True)
-    config = load_config([], [*SOUND, f"run.root={root}", *overrides])
+    config = read_config([], [*SOUND, f"run.root={root}", *overrides])
     RunFolder(path, writes=True).write_config(config)
     if saved:
         (path / "checkpoints" / "step_00000010").mkdir()
@@ -191,78 +196,85 @@ def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool
     return path
 
 
-# open_run
+# read_run_config: the command line
+
+
+def resumed(overrides, resume, files=(), launch=None):
+    """Return the folder of the run to resume, and the configuration."""
+    config, folder = read_run_config(list(files), overrides, resume, launch or Launch())
+    return folder, config
 
 
 def test_new_run_uses_files_and_overrides(root, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("optim: {lr: 0.5}\nrun: {name: demo}\n", encoding="utf-8")
-    folder, config, _ = open_run([file], [*SOUND, f"run.root={root}", "run.seed=3"], None, Launch())
-    assert folder.path.name.startswith("demo-")
+    overrides = [*SOUND, f"run.root={root}", "run.seed=3"]
+    folder, config = resumed(overrides, None, [file])
+    assert folder is None
     assert (config.optim.lr, config.run.seed) == (0.5, 3)
+    assert not root.exists(), "the folder is made when the run begins"
 
 
-def test_new_run_with_a_broken_rule_creates_no_folder(root):
+def test_new_run_with_a_broken_rule_is_refused(root):
     overrides = ["model.name=vit-micro", "pipeline.layers_per_stage=[3]", f"run.root={root}"]
     with pytest.raises(ConfigError, match="places 3 layers"):
-        open_run([], overrides, None, Launch())
+        resumed(overrides, None)
     assert not root.exists()
 
 
 def test_resume_uses_the_config_of_the_run(root):
     path = make_run(root, "demo-1", "run.name=demo", "optim.lr=0.5")
-    folder, config, _ = open_run([], ["run.seed=9"], str(path), Launch())
-    assert folder.path == path
+    folder, config = resumed(["run.seed=9"], str(path))
+    assert folder == path
     assert (config.optim.lr, config.run.seed) == (0.5, 9)
 
 
 def test_resume_without_a_folder_uses_run_dir(root):
     path = make_run(root, "elsewhere")
     make_run(root, "run-1")
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", f"run.dir={path}"], "", Launch())
-    assert folder.path == path
+    folder, _ = resumed([*SOUND, f"run.root={root}", f"run.dir={path}"], "")
+    assert folder == path
+
+
+def newest(root):
+    return resumed([*SOUND, f"run.root={root}", "run.name=demo"], "")[0]
 
 
 def test_resume_without_a_folder_uses_the_newest_run(root):
     make_run(root, "demo-20240101-000000", age=100)
-    newest = make_run(root, "demo-20240101-000200", age=10)
+    expected = make_run(root, "demo-20240101-000200", age=10)
     make_run(root, "demo-20240101-000100", age=50)
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
-    assert folder.path == newest
+    assert newest(root) == expected
 
 
 def test_resume_skips_a_newer_run_without_a_checkpoint(root):
     saved = make_run(root, "demo-20240101-000000", age=100)
     make_run(root, "demo-20240101-000100", age=1, saved=False)
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
-    assert folder.path == saved
+    assert newest(root) == saved
 
 
 def test_resume_skips_a_newer_run_of_another_name(root):
     mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
     make_run(root, "other-20240101-000100", "run.name=other", age=1)
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
-    assert folder.path == mine
+    assert newest(root) == mine
 
 
 def test_resume_skips_a_run_with_a_longer_name(root):
     mine = make_run(root, "demo-20240101-000000", "run.name=demo", age=100)
     make_run(root, "demo-large-20240101-000100", "run.name=demo-large", age=1)
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
-    assert folder.path == mine
+    assert newest(root) == mine
 
 
 def test_report_of_an_older_run_does_not_make_it_the_newest(root):
     older = make_run(root, "demo-20240101-000000", age=100)
-    newest = make_run(root, "demo-20240101-000100", age=50)
+    expected = make_run(root, "demo-20240101-000100", age=50)
     (older / "report").mkdir()
-    folder, _, _ = open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
-    assert folder.path == newest
+    assert newest(root) == expected
 
 
 def test_error_without_a_run_to_resume_has_advice(root):
     with pytest.raises(CheckpointError, match="nothing to resume") as caught:
-        open_run([], [*SOUND, f"run.root={root}", "run.name=demo"], "", Launch())
+        newest(root)
     assert f"{root}/demo-*" in str(caught.value)
     assert "--resume runs/<name>" in str(caught.value)
     assert "without --resume" in str(caught.value)
@@ -271,7 +283,7 @@ def test_error_without_a_run_to_resume_has_advice(root):
 def test_error_for_a_folder_without_a_checkpoint_has_advice(root):
     path = make_run(root, "demo-1", saved=False)
     with pytest.raises(CheckpointError, match="nothing to resume") as caught:
-        open_run([], [], str(path), Launch())
+        resumed([], str(path))
     assert f"{path} has no checkpoints/last" in str(caught.value)
     assert "without --resume" in str(caught.value)
 
@@ -279,17 +291,112 @@ def test_error_for_a_folder_without_a_checkpoint_has_advice(root):
 def test_resumed_config_is_checked(root):
     path = make_run(root, "demo-1")
     with pytest.raises(ConfigError, match="places 3 layers"):
-        open_run([], ["pipeline.layers_per_stage=[3]"], str(path), Launch())
+        resumed(["pipeline.layers_per_stage=[3]"], str(path))
 
 
 def test_folder_without_its_config_is_refused(root):
     path = make_run(root, "demo-1")
     (path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        open_run([], [], str(path), Launch())
+        resumed([], str(path))
 
 
-# run_of_checkpoint
+def test_resume_of_a_folder_refuses_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="leave --config out"):
+        resumed([], str(tmp_path), [tmp_path / "any.yaml"])
+
+
+# find_run: ckpt_path of Trainer.fit
+
+
+def test_no_path_is_a_new_run(root):
+    make_run(root, "run-20240101-000000")
+    assert find_run(RunSection(root=str(root)), None, Launch()) == FoundRun(None, None)
+
+
+def test_new_run_in_a_folder_with_content_is_refused(root):
+    path = make_run(root, "mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        find_run(RunSection(dir=str(path)), None, Launch())
+
+
+def test_last_is_the_newest_run(root):
+    make_run(root, "demo-20240101-000000")
+    path = make_run(root, "demo-20240101-000100")
+    found = find_run(RunSection(root=str(root), name="demo"), "last", Launch())
+    assert (found.folder.path, found.checkpoint) == (path, path / "checkpoints" / "last")
+    assert not found.restarted
+
+
+def test_last_is_run_dir_where_it_is_given(root):
+    path = make_run(root, "elsewhere")
+    make_run(root, "run-20240101-000100")
+    section = RunSection(root=str(root), dir=str(path))
+    assert find_run(section, "last", Launch()).folder.path == path
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_folder_of_a_run_is_that_run(root, kind):
+    path = make_run(root, "demo-1")
+    found = find_run(RunSection(root=str(root)), kind(path), Launch())
+    assert (found.folder.path, found.checkpoint) == (path, path / "checkpoints" / "last")
+
+
+def test_another_checkpoint_begins_a_new_run(root):
+    path = make_run(root, "demo-1") / "checkpoints" / "step_00000010"
+    (path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    found = find_run(RunSection(root=str(root)), path, Launch())
+    assert (found.folder, found.checkpoint) == (None, path)
+
+
+def test_path_without_a_checkpoint_is_refused(root):
+    path = make_run(root, "demo-1", saved=False)
+    with pytest.raises(CheckpointError, match=r"has no checkpoints/last"):
+        find_run(RunSection(), path, Launch())
+
+
+# checkpoint_of and run_of_checkpoint
+
+
+def saved_run(root, *links):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
+    for link in links:
+        (path / "checkpoints" / link).symlink_to("step_00000010")
+    return path
+
+
+def test_checkpoint_of_a_checkpoint_is_itself(root):
+    path = saved_run(root) / "checkpoints" / "step_00000010"
+    assert checkpoint_of(path) == path
+
+
+def test_checkpoint_of_a_run_is_its_best(root):
+    path = saved_run(root, "best")
+    assert checkpoint_of(path) == path / "checkpoints" / "best"
+
+
+def test_checkpoint_of_a_run_without_validation_is_its_last(root):
+    path = saved_run(root)
+    assert checkpoint_of(path) == path / "checkpoints" / "last"
+
+
+def test_file_of_a_checkpoint_names_its_folder(root):
+    file = saved_run(root) / "checkpoints" / "last" / "trainer_state.json"
+    with pytest.raises(CheckpointError, match=f"it is a file.* Use {file.parent}"):
+        checkpoint_of(file)
+
+
+def test_other_file_is_refused(tmp_path):
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(CheckpointError, match=r"weights\.pt is not a checkpoint: it is a file"):
+        checkpoint_of(tmp_path / "weights.pt")
+
+
+def test_run_without_a_checkpoint_is_refused(root):
+    path = make_run(root, "demo-1", saved=False)
+    with pytest.raises(CheckpointError, match="this run has saved none yet"):
+        checkpoint_of(path)
 
 
 def test_run_of_a_checkpoint_is_two_folders_above(root):
@@ -313,14 +420,14 @@ def test_run_of_a_relative_path_is_found(root, monkeypatch):
 
 def test_error_names_an_absent_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such folder") as caught:
-        run_of_checkpoint(tmp_path / "absent")
+        checkpoint_of(tmp_path / "absent")
     assert str(tmp_path / "absent") in str(caught.value)
     assert "runs/<name>/checkpoints/best" in str(caught.value)
 
 
 def test_error_names_a_folder_that_is_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"it has no trainer_state\.json") as caught:
-        run_of_checkpoint(tmp_path)
+        checkpoint_of(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -333,28 +440,28 @@ def test_error_names_a_checkpoint_outside_a_run(tmp_path):
     assert str(tmp_path / "config.yaml") in str(caught.value)
 
 
-def test_resume_of_a_folder_refuses_a_config(tmp_path):
-    with pytest.raises(ConfigError, match="leave --config out"):
-        open_run([tmp_path / "any.yaml"], [], str(tmp_path), Launch())
-
-
 # Several processes
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_only_the_main_process_writes(root, rank):
     launch = Launch(rank=rank, world_size=4, launcher="poprun")
-    folder, config, _ = open_run([], [*SOUND, f"run.root={root}"], None, launch)
+    folder = create_run(RunSection(root=str(root)), launch)
     with folder.locked():
-        folder.write_config(config)
+        folder.write_config(Config())
         folder.write_environment("IPU", {}, {})
     assert not root.exists()
+
+
+def test_main_process_of_several_creates_the_run(root):
+    launch = Launch(rank=0, world_size=4, launcher="poprun")
+    assert create_run(RunSection(root=str(root)), launch).path.is_dir()
 
 
 def test_other_process_finds_the_run_to_resume(root):
     run = make_run(root, "demo-20240101-000000", "run.name=demo")
     launch = Launch(rank=1, world_size=2, launcher="poprun")
-    folder, _, _ = open_run([], [], str(run), launch)
+    folder = find_run(RunSection(), run, launch).folder
     with folder.locked():
         assert folder.path == run
         assert not (run / ".lock").exists()
