@@ -406,6 +406,7 @@ class Trainer:
             self._stop_if_requested()
             if self.validation_is_due:  # the run was stopped between a step and its validation
                 self._validate_and_save()
+                self._stop_if_requested()
             if not self.stop_reason:
                 self._train()
             if (self._saved_step, self._saved_validation) != (

@@ -1,49 +1,52 @@
+"""The trainer on the torch engine: steps, validations, checkpoints, stopping, resuming."""
+
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import SMALL
 
-from cxr_vit.config import BatchPlan
-from cxr_vit.engines.choice import build_engine, choose_engine
-from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import CheckpointError, NonFiniteLoss
-from cxr_vit.model.stages import StagedViT
-from cxr_vit.training.build import build_trainer, open_data
-from cxr_vit.training.callbacks import EarlyStopping, NonFiniteGuard
-from cxr_vit.training.loggers import JsonlLogger, MetricsLogging
-from cxr_vit.training.run_folder import RunFolder
-from cxr_vit.training.trainer import Callback
+from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, Trainer, ViTModule
+from cxr_vit.config import load_config
+from cxr_vit.engines.torch_engine import TorchEngine
+from cxr_vit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteLoss,
+    OutOfMemory,
+)
+from cxr_vit.training.callbacks import EarlyStopping
+from cxr_vit.training.checkpoint import load_checkpoint
 
 
 class Recorder(Callback):
-    """Records the hooks and the checkpoints, each with its step."""
+    """Records the hooks, each with its step."""
 
     def __init__(self):
         self.events = []
         self.lrs = []
 
-    def on_fit_start(self, trainer):
-        self.events.append(("fit_start", trainer.step))
-        save = trainer.checkpoints.save
+    def on_fit_start(self, trainer, module):
+        self.events.append(("fit_start", trainer.global_step))
 
-        def recorded(step, *arguments, **keywords):
-            self.events.append(("checkpoint", step))
-            return save(step, *arguments, **keywords)
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.events.append(("step", outputs.step))
+        self.lrs.append(outputs.lr)
 
-        trainer.checkpoints.save = recorded
+    def on_validation_end(self, trainer, module):
+        self.events.append(("validation", trainer.validation_outputs.step))
 
-    def on_step_end(self, trainer, event):
-        self.events.append(("step", event.step))
-        self.lrs.append(event.lr)
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        self.events.append(("checkpoint", trainer.global_step))
 
-    def on_eval_end(self, trainer, event):
-        self.events.append(("eval", event.step))
+    def on_fit_end(self, trainer, module):
+        self.events.append(("fit_end", trainer.global_step))
 
-    def on_fit_end(self, trainer):
-        self.events.append(("fit_end", trainer.step))
-
-    def on_exception(self, trainer, error):
-        self.events.append((type(error).__name__, trainer.step))
+    def on_exception(self, trainer, module, exception):
+        self.events.append((type(exception).__name__, trainer.global_step))
 
     def of(self, kind):
         return [step for name, step in self.events if name == kind]
@@ -55,146 +58,132 @@ class StopAt(Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, trainer, event):
-        if event.step == self.step:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if outputs.step == self.step:
             trainer.interrupt("test")
 
 
-@pytest.fixture
-def make_trainer(make_config, tmp_path):
-    """Build a trainer of six steps with given validation scores."""
+class AtStart(Callback):
+    """Calls a function with the trainer before the first step."""
 
-    def make(*overrides, scores=(), callbacks=(), folder="run"):
-        config, launch = make_config(*overrides), Launch()
-        data = open_data(config.data, launch)
-        model = StagedViT.from_config(config, names=data.names, prevalence=data.prevalence())
-        batch = BatchPlan.from_section(config.batch)
-        engine = build_engine(config, model, choose_engine(config, launch), batch, launch)
-        upcoming = iter(scores)
-        return build_trainer(
-            config,
-            RunFolder(tmp_path / folder, writes=True),
-            data,
-            engine,
-            callbacks,
-            lambda logits, labels: {"auroc_macro": next(upcoming, 0.5)},
-            model.hub_files(),
-        )
+    def __init__(self, function):
+        self.function = function
+
+    def on_fit_start(self, trainer, module):
+        self.function(trainer)
+
+
+class Scored(ViTModule):
+    """Has given validation scores."""
+
+    def __init__(self, config, data=None, *, scores=(), **options):
+        super().__init__(config, data, **options)
+        self.upcoming = iter(scores)
+
+    def compute_metrics(self, logits, labels):
+        return {"auroc_macro": next(self.upcoming, 0.5)}
+
+
+class Run:
+    """A trainer with its module; its folder is the same in all runs of one name."""
+
+    def __init__(self, config, data, scores, callbacks, loggers):
+        self.data = data
+        self.trainer = Trainer(config, callbacks=callbacks, loggers=loggers)
+        self.module = Scored(config, data, scores=scores)
+        self.folder = config.run.dir
+
+    def fit(self, ckpt_path=None):
+        self.trainer.fit(self.module, self.data, ckpt_path=ckpt_path)
+        return self.trainer
+
+    def resume(self):
+        return self.fit(self.folder)
+
+
+@pytest.fixture(scope="module")
+def data(sample_root):
+    return ChestXrayDataModule(load_config([], [*SMALL, f"data.root={sample_root}"]))
+
+
+@pytest.fixture
+def make(make_config, data, tmp_path):
+    """Make a run of six steps with given validation scores."""
+
+    def make(*overrides, scores=(), callbacks=(), loggers=(), folder="run"):
+        config = make_config(f"run.dir={tmp_path / folder}", *overrides)
+        return Run(config, data, scores, callbacks, loggers)
 
     return make
 
 
-def test_hooks_are_called_in_the_documented_order(make_trainer):
+def last_state(trainer):
+    """Return the engine's state and the content of trainer_state.json of the last checkpoint."""
+    return load_checkpoint(trainer.checkpoints.folder / "last")
+
+
+def assert_same_state(one, other):
+    assert one.weights.keys() == other.weights.keys()
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    assert one.optimizer.keys() == other.optimizer.keys()
+    for name, slots in one.optimizer.items():
+        for slot, value in slots.items():
+            assert torch.equal(value, other.optimizer[name][slot]), (name, slot)
+
+
+# Steps, validations and checkpoints
+
+
+def test_steps_validations_and_checkpoints_come_in_order(make):
     recorder = Recorder()
-    make_trainer(callbacks=[recorder]).fit()
+    make(callbacks=[recorder]).fit()
     assert recorder.events == [
         ("fit_start", 0),
         ("step", 1),
         ("step", 2),
         ("step", 3),
-        ("eval", 3),
+        ("validation", 3),
         ("checkpoint", 3),
         ("step", 4),
         ("step", 5),
         ("step", 6),
-        ("eval", 6),
+        ("validation", 6),
         ("checkpoint", 6),
         ("fit_end", 6),
     ]
 
 
-def test_device_iterations_count_as_steps(make_trainer):
+def test_device_iterations_count_as_steps(make):
     recorder = Recorder()
-    make_trainer("batch.device_iterations=2", callbacks=[recorder]).fit()
+    make("batch.device_iterations=2", callbacks=[recorder]).fit()
     assert recorder.of("step") == [2, 4, 6]
-    assert recorder.of("eval") == [4, 6], "3 lies within the second host call"
+    assert recorder.of("validation") == [4, 6], "3 lies within the second host call"
 
 
-def test_last_step_is_always_validated_and_saved(make_trainer):
+def test_last_step_is_always_validated_and_saved(make):
     recorder = Recorder()
-    make_trainer(
-        "train.eval_every_steps=4", "train.checkpoint_every_steps=100", callbacks=[recorder]
-    ).fit()
-    assert recorder.of("eval") == [4, 6]
+    make("train.eval_every_steps=4", "train.checkpoint_every_steps=100", callbacks=[recorder]).fit()
+    assert recorder.of("validation") == [4, 6]
     assert recorder.of("checkpoint")[-1] == 6
 
 
-def test_learning_rates_follow_the_schedule(make_trainer):
+def test_learning_rates_follow_the_schedule(make):
     recorder = Recorder()
-    trainer = make_trainer("schedule.warmup_steps=3", "optim.lr=0.003", callbacks=[recorder])
-    trainer.fit()
-    assert recorder.lrs == [trainer.learning_rate.at(step) for step in range(6)]
+    run = make("schedule.warmup_steps=3", "optim.lr=0.003", callbacks=[recorder])
+    run.fit()
+    assert recorder.lrs == [run.module.learning_rate(step, 6) for step in range(6)]
     assert recorder.lrs[:4] == pytest.approx([0, 0.001, 0.002, 0.003])
 
 
-def test_best_points_at_the_best_score_and_last_at_the_last_step(make_trainer):
-    trainer = make_trainer("train.eval_every_steps=2", scores=[0.6, 0.9, 0.7])
-    trainer.fit()
-    assert trainer.checkpoints.linked("best").name == "step_00000004"
-    assert trainer.checkpoints.linked("last").name == "step_00000006"
+def test_each_sample_is_used_once_per_epoch(make):
+    seen, expected = [], []
 
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.extend(batch.indices.tolist())
+            expected.extend(trainer.rows(trainer.global_step))
 
-def test_best_follows_last_until_a_score_is_defined(make_trainer, caplog):
-    trainer = make_trainer(scores=[None, None])
-    trainer.fit()
-    assert trainer.checkpoints.linked("best").name == "step_00000006"
-    assert "undefined" in caplog.text
-
-
-def test_undefined_score_does_not_replace_a_defined_one(make_trainer):
-    trainer = make_trainer(scores=[0.6, None])
-    trainer.fit()
-    assert trainer.checkpoints.linked("best").name == "step_00000003"
-
-
-def test_early_stopping_ends_the_run_after_saving(make_trainer):
-    recorder = Recorder()
-    trainer = make_trainer(
-        "train.steps=20",
-        "train.eval_every_steps=2",
-        scores=[0.9, 0.8, 0.7],
-        callbacks=[recorder, EarlyStopping(2)],
-    )
-    trainer.fit()
-    assert trainer.step == 6
-    assert "early stopping" in trainer.stop_reason and not trainer.interrupted
-    assert trainer.checkpoints.linked("last").name == "step_00000006"
-    assert recorder.events[-1] == ("fit_end", 6)
-
-
-def test_interrupted_run_saves_its_step(make_trainer):
-    recorder = Recorder()
-    trainer = make_trainer(callbacks=[recorder, StopAt(2)])
-    trainer.fit()
-    assert trainer.interrupted
-    assert recorder.of("eval") == []
-    assert recorder.of("checkpoint") == [2]
-    assert "stopped at step 2: test" in trainer.describe_end()
-
-
-def test_non_finite_loss_ends_the_run_without_saving(make_trainer):
-    make_trainer(callbacks=[NonFiniteGuard()]).fit()
-    recorder = Recorder()
-    broken = make_trainer(callbacks=[recorder, NonFiniteGuard()], folder="broken")
-    with torch.no_grad():
-        broken.engine.model.stages[0].vit.embeddings.cls_token.fill_(float("nan"))
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0 .*\.png"):
-        broken.fit()
-    assert broken.checkpoints.steps() == []
-    assert recorder.events[-1] == ("NonFiniteLoss", 1)
-
-
-def test_each_sample_is_used_once_per_epoch(make_trainer):
-    trainer = make_trainer("train.steps=20", "train.eval_every_steps=20")
-    train_step, seen, expected = trainer.engine.train_step, [], []
-
-    def watched(batch, *, lr):
-        seen.extend(batch.indices.tolist())
-        expected.extend(trainer.rows(trainer.step))
-        return train_step(batch, lr=lr)
-
-    trainer.engine.train_step = watched
-    trainer.fit()
+    trainer = make("train.steps=20", "train.eval_every_steps=20", callbacks=[Watch()]).fit()
     assert expected == seen
     count = len(trainer.train_data)
     assert sorted(seen[:count]) == list(range(count))
@@ -202,32 +191,112 @@ def test_each_sample_is_used_once_per_epoch(make_trainer):
     assert seen[:count] != seen[count : 2 * count]
 
 
-def test_interruption_of_another_process_ends_the_run_here_too(make_trainer):
-    trainer = make_trainer()
-    trainer.engine.any_process = lambda flag: trainer.step == 4
-    trainer.fit()
-    assert (trainer.step, trainer.interrupted) == (4, True)
-    assert "stopped at step 4: another process was interrupted" in trainer.describe_end()
+def test_best_points_at_the_best_score_and_last_at_the_last_step(make):
+    trainer = make("train.eval_every_steps=2", scores=[0.6, 0.9, 0.7]).fit()
+    assert trainer.checkpoints.linked("best").name == "step_00000004"
+    assert trainer.checkpoints.linked("last").name == "step_00000006"
+
+
+def test_best_follows_last_until_a_score_is_defined(make, caplog):
+    trainer = make(scores=[None, None]).fit()
+    assert trainer.checkpoints.linked("best").name == "step_00000006"
+    assert "undefined" in caplog.text
+
+
+def test_undefined_score_does_not_replace_a_defined_one(make):
+    trainer = make(scores=[0.6, None]).fit()
+    assert trainer.checkpoints.linked("best").name == "step_00000003"
+
+
+def test_checkpoint_has_labels_best_score_and_callback_states(make):
+    trainer = make(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)]).fit()
+    state = json.loads((trainer.checkpoints.folder / "last" / "trainer_state.json").read_text())
+    assert state["labels"][0] == "Atelectasis"
+    assert (state["format"], state["best_score"]) == (2, 0.7)
+    assert state["callbacks"]["early_stopping"] == {"best": 0.7, "since_best": 1}
+    assert set(state["callbacks"]) == {"early_stopping", "metrics"}
+
+
+# Stopping
+
+
+def test_early_stopping_ends_the_run_after_saving(make):
+    recorder = Recorder()
+    trainer = make(
+        "train.steps=20",
+        "train.eval_every_steps=2",
+        scores=[0.9, 0.8, 0.7],
+        callbacks=[recorder, EarlyStopping(2)],
+    ).fit()
+    assert trainer.global_step == 6
+    assert "early stopping" in trainer.stop_reason and not trainer.interrupted
+    assert trainer.checkpoints.linked("last").name == "step_00000006"
+    assert recorder.events[-1] == ("fit_end", 6)
+
+
+def test_interrupted_run_saves_its_step(make, capsys):
+    recorder = Recorder()
+    trainer = make(callbacks=[recorder, StopAt(2)]).fit()
+    assert trainer.interrupted
+    assert recorder.of("validation") == []
+    assert recorder.of("checkpoint") == [2]
+    last = trainer.checkpoints.folder / "last"
+    end = f"stopped at step 2: test; last checkpoint: {last}"
+    assert capsys.readouterr().out.splitlines()[-1] == end
+
+
+def test_interruption_of_another_process_ends_the_run_here_too(make, monkeypatch):
+    run = make()
+    monkeypatch.setattr(
+        TorchEngine, "any_process", lambda engine, flag: run.trainer.global_step == 4
+    )
+    trainer = run.fit()
+    assert (trainer.global_step, trainer.interrupted) == (4, True)
+    assert "stopped at step 4: another process asked for it" in trainer.describe_end()
     assert trainer.checkpoints.linked("last").name == "step_00000004"
 
 
+def test_non_finite_loss_ends_the_run_without_saving(make):
+    recorder = Recorder()
+    broken = make(callbacks=[recorder])
+    broken.module.setup()
+    with torch.no_grad():
+        broken.module.model.stages[0].vit.embeddings.cls_token.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0 .*\.png"):
+        broken.fit()
+    assert broken.trainer.checkpoints.steps() == []
+    assert recorder.of("step") == [], "the guard comes first"
+    assert recorder.events[-1] == ("NonFiniteLoss", 1)
+
+
+def test_non_finite_weights_are_not_saved(make):
+    def break_bias(trainer):
+        with torch.no_grad():
+            trainer.module.model.stages[3].classifier.bias[2] = float("inf")
+        trainer.save_checkpoint()
+
+    run = make(callbacks=[AtStart(break_bias)])
+    with pytest.raises(NonFiniteLoss, match=r"1 weights are not finite.*classifier\.bias"):
+        run.fit()
+    assert run.trainer.checkpoints.steps() == []
+
+
 @pytest.mark.parametrize("stop", [3, 6])
-def test_validation_prevented_by_a_stop_is_done_on_resume(make_trainer, stop):
+def test_validation_prevented_by_a_stop_is_done_on_resume(make, stop):
     scores = {3: 0.9, 6: 0.8}
-    stopped = make_trainer(callbacks=[StopAt(stop)], scores=[scores[3]])
-    stopped.fit()
+    stopped = make(callbacks=[StopAt(stop)], scores=[scores[3]]).fit()
     assert not stopped.is_complete
     assert f"stopped at step {stop}" in stopped.describe_end()
     recorder = Recorder()
-    resumed = make_trainer(
-        callbacks=[recorder], scores=[scores[step] for step in (3, 6) if step >= stop]
-    )
-    resumed.resume(resumed.checkpoints.folder / "last")
-    resumed.fit()
-    assert recorder.of("eval") == [step for step in (3, 6) if step >= stop]
+    left = [step for step in (3, 6) if step >= stop]
+    resumed = make(callbacks=[recorder], scores=[scores[step] for step in left]).resume()
+    assert recorder.of("validation") == left
     assert resumed.is_complete
     assert resumed.describe_end().startswith("finished")
     assert resumed.checkpoints.linked("best").name == "step_00000003"
+
+
+# Resuming
 
 
 @pytest.mark.parametrize(
@@ -237,106 +306,76 @@ def test_validation_prevented_by_a_stop_is_done_on_resume(make_trainer, stop):
         ("batch.gradient_accumulation=4", "global_batch_size"),
     ],
 )
-def test_run_with_other_facts_is_not_resumed(make_trainer, override, fact):
-    make_trainer("train.steps=3").fit()
-    other = make_trainer(override)
+def test_run_with_other_facts_is_not_resumed(make, override, fact):
+    make("train.steps=3").fit()
     with pytest.raises(CheckpointError, match=f"with another {fact}"):
-        other.resume(other.checkpoints.folder / "last")
+        make(override).resume()
 
 
-def test_weights_alone_can_be_resumed(make_trainer):
-    first = make_trainer("train.steps=3")
+def test_checkpoint_with_other_labels_is_not_resumed(make, make_config):
+    first = make("train.steps=3")
     first.fit()
-    second = make_trainer()
-    second.resume(second.checkpoints.folder / "last", weights_only=True)
-    assert second.step == 3
-    state = second.engine.state_dict()
+    config = make_config("data.include_no_finding=true", f"run.dir={first.folder}")
+    data = ChestXrayDataModule(config)
+    with pytest.raises(CheckpointError, match="with another labels"):
+        Trainer(config).fit(ViTModule(config, data), data, ckpt_path="last")
+
+
+def test_weights_alone_can_be_resumed(make):
+    first = make("train.steps=3").fit()
+    started = []
+    second = make(
+        "train.resume_weights_only=true",
+        callbacks=[AtStart(lambda trainer: started.append(trainer.engine.state_dict()))],
+    ).resume()
+    (state,) = started
     assert (state.optimizer, state.scalars["updates"]) == ({}, 3.0)
-    expected = first.engine.state_dict().weights
-    assert all(torch.equal(expected[name], weight) for name, weight in state.weights.items())
-    second.fit()
+    shutil.rmtree(str(second.checkpoints.folder / "step_00000006"))
+    expected, _ = load_checkpoint(first.checkpoints.folder / "step_00000003")
+    assert all(torch.equal(expected.weights[name], state.weights[name]) for name in state.weights)
     assert second.is_complete
 
 
-def test_run_is_not_resumed_past_its_end(make_trainer):
-    make_trainer().fit()
-    shorter = make_trainer("train.steps=3")
+def test_run_is_not_resumed_past_its_end(make):
+    make().fit()
     with pytest.raises(CheckpointError, match="at step 6, past this run's 3 steps"):
-        shorter.resume(shorter.checkpoints.folder / "last")
+        make("train.steps=3").resume()
 
 
-def test_non_finite_weights_are_not_saved(make_trainer):
-    trainer = make_trainer()
-    with torch.no_grad():
-        trainer.engine.model.stages[3].classifier.bias[2] = float("inf")
-    with pytest.raises(NonFiniteLoss, match=r"1 weights are not finite.*classifier\.bias"):
-        trainer.save()
-    assert trainer.checkpoints.steps() == []
+def test_resumed_log_equals_the_uninterrupted_one(make):
+    def losses(trainer):
+        lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
+        events = [event for event in map(json.loads, lines) if "train/loss" in event]
+        return [(event["step"], event["train/loss"]) for event in events]
 
-
-def test_resumed_log_equals_the_uninterrupted_one(make_trainer, tmp_path):
-    def losses(name):
-        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if "train/loss" in event]
-
-    def logging(name):
-        return MetricsLogging([JsonlLogger(tmp_path / f"{name}.jsonl")], every=3)
-
-    make_trainer(callbacks=[logging("whole")], folder="whole").fit()
-    make_trainer(callbacks=[logging("cut"), StopAt(4)], folder="cut").fit()
-    resumed = make_trainer(callbacks=[logging("cut")], folder="cut")
-    resumed.resume(resumed.checkpoints.folder / "last")
-    resumed.fit()
-    for one, other in zip(losses("whole"), losses("cut")):
-        assert (one["step"], one["train/loss"]) == (other["step"], other["train/loss"])
-    assert len(losses("cut")) == 2
+    every = "train.log_every_steps=3"
+    whole = make(every, loggers=[JsonlLogger()], folder="whole").fit()
+    make(every, loggers=[JsonlLogger()], callbacks=[StopAt(4)], folder="cut").fit()
+    resumed = make(every, loggers=[JsonlLogger()], folder="cut").resume()
+    assert losses(resumed) == losses(whole)
+    assert [step for step, _ in losses(resumed)] == [3, 6]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_resume_repeats_the_uninterrupted_run_bit_for_bit(make_trainer, stop):
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(make, stop):
     settings = ("model.dropout=0.1", "optim.weight_decay=0.1", "schedule.warmup_ratio=0.5")
-    whole = make_trainer(*settings, folder="whole")
-    whole.fit()
-    make_trainer(*settings, callbacks=[StopAt(stop)], folder="cut").fit()
+    whole = make(*settings, folder="whole").fit()
+    make(*settings, callbacks=[StopAt(stop)], folder="cut").fit()
     recorder = Recorder()
-    resumed = make_trainer(*settings, callbacks=[recorder], folder="cut")
-    resumed.resume(resumed.checkpoints.folder / "last")
-    resumed.fit()
+    resumed = make(*settings, callbacks=[recorder], folder="cut").resume()
     assert recorder.of("step") == list(range(stop + 1, 7))
-    expected, state = whole.engine.state_dict(), resumed.engine.state_dict()
-    assert all(
-        torch.equal(expected.weights[name], state.weights[name]) for name in expected.weights
-    )
-    for name, slots in expected.optimizer.items():
-        for slot, value in slots.items():
-            assert torch.equal(value, state.optimizer[name][slot]), (name, slot)
+    assert_same_state(last_state(resumed)[0], last_state(whole)[0])
 
 
-def test_resumed_run_keeps_the_best_score(make_trainer):
-    first = make_trainer("train.steps=3", scores=[0.9])
-    first.fit()
-    second = make_trainer(scores=[0.8])
-    second.resume(second.checkpoints.folder / "last")
-    second.fit()
+def test_resumed_run_keeps_the_best_score(make):
+    make("train.steps=3", scores=[0.9]).fit()
+    second = make(scores=[0.8]).resume()
     assert second.checkpoints.linked("best").name == "step_00000003"
 
 
-def test_checkpoint_has_labels_best_score_and_callback_states(make_trainer):
-    trainer = make_trainer(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)])
-    trainer.fit()
-    state = json.loads((trainer.checkpoints.folder / "last" / "trainer_state.json").read_text())
-    assert state["labels"][0] == "Atelectasis"
-    assert (state["format"], state["best_score"]) == (2, 0.7)
-    assert state["callbacks"] == {"early_stopping": {"best": 0.7, "since_best": 1}}
-
-
-def test_checkpoint_of_format_1_resumes_the_same_run(make_trainer, tmp_path):
-    def callbacks():
-        logging = MetricsLogging([JsonlLogger(tmp_path / "log.jsonl")], every=3)
-        return [EarlyStopping(5), logging]
-
-    cut = make_trainer(callbacks=[*callbacks(), StopAt(4)], scores=[0.7])
-    cut.fit()
+def test_checkpoint_of_format_1_resumes_the_same_run(make):
+    every = "train.log_every_steps=3"
+    cut = make(every, callbacks=[EarlyStopping(5), StopAt(4)], scores=[0.7]).fit()
     file = cut.checkpoints.folder / "last" / "trainer_state.json"
     state = json.loads(file.read_text())
     callback_states = state["callbacks"]
@@ -344,29 +383,166 @@ def test_checkpoint_of_format_1_resumes_the_same_run(make_trainer, tmp_path):
     state["callbacks"] = {old_names[key]: value for key, value in callback_states.items()}
     state["callbacks"].update(NonFiniteGuard={}, Checkpointing={"best": state.pop("best_score")})
     file.write_text(json.dumps({**state, "format": 1}))
+    restored = {}
 
-    resumed = make_trainer(callbacks=callbacks())
-    resumed.resume(resumed.checkpoints.folder / "last")
-    assert (resumed.step, resumed.evaluated_step, resumed.best_score) == (4, 3, 0.7)
+    def look(trainer):
+        assert (trainer.global_step, trainer.evaluated_step, trainer.best_score) == (4, 3, 0.7)
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+        restored.update(
+            json.loads(json.dumps({key: state for key, state in states.items() if state}))
+        )
+
+    make(every, callbacks=[EarlyStopping(5), AtStart(look)]).resume()
     assert callback_states["metrics"]["num_samples"] > 0
-    restored = {callback.state_key: callback.state_dict() for callback in resumed.callbacks}
     assert restored == callback_states
 
 
-def test_missed_validation_that_ends_the_run_is_saved_and_trains_no_further(make_trainer):
-    make_trainer(callbacks=[StopAt(3), EarlyStopping(1)], scores=[0.9]).fit()
-    recorder = Recorder()
-    resumed = make_trainer(callbacks=[recorder, EarlyStopping(1)], scores=[0.1])
-    resumed.resume(resumed.checkpoints.folder / "last")
-    resumed.best_score, resumed.callbacks[1].best = 0.9, 0.9  # of an earlier validation
-    resumed.fit()
-    assert recorder.of("step") == [] and recorder.of("eval") == [3]
+def test_missed_validation_that_ends_the_run_is_saved_and_trains_no_further(make):
+    make(callbacks=[StopAt(3), EarlyStopping(1)], scores=[0.9]).fit()
+    recorder, stopping = Recorder(), EarlyStopping(1)
+
+    def pretend(trainer):  # that an earlier validation was better
+        trainer.best_score = stopping.best = 0.9
+
+    make(callbacks=[recorder, stopping, AtStart(pretend)], scores=[0.1]).resume()
+    assert recorder.of("step") == [] and recorder.of("validation") == [3]
     assert recorder.of("checkpoint") == [3]
-    again = make_trainer(callbacks=[EarlyStopping(1)])
-    again.resume(again.checkpoints.folder / "last")
-    assert (again.step, again.evaluated_step, again.callbacks[0].since_best) == (3, 3, 1)
+    found = []
+    stopping = EarlyStopping(1)
+    look = AtStart(
+        lambda trainer: found.append(
+            (trainer.global_step, trainer.evaluated_step, stopping.since_best)
+        )
+    )
+    make(callbacks=[stopping, look]).resume()
+    assert found == [(3, 3, 1)]
 
 
-def test_two_callbacks_cannot_share_a_state_key(make_trainer):
-    with pytest.raises(AssertionError, match="state_key"):
-        make_trainer(callbacks=[EarlyStopping(1), EarlyStopping(2)])
+def contents(folder):
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_finished_run_has_nothing_to_do_and_is_not_touched(make, capsys):
+    first = make().fit()
+    before = contents(first.run.path)
+    capsys.readouterr()
+    again = make()
+    trainer = again.resume()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "last is at step 6, the last one: nothing to do." in line
+    assert "raise train.epochs or train.steps" in line
+    assert contents(first.run.path) == before
+    # The script goes on with the trained model.
+    weights = last_state(first)[0].weights
+    assert all(torch.equal(again.module.model.weights()[name], weights[name]) for name in weights)
+    assert trainer.run.path == first.run.path
+    trainer.test(again.module, again.data, ckpt_path="best")
+    assert contents(first.run.path) == before
+
+
+def test_finished_run_trains_on_with_more_steps(make):
+    make("train.steps=3").fit()
+    recorder = Recorder()
+    make(callbacks=[recorder]).resume()
+    assert recorder.of("step") == [4, 5, 6]
+
+
+# Refusals
+
+
+def test_two_callbacks_cannot_share_a_state_key(make):
+    with pytest.raises(ConfigError, match="state_key 'early_stopping'"):
+        make(callbacks=[EarlyStopping(1), EarlyStopping(2)])
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (EarlyStopping, r"callbacks: EarlyStopping is a class\. Give EarlyStopping\(\.\.\.\)"),
+        (JsonlLogger(), r"callbacks: .*JsonlLogger.* is no cxr_vit\.Callback"),
+    ],
+)
+def test_what_is_no_callback_is_refused(make, given, advice):
+    with pytest.raises(ConfigError, match=advice):
+        make(callbacks=[given])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.dropout=0.5",
+        "model.name=vit-tiny",
+        "optim.lr=1",
+        "data.image_size=64",
+        "data.include_no_finding=true",
+        "run.seed=9",
+    ],
+)
+def test_module_of_another_configuration_is_refused(make, make_config, data, override):
+    run = make()
+    more = ["pipeline.layers_per_stage=[3, 3, 3, 3]"] if "tiny" in override else []
+    other = ViTModule(make_config(override, *more))
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"the module was made with another.*{key}=.* there"):
+        run.trainer.fit(other, data)
+    assert not run.trainer.is_fitting
+
+
+def test_data_of_another_image_size_are_refused(make, make_config):
+    run = make()
+    other = ChestXrayDataModule(make_config("data.image_size=64"))
+    with pytest.raises(ConfigError, match=r"the data module was made.*data\.image_size=64 there"):
+        run.trainer.validate(run.module, other)
+
+
+def test_module_for_another_device_is_refused(make):
+    run = make()
+    run.module.setup(for_ipu=True)
+    with pytest.raises(ModelError, match=r"this module was set up for IPUs\. Make a new one"):
+        run.fit()
+
+
+def test_best_of_no_run_is_refused(make):
+    run = make()
+    with pytest.raises(CheckpointError, match=r"this trainer has made none\. Give a path"):
+        run.trainer.test(run.module, run.data, ckpt_path="best")
+
+
+# Errors leave no run behind
+
+
+def test_data_problem_leaves_no_run_folder_and_announces_none(make_config, tmp_path, capsys):
+    root = tmp_path / "empty"
+    root.mkdir()
+    config = make_config(f"data.root={root}", f"run.root={tmp_path / 'runs'}")
+    data = ChestXrayDataModule(config)
+    with pytest.raises(DataError):
+        Trainer(config).fit(ViTModule(config, data), data)
+    assert not (tmp_path / "runs").exists()
+    assert capsys.readouterr().out == ""
+
+
+def exhaust(*_, **__):
+    """Ask torch for more memory than any machine has."""
+    torch.empty(2**56, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", ["compile", "train_step"])
+def test_lack_of_memory_in_training_names_a_smaller_batch(make, monkeypatch, method):
+    recorder = Recorder()
+    run = make(callbacks=[recorder])
+    monkeypatch.setattr(TorchEngine, method, exhaust)
+    with pytest.raises(OutOfMemory, match=r"batch\.micro_batch_size=2 batch\.gradient_acc\w+=4\."):
+        run.fit()
+    assert recorder.events[-1] == ("OutOfMemory", 0)
+
+
+def test_lack_of_memory_in_scoring_names_a_smaller_batch(make, monkeypatch):
+    run = make()
+    monkeypatch.setattr(TorchEngine, "predict", exhaust)
+    with pytest.raises(OutOfMemory, match=r"Use batch\.eval_micro_batch_size=4"):
+        run.trainer.validate(run.module, run.data)
