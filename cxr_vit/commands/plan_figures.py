@@ -6,7 +6,7 @@ from typing import Any
 
 from cxr_vit.model.module import ViTModule
 from cxr_vit.planner.estimate import plan_of_run
-from cxr_vit.planner.figures import memory_figure, timeline_figure
+from cxr_vit.planner.figures import CARD, memory_figure, timeline_figure
 from cxr_vit.training.callback import Callback
 
 
@@ -19,5 +19,9 @@ class PlanFigures(Callback):
             return
         plan = plan_of_run(trainer.config)
         if plan is not None:
-            figures = {"plan/timeline": timeline_figure(plan), "plan/memory": memory_figure(plan)}
-            trainer.log_figures(figures)
+            trainer.log_figures(
+                {
+                    "plan/timeline": timeline_figure(plan, CARD),
+                    "plan/memory": memory_figure(plan, CARD),
+                }
+            )

@@ -180,11 +180,11 @@ class FigureLogging(Callback):
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Log the ROC curves."""
-        from cxr_vit.evaluation.figures import roc_figure
+        from cxr_vit.evaluation.figures import roc_overview
 
         if trainer.is_logging:
             scored: EvalOutputs = trainer.validation_outputs
-            figure = roc_figure(scored.logits, scored.labels, module.names)
+            figure = roc_overview(scored.logits, scored.labels, module.names)
             trainer.log_figures({"val/roc": figure})
 
 

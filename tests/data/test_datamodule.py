@@ -10,6 +10,7 @@ from typing import Dict, Optional
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cxr_vit.config.schema import BatchSection, Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
