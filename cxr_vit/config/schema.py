@@ -242,8 +242,7 @@ class ModelSection(Section):
     )
     head_bias: Literal["prior", "zero"] = option(
         "prior",
-        "initial head: bias at the log-odds of the training prevalence with small weights, or"
-        " Hugging Face's default",
+        "bias of a new head: log-odds of the training prevalence, or zero (Hugging Face's default)",
     )
     image_mean: InnerFraction = option(
         0.5,

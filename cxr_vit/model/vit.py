@@ -273,14 +273,14 @@ def _hub_names(keys: Iterable[str]) -> Set[str]:
 
 
 def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
-    """Initialise the head to predict the prevalence.
+    """Set the bias to the log-odds of the prevalence; the weights stay as Hugging Face draws them.
 
-    The bias is the log-odds, so that the first loss is the entropy of the labels (0.164 on NIH)
-    instead of log 2 = 0.693, and no steps are spent on learning that most findings are rare. The
-    weights are a tenth of Hugging Face's: full weights would add up to 0.01 to that loss in a wide
-    model. With zero weights the trunk would get no gradient at first, and AdamW would scale
-    rounding noise up to full steps.
+    The first loss is then near the entropy of the labels (0.164 on NIH) instead of log 2 = 0.693,
+    and no steps are spent on learning that most findings are rare. Smaller weights would bring it
+    closer, but the trunk's gradients pass through them: with a tenth of these weights they are
+    noise at first, which AdamW scales to full steps that wear pretrained features down. A
+    pretrained ViT-S then reached a macro AUROC of 0.553 instead of 0.605 on 858 real validation
+    images after 80 updates.
     """
     with torch.no_grad():
-        head.weight.mul_(0.1)
         head.bias.copy_(torch.from_numpy(np.log(prevalence / (1.0 - prevalence))))
