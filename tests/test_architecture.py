@@ -46,9 +46,12 @@ ALLOWED = {
     **{package: ["config", "data", "model"] for package in LEAVES},
     **{module: [] for module in GROUND},
 }
-#: Limits that keep the package readable; a file over 600 lines is rarely one idea.
-MAX_FILES, MAX_LINES, MAX_LEVELS = 75, 14_000, 7
-MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 600, 60, 100
+#: Limits that keep the package readable; a file over 700 lines is rarely one idea.
+MAX_FILES, MAX_LINES, MAX_LEVELS = 95, 16_500, 8
+MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 700, 60, 50
+
+#: Nothing but the composition of the parts.
+COMPOSITIONS = {*SCRIPTS, "cxr_vit.commands.train", "cxr_vit.commands.evaluate"}
 
 POPTORCH = {name for name in MODULES if name.startswith("cxr_vit.engines.ipu.")}
 #: Needs a newer torch than the IPU's.
@@ -117,7 +120,7 @@ def test_packages_import_only_what_the_order_allows():
         "import cxr_vit.training.trainer",
         "from cxr_vit import model",
         "from cxr_vit.cli import run",
-        "from cxr_vit.synthetic.dataset import write_sample",
+        "from cxr_vit.dataset_report.report import write_data_report",
         "from . import labels",
         "def f():\n    from cxr_vit.engines.base import Engine",
         "if TYPE_CHECKING:\n    from cxr_vit.engines.base import Engine",
@@ -132,7 +135,7 @@ def test_import_against_the_order_is_found(text):
     ("module", "text"),
     [
         ("cxr_vit.planner.bad", "from cxr_vit.engines.processes import Launch"),
-        ("cxr_vit.planner.bad", "from cxr_vit.synthetic.dataset import write_sample"),
+        ("cxr_vit.planner.bad", "from cxr_vit.training.trainer import Trainer"),
         ("cxr_vit.engines.bad", "from cxr_vit.planner.estimate import make_plan"),
         ("cxr_vit.evaluation.bad", "from cxr_vit.dataset_report.report import write"),
         ("cxr_vit.errors", "from cxr_vit.config import Config"),
@@ -375,7 +378,7 @@ def long_files(sources: Sequence[Source]) -> List[str]:
     found = []
     for source in sources:
         lines = len(source.text.splitlines())
-        if lines > (MAX_SCRIPT if source.name in SCRIPTS else MAX_FILE):
+        if lines > (MAX_SCRIPT if source.name in COMPOSITIONS else MAX_FILE):
             found.append(f"{source.name}: {lines} lines")
     return found
 
@@ -502,10 +505,9 @@ def test_vague_name_is_found():
 #: Needed by `--help`, by a configuration error, and by `plan`: they answer without torch.
 LIGHT = sorted(
     {
-        *("cxr_vit", "cxr_vit.cli", "cxr_vit.__main__", *SCRIPTS),
+        *("cxr_vit", "cxr_vit.cli", "cxr_vit.__main__", *COMPOSITIONS),
         *(name for name in MODULES if package_of(name) in {*GROUND, "config", "planner"}),
         "cxr_vit.engines.processes",
-        "cxr_vit.training.schedule",
         "cxr_vit.training.run_folder",
     }
 )

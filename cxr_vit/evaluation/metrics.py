@@ -6,6 +6,7 @@ class is undefined (None) and excluded, and the number of defined classes is rep
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -17,6 +18,24 @@ from cxr_vit.errors import NonFiniteLoss
 
 #: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
 Scores = Dict[str, Optional[float]]
+
+
+@dataclass(frozen=True)
+class EvalOutputs:
+    """A scored split: logits and labels are float32 ``[N, C]`` in the split's order."""
+
+    split: str
+    step: int
+    loss: float
+    scores: Scores
+    logits: Tensor
+    labels: Tensor
+    seconds: float
+
+    def tagged(self) -> Scores:
+        """Return loss and scores under their tags, such as ``val/auroc_macro``."""
+        named = {f"{self.split}/{name}": value for name, value in self.scores.items()}
+        return {**named, f"{self.split}/loss": self.loss}
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from cxr_vit.data.nih import Records
 from cxr_vit.evaluation.figures import roc_figure
-from cxr_vit.evaluation.metrics import evaluate, probabilities
+from cxr_vit.evaluation.metrics import EvalOutputs, evaluate, probabilities
 from cxr_vit.files import replacing, write_text
 
 NOTICE = "For research only; not a medical device."
@@ -23,18 +22,17 @@ NOTICE = "For research only; not a medical device."
 def write_report(
     folder: Path,
     records: Records,
+    outputs: EvalOutputs,
     *,
-    split: str,
     names: Sequence[str],
-    logits: Tensor,
-    labels: Tensor,
     origin: Dict[str, Any],
 ) -> Dict[str, Any]:
-    """Score a split and write the files of its report; return the content of metrics.json.
+    """Write the files of the report of a scored split; return the content of metrics.json.
 
-    `logits` and `labels` are float32 ``[N, C]``, `records` in their order. `origin` are JSON-able
-    facts to store with the scores: checkpoint, step, data hashes.
+    `records` are in the order of the outputs. `origin` are JSON-able facts to store with the
+    scores: checkpoint, step, data hashes.
     """
+    split, logits, labels = outputs.split, outputs.logits, outputs.labels
     assert len(records) == len(logits), "every image of the split is scored once"
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +59,9 @@ def _predictions(
     return table
 
 
-def print_table(metrics: Dict[str, Any], console: Console) -> None:
+def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> None:
     """Print one row per label, and the means."""
+    console = console or Console()
     table = Table(title=f"{metrics['split']}: {metrics['num_samples']} images")
     table.add_column("finding", no_wrap=True)
     for heading in ("positive", "AUROC", "avg. precision", "prevalence"):

@@ -23,7 +23,6 @@ from typing import Any, Dict, Optional
 from torch import Tensor
 
 from cxr_vit.data.dataset import Batch
-from cxr_vit.evaluation.metrics import Scores
 from cxr_vit.model.module import ViTModule
 
 
@@ -44,24 +43,6 @@ class TrainOutputs:
     lr: float
     wait_s: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class EvalOutputs:
-    """A scored split: logits and labels are float32 ``[N, C]`` in the split's order."""
-
-    split: str
-    step: int
-    loss: float
-    scores: Scores
-    logits: Tensor
-    labels: Tensor
-    seconds: float
-
-    def tagged(self) -> Scores:
-        """Return loss and scores under their tags, such as ``val/auroc_macro``."""
-        named = {f"{self.split}/{name}": value for name, value in self.scores.items()}
-        return {**named, f"{self.split}/loss": self.loss}
 
 
 class Callback:

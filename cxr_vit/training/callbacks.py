@@ -15,8 +15,9 @@ from cxr_vit.config.schema import Config
 from cxr_vit.console import progress_bar
 from cxr_vit.data.dataset import Batch
 from cxr_vit.errors import ConfigError, NonFiniteLoss
+from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.model.module import ViTModule
-from cxr_vit.training.callback import Callback, EvalOutputs, TrainOutputs
+from cxr_vit.training.callback import Callback, TrainOutputs
 
 #: The metric that decides which checkpoint is best.
 MONITOR = "auroc_macro"

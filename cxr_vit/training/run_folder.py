@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
-from cxr_vit.config import Config, dump_config, load_config, read_config
+from cxr_vit.config import Config, check, dump_config, load_config, read_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.files import STATE, lock, write_text
+from cxr_vit.files import STATE, lock, run_of_checkpoint, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,10 +119,6 @@ class RunFolder:
         """Delete the folder of a run that failed before it wrote anything."""
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
-
-    def report(self, split: str, *, is_default: bool) -> Path:
-        """Return the folder of a split's report; only the default split's has no suffix."""
-        return self.path / ("report" if is_default else f"report_{split}")
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, with which the run can be repeated.
@@ -336,3 +332,17 @@ def newest_run(run: RunSection) -> Path:
             f"nothing to resume: no {run.root}/{run.name}-* has a checkpoint. {_RESUME_HINT}"
         )
     return max(runs, key=lambda folder: folder.name)
+
+
+def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a checkpoint's run for scoring, with the checkpoint as model.
+
+    Scoring needs neither the initial weights nor the classes that the configuration names.
+    """
+    config = read_config([run_of_checkpoint(checkpoint) / "config.yaml"], overrides)
+    return check(config.changed(model={"name": str(checkpoint)}, callbacks=[], loggers=[]))
+
+
+def report_folder(checkpoint: Path, split: str, *, default: str) -> Path:
+    """Return the folder of a split's report in a run; only the default split's has no suffix."""
+    return run_of_checkpoint(checkpoint) / ("report" if split == default else f"report_{split}")

@@ -25,15 +25,15 @@ from cxr_vit.engines.memory import explaining_out_of_memory
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
-from cxr_vit.evaluation.metrics import Scores, probabilities
+from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
 from cxr_vit.files import checkpoint_of
 from cxr_vit.model.module import ViTModule
-from cxr_vit.training.callback import Callback, EvalOutputs, TrainOutputs
-from cxr_vit.training.callbacks import MONITOR, default_callbacks
+from cxr_vit.training.callback import Callback, TrainOutputs
+from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify_checkpoint
 from cxr_vit.training.durations import Durations
-from cxr_vit.training.extensions import load_extension
-from cxr_vit.training.loggers import BUILT_IN, Logger
+from cxr_vit.training.extensions import all_callbacks, all_loggers
+from cxr_vit.training.loggers import Logger
 from cxr_vit.training.run_folder import RunFolder, create_run, find_run
 from cxr_vit.training.signals import StopOnSignal
 
@@ -108,15 +108,8 @@ class Trainer:
         self.config = config
         self.launch = Launch.from_environment()
         self.is_global_zero = self.launch.is_main
-        configured = [load_extension(item, Callback, key="callbacks") for item in config.callbacks]
-        own = [*configured, *_instances(callbacks, Callback, "callbacks")]
-        self.callbacks = [*default_callbacks(config, own, is_main=self.is_global_zero), *own]
-        _refuse_same_keys(self.callbacks)
-        self.loggers = (
-            _configured_loggers(config)
-            if loggers is None
-            else list(_instances(loggers, Logger, "loggers"))
-        )
+        self.callbacks = all_callbacks(config, callbacks, is_main=self.is_global_zero)
+        self.loggers = all_loggers(config, loggers)
         self.choice = choose_engine(config, self.launch)
         self.batch = BatchPlan.from_section(config.batch)
         self.callback_metrics: Scores = {}
@@ -548,6 +541,7 @@ class Trainer:
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
+        """Request a stop."""
         if value:
             self.request_stop("should_stop was set")
 
@@ -672,35 +666,6 @@ class Trainer:
     def _notify(self, hook: str, *event: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, self.module, *event)
-
-
-def _instances(items: Sequence[Any], base: type, what: str) -> Sequence[Any]:
-    """Return the items; ConfigError if one is not an instance of `base`."""
-    for item in items:
-        if isinstance(item, type):
-            raise ConfigError(f"{what}: {item.__name__} is a class. Give {item.__name__}(...).")
-        if not isinstance(item, base):
-            raise ConfigError(f"{what}: {item!r} is no cxr_vit.{base.__name__}.")
-    return items
-
-
-def _refuse_same_keys(callbacks: Sequence[Callback]) -> None:
-    """Raise ConfigError if a checkpoint could hold the state of only one of two callbacks."""
-    keys = [
-        callback.state_key
-        for callback in callbacks
-        if type(callback).state_dict is not Callback.state_dict
-    ]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"callbacks: two have the state_key {key!r}. Override one of them.")
-
-
-def _configured_loggers(config: Config) -> List[Logger]:
-    return [
-        BUILT_IN[item]() if isinstance(item, str) else load_extension(item, Logger, key="loggers")
-        for item in config.loggers
-    ]
 
 
 def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:

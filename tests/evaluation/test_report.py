@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.evaluation.report import print_table, write_report
 
 
@@ -24,14 +25,10 @@ def report(dataset, tmp_path):
     labels[:, 13] = 0
     dataset.records.labels[:, 13] = 0
     logits = torch.randn(labels.shape, generator=torch.Generator().manual_seed(0))
+    outputs = EvalOutputs("test", 12, 0.7, {}, logits, labels, 1.0)
+    origin = {"step": 12}
     metrics = write_report(
-        tmp_path / "report",
-        dataset.records,
-        split="test",
-        names=FINDINGS,
-        logits=logits,
-        labels=labels,
-        origin={"step": 12},
+        tmp_path / "report", dataset.records, outputs, names=FINDINGS, origin=origin
     )
     return tmp_path / "report", metrics, logits, labels
 

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from cxr_vit.errors import ConfigError, NonFiniteLoss
-from cxr_vit.training.callback import EvalOutputs, TrainOutputs
+from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.training.callback import TrainOutputs
 from cxr_vit.training.callbacks import (
     EarlyStopping,
     NonFiniteGuard,

@@ -15,6 +15,7 @@ from cxr_vit.training.run_folder import (
     create_run,
     find_run,
     read_run_config,
+    report_folder,
 )
 
 SOUND = ["model.name=vit-micro", "pipeline.layers_per_stage=[4]"]
@@ -99,8 +100,11 @@ def test_files_are_in_the_folder(folder, tmp_path):
 
 
 def test_only_the_report_of_another_split_has_a_suffix(folder, tmp_path):
-    assert folder.report("test", is_default=True) == tmp_path / "report"
-    assert folder.report("val", is_default=False) == tmp_path / "report_val"
+    folder.config.touch()
+    checkpoint = tmp_path / "checkpoints" / "best"
+    checkpoint.mkdir(parents=True)
+    assert report_folder(checkpoint, "test", default="test") == tmp_path / "report"
+    assert report_folder(checkpoint, "val", default="test") == tmp_path / "report_val"
 
 
 def test_written_config_repeats_the_run(folder):
