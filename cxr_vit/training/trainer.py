@@ -177,7 +177,7 @@ class Trainer:
             if restored:
                 self.engine.load_state_dict(restored[0])
                 self._restore_callbacks(restored[1])
-            self._describe_run(is_new=found.folder is None)
+            self._describe_run(is_new=not (found.folder and restored))
             with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
                 self._fit()
         self._notify("teardown", "fit")
