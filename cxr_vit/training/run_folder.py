@@ -30,7 +30,8 @@ _LOCK = ".lock"
 #: The loader processes of a killed process keep its lock until they notice: torch's look for their
 #: parent every 5 seconds.
 _LOCK_TIMEOUT_S = 8.0
-#: Name under which torchrun's store keeps the run's path when it restarts the processes.
+#: Name under which torchrun's store keeps a run's path when it restarts the processes. A script may
+#: make several runs; they are counted.
 _RUN_KEY = "run"
 _RESUME_HINT = "Name a run's folder (--resume runs/<name>), or start a new run without --resume."
 #: Settings that may differ between hosts: paths, names and numbers of processes.
@@ -189,12 +190,13 @@ class FoundRun(NamedTuple):
     """What `find_run` finds.
 
     `folder` is None for a new run, `checkpoint` where there is none to resume; `restarted` says
-    whether torchrun restarted the processes.
+    whether torchrun restarted the processes. `key` is the name of the run in torchrun's store.
     """
 
     folder: Optional[RunFolder]
     checkpoint: Optional[Path]
     restarted: bool = False
+    key: str = ""
 
 
 def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Launch) -> FoundRun:
@@ -210,7 +212,8 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
 
     processes = coordinator(launch)
     if launch.is_main:
-        begun = processes.load_across_restarts(_RUN_KEY)
+        key = processes.unique(_RUN_KEY)
+        begun = processes.load_across_restarts(key)
         if begun is not None and Path(begun).exists():  # else it failed before it wrote anything
             folder = RunFolder(Path(begun), writes=True)
             found = FoundRun(folder, folder.last if folder.last.exists() else None, restarted=True)
@@ -221,8 +224,8 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
         checkpoint = found.checkpoint and str(found.checkpoint.absolute())
         processes.call_once("found run", lambda: [path, checkpoint, found.restarted])
         if found.folder:
-            processes.save_across_restarts(_RUN_KEY, str(path))
-        return found
+            processes.save_across_restarts(key, str(path))
+        return found._replace(key=key)
     path, checkpoint, restarted = processes.call_once("found run", list)
     return FoundRun(
         None if path is None else RunFolder(Path(path), writes=False),
@@ -244,8 +247,11 @@ def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: boo
     return FoundRun(folder, folder.last)
 
 
-def create_run(run: RunSection, launch: Launch) -> RunFolder:
-    """Create the folder of a new run in the main process; return it in all."""
+def create_run(run: RunSection, launch: Launch, key: str = "") -> RunFolder:
+    """Create the folder of a new run in the main process; return it in all.
+
+    `key` is that of `find_run`.
+    """
     if not launch.is_connected:
         if launch.is_main:
             return RunFolder.create(run)
@@ -257,7 +263,7 @@ def create_run(run: RunSection, launch: Launch) -> RunFolder:
         return RunFolder(Path(processes.call_once("new run", str)), writes=False)
     folder = RunFolder.create(run)
     path = str(folder.path.absolute())
-    processes.save_across_restarts(_RUN_KEY, path)
+    processes.save_across_restarts(key, path)
     processes.call_once("new run", lambda: path)
     return folder
 

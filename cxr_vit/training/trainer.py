@@ -172,7 +172,7 @@ class Trainer:
             )
             return
         if not found.folder:
-            self._use_run(create_run(self.config.run, self.launch))
+            self._use_run(create_run(self.config.run, self.launch, found.key))
         with self.run.locked(), self._building_engine("fit"):
             if restored:
                 self.engine.load_state_dict(restored[0])
