@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import List, Sequence
 
-from cxr_vit.synthetic.dataset import CSV_HEADER, CSV_NAME
+from cxr_vit.data.synthetic.dataset import CSV_HEADER, CSV_NAME
 
 __all__ = ["NIH", "link_images", "original_images", "write_linked_set"]
 

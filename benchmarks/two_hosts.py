@@ -27,7 +27,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
 from safetensors.numpy import load_file
 
 from benchmarks.machine import describe_machine
-from cxr_vit.synthetic.dataset import write_sample
+from cxr_vit.data.synthetic.dataset import write_sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CARD, PORT = "eth0", 29500

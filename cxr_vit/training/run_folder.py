@@ -343,10 +343,14 @@ def newest_run(run: RunSection) -> Path:
 def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
     """Return the configuration of a checkpoint's run for scoring, with the checkpoint as model.
 
-    Scoring needs neither the initial weights nor the classes that the configuration names.
+    Scoring needs neither the initial weights nor the classes that the configuration names, and
+    never writes a synthetic data set: it would score other images than were meant.
     """
     config = read_config([run_of_checkpoint(checkpoint) / "config.yaml"], overrides)
-    return check(config.changed(model={"name": str(checkpoint)}, callbacks=[], loggers=[]))
+    changed = config.changed(
+        model={"name": str(checkpoint)}, data={"sample_images": None}, callbacks=[], loggers=[]
+    )
+    return check(changed)
 
 
 def report_folder(checkpoint: Path, split: str, *, default: str) -> Path:

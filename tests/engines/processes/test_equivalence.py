@@ -278,7 +278,7 @@ def test_scores_match_one_process(results, alone, demo, name):
 @cases()
 def test_each_process_holds_only_its_own_stages(results, demo, name):
     case = CASES[name]
-    every = {name for name, _ in make((*demo, *case.overrides))[2].named_parameters()}
+    every = {name for name, _ in make((*demo, *case.overrides))[2].model.named_parameters()}
     for rank, ours in enumerate(results(name)):
         own = every
         if case.is_pipeline:
