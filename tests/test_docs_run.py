@@ -53,17 +53,30 @@ def folder(tmp_path_factory, sample_root):
     return make_folder(tmp_path_factory.mktemp("docs") / "checkout", sample_root)
 
 
-def runs(folder: Path) -> List[Path]:
-    """Return the run folders, the newest first."""
-    found = [path for path in (folder / "runs").glob("*") if (path / "checkpoints/last").exists()]
+def runs(folder: Path, *engines: str) -> List[Path]:
+    """Return the run folders of some engines, or of all, the newest first."""
+    found = [
+        path
+        for path in (folder / "runs").glob("*")
+        if (path / "checkpoints" / "last").exists()
+        and (not engines or engine_of_run(path) in engines)
+    ]
     return sorted(found, key=lambda path: (path / "metrics.jsonl").stat().st_mtime, reverse=True)
 
 
-def with_runs(words: List[str], folder: Path) -> List[str]:
-    """Put the newest run in place of `<name>`, the one before it in place of `<other>`."""
-    newest = [path.name for path in runs(folder)] + ["", ""]
+def engine_of_run(path: Path) -> str:
+    return str(yaml.safe_load((path / "config.yaml").read_text())["engine"]["name"])
+
+
+def with_runs(command: Command, folder: Path) -> List[str]:
+    """Return the words, with the newest run for `<name>` and the one before it for `<other>`.
+
+    A command without a launcher gets a run that one process can continue.
+    """
+    one_process = not command.launcher and "--calibrate" not in command.text
+    newest = [path.name for path in runs(folder, *(["torch"] if one_process else []))] + ["", ""]
     names = {"<name>": newest[0], "<other>": newest[1]}
-    return [re.sub(r"<\w+>", lambda match: names[match.group()], word) for word in words]
+    return [re.sub(r"<\w+>", lambda match: names[match.group()], word) for word in command.words]
 
 
 def is_run(command: Command) -> bool:
@@ -84,13 +97,13 @@ def test_command_runs(command, folder, monkeypatch, capsys):
     if needs_pipelining(command) and not HAS_PIPELINING:
         pytest.skip("the pipeline engine needs torch 2.10")
     monkeypatch.chdir(folder)
-    if any("runs/" in word for word in command.arguments) and not runs(folder):
+    if any("runs/" in word for word in command.arguments) and not runs(folder, "torch"):
         assert cli.main(["train", "--config", "configs/vit_demo.yaml"]) == 0
     if command.launcher or command.variables:
         run_in_processes(command, folder)
         return
     try:
-        status = cli.main(with_runs(command.arguments, folder))
+        status = cli.main(command._replace(words=with_runs(command, folder)).arguments)
     except SystemExit as ended:  # --help
         status = ended.code
     assert status == 0
@@ -99,7 +112,7 @@ def test_command_runs(command, folder, monkeypatch, capsys):
 
 def run_in_processes(command: Command, folder: Path) -> None:
     """Run a command with its launcher and variables, as processes."""
-    words = with_runs(command.words[1:], folder)
+    words = with_runs(command, folder)[1:]
     launcher = ["-m", "torch.distributed.run", *command.launcher[1:]] if command.launcher else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.update(word.partition("=")[::2] for word in command.variables)
