@@ -101,8 +101,11 @@ def make_config(small_overrides: List[str]) -> Callable[..., Config]:
 #: Files that take a minute or more, the slowest first.
 SLOW_FILES = (
     "tests/engines/processes/test_failures.py",
+    "tests/test_docs_run.py",
     "tests/test_commands.py",
     "tests/engines/processes/test_resume.py",
+    "tests/test_api.py",
+    "tests/test_notebook.py",
     "tests/engines/ipu/test_state.py",
     "tests/engines/processes/test_equivalence.py",
     "tests/engines/ipu/test_equivalence.py",

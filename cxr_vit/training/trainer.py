@@ -109,7 +109,7 @@ class Trainer:
         self.launch = Launch.from_environment()
         self.is_global_zero = self.launch.is_main
         self.callbacks = all_callbacks(config, callbacks, is_main=self.is_global_zero)
-        self.loggers = all_loggers(config, loggers)
+        self.loggers = all_loggers(config, loggers) if self.is_global_zero else []
         self.choice = choose_engine(config, self.launch)
         self.batch = BatchPlan.from_section(config.batch)
         self.callback_metrics: Scores = {}

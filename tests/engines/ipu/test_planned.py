@@ -36,6 +36,6 @@ def test_a_run_that_fits_is_quiet_and_shows_its_plan(ipu, commands, said):
     run = commands.train(*IPU)
     assert run.status == 0
     assert not [message for message in messages(said) if "predicted memory" in message]
-    board = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0})
+    board = EventAccumulator(str(run.path), size_guidance={"images": 0})
     board.Reload()
     assert {"plan/timeline", "plan/memory"} <= set(board.Tags()["images"])
