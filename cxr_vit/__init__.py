@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from cxr_vit.config import Config, load_config
     from cxr_vit.data.datamodule import ChestXrayDataModule
+    from cxr_vit.data.dataset import Batch
     from cxr_vit.engines.base import Engine
     from cxr_vit.engines.ipu.engine import PopTorchEngine
     from cxr_vit.engines.pipeline_engine import PipelineEngine
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from cxr_vit.errors import CxrVitError
     from cxr_vit.evaluation.metrics import evaluate, probabilities
     from cxr_vit.model.module import ViTModule
-    from cxr_vit.training.callback import Callback
+    from cxr_vit.training.callback import Callback, TrainOutputs
     from cxr_vit.training.callbacks import EarlyStopping
     from cxr_vit.training.loggers import (
         CsvLogger,
@@ -36,6 +37,7 @@ _MODULES = {
     "Config": "config",
     "load_config": "config",
     "ChestXrayDataModule": "data.datamodule",
+    "Batch": "data.dataset",
     "evaluate": "evaluation.metrics",
     "probabilities": "evaluation.metrics",
     "ViTModule": "model.module",
@@ -45,6 +47,7 @@ _MODULES = {
     "PopTorchEngine": "engines.ipu.engine",
     "Trainer": "training.trainer",
     "Callback": "training.callback",
+    "TrainOutputs": "training.callback",
     "EarlyStopping": "training.callbacks",
     "Logger": "training.loggers",
     "TensorBoardLogger": "training.loggers",
@@ -55,7 +58,9 @@ _MODULES = {
     "CxrVitError": "errors",
 }
 
+#: Without PipelineEngine: `from cxr_vit import *` works with every torch.
 __all__ = [
+    "Batch",
     "Callback",
     "ChestXrayDataModule",
     "Config",
@@ -66,10 +71,10 @@ __all__ = [
     "JsonlLogger",
     "Logger",
     "MLFlowLogger",
-    "PipelineEngine",
     "PopTorchEngine",
     "TensorBoardLogger",
     "TorchEngine",
+    "TrainOutputs",
     "Trainer",
     "ViTModule",
     "WandbLogger",
@@ -82,6 +87,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use (PEP 562)."""
+    if name == "PipelineEngine":
+        _check_pipelining()
     if name in _MODULES:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = value
@@ -90,6 +97,16 @@ def __getattr__(name: str) -> Any:
 
     near = suggestion(name, _MODULES)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{near}")
+
+
+def _check_pipelining() -> None:
+    from cxr_vit.engines.choice import check_pipelining
+    from cxr_vit.errors import EngineUnavailable
+
+    try:
+        check_pipelining("cxr_vit.PipelineEngine")
+    except EngineUnavailable as error:
+        raise ImportError(str(error)) from error
 
 
 def __dir__() -> List[str]:

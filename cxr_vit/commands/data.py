@@ -7,6 +7,7 @@ from typing import Sequence
 
 from cxr_vit.cli import COMMANDS, Parser, config_parser, files_and_overrides
 from cxr_vit.config import load_config
+from cxr_vit.data.text_files import check_data_root
 
 
 def prepare(argv: Sequence[str]) -> int:
@@ -16,6 +17,7 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help=text)
     arguments = parser.parse(argv)
     data = load_config(*files_and_overrides(arguments)).data
+    check_data_root(data)  # before torch is imported
 
     from cxr_vit.data.datamodule import prepare as prepare_cache
     from cxr_vit.data.datamodule import verify_cache
@@ -52,6 +54,7 @@ def data_report(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=name, metavar="FILE", help=f"default: {name}")
     arguments = parser.parse(argv)
     config = load_config(*files_and_overrides(arguments))
+    check_data_root(config.data)
 
     from cxr_vit.data.datamodule import ChestXrayDataModule
     from cxr_vit.data.synthetic.dataset import write_sample_if_absent

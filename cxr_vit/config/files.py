@@ -23,12 +23,12 @@ def packaged_configs() -> Dict[str, Path]:
 def find_config(path: Path) -> Path:
     """Return the file that `path` means; raise ConfigError with near names if there is none.
 
-    A path that exists wins, with or without `.yaml`. `vit_demo`, `vit_demo.yaml` and
+    A file that exists wins, with or without `.yaml`. `vit_demo`, `vit_demo.yaml` and
     `configs/vit_demo.yaml` also mean the packaged file of that name.
     """
     with_suffix = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
     for candidate in (path, with_suffix):
-        if candidate.exists():
+        if candidate.is_file():
             return candidate
     packaged = packaged_configs()
     name = with_suffix.with_suffix("").as_posix()

@@ -2,11 +2,14 @@
 
 PyYAML reads `1e-3` as a string, `010` as 8 and `no` as False. Here every scalar stays text (or
 null) until pydantic converts it to the type of its field, so that files and overrides mean the
-same. File and line of each key are kept for error messages.
+same. Only `args` of callbacks and loggers have no fields: there a scalar means what YAML says, and
+`1e-3` is a number. File and line of each key are kept for error messages.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
@@ -16,7 +19,7 @@ from pydantic import ValidationError
 from cxr_vit.config.files import find_config
 from cxr_vit.config.help import explain
 from cxr_vit.config.rules import check
-from cxr_vit.config.schema import SECTIONS, Config, Section
+from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
 
 #: One path or several.
@@ -24,6 +27,25 @@ Files = Union[str, Path, Sequence[Union[str, Path]]]
 
 _COMMAND_LINE = "command line"
 _NULL = {"", "~", "null", "Null", "NULL"}
+#: Keys whose values have no fields.
+_ARGS = [[name, "args"] for name in LISTS]
+_FLOAT = "tag:yaml.org,2002:float"
+#: Tags of the scalars that `args` hold as such; others, such as dates, stay text.
+_TYPED = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", _FLOAT}
+#: Numbers that PyYAML takes for text: without a dot, or without the sign of the exponent.
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes `1e-3` for a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text `1e-3`, which `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 
 
 def load_config(files: Files, overrides: Sequence[str] = ()) -> Config:
@@ -60,7 +82,7 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back unchanged."""
     values = config.model_dump(by_alias=True)
-    return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None))
 
 
 class _Reader:
@@ -80,7 +102,7 @@ class _Reader:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{file}: cannot read the configuration: {reason}.") from error
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            node = yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
             raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from error
@@ -120,7 +142,7 @@ class _Reader:
             self.problems.append(f"{_COMMAND_LINE}: {problem}")
             return {}
         try:
-            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            node = yaml.compose(value, Loader=_Loader)
         except yaml.YAMLError:
             self.problems.append(f"{_COMMAND_LINE}: {text!r}: the value is not valid YAML")
             return {}
@@ -132,7 +154,7 @@ class _Reader:
     def _plain(self, node: yaml.Node, path: str, place: Callable[[yaml.Node], str]) -> Any:
         """Convert a YAML node to dicts, lists, text and None; record the place of each key."""
         if isinstance(node, yaml.ScalarNode):
-            return None if node.style is None and node.value in _NULL else node.value
+            return _scalar(node, is_typed=path.split(".")[:2] in _ARGS)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, path, place) for item in node.value]
         mapping: Dict[str, Any] = {}
@@ -169,6 +191,16 @@ class _Reader:
                     self.problems.append(f"{where}: {name}: give '{first}' or '{second}', not both")
                     del values[second]
         return layer
+
+
+def _scalar(node: yaml.ScalarNode, *, is_typed: bool) -> Any:
+    """Return text or None; with `is_typed`, also booleans and numbers. Quotes make text."""
+    if node.style is None and node.value in _NULL:
+        return None
+    if is_typed and node.tag in _TYPED:
+        with contextlib.suppress(ValueError):  # `!!int a`
+            return yaml.constructor.SafeConstructor().construct_object(node)
+    return node.value
 
 
 def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The sections of a configuration: their fields, types, ranges, defaults and help texts."""
 
-import contextlib
 import os
 import re
 from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Tuple, Type, Union, cast
@@ -445,30 +444,13 @@ class PlannerSection(Section):
     )
 
 
-def _typed(value: Any) -> Any:
-    """Convert the text of numbers, true and false, also inside lists and mappings."""
-    if isinstance(value, dict):
-        return {key: _typed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_typed(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if value in ("true", "false"):
-        return value == "true"
-    with contextlib.suppress(ValueError):
-        return int(value)
-    with contextlib.suppress(ValueError):
-        return float(value)
-    return value
-
-
 class Extension(BaseModel):
     """A class of the user's own, by its import path."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     path: str = Field(alias="class", pattern=r"^\w+(\.\w+)+$")
-    args: Annotated[Dict[str, Any], AfterValidator(_typed)] = {}
+    args: Dict[str, Any] = {}
 
     def __str__(self) -> str:
         return self.path

@@ -126,9 +126,11 @@ def dataset_of_files(
 ) -> ChestXrayDataset:
     """Return the images of some files, in this order, with labels of zero.
 
-    Raises DataError if a file is missing.
+    Raises DataError if a file is missing, or none is given.
     """
     names = [str(path) for path in paths]
+    if not names:
+        raise DataError("no images: give the path of one or more.")
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

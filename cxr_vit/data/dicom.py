@@ -9,7 +9,9 @@ from typing import Any, Tuple, Union
 import numpy as np
 
 #: UID of the transfer syntax that compresses the whole file: a few kB can hold gigabytes.
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+#: The first byte after the preamble and the four letters DICM.
+_FILE_META = 132
 
 
 def is_dicom(data: bytes) -> bool:
@@ -27,11 +29,11 @@ def decode_dicom(data: bytes, *, max_megapixels: int) -> Union[np.ndarray, str]:
         import pydicom
     except ImportError:
         return 'a DICOM file, which needs pydicom. Run: pip install "cxr-vit[dicom]"'
-    if _DEFLATED in data:
-        return "a deflated DICOM file. Export it uncompressed."
     try:
         with warnings.catch_warnings():  # pydicom warns of values that break the standard
             warnings.simplefilter("ignore")
+            if _transfer_syntax(data) == _DEFLATED:
+                return "a deflated DICOM file. Export it uncompressed."
             dataset = pydicom.dcmread(io.BytesIO(data))
             reason = _unusable(dataset, max_megapixels)
             pixels = reason or _pixels(dataset)
@@ -41,6 +43,21 @@ def decode_dicom(data: bytes, *, max_megapixels: int) -> Union[np.ndarray, str]:
     except Exception as error:  # errors of many types, as bytes are damaged in many places
         what = str(error).strip().split("\n")[0] or type(error).__name__
         return f"a damaged DICOM file ({what}). Fetch the file again."
+
+
+def _transfer_syntax(data: bytes) -> str:
+    """Return the transfer syntax of the file meta (group 2), without decoding what follows."""
+    from pydicom.filereader import read_dataset
+
+    file = io.BytesIO(data)
+    file.seek(_FILE_META)
+    meta = read_dataset(
+        file,
+        is_implicit_VR=False,
+        is_little_endian=True,
+        stop_when=lambda tag, representation, length: tag.group != 2,
+    )
+    return str(meta.get("TransferSyntaxUID", ""))
 
 
 def _unusable(dataset: Any, max_megapixels: int) -> str:

@@ -187,9 +187,13 @@ class Engine(ABC):
 
     def loss(self, logits: Tensor, labels: Tensor) -> float:
         """Return the module's loss over a whole split, given float32 ``[N, C]`` on the CPU."""
-        with torch.no_grad():
-            device = self.loss_device
-            return float(self.module.loss(logits.to(device), labels.to(device)))
+        was_training, self.module.training = self.module.training, False
+        try:
+            with torch.no_grad():
+                device = self.loss_device
+                return float(self.module.loss(logits.to(device), labels.to(device)))
+        finally:
+            self.module.training = was_training
 
 
 def check_batch(batch: Batch, unit: int) -> None:

@@ -65,7 +65,7 @@ def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> E
 def _choose(config: Config, launch: Launch, offline: bool) -> EngineChoice:
     engine = config.engine
     if engine.name == "pipeline" and not offline:
-        _check_pipelining()
+        check_pipelining("engine.name=pipeline")
         return EngineChoice("pipeline", "engine.name=pipeline")
     if engine.name == "torch" and not offline:
         return EngineChoice("torch", "engine.name=torch")
@@ -160,11 +160,12 @@ def _check_same_device(choice: EngineChoice, device: DeviceChoice, launch: Launc
         )
 
 
-def _check_pipelining() -> None:
+def check_pipelining(what: str) -> None:
+    """Raise EngineUnavailable if torch is too old for the pipeline engine."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _PIPELINING:
         needed = ".".join(map(str, _PIPELINING))
         raise EngineUnavailable(
-            f"engine.name=pipeline needs torch {needed} or later; this is {torch.__version__}."
+            f"{what} needs torch {needed} or later; this is {torch.__version__}."
             " Use engine.name=torch, which is data parallel under torchrun."
         )

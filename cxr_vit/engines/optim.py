@@ -8,6 +8,9 @@ from torch import Tensor
 
 from cxr_vit.errors import CheckpointError
 
+#: Slot of a trained parameter without state, as it never had a gradient. It tells the parameter
+#: from one that was frozen.
+NO_STATE = "no_state"
 #: Optimizers whose states mean the same.
 _SAME_STATE = {"torch.AdamW", "poptorch.AdamW"}
 
@@ -38,4 +41,8 @@ def check_kind(given: str, own: str) -> None:
 
 def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """Return the slots that torch knows, without those of PopTorch only."""
-    return {slot: value for slot, value in slots.items() if not slot.startswith("ipu_")}
+    return {
+        slot: value
+        for slot, value in slots.items()
+        if not slot.startswith("ipu_") and slot != NO_STATE
+    }

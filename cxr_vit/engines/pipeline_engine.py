@@ -295,7 +295,7 @@ class PipelineEngine(TorchEngineBase):
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a host batch, which the last stage sends to the others."""
         check_batch(batch, self.batch.eval_micro_batch_size)
-        self.model.eval()
+        self.module.eval()
         inputs = self.to_device(batch.images) if self.reads_images else ()
         with self.group.waiting_for("its neighbours", lambda: _awaited(self._scoring_stages)):
             with torch.no_grad():

@@ -6,7 +6,7 @@ import contextlib
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ContextManager, Dict, Iterable, List, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Tuple, Union
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from cxr_vit.engines.base import (
     with_user_errors,
 )
 from cxr_vit.engines.devices import DeviceChoice
-from cxr_vit.engines.optim import check_kind, torch_slots
+from cxr_vit.engines.optim import NO_STATE, check_kind, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.module import ViTModule
@@ -81,6 +81,12 @@ class TorchEngineBase(Engine):
         self.optimizer = module.configure_optimizers()
         freeze_others(self.model, self.optimizer)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
+        #: State that the optimizer's constructor made, as Adagrad's does.
+        self._first_slots = {
+            name: _cpu_copies(self.optimizer.state[parameter])
+            for name, parameter in self.model.hub_parameters()
+            if parameter in self.optimizer.state
+        }
         self.optimizer_kind = f"torch.{type(self.optimizer).__name__}"
         self.scaler = scaler
         self.compile_size = compile_size
@@ -133,7 +139,7 @@ class TorchEngineBase(Engine):
         check_batch(example, self.local_batch.global_batch_size)
         start = time.perf_counter()
         size = self.compile_size
-        self.model.train()
+        self.module.train()
         images, labels = self.to_device(example.images[:size], example.labels[:size])
         self.forward_backward(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,7 +151,7 @@ class TorchEngineBase(Engine):
         """Make the weight updates of one host batch."""
         size = self.local_batch.global_batch_size
         check_batch(batch, size)
-        self.model.train()
+        self.module.train()
         for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
             group["lr"] = lr * ratio
         images, labels = self.to_device(batch.images, batch.labels)
@@ -209,14 +215,14 @@ class TorchEngineBase(Engine):
     def state_dict(self) -> EngineState:
         """Return copies of the weights, optimizer slots and counters of this process."""
         slots = {
-            name: {
-                slot: torch.as_tensor(value).detach().cpu().clone()
-                for slot, value in self.optimizer.state[parameter].items()
-                if value is not None  # torch 2.0's SGD without momentum
-            }
+            name: _cpu_copies(self.optimizer.state[parameter])
             for name, parameter in self.model.hub_parameters()
             if parameter in self.optimizer.state
         }
+        if any(slots.values()):
+            for name, parameter in self.model.hub_parameters():
+                if parameter.requires_grad and not slots.get(name):
+                    slots[name] = {NO_STATE: torch.zeros(())}
         scalars = {"updates": float(self.updates), **self.scaler.state_dict()}
         return EngineState(self.model.weights(), slots, self.optimizer_kind, scalars)
 
@@ -227,12 +233,17 @@ class TorchEngineBase(Engine):
         self.optimizer.state.clear()
         for name, parameter in self.model.hub_parameters():
             if state.optimizer and parameter.requires_grad and name not in state.optimizer:
-                raise CheckpointError(f"the checkpoint lacks the optimizer state of {name}.")
-            if name in state.optimizer:
+                raise CheckpointError(
+                    f"the checkpoint lacks the optimizer state of {name}, which was frozen in that"
+                    " run. Freeze it again, or resume from the weights alone with a new optimizer:"
+                    " train.resume_weights_only=true."
+                )
+            slots = torch_slots(state.optimizer.get(name, {})) or self._first_slots.get(name)
+            if slots:
                 self.optimizer.state[parameter] = {
                     # AdamW keeps its step count on the CPU for parameters on any device.
                     slot: value.clone() if slot == "step" else value.to(parameter, copy=True)
-                    for slot, value in torch_slots(state.optimizer[name]).items()
+                    for slot, value in slots.items()
                 }
         self.updates = int(state.scalars.get("updates", 0))
         scaler = {key: state.scalars.get(key) for key in self.scaler.state_dict()}
@@ -314,7 +325,7 @@ class TorchEngine(TorchEngineBase):
         """Return the logits of a host batch, computed micro-batch by micro-batch."""
         size = self.batch.eval_micro_batch_size
         check_batch(batch, size)
-        self.model.eval()
+        self.module.eval()
         (images,) = self.to_device(batch.images)
         with torch.inference_mode(), self.autocast():
             logits = [self.model(part) for part in images.split(size)]
@@ -323,6 +334,14 @@ class TorchEngine(TorchEngineBase):
     def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
         """Concatenate the rows of all processes."""
         return self.group.concatenate(parts)
+
+
+def _cpu_copies(slots: Mapping[str, Any]) -> Dict[str, Tensor]:
+    return {
+        slot: torch.as_tensor(value).detach().cpu().clone()
+        for slot, value in slots.items()
+        if value is not None  # torch 2.0's SGD without momentum
+    }
 
 
 def _grad_scaler(device: DeviceChoice) -> Any:

@@ -22,6 +22,17 @@ from cxr_vit.model.schedule import LearningRate
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import build_vit, check_source
 
+#: Methods of a LightningModule that have no counterpart -> what to override instead.
+_NOT_CALLED = {
+    "forward": "The engines call the stages; override configure_model to change the model.",
+    "training_step": "Override loss(logits, labels).",
+    "validation_step": "Override compute_metrics(logits, labels).",
+    "test_step": "Override compute_metrics(logits, labels).",
+    "predict_step": "Use the result of Trainer.predict.",
+    "on_train_epoch_end": "Hooks belong to a cxr_vit.Callback.",
+    "on_validation_epoch_end": "Hooks belong to a cxr_vit.Callback: on_validation_end.",
+}
+
 ModuleType = TypeVar("ModuleType", bound="ViTModule")
 
 #: File of a checkpoint folder that holds the weights, as transformers names it.
@@ -58,6 +69,12 @@ class ViTModule(nn.Module):
     """
 
     model: StagedViT
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, instead in _NOT_CALLED.items():
+            if name in vars(cls):
+                raise ModelError(f"{cls.__name__}.{name} is never called. {instead}")
 
     def __init__(
         self,
@@ -127,19 +144,42 @@ class ViTModule(nn.Module):
         )
         if self.checkpoint is not None:
             self.load_weights(self.checkpoint)
-        self._refuse_other_parameters()
+        self._refuse_unsaved_state()
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Raise ModelError if the loss of two samples is no scalar."""
+        labels = torch.zeros(2, len(self.names))
+        with torch.no_grad():
+            loss = self.loss(torch.zeros_like(labels), labels)
+        if not isinstance(loss, Tensor) or loss.dim() > 0:
+            what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else loss
+            raise ModelError(
+                f"{type(self).__name__}.loss returned {what}. Return a scalar: the mean over the"
+                " samples."
+            )
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint; CheckpointError if they are of another model."""
         self.model.load_weights(load_file(str(checkpoint / WEIGHTS)))
 
-    def _refuse_other_parameters(self) -> None:
+    def _refuse_unsaved_state(self) -> None:
+        """Raise ModelError for state that a checkpoint would not hold."""
         others = [name for name, _ in self.named_parameters() if not name.startswith("model.")]
         if others:
             raise ModelError(
                 f"{type(self).__name__} has parameters outside its model: {', '.join(others)}."
                 " They would be neither trained nor saved. Put them into the head in"
                 " configure_model, or use register_buffer for constants."
+            )
+        persistent = self.model.persistent_buffers()
+        buffers = [name for name in persistent if name.startswith("classifier.")]
+        if buffers:
+            raise ModelError(
+                f"{type(self).__name__} has persistent buffers in its head: {', '.join(buffers)}."
+                " Checkpoints hold parameters only, and the running statistics of a batch norm"
+                " would differ between replicas. Use nn.LayerNorm in place of a batch norm, and"
+                " register_buffer(..., persistent=False) for constants."
             )
 
     def to_device(self, device: torch.device) -> None:

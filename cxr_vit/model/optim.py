@@ -38,11 +38,14 @@ def parameter_groups(
 def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.optim.Optimizer:
     """Build torch's AdamW (Loshchilov and Hutter, 2019) or SGD.
 
+    `groups` is empty in a process of the pipeline engine whose stages are all frozen.
+
     Raises
     ------
     ConfigError
         If torch has no such optimizer.
     """
+    groups = groups or [{"params": []}]  # torch refuses an empty list, not an empty group
     if optim.name == "adamw":
         betas = (optim.beta1, optim.beta2)
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
@@ -55,7 +58,16 @@ def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.
 
 
 def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:
-    """Return the rate of each group divided by `lr`, which the schedule keeps."""
+    """Return the rate of each group divided by `lr`, which the schedule keeps.
+
+    Raises ConfigError if it is no optimizer, as where `configure_optimizers` returns also a
+    scheduler.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"configure_optimizers returned {type(optimizer).__name__}. Return one optimizer; a"
+            " schedule is ViTModule.learning_rate(step, total_steps)."
+        )
     return [group["lr"] / lr for group in optimizer.param_groups]
 
 

@@ -166,6 +166,11 @@ class StagedViT(nn.Module):
             if not parameter.is_meta:
                 yield _without_stage(name), parameter
 
+    def persistent_buffers(self) -> List[str]:
+        """Return the hub names of the buffers that torch counts as state."""
+        state = self.state_dict().keys()
+        return [_without_stage(name) for name, _ in self.named_buffers() if name in state]
+
     def weights(self) -> Dict[str, Tensor]:
         """Return copies of the weights of this process's stages: hub name -> fp32, on the CPU."""
         return {

@@ -23,6 +23,7 @@ from typing import Any, Dict, Optional
 from torch import Tensor
 
 from cxr_vit.data.dataset import Batch
+from cxr_vit.errors import ConfigError, suggestion
 from cxr_vit.model.module import ViTModule
 
 
@@ -46,7 +47,7 @@ class TrainOutputs:
 
 
 class Callback:
-    """Base of callbacks; every hook does nothing.
+    """Base of callbacks; every hook does nothing. A method ``on_*`` that is no hook is refused.
 
     A callback observes a run. It may stop it (`trainer.request_stop`, `trainer.interrupt`) and log
     (`trainer.log_metrics`). Every process calls its own callbacks; only the one with
@@ -54,6 +55,16 @@ class Callback:
 
     The `trainer` is a `cxr_vit.Trainer`, which imports this module.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in vars(cls):
+            if name.startswith("on_") and not hasattr(Callback, name):
+                near = suggestion(name, [hook for hook in dir(Callback) if hook.startswith("on_")])
+                raise ConfigError(
+                    f"{cls.__name__}.{name} is no hook of a callback.{near} docs/lightning.md lists"
+                    " all of them."
+                )
 
     @property
     def state_key(self) -> str:
@@ -97,7 +108,10 @@ class Callback:
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Run after each host batch: `device_iterations` weight updates."""
+        """Run after each host batch: `device_iterations` weight updates.
+
+        Copy what you keep of the batch: loaders use its memory again.
+        """
 
     def on_validation_start(self, trainer: Any, module: ViTModule) -> None:
         """Run before each validation."""

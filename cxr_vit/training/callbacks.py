@@ -34,7 +34,7 @@ def default_callbacks(
     if not config.engine.synthetic_data:  # its losses are meaningless
         built_in.append(NonFiniteGuard())
     if not any(isinstance(callback, EarlyStopping) for callback in given):
-        built_in.append(EarlyStopping(config.train.early_stopping_patience))
+        built_in.append(EarlyStopping(patience=config.train.early_stopping_patience))
     built_in.append(MetricsLogging(every=every))
     if is_main:
         built_in += [FigureLogging(), ProgressDisplay(every=every)]
@@ -84,15 +84,20 @@ def _advice(trainer: Any, step: int) -> str:
 class EarlyStopping(Callback):
     """Stop after `patience` validations without a better score; None never stops.
 
-    `monitor` is a tag of `trainer.callback_metrics`; `mode` is ``"max"`` or ``"min"``. An undefined
-    score is no improvement.
+    `monitor` is a tag of `trainer.callback_metrics`. `mode` is ``"max"`` or ``"min"``, by default
+    ``"min"`` for a loss. An undefined score is no improvement.
     """
 
     state_key = "early_stopping"
 
     def __init__(
-        self, patience: Optional[int] = 3, *, monitor: str = f"val/{MONITOR}", mode: str = "max"
+        self,
+        monitor: str = f"val/{MONITOR}",
+        *,
+        patience: Optional[int] = 3,
+        mode: Optional[str] = None,
     ) -> None:
+        mode = mode or ("min" if monitor.endswith("loss") else "max")
         if mode not in ("max", "min"):
             raise ConfigError(f"EarlyStopping: mode={mode!r} must be 'max' or 'min'.")
         self.patience = patience
@@ -100,6 +105,11 @@ class EarlyStopping(Callback):
         self.sign = 1.0 if mode == "max" else -1.0
         self.best: Optional[float] = None
         self.since_best = 0
+
+    def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Begin again in a new run."""
+        if stage == "fit":
+            self.best, self.since_best = None, 0
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Count the validations since the best score."""
@@ -137,6 +147,10 @@ class MetricsLogging(Callback):
     def __init__(self, *, every: int) -> None:
         self.every = every
         self._window = Window()
+
+    def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Begin again in a new run."""
+        self._window.clear()
 
     def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Log the compile time."""
@@ -206,6 +220,7 @@ class ProgressDisplay(Callback):
 
     def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Start the bar."""
+        self._window.clear()
         self._started, self._start_step = time.perf_counter(), trainer.global_step
         if self.console.is_terminal:
             self._bar = progress_bar(self.console, "step")

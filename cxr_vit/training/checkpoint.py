@@ -69,11 +69,11 @@ class CheckpointStore:
         for name, text in model_files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         content = {
+            **trainer_state,
             "format": _FORMAT,
             "step": step,
             "optimizer_kind": state.optimizer_kind,
             "scalars": state.scalars,
-            **trainer_state,
             "sha256": {path.name: _sha256(path) for path in sorted(temporary.iterdir())},
         }
         (temporary / STATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -122,6 +122,17 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _STEP_NAME.match(path.name))
+
+
+def check_json(what: str, value: Any) -> None:
+    """Raise CheckpointError if a value cannot be saved, before a checkpoint is begun."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{what} cannot be saved: {error}. Return numbers, text, lists and dictionaries"
+            " (tensor.tolist())."
+        ) from error
 
 
 def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:

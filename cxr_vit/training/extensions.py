@@ -40,9 +40,9 @@ def all_loggers(config: Config, given: Optional[Sequence[Logger]]) -> List[Logge
 def load_extension(extension: Extension, base: Type[T], *, key: str) -> T:
     """Import a class and construct it with its arguments.
 
-    Only subclasses of `base` are constructed, so that a configuration from elsewhere cannot call
-    any function. `key` is the field that names the class. Raises ConfigError if there is no such
-    class, it is of another kind, or it takes other arguments.
+    Only subclasses of `base` are constructed. Importing a module runs it, though: resume only runs
+    whose configuration you trust. `key` is the field that names the class. Raises ConfigError if
+    there is no such class, it is of another kind, or it takes other arguments.
     """
     where = f"{key}: {extension.path}"
     path, _, name = extension.path.rpartition(".")

@@ -59,6 +59,14 @@ _LAYOUT = {
 _PROJECT = "cxr-vit"
 
 
+def as_number(tag: str, value: Any) -> Optional[float]:
+    """Return a metric as a number, None where undefined; ConfigError if it is none."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"log_metrics: {tag}={value!r} is no number.") from error
+
+
 class Logger:
     """Base of loggers; every method does nothing. Only the main process has loggers."""
 
@@ -130,9 +138,10 @@ class CsvLogger(Logger):
     def setup(self, folder: Path, first_step: int) -> None:
         """Drop the rows after `first_step`: a resumed run repeats them."""
         self.path = folder / self.path.name
+        self._columns = ["step"]
         if self.path.exists():
             rows = self._rows()
-            self._columns = list(rows[0]) if rows else ["step"]
+            self._columns = list(rows[0]) if rows else self._columns
             self._write([row for row in rows if int(row["step"]) <= first_step])
 
     def log_metrics(self, metrics: Scalars, step: int) -> None:
@@ -441,7 +450,7 @@ class _Backlog:
             self._start()
 
     def close(self) -> None:
-        """Make the calls that are left, and wait for them."""
+        """Make the calls that are left, wait for them, and be as new for another run."""
         if self._sending is None or self._thread is None:
             return
         wait([self._sending])
@@ -452,6 +461,9 @@ class _Backlog:
         if self._calls:
             text = "%s: %d calls failed to the end of the run; their numbers are in metrics.jsonl"
             logger.warning(text, self.server, len(self._calls))
+        self._calls.clear()
+        self._thread = self._sending = None
+        self._has_warned = False
 
     def _start(self) -> None:
         if self._thread is None:

@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
+from cxr_vit import __version__
 from cxr_vit.config import Config, check, dump_config, load_config, read_config
-from cxr_vit.config.schema import RunSection
+from cxr_vit.config.schema import LISTS, RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.files import STATE, lock, run_of_checkpoint, write_text
@@ -146,7 +147,10 @@ class RunFolder:
             "platform": platform.platform(),
             "device": device,
             "engine": engine,
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
+            "versions": {
+                "cxr-vit": __version__,
+                **{name: metadata.version(name) for name in _PACKAGES},
+            },
             "git_commit": git_commit(),
             **data,
         }
@@ -171,19 +175,27 @@ def _make(path: Path, setting: str) -> None:
 
 
 def git_commit() -> Optional[str]:
-    """Return the commit of the code, with ``-dirty`` if files differ; None outside git."""
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=str(here),
+    """Return the commit of the code, with ``-dirty`` if files differ; None if git has none of it.
+
+    An installed package may lie in a repository that does not track it.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        process = subprocess.run(
+            ["git", *words],
+            cwd=str(here.parent),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             check=True,
         )
+        return process.stdout.decode().strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.decode().strip()
 
 
 class FoundRun(NamedTuple):
@@ -236,7 +248,8 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
 
 def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: bool) -> FoundRun:
     if ckpt_path is None:
-        RunFolder.refuse_existing(run)
+        if writes:  # another process may have begun it already
+            RunFolder.refuse_existing(run)
         return FoundRun(None, None)
     path = newest_run(run) if ckpt_path == "last" else Path(ckpt_path)
     if (path / STATE).is_file():
@@ -346,6 +359,9 @@ def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
     Scoring needs neither the initial weights nor the classes that the configuration names, and
     never writes a synthetic data set: it would score other images than were meant.
     """
+    for text in overrides:
+        if text.startswith(LISTS):
+            raise ConfigError(f"{text}: scoring has no callbacks and no loggers. Leave it out.")
     config = read_config([run_of_checkpoint(checkpoint) / "config.yaml"], overrides)
     changed = config.changed(
         model={"name": str(checkpoint)}, data={"sample_images": None}, callbacks=[], loggers=[]

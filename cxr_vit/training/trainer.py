@@ -24,25 +24,28 @@ from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.memory import explaining_out_of_memory
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from cxr_vit.errors import CheckpointError, DataError, NonFiniteLoss
 from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
 from cxr_vit.files import checkpoint_of
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import MONITOR
-from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify_checkpoint
+from cxr_vit.training.checkpoint import (
+    CheckpointStore,
+    check_json,
+    load_checkpoint,
+    verify_checkpoint,
+)
+from cxr_vit.training.config_checks import check_data_config, check_module_config
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
-from cxr_vit.training.loggers import Logger
+from cxr_vit.training.loggers import Logger, as_number
 from cxr_vit.training.run_folder import RunFolder, create_run, find_run
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, Path]
-
-#: Settings that the shapes of images and labels depend on.
-_SHAPES = ("data.image_size", "data.include_no_finding")
 
 
 class Trainer:
@@ -112,7 +115,6 @@ class Trainer:
         self.loggers = all_loggers(config, loggers) if self.is_global_zero else []
         self.choice = choose_engine(config, self.launch)
         self.batch = BatchPlan.from_section(config.batch)
-        self.callback_metrics: Scores = {}
         self.is_fitting = False
         self.is_logging = False
         self._reset()
@@ -121,6 +123,7 @@ class Trainer:
         """Set the state of a run that has not begun."""
         self.global_step = 0
         self.current_epoch = 0
+        self.callback_metrics: Scores = {}
         self.evaluated_step = 0
         self.best_score: Optional[float] = None  # `MONITOR` of the checkpoint `best`
         self.stop_reason: Optional[str] = None
@@ -155,6 +158,7 @@ class Trainer:
             With a batch that needs less.
         """
         self._reset()
+        check_data_config(self.config, datamodule.config, trains=True)
         found = find_run(self.config.run, ckpt_path, self.launch)
         self.setup_data(datamodule, "fit")
         self._open_module(module)
@@ -172,10 +176,12 @@ class Trainer:
             )
             return
         if not found.folder:
+            self.best_score = None  # a new folder has no `best` yet
             self._use_run(create_run(self.config.run, self.launch, found.key))
         with self.run.locked(), self._building_engine("fit"):
             if restored:
-                self.engine.load_state_dict(restored[0])
+                with explaining_out_of_memory(self.config, training=True):
+                    self.engine.load_state_dict(restored[0])
                 self._restore_callbacks(restored[1])
             self._describe_run(is_new=not (found.folder and restored))
             with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
@@ -242,7 +248,7 @@ class Trainer:
         `fit`, `validate` and `test` do it. Raises DataError if this process has other data: its
         rows would be other images.
         """
-        self._refuse_other_config("data module", datamodule.config, _SHAPES)
+        check_data_config(self.config, datamodule.config, trains=False)
         processes = coordinator(self.launch)
         self.datamodule = datamodule
         datamodule.once = processes.call_once
@@ -257,35 +263,22 @@ class Trainer:
 
     def _open_module(self, module: ViTModule) -> None:
         """Set the module up; ConfigError if it was made with another configuration."""
-        keys = [
-            key
-            for key in self.config.flat()
-            if key.startswith(("model.", "pipeline.", "optim.", "schedule.")) or key == "run.seed"
-        ]
-        if module.checkpoint:  # then the name is its path
-            keys.remove("model.name")
-        self._refuse_other_config("module", module.config, [*keys, *_SHAPES])
+        check_module_config(self.config, module)
         self.module = module
         module.setup(for_ipu=self.choice.is_ipu)
 
-    def _refuse_other_config(self, what: str, config: Config, keys: Sequence[str]) -> None:
-        own, its = self.config.flat(), config.flat()
-        differing = [
-            f"{key}={its[key]} there, {own[key]} here" for key in keys if its[key] != own[key]
-        ]
-        if differing:
-            raise ConfigError(
-                f"the {what} was made with another configuration than the trainer:"
-                f" {'; '.join(differing)}. Give both the same."
-            )
-
     @contextlib.contextmanager
     def _building_engine(self, stage: str) -> Iterator[None]:
-        """Build the engine and close it at the end."""
-        with build_engine(self.config, self.module, self.choice, self.batch, self.launch) as engine:
+        """Build the engine, and close and release it at the end."""
+        with explaining_out_of_memory(self.config, training=stage == "fit"):
+            engine = build_engine(self.config, self.module, self.choice, self.batch, self.launch)
+        with engine:
             self.engine = engine
-            self._notify("setup", stage)
-            yield
+            try:
+                self._notify("setup", stage)
+                yield
+            finally:
+                del self.engine  # its weights and moments would stay on the device
 
     @contextlib.contextmanager
     def _scoring(
@@ -296,7 +289,11 @@ class Trainer:
         ckpt_path: Optional[PathLike],
     ) -> Iterator[None]:
         """Open what scoring needs, with the weights of a checkpoint if one is given."""
-        checkpoint = None if ckpt_path is None else self._find_checkpoint(ckpt_path)
+        checkpoint = None
+        if ckpt_path is not None:  # the main process may still be writing it
+            path = ckpt_path
+            find = coordinator(self.launch).call_once
+            checkpoint = Path(find("checkpoint", lambda: str(self._find_checkpoint(path))))
         if datamodule is not None:
             self.setup_data(datamodule, stage)
         self._open_module(module)
@@ -316,7 +313,8 @@ class Trainer:
                 f"ckpt_path={ckpt_path!r} is a checkpoint of the run that fit() makes, and this"
                 " trainer has made none. Give a path."
             )
-        return self.run.checkpoints / str(ckpt_path)
+        # `best` is missing until a validation.
+        return checkpoint_of(self.run.path) if ckpt_path == "best" else self.run.last
 
     def _use_run(self, folder: RunFolder) -> None:
         self.run = folder
@@ -346,6 +344,7 @@ class Trainer:
             )
         self.global_step = self._saved_step = step
         self.evaluated_step = self._saved_validation = trainer_state["evaluated_step"]
+        self.current_epoch = step // self.durations.steps_per_epoch
         self.best_score = trainer_state["best_score"]
         # A restarted run may have been started with this option; its checkpoints are complete.
         if self.config.train.resume_weights_only and not restarted:
@@ -409,9 +408,10 @@ class Trainer:
                 self.save_checkpoint()
             self._notify("on_train_end")
             self._notify("on_fit_end")
-            self._close_loggers("success" if self.is_complete else "stopped")
+            self._close_loggers("stopped" if self.interrupted else "success")
         except BaseException as error:
-            self._notify("on_exception", error)
+            with _only_warning("on_exception of a callback"):
+                self._notify("on_exception", error)
             self._close_loggers("failed")
             raise
         finally:
@@ -473,6 +473,8 @@ class Trainer:
         self.evaluated_step = self.global_step
         self._validate(self.val_data)
         is_best = self._update_best(self.validation_outputs.scores.get(MONITOR))
+        # The main process decides: saving takes all of them.
+        is_best = self.engine.any_process(is_best and self.is_global_zero)
         if is_best or self.checkpoint_is_due:
             self.save_checkpoint(is_best=is_best)
 
@@ -541,9 +543,8 @@ class Trainer:
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
-        """Request a stop."""
-        if value:
-            self.request_stop("should_stop was set")
+        """Request a stop, or withdraw the request."""
+        self._stop_request = "should_stop was set" if value else None
 
     def request_stop(self, reason: str) -> None:
         """Stop all processes after the current host batch. Any process may call it."""
@@ -588,14 +589,20 @@ class Trainer:
                 f" {broken[0]}; they are not saved. The last checkpoint is"
                 f" {self.checkpoints.linked('last')}."
             )
-        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        states: Dict[str, Any] = {}
+        for callback in self.callbacks:
+            state_dict = callback.state_dict()
+            if state_dict:
+                check_json(f"{type(callback).__name__}.state_dict()", state_dict)
+                states[callback.state_key] = state_dict
         trainer_state = {
             **self._resume_facts(),
             "evaluated_step": self.evaluated_step,
             "best_score": self.best_score,
-            "callbacks": {key: value for key, value in states.items() if value},
+            "callbacks": states,
         }
         self._notify("on_save_checkpoint", trainer_state)
+        check_json("what callbacks add in on_save_checkpoint", trainer_state)
         path = self.checkpoints.save(
             self.global_step,
             state,
@@ -621,17 +628,20 @@ class Trainer:
         if self.is_logging:
             self.is_logging = False
             for log in self.loggers:
-                log.finalize(status)
+                with _only_warning(f"{type(log).__name__}.finalize"):
+                    log.finalize(status)
 
-    def log_metrics(self, metrics: Mapping[str, Optional[float]]) -> None:
-        """Log metrics of the current step, tag -> value, None where undefined.
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Log metrics of the current step, tag -> number or tensor of one, None where undefined.
 
-        They also become `callback_metrics`. Outside `fit` nothing is logged.
+        They also become `callback_metrics`. Outside `fit` nothing is logged. Raises ConfigError if
+        a value is no number.
         """
-        self.callback_metrics.update(metrics)
+        numbers = {tag: as_number(tag, value) for tag, value in metrics.items()}
+        self.callback_metrics.update(numbers)
         if self.is_logging:
             for log in self.loggers:
-                log.log_metrics(metrics, self.global_step)
+                log.log_metrics(numbers, self.global_step)
 
     def log_figures(self, figures: Mapping[str, Figure]) -> None:
         """Log matplotlib figures of the current step, tag -> figure."""
@@ -666,6 +676,15 @@ class Trainer:
     def _notify(self, hook: str, *event: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, self.module, *event)
+
+
+@contextlib.contextmanager
+def _only_warning(what: str) -> Iterator[None]:
+    """Warn of an error that must not hide another one, or the end of a run that is saved."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
 def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:

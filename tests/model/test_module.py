@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, engine_of
 from fakes import loading
 from torch import nn
 
 import cxr_vit
 from cxr_vit import Callback, ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config import load_config
+from cxr_vit.data.dataset import Batch
 from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.training.checkpoint import load_checkpoint
 
@@ -497,3 +498,51 @@ def test_second_setup_keeps_the_model(make_config):
 def test_public_name_is_the_class(make_config):
     assert cxr_vit.ViTModule is ViTModule
     assert json.dumps(ViTModule(make_config()).names[0]) == '"Atelectasis"'
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("training_step", "Override loss"), ("forward", "override configure_model")],
+)
+def test_method_that_is_never_called_is_refused(name, advice):
+    with pytest.raises(ModelError, match=f"Mine.{name} is never called. .*{advice}"):
+        type("Mine", (ViTModule,), {name: lambda self: None})
+
+
+def test_loss_that_is_no_scalar_is_refused_before_training(make_config):
+    class PerSample(ViTModule):
+        def loss(self, logits, labels):
+            return (logits - labels).square().mean(dim=1)
+
+    with pytest.raises(ModelError, match=r"PerSample\.loss returned a tensor of shape \[2\]"):
+        PerSample(make_config()).setup()
+
+
+def test_optimizer_with_a_scheduler_is_refused(make_config):
+    class Lightning(ViTModule):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameter_groups(), lr=0.1)], []
+
+    config = make_config()
+    module = Lightning(config)
+    module.setup()
+    with pytest.raises(ConfigError, match=r"returned tuple\. Return one optimizer"):
+        engine_of(config, module)
+
+
+def test_loss_knows_whether_it_trains(make_config):
+    seen = []
+
+    class Smooths(ViTModule):
+        def loss(self, logits, labels):
+            seen.append(self.training)
+            return super().loss(logits, labels)
+
+    config = make_config()
+    module = Smooths(config)
+    module.setup()
+    with engine_of(config, module) as engine:
+        engine.train_step(Batch.zeros(8, image_size=32, num_classes=14), lr=0.1)
+        del seen[:-1]
+        engine.loss(torch.zeros(4, 14), torch.zeros(4, 14))
+    assert seen == [True, False]

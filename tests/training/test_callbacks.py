@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cxr_vit.errors import ConfigError, NonFiniteLoss
 from cxr_vit.evaluation.metrics import EvalOutputs
-from cxr_vit.training.callback import TrainOutputs
+from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import (
     EarlyStopping,
     NonFiniteGuard,
@@ -88,7 +88,7 @@ def test_finite_loss_passes():
 
 
 def test_early_stopping_waits_for_its_patience():
-    stopping, trainer = EarlyStopping(2), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=2), FakeTrainer()
     for score in (0.5, 0.6, 0.59, 0.7, 0.7):
         trainer.validated(scored(score), stopping)
     assert trainer.reasons == []
@@ -99,20 +99,20 @@ def test_early_stopping_waits_for_its_patience():
 
 
 def test_early_stopping_without_patience_never_stops():
-    stopping, trainer = EarlyStopping(None), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=None), FakeTrainer()
     for _ in range(20):
         trainer.validated(scored(0.5), stopping)
     assert trainer.reasons == []
 
 
 def test_undefined_score_counts_as_no_improvement():
-    stopping, trainer = EarlyStopping(1), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=1), FakeTrainer()
     trainer.validated(scored(None), stopping)
     assert len(trainer.reasons) == 1
 
 
 def test_early_stopping_continues_after_a_resume():
-    before, after, trainer = EarlyStopping(2), EarlyStopping(2), FakeTrainer()
+    before, after, trainer = EarlyStopping(patience=2), EarlyStopping(patience=2), FakeTrainer()
     trainer.validated(scored(0.8), before)
     trainer.validated(scored(0.7), before)
     after.load_state_dict(before.state_dict())
@@ -121,13 +121,13 @@ def test_early_stopping_continues_after_a_resume():
 
 
 def test_state_before_the_first_score_is_valid_json():
-    stopping = EarlyStopping(2)
-    stopping.load_state_dict(json.loads(json.dumps(EarlyStopping(2).state_dict())))
+    stopping = EarlyStopping(patience=2)
+    stopping.load_state_dict(json.loads(json.dumps(EarlyStopping(patience=2).state_dict())))
     assert stopping.best is None
 
 
 def test_any_metric_can_be_monitored():
-    stopping, trainer = EarlyStopping(1, monitor="val/loss", mode="min"), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=1, monitor="val/loss", mode="min"), FakeTrainer()
     trainer.validated(scored(0.5), stopping)
     assert (stopping.best, trainer.reasons) == (0.1, [])
     trainer.validated(scored(0.9), stopping)
@@ -141,23 +141,33 @@ def test_unknown_metric_is_refused_with_those_there_are():
     with pytest.raises(
         ConfigError, match=r"no metric 'val/f1'\. There are: val/auroc_macro, .*loss"
     ):
-        trainer.validated(scored(0.5), EarlyStopping(1, monitor="val/f1"))
+        trainer.validated(scored(0.5), EarlyStopping(patience=1, monitor="val/f1"))
 
 
 def test_metric_that_stops_nothing_may_be_absent():
     """The built-in callback without patience, and a module with other metrics."""
-    stopping, trainer = EarlyStopping(None), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=None), FakeTrainer()
     trainer.validated(EvalOutputs("val", 1, 0.1, {"f1": 0.5}, None, None, 1.0), stopping)
     assert trainer.reasons == []
 
 
 def test_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="mode='best' must be 'max' or 'min'"):
-        EarlyStopping(1, mode="best")
+        EarlyStopping(patience=1, mode="best")
+
+
+def test_a_loss_is_minimised_unless_said_otherwise():
+    assert (EarlyStopping("val/loss").sign, EarlyStopping().sign) == (-1.0, 1.0)
+    assert EarlyStopping("val/loss", mode="max").sign == 1.0
+
+
+def test_method_that_is_no_hook_is_refused():
+    with pytest.raises(ConfigError, match=r"Mine\.on_train_batch_ends is no hook.*batch_end'"):
+        type("Mine", (Callback,), {"on_train_batch_ends": lambda self: None})
 
 
 def test_validation_outside_a_fit_is_not_counted():
-    stopping, trainer = EarlyStopping(1), FakeTrainer()
+    stopping, trainer = EarlyStopping(patience=1), FakeTrainer()
     trainer.is_fitting = False
     trainer.validated(scored(0.5), stopping)
     trainer.validated(scored(0.4), stopping)
@@ -234,7 +244,7 @@ def test_losses_of_synthetic_data_are_not_checked(names):
 
 
 def test_given_early_stopping_replaces_the_configured_one(names):
-    assert "EarlyStopping" not in names(EarlyStopping(3, mode="min"), is_main=True)
+    assert "EarlyStopping" not in names(EarlyStopping(patience=3, mode="min"), is_main=True)
 
 
 def test_patience_is_that_of_the_configuration(make_config):

@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL
 
 from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, Trainer, ViTModule
-from cxr_vit.config import load_config
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import (
     CheckpointError,
@@ -87,10 +85,10 @@ class Scored(ViTModule):
 class Run:
     """A trainer with its module; its folder is the same in all runs of one name."""
 
-    def __init__(self, config, data, scores, callbacks, loggers):
-        self.data = data
+    def __init__(self, config, scores, callbacks, loggers):
+        self.data = ChestXrayDataModule(config)
         self.trainer = Trainer(config, callbacks=callbacks, loggers=loggers)
-        self.module = Scored(config, data, scores=scores)
+        self.module = Scored(config, self.data, scores=scores)
         self.folder = config.run.dir
 
     def fit(self, ckpt_path=None):
@@ -101,18 +99,13 @@ class Run:
         return self.fit(self.folder)
 
 
-@pytest.fixture(scope="module")
-def data(sample_root):
-    return ChestXrayDataModule(load_config([], [*SMALL, f"data.root={sample_root}"]))
-
-
 @pytest.fixture
-def make(make_config, data, tmp_path):
+def make(make_config, tmp_path):
     """Make a run of six steps with given validation scores."""
 
     def make(*overrides, scores=(), callbacks=(), loggers=(), folder="run"):
         config = make_config(f"run.dir={tmp_path / folder}", *overrides)
-        return Run(config, data, scores, callbacks, loggers)
+        return Run(config, scores, callbacks, loggers)
 
     return make
 
@@ -209,7 +202,7 @@ def test_undefined_score_does_not_replace_a_defined_one(make):
 
 
 def test_checkpoint_has_labels_best_score_and_callback_states(make):
-    trainer = make(scores=[0.7, 0.6], callbacks=[EarlyStopping(5)]).fit()
+    trainer = make(scores=[0.7, 0.6], callbacks=[EarlyStopping(patience=5)]).fit()
     state = json.loads((trainer.checkpoints.folder / "last" / "trainer_state.json").read_text())
     assert state["labels"][0] == "Atelectasis"
     assert (state["format"], state["best_score"]) == (2, 0.7)
@@ -226,7 +219,7 @@ def test_early_stopping_ends_the_run_after_saving(make):
         "train.steps=20",
         "train.eval_every_steps=2",
         scores=[0.9, 0.8, 0.7],
-        callbacks=[recorder, EarlyStopping(2)],
+        callbacks=[recorder, EarlyStopping(patience=2)],
     ).fit()
     assert trainer.global_step == 6
     assert "early stopping" in trainer.stop_reason and not trainer.interrupted
@@ -375,7 +368,7 @@ def test_resumed_run_keeps_the_best_score(make):
 
 def test_checkpoint_of_format_1_resumes_the_same_run(make):
     every = "train.log_every_steps=3"
-    cut = make(every, callbacks=[EarlyStopping(5), StopAt(4)], scores=[0.7]).fit()
+    cut = make(every, callbacks=[EarlyStopping(patience=5), StopAt(4)], scores=[0.7]).fit()
     file = cut.checkpoints.folder / "last" / "trainer_state.json"
     state = json.loads(file.read_text())
     callback_states = state["callbacks"]
@@ -392,14 +385,14 @@ def test_checkpoint_of_format_1_resumes_the_same_run(make):
             json.loads(json.dumps({key: state for key, state in states.items() if state}))
         )
 
-    make(every, callbacks=[EarlyStopping(5), AtStart(look)]).resume()
+    make(every, callbacks=[EarlyStopping(patience=5), AtStart(look)]).resume()
     assert callback_states["metrics"]["num_samples"] > 0
     assert restored == callback_states
 
 
 def test_missed_validation_that_ends_the_run_is_saved_and_trains_no_further(make):
-    make(callbacks=[StopAt(3), EarlyStopping(1)], scores=[0.9]).fit()
-    recorder, stopping = Recorder(), EarlyStopping(1)
+    make(callbacks=[StopAt(3), EarlyStopping(patience=1)], scores=[0.9]).fit()
+    recorder, stopping = Recorder(), EarlyStopping(patience=1)
 
     def pretend(trainer):  # that an earlier validation was better
         trainer.best_score = stopping.best = 0.9
@@ -408,7 +401,7 @@ def test_missed_validation_that_ends_the_run_is_saved_and_trains_no_further(make
     assert recorder.of("step") == [] and recorder.of("validation") == [3]
     assert recorder.of("checkpoint") == [3]
     found = []
-    stopping = EarlyStopping(1)
+    stopping = EarlyStopping(patience=1)
     look = AtStart(
         lambda trainer: found.append(
             (trainer.global_step, trainer.evaluated_step, stopping.since_best)
@@ -456,7 +449,7 @@ def test_finished_run_trains_on_with_more_steps(make):
 
 def test_two_callbacks_cannot_share_a_state_key(make):
     with pytest.raises(ConfigError, match="state_key 'early_stopping'"):
-        make(callbacks=[EarlyStopping(1), EarlyStopping(2)])
+        make(callbacks=[EarlyStopping(patience=1), EarlyStopping(patience=2)])
 
 
 @pytest.mark.parametrize(
@@ -482,13 +475,13 @@ def test_what_is_no_callback_is_refused(make, given, advice):
         "run.seed=9",
     ],
 )
-def test_module_of_another_configuration_is_refused(make, make_config, data, override):
+def test_module_of_another_configuration_is_refused(make, make_config, override):
     run = make()
     more = ["pipeline.layers_per_stage=[3, 3, 3, 3]"] if "tiny" in override else []
     other = ViTModule(make_config(override, *more))
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"the module was made with another.*{key}=.* there"):
-        run.trainer.fit(other, data)
+        run.trainer.fit(other, run.data)
     assert not run.trainer.is_fitting
 
 
@@ -497,6 +490,104 @@ def test_data_of_another_image_size_are_refused(make, make_config):
     other = ChestXrayDataModule(make_config("data.image_size=64"))
     with pytest.raises(ConfigError, match=r"the data module was made.*data\.image_size=64 there"):
         run.trainer.validate(run.module, other)
+
+
+@pytest.mark.parametrize("override", ["data.val_fraction=0.4", "augment.rotation=5", "run.seed=7"])
+def test_training_on_other_data_than_the_configuration_says_is_refused(make, make_config, override):
+    run = make()
+    other = ChestXrayDataModule(make_config(override))
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"the data module was made.*{key}=.* there"):
+        run.trainer.fit(run.module, other)
+
+
+def test_second_fit_begins_again(make, tmp_path):
+    """With a folder of its own, and without the patience that the first one used up."""
+    run = make("run.dir=null", f"run.root={tmp_path}", "train.steps=3", scores=[0.9, 0.8, 0.7])
+    stopping = EarlyStopping(patience=2)
+    run.trainer.callbacks.append(stopping)
+    run.fit()
+    first = run.trainer.run.path
+    run.fit()
+    assert run.trainer.run.path != first
+    assert stopping.since_best == 0 and run.trainer.stop_reason is None
+    assert not hasattr(run.trainer, "engine"), "its weights would stay on the device"
+
+
+def test_tensor_is_logged_as_a_number(make):
+    class LogsTensor(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.log_metrics({"mine": outputs.losses.max(), "undefined": None})
+
+    trainer = make(callbacks=[LogsTensor()], loggers=[JsonlLogger()]).fit()
+    events = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").open()]
+    logged = [event["mine"] for event in events if "mine" in event]
+    assert len(logged) == 6 and isinstance(trainer.callback_metrics["mine"], float)
+
+
+def test_metric_that_is_no_number_is_named(make):
+    class LogsText(Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.log_metrics({"mine": "text"})
+
+    with pytest.raises(ConfigError, match="log_metrics: mine='text' is no number"):
+        make(callbacks=[LogsText()]).fit()
+
+
+def test_state_that_json_cannot_hold_is_named_before_writing(make, tmp_path):
+    class HasTensor(Callback):
+        def state_dict(self):
+            return {"x": torch.zeros(2)}
+
+    with pytest.raises(CheckpointError, match=r"HasTensor\.state_dict\(\) cannot be saved.*tolist"):
+        make(callbacks=[HasTensor()]).fit()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_callback_cannot_change_the_step_of_a_checkpoint(make):
+    class Overwrites(Callback):
+        def on_save_checkpoint(self, trainer, module, checkpoint):
+            checkpoint["step"] = 1
+
+    trainer = make(callbacks=[Overwrites()]).fit()
+    assert last_state(trainer)[1]["step"] == 6
+
+
+def test_failing_logger_does_not_hide_the_error_of_the_run(make, caplog):
+    class Fails(JsonlLogger):
+        def finalize(self, status):
+            raise OSError("the disk is full")
+
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make(callbacks=[Breaks()], loggers=[Fails()]).fit()
+    assert "Fails.finalize failed: OSError: the disk is full" in caplog.text
+
+
+def test_new_run_from_a_checkpoint_has_a_best_of_its_own(make, tmp_path):
+    first = make("train.steps=3", scores=[0.9]).fit()
+    run = make("run.dir=null", f"run.root={tmp_path}", scores=[0.6])
+    run.fit(first.run.path / "checkpoints" / "step_00000003")
+    assert run.trainer.run.path != first.run.path
+    assert run.trainer.checkpoints.linked("best").name == "step_00000006"
+
+
+def test_request_to_stop_is_withdrawn(make):
+    class Hesitates(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.should_stop = True
+            trainer.should_stop = False
+
+    assert make(callbacks=[Hesitates()]).fit().global_step == 6
+
+
+def test_predicting_nothing_is_refused(make):
+    run = make()
+    with pytest.raises(DataError, match="no images: give the path"):
+        run.trainer.predict(run.module, [])
 
 
 def test_module_for_another_device_is_refused(make):

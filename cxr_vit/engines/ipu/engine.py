@@ -23,6 +23,7 @@ from cxr_vit.engines.base import Engine, EngineState, StepOutput, check_batch, p
 from cxr_vit.engines.ipu.graphs import (
     ExecutableCache,
     IpuGraphs,
+    compute_on_host,
     graph_shape,
     guarded,
     set_compute_dtype,
@@ -232,7 +233,7 @@ class PopTorchEngine(Engine):
             rng = None
         if state.optimizer:
             names = {hub: name for name, hub in self._hub_names().items()}
-            slots = to_poptorch(state.optimizer, names, moment_dtypes(self.config.optim))
+            slots = to_poptorch(state.optimizer, names, moment_dtypes(self.optimizer))
             groups = torch.optim.Optimizer.state_dict(self.optimizer)
             self.optimizer.load_state_dict({**slots, **groups})
         self.graphs.rng_state = None if rng is None else rng.tolist()
@@ -259,7 +260,10 @@ class PopTorchEngine(Engine):
         return stats
 
     def close(self) -> None:
-        """End the loaders' processes, release the IPUs and unwrap the model."""
+        """End the loaders' processes, release the IPUs and make the model run on the host again."""
         for loader in self._loaders:
             loader.close()
         self.graphs.close()
+        if self.config.engine.weights == "fp16":
+            self.model.float()
+        compute_on_host(self.model)

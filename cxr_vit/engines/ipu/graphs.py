@@ -172,6 +172,7 @@ _CASTING: Dict[Type[nn.Module], Type[nn.Module]] = {
     nn.Conv2d: CastingConv2d,
     nn.LayerNorm: CastingLayerNorm,
 }
+_PLAIN = {casting: plain for plain, casting in _CASTING.items()}
 
 
 def cast_weights_to_input(model: nn.Module) -> None:
@@ -192,6 +193,13 @@ def set_compute_dtype(model: StagedViT, dtype: torch.dtype) -> None:
     model.compute_in(dtype)
 
 
+def compute_on_host(model: StagedViT) -> None:
+    """Undo `set_compute_dtype`: torch computes in fp32."""
+    for module in model.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))
+    model.compute_in(torch.float32)
+
+
 class _Loss:
     """A module's loss. PopTorch copies the model it wraps, but must not copy the module's data."""
 
@@ -210,6 +218,7 @@ class TrainingGraph(nn.Module):
 
     def __init__(self, module: ViTModule) -> None:
         super().__init__()
+        module.training = True  # what the loss may ask for; the model's mode is PopTorch's
         self.model = module.model
         self.loss = _Loss(module)
 

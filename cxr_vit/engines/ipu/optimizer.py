@@ -7,12 +7,14 @@ after the prefix `ipu_state:` or `ipu_param:`.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 
 import torch
 from torch import Tensor
 
 from cxr_vit.config.schema import OptimSection
+from cxr_vit.engines.optim import NO_STATE
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
 
@@ -22,7 +24,16 @@ if TYPE_CHECKING:
 
 Slots = Dict[str, Dict[str, Tensor]]
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+logger = logging.getLogger(__name__)
+
+_DTYPES: Dict[Any, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+#: Setting -> attributes of PopTorch's optimizers that can have it.
+_ATTRIBUTES = {
+    "loss_scaling": ("loss_scaling",),
+    "accumulator": ("accum_type",),
+    "first_moment": ("first_order_momentum_accum_type", "velocity_accum_type"),
+    "second_moment": ("second_order_momentum_accum_type",),
+}
 #: Slots of PopART's AdamW -> torch's.
 _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
 #: Used instead of a hub name for values of the whole optimizer.
@@ -34,7 +45,7 @@ _SEPARATOR = "___"
 def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.Optimizer:
     """Return the optimizer of a module: PopTorch's counterpart of ours, or the module's own.
 
-    Raises ConfigError if the module's own is one of torch's.
+    Raises ConfigError if the module's own is one of torch's, or does not clip as configured.
     """
     from poptorch import optim as poptorch_optim
 
@@ -48,7 +59,31 @@ def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.O
             " optimizers of poptorch.optim (AdamW, Adam, LAMB, SGD, RMSprop): return one of them"
             " where self.for_ipu is true, or set engine.name=torch."
         )
+    _check_settings(own, optim)
     return own
+
+
+def _check_settings(own: poptorch.optim.Optimizer, optim: OptimSection) -> None:
+    """Refuse clipping that the module's own optimizer does not do; warn of settings it ignores."""
+    if optim.max_grad_norm is not None and _max_grad_norm(own) == float("inf"):
+        raise ConfigError(
+            f"optim.max_grad_norm={optim.max_grad_norm}, but the optimizer of configure_optimizers"
+            f" ({type(own).__name__}) does not clip. Pass it max_grad_norm (AdamW, Adam), or set"
+            " optim.max_grad_norm=null."
+        )
+    ignored = [
+        f"optim.{key}={getattr(optim, key)}"
+        for key, attributes in _ATTRIBUTES.items()
+        if getattr(optim, key) not in ("auto", type(optim).model_fields[key].default)
+        and _DTYPES.get(getattr(optim, key), getattr(optim, key))
+        not in [getattr(own, name, None) for name in attributes]
+    ]
+    if ignored:
+        logger.warning("configure_optimizers does not use %s", ", ".join(ignored))
+
+
+def _max_grad_norm(optimizer: poptorch.optim.Optimizer) -> float:
+    return float(getattr(optimizer, "max_grad_norm", "inf"))
 
 
 def poptorch_optimizer(
@@ -86,16 +121,25 @@ def poptorch_optimizer(
 
 def optimizer_kind(optimizer: poptorch.optim.Optimizer, optim: OptimSection) -> str:
     """Return the kind of optimizer state, for example ``"poptorch.AdamW"``."""
-    kind = f"poptorch.{type(optimizer).__name__}"
-    if optim.loss_scaling == "auto" or optim.name == "sgd":
-        # An automatic scale has state of its own. SGD's velocity is multiplied by a fixed scale.
-        kind += f" with loss scaling {optim.loss_scaling}"
+    name = type(optimizer).__name__
+    kind = f"poptorch.{name}"
+    if optim.loss_scaling == "auto" or name == "SGD":
+        # An automatic scale has state of its own. SGD's velocity is multiplied by a fixed scale,
+        # which a module's own optimizer may have set.
+        scale = "auto" if optim.loss_scaling == "auto" else optimizer.loss_scaling
+        kind += f" with loss scaling {scale}"
     return kind
 
 
-def moment_dtypes(optim: OptimSection) -> Dict[str, torch.dtype]:
+def moment_dtypes(optimizer: poptorch.optim.Optimizer) -> Dict[str, torch.dtype]:
     """Return the dtypes of PopART's moments by slot."""
-    return {"Accl1": _DTYPES[optim.first_moment], "Accl2": _DTYPES[optim.second_moment]}
+    slots = {"Accl1": _ATTRIBUTES["first_moment"], "Accl2": _ATTRIBUTES["second_moment"]}
+    return {
+        slot: getattr(optimizer, name)
+        for slot, attributes in slots.items()
+        for name in attributes
+        if hasattr(optimizer, name)
+    }
 
 
 def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: str) -> Slots:
@@ -135,6 +179,8 @@ def to_poptorch(
     popart_slots = {slot: popart for popart, slot in _ADAMW.items()}
     for hub, values in slots.items():
         for slot, value in values.items():
+            if slot == NO_STATE:
+                continue
             table, _, what = slot.rpartition(":")
             table, what = table or "ipu_state", popart_slots.get(what, what)
             key = what if hub == _WHOLE else f"{what}{_SEPARATOR}{names[hub]}"

@@ -1,0 +1,49 @@
+"""Whether the trainer, the module and the data were made with the same configuration."""
+
+from __future__ import annotations
+
+from typing import Iterable
+
+from cxr_vit.config import Config
+from cxr_vit.errors import ConfigError
+from cxr_vit.model.module import ViTModule
+
+#: Settings that the shapes of images and labels depend on.
+_SHAPES = ("data.image_size", "data.include_no_finding")
+#: Settings of the data that do not change what is trained.
+_NOT_CONTENT = {"data.cache", "data.cache_dir", "data.cache_workers", "data.num_workers"}
+
+
+def check_module_config(config: Config, module: ViTModule) -> None:
+    """Raise ConfigError if the module was made for another model, optimizer or seed."""
+    sections = ("model.", "pipeline.", "optim.", "schedule.", "run.seed")
+    keys = {key for key in config.flat() if key.startswith(sections)} | set(_SHAPES)
+    if module.checkpoint:  # then the name is its path
+        keys.remove("model.name")
+    _check_same("module", config, module.config, keys)
+
+
+def check_data_config(config: Config, data_config: Config, *, trains: bool) -> None:
+    """Raise ConfigError if the data would be others than the run's config.yaml says.
+
+    Scoring needs images of the same size and the same labels only.
+    """
+    keys = set(_SHAPES)
+    if trains:
+        sections = ("data.", "augment.", "run.seed")
+        keys = {key for key in config.flat() if key.startswith(sections)} - _NOT_CONTENT
+    _check_same("data module", config, data_config, keys)
+
+
+def _check_same(what: str, config: Config, other: Config, keys: Iterable[str]) -> None:
+    own, its = config.flat(), other.flat()
+    differing = [
+        f"{key}={its[key]} there, {own[key]} here"
+        for key in own
+        if key in keys and its[key] != own[key]
+    ]
+    if differing:
+        raise ConfigError(
+            f"the {what} was made with another configuration than the trainer:"
+            f" {'; '.join(differing)}. Give both the same."
+        )
