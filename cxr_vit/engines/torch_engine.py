@@ -79,8 +79,8 @@ class TorchEngineBase(Engine):
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
-        freeze_others(self.model, self.optimizer)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
+        freeze_others(self.model, self.optimizer)
         #: State that the optimizer's constructor made, as Adagrad's does.
         self._first_slots = {
             name: _cpu_copies(self.optimizer.state[parameter])

@@ -66,6 +66,66 @@ def test_logger_that_was_never_opened_is_closed(name):
     BUILT_IN[name]().finalize("failed")
 
 
+def fit_twice(logger, runs):
+    for number, folder in enumerate(runs):
+        logger.setup(folder, 0)
+        logger.log_hyperparams({"optim.lr": 0.1})
+        logger.log_metrics({"train/loss": 0.5, f"mine/{number}": 1.0}, 1)
+        logger.log_metrics({"val/loss": 0.25}, 2)
+        logger.log_figures({"val/roc": figure()}, 2)
+        logger.finalize("success")
+
+
+@pytest.fixture
+def two_runs(run):
+    second = run.parent / "vit_demo-20250102"
+    second.mkdir()
+    return [run, second]
+
+
+def test_jsonl_logs_two_fits(two_runs):
+    fit_twice(JsonlLogger(), two_runs)
+    for number, folder in enumerate(two_runs):
+        assert events(folder)[0] == {"step": 1, "train/loss": 0.5, f"mine/{number}": 1.0}
+        assert len(events(folder)) == 2
+
+
+def test_csv_logs_two_fits(two_runs):
+    fit_twice(CsvLogger(), two_runs)
+    for number, folder in enumerate(two_runs):
+        header = (folder / "metrics.csv").read_text().splitlines()[0]
+        assert header == f"step,train/loss,mine/{number},val/loss"
+
+
+def test_tensorboard_logs_two_fits(two_runs):
+    fit_twice(TensorBoardLogger(), two_runs)
+    for number, folder in enumerate(two_runs):
+        board = EventAccumulator(str(folder)).Reload()
+        tags = {tag for tag in board.Tags()["scalars"] if tag.split("/")[0] != "hparam"}
+        assert {"train/loss", f"mine/{number}"} <= tags
+        assert f"mine/{1 - number}" not in tags
+
+
+@needs("wandb")
+def test_wandb_logs_two_fits(two_runs, offline_wandb):
+    fit_twice(WandbLogger(), two_runs)
+    names = []
+    for number, folder in enumerate(two_runs):
+        (logged,), (record,) = wandb_log(folder)
+        assert logged[0] == {"step": 1, "train/loss": 0.5, f"mine/{number}": 1.0}
+        names.append(record.run_id)
+    assert len(set(names)) == 2
+
+
+@needs("mlflow")
+def test_mlflow_logs_two_fits(two_runs, local_mlflow):
+    fit_twice(MLFlowLogger(), two_runs)
+    for number, folder in enumerate(two_runs):
+        _, found = mlflow_run(folder)
+        assert found.info.status == "FINISHED"
+        assert set(found.data.metrics) == {"train/loss", "val/loss", f"mine/{number}"}
+
+
 def test_base_of_loggers_accepts_every_call(run):
     logger = Logger()
     logger.setup(run, 0)

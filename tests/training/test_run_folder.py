@@ -1,14 +1,17 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import cxr_vit
 from cxr_vit.config import Config, read_config
 from cxr_vit.config.schema import RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.files import checkpoint_of, run_of_checkpoint
+from cxr_vit.training import run_folder
 from cxr_vit.training.run_folder import (
     FoundRun,
     RunFolder,
@@ -145,7 +148,24 @@ def test_environment_has_versions_device_engine_and_hashes(folder, tmp_path):
     assert found["engine"] == facts
     assert found["csv_sha256"] == "ab12"
     assert {"torch", "transformers", "numpy"} <= set(found["versions"])
+    assert found["versions"]["cxr-vit"] == cxr_vit.__version__
     assert {"python", "platform", "started", "git_commit"} <= set(found)
+
+
+@pytest.mark.parametrize("is_tracked", [True, False])
+def test_commit_is_that_of_a_repository_that_tracks_the_code(tmp_path, monkeypatch, is_tracked):
+    """An installed package may lie in another project's repository."""
+    code = tmp_path / "site" / "run_folder.py"
+    code.parent.mkdir()
+    code.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "other.py").touch()
+    subprocess.run([*git, "add", "." if is_tracked else "other.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "all"], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], encoding="utf-8").strip()
+    monkeypatch.setattr(run_folder, "__file__", str(code))
+    assert run_folder.git_commit() == (head if is_tracked else None)
 
 
 def test_empty_folder_is_discarded(tmp_path):

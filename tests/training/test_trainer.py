@@ -520,7 +520,8 @@ def test_tensor_is_logged_as_a_number(make):
             trainer.log_metrics({"mine": outputs.losses.max(), "undefined": None})
 
     trainer = make(callbacks=[LogsTensor()], loggers=[JsonlLogger()]).fit()
-    events = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").open()]
+    lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     logged = [event["mine"] for event in events if "mine" in event]
     assert len(logged) == 6 and isinstance(trainer.callback_metrics["mine"], float)
 

@@ -90,8 +90,8 @@ class PopTorchEngine(Engine):
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
         self.optimizer = module_optimizer(module, config.optim)
-        freeze_others(self.model, self.optimizer)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
+        freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
         self.graphs = self._build_graphs(by_poprun, offline)
