@@ -28,14 +28,15 @@ def find_config(path: Path) -> Path:
     """
     with_suffix = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
     for candidate in (path, with_suffix):
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():  # a pipe is no file
             return candidate
     packaged = packaged_configs()
     name = with_suffix.with_suffix("").as_posix()
     name = name[len("configs/") :] if name.startswith("configs/") else name
     if name in packaged:
         return packaged[name]
-    raise ConfigError(f"{path}: there is no such file.{_advice(path, name, list(packaged))}")
+    problem = "is a folder, not a file" if path.is_dir() else "there is no such file"
+    raise ConfigError(f"{path}: {problem}.{_advice(path, name, list(packaged))}")
 
 
 def _advice(path: Path, name: str, packaged: List[str]) -> str:

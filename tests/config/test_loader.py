@@ -414,7 +414,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_folder_instead_of_a_file_is_named(tmp_path):
-    assert problem([tmp_path]).startswith(f"{tmp_path}: cannot read")
+    assert problem([tmp_path]).startswith(f"{tmp_path}: is a folder, not a file. The")
 
 
 def test_file_that_is_not_utf8_is_named(tmp_path):
@@ -570,3 +570,50 @@ def test_later_root_resets_sample_images(write):
     assert read_config([file], ["data.root=/data/typo"]).data.sample_images is None
     both = ["data.root=elsewhere", "data.sample_images=80"]
     assert read_config([file], both).data.sample_images == 80
+
+
+# Arguments of callbacks and loggers
+
+ARGUMENTS = [
+    ("True", True),
+    ("false", False),
+    ("yes", True),
+    ("Off", False),
+    ("3", 3),
+    ("0x10", 16),
+    ("2.5", 2.5),
+    ("1e-3", 0.001),
+    ("-2E5", -200000.0),
+    (".inf", float("inf")),
+    ("null", None),
+    ("[1, 1e-3, no]", [1, 0.001, False]),
+    ("{a: {b: on}}", {"a": {"b": True}}),
+    ("word", "word"),
+    ("inf", "inf"),
+    ("2024-01-02", "2024-01-02"),
+    ("!!int a", "a"),
+    ("'2024'", "2024"),
+    ('"true"', "true"),
+    ("'1e-3'", "1e-3"),
+    ("'null'", "null"),
+    ("'2024-01-02'", "2024-01-02"),
+]
+
+
+@pytest.mark.parametrize("key", ["callbacks", "loggers"])
+@pytest.mark.parametrize(("text", "value"), ARGUMENTS)
+def test_argument_of_a_class_has_the_type_of_yaml(write, key, text, value):
+    item = f"[{{class: a.B, args: {{x: {text}}}}}]"
+    config = read_config([write(f"{key}: {item}")])
+    (extension,) = getattr(config, key)
+    assert extension.args == {"x": value}
+    assert type(extension.args["x"]) is type(value)
+    assert read_config([], [f"{key}={item}"]) == config
+    dumped = read_config([write(dump_config(config))])
+    assert dumped == config
+    assert type(getattr(dumped, key)[0].args["x"]) is type(value)
+
+
+def test_other_settings_still_take_quoted_numbers(write):
+    config = read_config([write("optim: {lr: '1e-3'}\nrun: {name: 010}")])
+    assert (config.optim.lr, config.run.name) == (0.001, "010")

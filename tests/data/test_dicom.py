@@ -235,6 +235,13 @@ def test_deflated_file_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
     assert "deflated" in reason(data, tmp_path)
 
 
+def test_file_that_names_the_deflated_syntax_elsewhere_is_read(tmp_path: Path) -> None:
+    note = str(uid.DeflatedExplicitVRLittleEndian)
+    dataset = image(ramp(), ImageComments=f"converted from {note}")
+    assert note.encode() in encoded(dataset)
+    assert_equal_gray(read(dataset, tmp_path), stretched(ramp(), 0, 4095))
+
+
 @pytest.mark.parametrize("syntax", [uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.JPEGBaseline8Bit])
 def test_undecodable_compression_is_named(tmp_path: Path, syntax: str) -> None:
     dataset = image(ramp(8), bits=8, BitsAllocated=8)
