@@ -163,7 +163,8 @@ display(png(figure, "images"))
 
 # %%
 number = data.records.labels.sum(axis=1)
-some = [*np.flatnonzero(number > 1)[:4], *np.flatnonzero(number == 0)[:1]]
+several = table[number > 1].drop_duplicates("findings").index[:4]
+some = [*several, np.flatnonzero(number == 0)[0]]
 texts = table["findings"][some].str.replace("|", ", ", regex=False)
 n_hot = pd.DataFrame(data.records.labels[some].T, index=data.names, columns=texts)
 display(n_hot.rename_axis(columns=None))
@@ -334,7 +335,7 @@ display(png(memory_figure(plan), "plan_memory"))
 class LiveCurve(cxr_vit.Callback):
     """Redraw the loss and the validation's AUROC while the model trains."""
 
-    def __init__(self, draws=25):
+    def __init__(self, draws=15):
         self.draws = draws
         self.losses = []
         self.validations = []

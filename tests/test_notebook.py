@@ -33,6 +33,12 @@ print(json.dumps({
 """
 
 
+@pytest.fixture(autouse=True)
+def jupyter_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter's new paths: with the old ones, older versions warn."""
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+
+
 def read(path: Path) -> Any:
     import jupytext
 
