@@ -74,7 +74,7 @@ def commands() -> List[Command]:
     return [
         command_of(page.relative_to(ROOT).as_posix(), line)
         for page, block in blocks("bash")
-        for line in block.replace("\\\n", " ").splitlines()
+        for line in re.sub(r" *\\\n *", " ", block).splitlines()
         if line.strip() and not line.startswith("#")
     ]
 
