@@ -13,7 +13,7 @@ from transformers import ViTForImageClassification
 from cxr_vit.config import Config, StagePlan, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import label_names
-from cxr_vit.errors import ModelError
+from cxr_vit.errors import ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
 from cxr_vit.files import checkpoint_of, run_of_checkpoint
 from cxr_vit.model.loss import multi_label_loss
@@ -232,9 +232,14 @@ class ViTModule(nn.Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer. For IPUs (`for_ipu`) an override must return one of poptorch.optim.
 
-        Raises ConfigError if torch has no optimizer named `optim.name`.
+        Raises ConfigError if torch has no optimizer named `optim.name`, or nothing is trained.
         """
-        return build_optimizer(self.parameter_groups(), self.config.optim)
+        groups = self.parameter_groups()
+        if not groups and not any(weight.is_meta for weight in self.model.parameters()):
+            raise ConfigError(
+                f"{type(self).__name__}.parameter_groups returned no group: nothing is trained."
+            )
+        return build_optimizer(groups, self.config.optim)
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Return the learning rate of update `step`, counted from 0: a function of the step."""

@@ -354,6 +354,61 @@ def test_optimizer_of_poptorch_is_used_on_ipus(ipu, configure, data, tmp_path):
     assert not torch.allclose(ours, moments[ViTModule], rtol=1e-1, atol=0)
 
 
+class OwnSettings(ViTModule):
+    """Has an optimizer of PopTorch with settings of its own."""
+
+    kind, settings = "AdamW", None
+
+    def configure_optimizers(self):
+        import poptorch
+
+        kind = getattr(poptorch.optim, self.kind)
+        return kind(self.parameter_groups(), lr=self.config.optim.lr, **self.settings)
+
+
+@pytest.fixture
+def optimizer_on_ipus(ipu, make_config, monkeypatch):
+    """Return the kind that the engine records for an optimizer of PopTorch."""
+    overrides, _ = ipu
+
+    def make(*more, kind="AdamW", **settings):
+        monkeypatch.setattr(OwnSettings, "kind", kind)
+        monkeypatch.setattr(OwnSettings, "settings", settings)
+        config = make_config(*overrides, "optim.max_grad_norm=null", *more)
+        module = OwnSettings(config)
+        module.setup(for_ipu=True)
+        engine = engine_of(config, module)
+        engine.close()
+        return engine.optimizer_kind
+
+    return make
+
+
+def test_clipping_that_the_optimizer_does_not_do_is_refused(optimizer_on_ipus):
+    message = r"optim\.max_grad_norm=0\.5, but the optimizer of configure_optimizers \(AdamW\) does"
+    with pytest.raises(ConfigError, match=message):
+        optimizer_on_ipus("optim.max_grad_norm=0.5")
+    optimizer_on_ipus("optim.max_grad_norm=0.5", max_grad_norm=0.5)
+
+
+def test_settings_that_the_optimizer_does_not_use_are_warned_of(optimizer_on_ipus, caplog):
+    changed = ("optim.loss_scaling=8", "optim.accumulator=fp16", "optim.first_moment=fp16")
+    optimizer_on_ipus()
+    own = {"accum_type": torch.float16, "first_order_momentum_accum_type": torch.float16}
+    optimizer_on_ipus(*changed, loss_scaling=8.0, **own)
+    assert "configure_optimizers does not use" not in caplog.text
+    optimizer_on_ipus(*changed, "optim.second_moment=fp16", loss_scaling=8.0)
+    ignored = "optim.accumulator=fp16, optim.first_moment=fp16, optim.second_moment=fp16"
+    assert f"configure_optimizers does not use {ignored}\n" in caplog.text
+
+
+def test_recorded_kind_has_the_scale_of_the_optimizer(optimizer_on_ipus):
+    own = {"use_combined_accum": False, "momentum": 0.9}
+    scaled = optimizer_on_ipus("optim.loss_scaling=8", kind="SGD", loss_scaling=4.0, **own)
+    assert scaled == "poptorch.SGD with loss scaling 4.0"
+    assert optimizer_on_ipus("optim.name=sgd", "optim.loss_scaling=8") == "poptorch.AdamW"
+
+
 # Schedule and metrics
 
 
@@ -392,6 +447,58 @@ def test_parameter_outside_the_model_is_refused(configure, data, tmp_path):
     config = configure()
     with pytest.raises(ModelError, match=r"Temperature has parameters outside .*: temperature\."):
         fit(config, Temperature(config, data), data)
+    assert not (tmp_path / "run").exists()
+
+
+class NormalisedHead(ViTModule):
+    """Has a layer with buffers in its head."""
+
+    layer = nn.BatchNorm1d
+
+    def configure_model(self):
+        model = super().configure_model()
+        model.classifier = nn.Sequential(self.layer(model.config.hidden_size), model.classifier)
+        return model
+
+
+class Scaled(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(width), persistent=False)
+
+    def forward(self, value):
+        return value * self.scale
+
+
+def test_batch_norm_in_the_head_is_refused(configure, data, tmp_path):
+    config = configure()
+    message = r"buffers in its head: classifier\.0\.running_mean, .*nn\.LayerNorm"
+    with pytest.raises(ModelError, match=message):
+        fit(config, NormalisedHead(config, data), data)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm, Scaled])
+def test_head_without_state_in_buffers_is_accepted(make_config, monkeypatch, layer):
+    monkeypatch.setattr(NormalisedHead, "layer", layer)
+    module = NormalisedHead(make_config())
+    module.setup()
+    assert module(torch.zeros(2, 1, 32, 32, dtype=torch.uint8)).shape == (2, 14)
+
+
+class NothingTrained(ViTModule):
+    """Has no groups."""
+
+    def parameter_groups(self):
+        return []
+
+
+def test_module_that_trains_nothing_is_refused(configure, data, tmp_path):
+    config = configure()
+    with pytest.raises(ConfigError, match=r"NothingTrained\.parameter_groups returned no group"):
+        fit(config, NothingTrained(config, data), data)
     assert not (tmp_path / "run").exists()
 
 

@@ -83,3 +83,11 @@ def test_parameters_in_no_group_are_frozen(model):
     freeze_others(model, torch.optim.SGD(head, lr=0.1))
     trained = [name for name, parameter in model.hub_parameters() if parameter.requires_grad]
     assert trained == ["classifier.weight", "classifier.bias"]
+
+
+def test_process_whose_stages_are_frozen_has_an_optimizer_without_parameters():
+    for name in ("adamw", "sgd"):
+        optimizer = build_optimizer([], OptimSection(name=name, lr=0.1))
+        assert [group["params"] for group in optimizer.param_groups] == [[]]
+        optimizer.step()
+        assert learning_rate_ratios(optimizer, 0.1) == [1]
