@@ -1,12 +1,14 @@
 import pytest
 import torch
 from conftest import engine_of, module_of
+from torch import nn
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.module import ViTModule
 
 needs_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="this torch has no fp16 on a CPU"
@@ -190,8 +192,57 @@ def test_state_without_a_parameter_is_refused(make_engine):
     train(engine, [0])
     state = engine.state_dict()
     del state.optimizer["classifier.bias"]
-    with pytest.raises(CheckpointError, match=r"lacks the optimizer state of classifier\.bias"):
+    with pytest.raises(CheckpointError, match=r"of classifier\.bias, which .*weights_only=true"):
         engine.load_state_dict(state)
+
+
+class Unused(ViTModule):
+    """Has a layer in its head that is not used."""
+
+    def configure_model(self):
+        model = super().configure_model()
+        model.classifier.unused = nn.Linear(2, 2)
+        return model
+
+
+def test_parameter_without_a_gradient_is_no_reason_to_refuse_a_state(make_config):
+    losses = []
+    for resumed in (False, True):
+        config = make_config()
+        engines = []
+        for _ in range(2):
+            module = Unused(config)
+            module.setup()
+            engines.append(engine_of(config, module))
+        train(engines[0], range(2))
+        state = engines[0].state_dict()
+        assert "unused" in " ".join(state.optimizer)
+        if resumed:
+            engines[1].load_state_dict(state)
+        losses.append(train(engines[resumed], [2]))
+        again = engines[resumed].state_dict()
+        assert again.optimizer.keys() == state.optimizer.keys()
+    assert torch.equal(*losses)
+
+
+class Adagrad(ViTModule):
+    """Has an optimizer whose constructor makes its state."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.parameter_groups(), lr=0.1, initial_accumulator_value=0.5)
+
+
+def test_state_of_the_constructor_is_kept_where_the_checkpoint_has_none(make_config):
+    config = make_config()
+    module = Adagrad(config)
+    module.setup()
+    engine = engine_of(config, module)
+    weights = engine.state_dict().weights
+    first = train(engine, range(2))
+    engine.load_state_dict(EngineState(weights))
+    slots = engine.state_dict().optimizer["classifier.bias"]
+    assert torch.equal(slots["sum"], torch.full((14,), 0.5))
+    assert torch.equal(train(engine, range(2)), first)
 
 
 def test_weights_alone_reset_the_optimizer(make_engine):
