@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cxr_vit.data.dataset import Batch
     from cxr_vit.engines.base import Engine
     from cxr_vit.engines.ipu.engine import PopTorchEngine
-    from cxr_vit.engines.pipeline_engine import PipelineEngine
+    from cxr_vit.engines.pipeline_engine import PipelineEngine  # noqa: F401
     from cxr_vit.engines.torch_engine import TorchEngine
     from cxr_vit.errors import CxrVitError
     from cxr_vit.evaluation.metrics import evaluate, probabilities

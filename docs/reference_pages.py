@@ -78,9 +78,9 @@ def _help(command: Callable[[], object]) -> str:
 #: Headings of the API's page, with public names of `cxr_vit`.
 API = {
     "Configuration": ["load_config", "Config"],
-    "Data": ["ChestXrayDataModule"],
+    "Data": ["ChestXrayDataModule", "Batch"],
     "Model": ["ViTModule"],
-    "Training": ["Trainer", "Callback", "EarlyStopping"],
+    "Training": ["Trainer", "Callback", "TrainOutputs", "EarlyStopping"],
     "Loggers": [
         *("Logger", "TensorBoardLogger", "JsonlLogger", "CsvLogger", "WandbLogger"),
         "MLFlowLogger",
@@ -90,7 +90,7 @@ API = {
     "Errors": ["CxrVitError"],
 }
 #: What the hooks of a callback get, documented where they are defined.
-BESIDE = {"Callback": ["training.callback.TrainOutputs", "evaluation.metrics.EvalOutputs"]}
+BESIDE = {"TrainOutputs": ["evaluation.metrics.EvalOutputs"]}
 
 
 def api() -> str:
