@@ -420,6 +420,19 @@ def test_configuration_of_the_package_is_found_by_name(word, tmp_path, monkeypat
     assert load_config(word) == load_config(ROOT / "configs" / "vit_demo.yaml")
 
 
+def test_folder_of_that_name_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("vit_demo").mkdir()
+    assert load_config("vit_demo").run.name == "vit_demo"
+
+
+@pytest.mark.parametrize("name", ["prepare", "data-report"])
+def test_data_commands_miss_the_data_before_slow_imports(name):
+    result = command("-m", "cxr_vit", name, "data.root=/absent")
+    assert (result.status, "data.root=/absent is not a folder" in result.err) == (2, True)
+    assert not {"torch", "pandas"} & result.imported
+
+
 @pytest.mark.parametrize("word", ["vit_demo", "vit_demo.yaml"])
 def test_own_file_wins_over_the_package(word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

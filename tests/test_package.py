@@ -1,6 +1,7 @@
 """The package: its public names, the content of sdist and wheel, and use outside the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,15 +43,32 @@ def test_configuration_is_loaded_without_torch():
 
 @pytest.mark.parametrize("name", cxr_vit.__all__)
 def test_public_name_resolves(name):
-    if name == "PipelineEngine":
-        pytest.importorskip("torch.distributed.device_mesh", reason="needs a newer torch")
     value = getattr(cxr_vit, name)
     assert isinstance(value, str) or value.__name__ == name
 
 
 def test_every_public_name_is_in_dir():
     assert set(cxr_vit.__all__) <= set(dir(cxr_vit))
-    assert set(cxr_vit.__all__) == {*cxr_vit._MODULES, "__version__"}
+    assert set(cxr_vit.__all__) == {*cxr_vit._MODULES, "__version__"} - {"PipelineEngine"}
+
+
+def test_star_import_works_with_every_torch():
+    names = set(python("from cxr_vit import *; print(*dir())").split())
+    assert set(cxr_vit.__all__) <= names
+
+
+@pytest.mark.parametrize("version", ["2.0.1", "2.9.1+cpu"])
+def test_pipeline_engine_names_the_torch_that_it_needs(monkeypatch, version):
+    monkeypatch.setattr("torch.__version__", version)
+    monkeypatch.delitem(vars(cxr_vit), "PipelineEngine", raising=False)
+    message = rf"^cxr_vit\.PipelineEngine needs torch 2\.10 or later; .* {re.escape(version)}\."
+    with pytest.raises(ImportError, match=message):
+        from cxr_vit import PipelineEngine  # noqa: F401
+
+
+def test_pipeline_engine_is_public():
+    pytest.importorskip("torch.distributed.device_mesh", reason="needs a newer torch")
+    assert cxr_vit.PipelineEngine.name == "pipeline"
 
 
 def test_misspelt_name_suggests_the_nearest():
