@@ -23,9 +23,9 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.evaluation.metrics import flat_scores
+from cxr_vit.files import run_of_checkpoint
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.module import ViTModule
-from cxr_vit.files import run_of_checkpoint
 
 #: Half of fp16's smallest positive number; smaller magnitudes round to zero.
 LOST_BELOW = 2.0**-25

@@ -39,6 +39,7 @@ import numpy as np
 from cxr_vit.console import progress
 from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, file_sizes, library_versions
 from cxr_vit.data.images import gray_or_reason
+from cxr_vit.data.spawn import without_main_module
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
 
@@ -321,7 +322,7 @@ def _in_processes(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     futures: Dict[Future[Result], Chunk] = {}
     try:
-        with _sigint_blocked():
+        with _sigint_blocked(), without_main_module():
             # No comprehension: after a signal, the futures submitted so far must be cancelled.
             for chunk in chunks:
                 futures[pool.submit(function, chunk)] = chunk
@@ -329,9 +330,8 @@ def _in_processes(
             yield futures[future], future.result()
     except BrokenProcessPool as error:  # it has ended all futures
         raise DataError(
-            "a process that decodes images ended before its work: killed, out of memory, or started"
-            ' from a script without `if __name__ == "__main__":`. Run the command again; the build'
-            " resumes. data.cache_workers=1 decodes in the main process."
+            "a process that decodes images ended before its work: killed, or out of memory. Run the"
+            " command again; the build resumes. data.cache_workers=1 decodes in the main process."
         ) from error
     except BaseException:
         for future in futures:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
+from cxr_vit.data.spawn import without_main_module
 from cxr_vit.engines.base import leave_signal_group, with_user_errors
 from cxr_vit.engines.ipu.graphs import guarded
 from cxr_vit.errors import ConfigError, DataError
@@ -74,7 +75,8 @@ class HostBatchLoader:
         }
         more: Dict[str, Any] = {}
         if mode != "sync":
-            _start_fork_server()
+            with without_main_module():
+                _start_fork_server()
             # Otherwise the process would read the data once more after its end.
             more["async_options"] = {"load_indefinitely": False}
             if num_workers > 0:
@@ -98,7 +100,8 @@ class HostBatchLoader:
         )
         self.mode = mode
         self.is_open = True
-        self._loader = guarded("starting the loader", make_loader)
+        with without_main_module():
+            self._loader = guarded("starting the loader", make_loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return with_user_errors(self._batches())
