@@ -141,13 +141,13 @@ def main(argv: Sequence[str]) -> int:
         pipeline_engine.LeanStage = PlainStage
     cases = [
         load_config(
-                [],
-                [
-                    *arguments.overrides,
-                    f"pipeline.schedule={schedule}",
-                    f"batch.gradient_accumulation={count}",
-                ],
-            )
+            [],
+            [
+                *arguments.overrides,
+                f"pipeline.schedule={schedule}",
+                f"batch.gradient_accumulation={count}",
+            ],
+        )
         for count in arguments.micro_batches
         for schedule in arguments.schedules
     ]

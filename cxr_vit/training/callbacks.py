@@ -30,15 +30,20 @@ def default_callbacks(
 ) -> List[Callback]:
     """Return the built-in callbacks of a run; those of `given` replace their kind."""
     every = config.train.log_every_steps
-    built_in: List[Callback] = []
-    if not config.engine.synthetic_data:  # its losses are meaningless
-        built_in.append(NonFiniteGuard())
-    if not any(isinstance(callback, EarlyStopping) for callback in given):
-        built_in.append(EarlyStopping(patience=config.train.early_stopping_patience))
-    built_in.append(MetricsLogging(every=every))
+    built_in: List[Callback] = [
+        NonFiniteGuard(),
+        EarlyStopping(patience=config.train.early_stopping_patience),
+        MetricsLogging(every=every),
+    ]
+    if config.engine.synthetic_data:
+        del built_in[0]  # the losses are meaningless
     if is_main:
         built_in += [FigureLogging(), ProgressDisplay(every=every)]
-    return built_in
+    return [
+        callback
+        for callback in built_in
+        if not any(isinstance(other, type(callback)) for other in given)
+    ]
 
 
 class NonFiniteGuard(Callback):
@@ -211,7 +216,8 @@ class ProgressDisplay(Callback):
 
     def __init__(self, *, every: int, console: Optional[Console] = None) -> None:
         self.every = every
-        self.console = console or Console(stderr=True)
+        # In a notebook, each line would be an output of its own.
+        self.console = console or Console(stderr=True, force_jupyter=False)
         self._bar: Optional[Progress] = None
         self._task = TaskID(0)
         self._window = Window()
