@@ -7,7 +7,7 @@ torch, and `--help` and a configuration error answer at once.
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-__version__ = "0.2.0"
+from cxr_vit.version import __version__
 
 if TYPE_CHECKING:
     from cxr_vit.config import Config, load_config

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
-from cxr_vit import __version__
 from cxr_vit.config import Config, check, dump_config, load_config, read_config
 from cxr_vit.config.schema import LISTS, RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.files import STATE, lock, run_of_checkpoint, write_text
+from cxr_vit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
