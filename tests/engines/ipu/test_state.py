@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import engine_of, module_of
 from fakes import loading
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
@@ -312,3 +313,41 @@ def test_default_precision_is_fp16(ipu, commands):
         assert engine.precision == "fp16"
         assert "in fp16 with fp32 weights" in engine.describe()
         assert {stage.dtype for stage in engine.model.stages} == {torch.float16}
+
+
+# The model after the engine
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16"])
+def test_closed_engine_leaves_a_model_for_the_host_and_for_another_engine(ipu, commands, weights):
+    small = ("model.patch_size=16", "pipeline.layers_per_stage=[2, 2]")
+    config = commands.config(
+        *small,
+        "batch.gradient_accumulation=3",
+        "engine.precision=fp16",
+        f"engine.weights={weights}",
+    )
+    module = module_of(config, for_ipu=True)
+    kinds = [type(part) for part in module.modules()]
+    states = [module.model.weights()]
+    for lr in (0.1, 0.0):
+        engine = engine_of(config, module)
+        try:
+            batch = example(engine)
+            engine.compile(batch)
+            engine.train_step(batch, lr=lr)
+            states.append(engine.state_dict().weights)
+        finally:
+            engine.close()
+        assert [type(part) for part in module.modules()] == kinds
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+        fresh = module_of(config, for_ipu=True)
+        fresh.model.load_weights(states[-1])
+        with torch.no_grad():
+            logits = module.eval()(batch.images)
+            expected = fresh.eval()(batch.images)
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, expected)
+    start, trained, same = (state["classifier.weight"] for state in states)
+    assert not torch.equal(start.half(), trained.half())
+    assert torch.equal(trained, same), "the second engine begins where the first ended"
