@@ -1,5 +1,6 @@
 """The package: its public names, the content of sdist and wheel, and use outside the checkout."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import List, NamedTuple, Set
 
 import pytest
+from conftest import SMALL
 
 import cxr_vit
 
@@ -225,6 +227,27 @@ def test_installed_command_writes_and_describes_a_data_set(outside, tmp_path):
     outside("sample", "--out", "sample", "--images", "60", "--size", "32")
     outside("data-report", "data.root=sample", "data.image_size=32", "data.val_fraction=0.2")
     assert "<html" in (tmp_path / "data_report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_ten_lines_run_outside_the_checkout(outside, tmp_path):
+    """The program of tests/test_api.py, from a folder that is not beside the package."""
+    (tmp_path / "mine").mkdir()
+    program = tmp_path / "mine" / "ten_lines.py"
+    shutil.copy(str(ROOT / "tests" / "ten_lines.py"), str(program))
+    outside("sample", "--out", "sample", "--images", "60", "--size", "32")
+    overrides = ["data.root=sample", *SMALL, "train.steps=3", "engine.name=torch"]
+    where = f"import runpy, sys; sys.argv = {['ten_lines.py', 'out', *overrides]}"
+    code = f"{where}; runpy.run_path({str(program)!r}, run_name='__main__'); import cxr_vit"
+    printed = outside("-c", f"import os; os.mkdir('out'); {code}; print(cxr_vit.__file__)")
+    assert ROOT not in Path(printed.splitlines()[-1]).parents
+    saw = json.loads((tmp_path / "out" / "0.json").read_text(encoding="utf-8"))
+    assert len(saw["losses"]) == 3 and all(0 < loss < 2 for loss in saw["losses"])
+    assert saw["tested"]["test/loss"] > 0
+    assert len(saw["predicted"]) == len((tmp_path / "sample" / "test_list.txt").read_text().split())
+    environment = json.loads((tmp_path / "out" / "run" / "environment.json").read_text())
+    assert environment["versions"]["cxr-vit"] == cxr_vit.__version__
+    assert environment["git_commit"] is None
 
 
 @pytest.mark.slow
