@@ -40,7 +40,11 @@ RUN = (
     f"schedule.warmup_steps={WARMUP}",
     "schedule.name=cosine",
 )
-PIPELINE = ("engine.name=pipeline",)
+#: Engine -> overrides for four processes that make updates from the same eight images.
+PROCESSES = {
+    "pipeline": ("engine.name=pipeline",),
+    "torch": ("engine.name=torch", "batch.replicas=4", "batch.gradient_accumulation=1"),
+}
 IPU = (
     "engine.name=poptorch",
     "engine.device=auto",
@@ -428,11 +432,11 @@ def test_weights_of_a_resumed_run_are_those_of_the_uninterrupted_one(ran, again)
 # Four processes
 
 
-@pytest.fixture(scope="module")
-def processes(overrides, tmp_path_factory):
-    """What each of four processes of the pipeline engine saw."""
+@pytest.fixture(scope="module", params=PROCESSES)
+def processes(request, overrides, tmp_path_factory):
+    """What each of four processes saw: those of the pipeline engine, or four replicas."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < (2, 10):
+    if request.param == "pipeline" and version < (2, 10):
         pytest.skip("the pipeline engine needs torch 2.10")
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as bound:
@@ -442,7 +446,8 @@ def processes(overrides, tmp_path_factory):
         [
             *[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"],
             *["--master-addr", "127.0.0.1", "--master-port", str(port)],
-            *[str(ROOT / "tests" / "ten_lines.py"), str(folder), *overrides, *PIPELINE],
+            *[str(ROOT / "tests" / "ten_lines.py"), str(folder), *overrides],
+            *PROCESSES[request.param],
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=str(folder),
@@ -452,7 +457,7 @@ def processes(overrides, tmp_path_factory):
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.splitlines()[0] == str(folder / "run")
-    assert "pipeline engine on CPU in 4 processes" in done.stdout
+    assert f"{request.param} engine on CPU in 4 processes" in done.stdout
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 
