@@ -129,6 +129,30 @@ class WeightedFocalViT(cxr_vit.ViTModule):
         return (weight * wrong * wrong * crossentropy).mean()
 
 
+class HeadOnly(WeightedFocalViT):
+    """Trains the head alone; in a process without it there is no group."""
+
+    def parameter_groups(self) -> List[Dict[str, Any]]:
+        return [
+            {"params": [parameter]}
+            for name, parameter in self.model.hub_parameters()
+            if name.startswith("classifier")
+        ]
+
+
+def head_only(overrides: Sequence[str], folder: Path) -> List[float]:
+    """Train the head alone; return the losses."""
+    own = [*overrides, f"run.dir={folder}"]
+    if "engine.name=pipeline" in overrides:  # two stages, each computed by two processes
+        own += ["pipeline.layers_per_stage=[2, 2]", "batch.replicas=2"]
+        own += ["batch.gradient_accumulation=2"]
+    config = cxr_vit.load_config("vit_demo", overrides=own)
+    data, callback = cxr_vit.ChestXrayDataModule(config), Recorder()
+    trainer = cxr_vit.Trainer(config, callbacks=[callback], loggers=[])
+    trainer.fit(HeadOnly(config, data), data)
+    return callback.losses
+
+
 class Result:
     """What the ten lines gave."""
 
@@ -169,6 +193,7 @@ def main() -> None:
         "stopped": [stopped.trainer.global_step, stopped.trainer.stop_reason],
         "interrupted": stopped.trainer.interrupted,
         "is_global_zero": result.trainer.is_global_zero,
+        "head only": head_only(overrides, folder / "head"),
     }
     (folder / f"{rank}.json").write_text(json.dumps(saw), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL
 from fakes import loading
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from ten_lines import ListLogger, Recorder, Result, WeightedFocalViT
+from ten_lines import ListLogger, Recorder, Result, WeightedFocalViT, head_only
 from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup
 
 import cxr_vit
@@ -465,6 +465,13 @@ def test_four_processes_train_as_the_hand_written_loop(processes, expected):
     plain = expected()
     for saw in processes[1]:
         assert saw["losses"] == near(plain)
+
+
+def test_head_alone_trains_as_in_one_process(processes, overrides, tmp_path):
+    """The stages of the other processes are frozen."""
+    alone = head_only(overrides, tmp_path / "alone")
+    for saw in processes[1]:
+        assert saw["head only"] == near(alone)
 
 
 def test_hooks_come_in_the_same_order_in_every_process(processes):

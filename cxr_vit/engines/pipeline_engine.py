@@ -233,7 +233,8 @@ class PipelineEngine(TorchEngineBase):
         stages: List[Any] = []
         for index, module in modules.items():
             parallel: Any = module
-            if training and self.batch.replicas > 1:
+            is_trained = any(parameter.requires_grad for parameter in module.parameters())
+            if training and is_trained and self.batch.replicas > 1:
                 parallel = DistributedDataParallel(
                     module, process_group=self._replica_group, gradient_as_bucket_view=True
                 )
