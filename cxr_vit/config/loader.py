@@ -63,6 +63,8 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
     reader = _Reader()
     if isinstance(files, (str, Path)):
         files = [files]
+    if isinstance(overrides, str):
+        overrides = [overrides]
     merged: Dict[str, Any] = {}
     for file in files:
         _merge(merged, reader.read_file(Path(file)))

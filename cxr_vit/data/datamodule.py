@@ -29,7 +29,7 @@ from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.data.synthetic.dataset import write_sample_if_absent
-from cxr_vit.errors import DataError
+from cxr_vit.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,15 @@ class ChestXrayDataModule:
     once
         Runs a slow check in one process of several; the trainer sets it.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            if name in vars(cls):
+                raise ConfigError(
+                    f"{cls.__name__}.{name} is never called: engines read dataset(split) with"
+                    " loaders of their own. Override dataset."
+                )
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -29,8 +29,12 @@ _NOT_CALLED = {
     "validation_step": "Override compute_metrics(logits, labels).",
     "test_step": "Override compute_metrics(logits, labels).",
     "predict_step": "Use the result of Trainer.predict.",
-    "on_train_epoch_end": "Hooks belong to a cxr_vit.Callback.",
-    "on_validation_epoch_end": "Hooks belong to a cxr_vit.Callback: on_validation_end.",
+    "optimizer_step": "The update is compiled for IPUs; override configure_optimizers.",
+    "lr_scheduler_step": "Override learning_rate(step, total_steps).",
+    "configure_gradient_clipping": "Set optim.max_grad_norm.",
+    "configure_callbacks": "Give them to the Trainer.",
+    "train_dataloader": "Data belong to the ChestXrayDataModule.",
+    "val_dataloader": "Data belong to the ChestXrayDataModule.",
 }
 
 ModuleType = TypeVar("ModuleType", bound="ViTModule")
@@ -72,7 +76,8 @@ class ViTModule(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name, instead in _NOT_CALLED.items():
+        hooks = {name: "Hooks belong to a Callback." for name in vars(cls) if name[:3] == "on_"}
+        for name, instead in {**hooks, **_NOT_CALLED}.items():
             if name in vars(cls):
                 raise ModelError(f"{cls.__name__}.{name} is never called. {instead}")
 

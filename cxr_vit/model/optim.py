@@ -61,14 +61,21 @@ def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[fl
     """Return the rate of each group divided by `lr`, which the schedule keeps.
 
     Raises ConfigError if it is no optimizer, as where `configure_optimizers` returns also a
-    scheduler.
+    scheduler, or if all groups have the same other rate.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"configure_optimizers returned {type(optimizer).__name__}. Return one optimizer; a"
             " schedule is ViTModule.learning_rate(step, total_steps)."
         )
-    return [group["lr"] / lr for group in optimizer.param_groups]
+    ratios = [group["lr"] / lr for group in optimizer.param_groups]
+    if len(set(ratios)) == 1 and ratios[0] != 1.0:
+        raise ConfigError(
+            f"configure_optimizers uses lr={optimizer.param_groups[0]['lr']:g} for all parameters,"
+            f" and optim.lr={lr:g} is what the schedule and the logs mean. Pass"
+            " lr=self.config.optim.lr; only some groups may have a rate of their own."
+        )
+    return ratios
 
 
 def freeze_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

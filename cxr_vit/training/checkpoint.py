@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,8 @@ from cxr_vit.model.module import WEIGHTS
 OPTIMIZER = "optimizer.safetensors"
 _STEP_NAME = re.compile(r"^step_(\d{8})$")
 _FORMAT = 2
+#: Keys of trainer_state.json that belong to the file itself.
+RESERVED = ("format", "step", "optimizer_kind", "scalars", "sha256")
 #: Keys of callback states: format 1 used class names.
 _FORMAT_1_KEYS = {"EarlyStopping": "early_stopping", "MetricsLogging": "metrics"}
 #: Between a parameter's name and its optimizer slot; no parameter name has a slash.
@@ -133,6 +135,20 @@ def check_json(what: str, value: Any) -> None:
             f"{what} cannot be saved: {error}. Return numbers, text, lists and dictionaries"
             " (tensor.tolist())."
         ) from error
+
+
+def check_facts(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a run cannot go on because facts differ from the saved ones."""
+    changed = [fact for fact, value in own.items() if saved.get(fact) != value]
+    if not changed:
+        return
+    consequence = "scores would not compare, and images it was trained on could be scored"
+    if set(changed) <= {"seed", "global_batch_size"}:
+        consequence = "the order of the samples would be another one"
+    raise CheckpointError(
+        f"{checkpoint} cannot be resumed with another {', '.join(changed)}: {consequence}. Restore"
+        f" the old setting, or start a new run from its weights: model.name={checkpoint}"
+    )
 
 
 def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:

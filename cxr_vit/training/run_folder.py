@@ -254,10 +254,25 @@ def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: boo
     path = newest_run(run) if ckpt_path == "last" else Path(ckpt_path)
     if (path / STATE).is_file():
         return FoundRun(None, path)
+    _check_resumable(path)
     folder = RunFolder(path, writes=writes)
-    if not folder.last.exists():
-        raise CheckpointError(f"nothing to resume: {path} has no checkpoints/last. {_RESUME_HINT}")
     return FoundRun(folder, folder.last)
+
+
+def _check_resumable(path: Path) -> None:
+    """Raise CheckpointError unless a path is a run's folder with a checkpoint to resume."""
+    if (path / "checkpoints" / "last").exists():
+        return
+    if (path / STATE).is_file():
+        run = run_of_checkpoint(path)
+        hint = f"it is a checkpoint of the run {run}. Name that: --resume {run}"
+    elif path.is_file():
+        hint = f"it is a file. {_RESUME_HINT}"
+    elif not path.exists():
+        hint = f"there is no such folder. {_RESUME_HINT}"
+    else:
+        hint = f"it has no checkpoints/last. {_RESUME_HINT}"
+    raise CheckpointError(f"nothing to resume: {path}: {hint}")
 
 
 def create_run(run: RunSection, launch: Launch, key: str = "") -> RunFolder:
@@ -309,10 +324,7 @@ def _resumed_run(
 ) -> RunFolder:
     def find() -> str:
         path = Path(resume) if resume else newest_run(read_config(files, overrides).run)
-        folder = RunFolder(path, writes=False)
-        if not folder.last.exists():
-            problem = f"nothing to resume: {path} has no checkpoints/last."
-            raise CheckpointError(f"{problem} {_RESUME_HINT}")
+        _check_resumable(path)
         return str(path.absolute() if launch.is_connected else path)
 
     if not launch.is_connected:

@@ -31,7 +31,9 @@ from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import (
+    RESERVED,
     CheckpointStore,
+    check_facts,
     check_json,
     load_checkpoint,
     verify_checkpoint,
@@ -222,7 +224,7 @@ class Trainer:
     def predict(
         self,
         module: ViTModule,
-        images: Sequence[PathLike],
+        images: Union[PathLike, Sequence[PathLike]],
         ckpt_path: Optional[PathLike] = None,
     ) -> Tensor:
         """Return the probability of each label for image files, float32 ``[N, C]``.
@@ -231,7 +233,7 @@ class Trainer:
         are read. Raises DataError if a file is missing or unusable. See `validate` for `ckpt_path`.
         """
         dataset = dataset_of_files(
-            images,
+            [images] if isinstance(images, (str, Path)) else images,
             num_classes=len(module.names),
             image_size=self.config.data.image_size,
             max_megapixels=self.config.data.max_megapixels,
@@ -327,15 +329,7 @@ class Trainer:
         run.
         """
         state, trainer_state = load_checkpoint(checkpoint)
-        changed = [
-            fact for fact, value in self._resume_facts().items() if trainer_state.get(fact) != value
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed with another {', '.join(changed)}: scores would"
-                " not compare, and images it was trained on could be scored. Restore the old"
-                f" setting, or start a new run from its weights: model.name={checkpoint}"
-            )
+        check_facts(checkpoint, trainer_state, self._resume_facts())
         step = trainer_state["step"]
         if step > self.durations.total_steps:
             raise CheckpointError(
@@ -601,7 +595,15 @@ class Trainer:
             "best_score": self.best_score,
             "callbacks": states,
         }
+        own = dict(trainer_state)
         self._notify("on_save_checkpoint", trainer_state)
+        taken = [key for key, value in own.items() if trainer_state.get(key) != value]
+        taken += [key for key in RESERVED if key in trainer_state]
+        if taken:
+            raise CheckpointError(
+                f"a callback's on_save_checkpoint set {', '.join(taken)}, which a resume relies on."
+                " Use a key of its own."
+            )
         check_json("what callbacks add in on_save_checkpoint", trainer_state)
         path = self.checkpoints.save(
             self.global_step,

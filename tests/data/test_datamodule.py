@@ -16,7 +16,7 @@ from cxr_vit.config.schema import BatchSection, Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.splits import SPLIT_NAMES
-from cxr_vit.errors import DataError
+from cxr_vit.errors import ConfigError, DataError
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
@@ -271,3 +271,8 @@ def test_the_evaluation_loaders_yield_each_image_once_in_order(root: Path, split
     batches = list(getattr(module, f"{split}_dataloader")())
     rows = torch.cat([batch.indices for batch in batches]).tolist()
     assert rows == list(range(len(getattr(module.splits, split))))
+
+
+def test_loader_that_no_training_calls_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Mine\.train_dataloader is never called.*dataset"):
+        type("Mine", (ChestXrayDataModule,), {"train_dataloader": lambda self: []})

@@ -653,3 +653,20 @@ def test_loss_knows_whether_it_trains(make_config):
         del seen[:-1]
         engine.loss(torch.zeros(4, 14), torch.zeros(4, 14))
     assert seen == [True, False]
+
+
+def test_hook_of_a_module_is_refused():
+    with pytest.raises(ModelError, match=r"Mine.on_fit_start is never called\. Hooks belong to"):
+        type("Mine", (ViTModule,), {"on_fit_start": lambda self: None})
+
+
+def test_another_rate_for_all_parameters_is_refused(make_config):
+    class OwnRate(ViTModule):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.model.parameters(), lr=1e-5)
+
+    config = make_config("optim.lr=1e-3")
+    module = OwnRate(config)
+    module.setup()
+    with pytest.raises(ConfigError, match=r"lr=1e-05 for all parameters, and optim\.lr=0\.001"):
+        engine_of(config, module)

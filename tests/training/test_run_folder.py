@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def test_error_for_a_folder_without_a_checkpoint_has_advice(root):
     path = make_run(root, "demo-1", saved=False)
     with pytest.raises(CheckpointError, match="nothing to resume") as caught:
         resumed([], str(path))
-    assert f"{path} has no checkpoints/last" in str(caught.value)
+    assert f"{path}: it has no checkpoints/last" in str(caught.value)
     assert "without --resume" in str(caught.value)
 
 
@@ -489,3 +490,17 @@ def test_other_process_finds_the_run_to_resume(root):
     with folder.locked():
         assert folder.path == run
         assert not (run / ".lock").exists()
+
+
+def test_error_for_what_is_no_run_says_what_it_is(root, tmp_path):
+    path = make_run(root, "demo-1")
+    checkpoint = path / "checkpoints" / "last"
+    (checkpoint / "trainer_state.json").touch()
+    cases = {
+        checkpoint: f"it is a checkpoint of the run {path}. Name that: --resume {path}",
+        path / "config.yaml": "it is a file",
+        tmp_path / "absent": "there is no such folder",
+    }
+    for given, words in cases.items():
+        with pytest.raises(CheckpointError, match=re.escape(f"{given}: {words}")):
+            resumed([], str(given))

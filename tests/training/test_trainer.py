@@ -550,8 +550,17 @@ def test_callback_cannot_change_the_step_of_a_checkpoint(make):
         def on_save_checkpoint(self, trainer, module, checkpoint):
             checkpoint["step"] = 1
 
-    trainer = make(callbacks=[Overwrites()]).fit()
-    assert last_state(trainer)[1]["step"] == 6
+    with pytest.raises(CheckpointError, match="on_save_checkpoint set step, which a resume"):
+        make(callbacks=[Overwrites()]).fit()
+
+
+def test_callback_cannot_change_what_a_resume_compares(make):
+    class Overwrites(Callback):
+        def on_save_checkpoint(self, trainer, module, checkpoint):
+            checkpoint["seed"] = 99
+
+    with pytest.raises(CheckpointError, match="on_save_checkpoint set seed, which a resume"):
+        make(callbacks=[Overwrites()]).fit()
 
 
 def test_failing_logger_does_not_hide_the_error_of_the_run(make, caplog):
