@@ -405,7 +405,7 @@ def test_stopped_run_goes_on_in_its_folder(ran, again, ckpt_path):
     first = again(stop_at=2)
     first.trainer.fit(first.module, first.data)
     assert (first.trainer.global_step, first.trainer.stop_reason) == (2, "should_stop was set")
-    assert first.logger.calls[-1] == ("finalize", "stopped")
+    assert first.logger.calls[-1] == ("finalize", "success")
     assert not first.trainer.interrupted and not first.trainer.is_complete
     folder = first.trainer.run.path
     second = again()

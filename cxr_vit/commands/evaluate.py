@@ -21,11 +21,12 @@ def main(argv: Sequence[str]) -> int:
     check_data_root(config.data)
 
     from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
+    from cxr_vit.commands.callbacks import DescribeEngine
     from cxr_vit.evaluation.report import print_table, write_report
     from cxr_vit.training.checkpoint import verify_checkpoint
 
     state = verify_checkpoint(checkpoint, needs_optimizer=False)
-    trainer, data = Trainer(config), ChestXrayDataModule(config)
+    trainer, data = Trainer(config, callbacks=[DescribeEngine()]), ChestXrayDataModule(config)
     module = ViTModule.load_from_checkpoint(checkpoint, data, config=config)
     trainer.setup_data(data)
     split = arguments.split or data.default_split()

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     check_data_root(config.data)
 
     from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
-    from cxr_vit.commands.plan_figures import PlanFigures
+    from cxr_vit.commands.callbacks import PlanFigures
 
     trainer = Trainer(config, callbacks=[PlanFigures()])
     preflight(config, trainer.choice.name, launch.local_replicas)

@@ -233,7 +233,7 @@ class Adagrad(ViTModule):
 
 
 def test_state_of_the_constructor_is_kept_where_the_checkpoint_has_none(make_config):
-    config = make_config()
+    config = make_config("optim.lr=0.1")
     module = Adagrad(config)
     module.setup()
     engine = engine_of(config, module)

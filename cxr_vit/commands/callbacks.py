@@ -1,4 +1,4 @@
-"""A callback that logs the plan of a run on IPUs beside its curves."""
+"""What the commands add to a run: the plan of a run on IPUs, and a line about the engine."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ class PlanFigures(Callback):
                     "plan/memory": memory_figure(plan, CARD),
                 }
             )
+
+
+class DescribeEngine(Callback):
+    """Print which engine scores, and why."""
+
+    def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Print the line."""
+        if trainer.is_global_zero:
+            print(trainer.engine.describe(), flush=True)
