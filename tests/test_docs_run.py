@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 import pytest
 import torch
@@ -85,6 +85,18 @@ def is_run(command: Command) -> bool:
 
 #: Each command once, in the order of the pages.
 RUN = list({command.text: command for command in commands() if is_run(command)}.values())
+#: Starting processes takes ten seconds and more, so `make test` runs the first of these only.
+IN_PROCESSES = [command for command in RUN if command.launcher]
+
+# The pages are written for a current Python; `make test-all` runs them on an IPU host's too.
+pytestmark = [pytest.mark.exhaustive] if sys.version_info < (3, 9) else []
+
+
+def as_case(command: Command) -> Any:
+    """Return the parameter of a test."""
+    is_slow = command in IN_PROCESSES[1:] or "--calibrate" in command.text  # of such runs
+    marks = [pytest.mark.exhaustive] if is_slow else []
+    return pytest.param(command, marks=marks, id=command.text)
 
 
 def needs_pipelining(command: Command) -> bool:
@@ -92,7 +104,7 @@ def needs_pipelining(command: Command) -> bool:
     return "configs/vit_pod4_cpu.yaml" in command.text or "--calibrate" in command.text
 
 
-@pytest.mark.parametrize("command", RUN, ids=lambda command: command.text)
+@pytest.mark.parametrize("command", [as_case(command) for command in RUN])
 def test_command_runs(command, folder, monkeypatch, capsys):
     if needs_pipelining(command) and not HAS_PIPELINING:
         pytest.skip("the pipeline engine needs torch 2.10")

@@ -113,6 +113,7 @@ def test_notebook_runs(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_one_line_switches_to_other_images(tmp_path, monkeypatch, sample_root):
     """A folder in NIH's layout; nothing is written into it."""
