@@ -104,14 +104,14 @@ def test_options_of_vit_pod4_reach_the_compiler(ipu, commands):
     """The dictionary that PopTorch passes to its compiler, with a small model."""
     _, inspection = ipu
     config = load_config(
-            [POD4],
-            [
-                f"data.root={commands.data}",
-                "data.image_size=32",
-                "model.name=vit-tiny",
-                f"engine.executable_cache={commands.folder / 'cache'}",
-            ],
-        )
+        [POD4],
+        [
+            f"data.root={commands.data}",
+            "data.image_size=32",
+            "model.name=vit-tiny",
+            f"engine.executable_cache={commands.folder / 'cache'}",
+        ],
+    )
     with make_engine(config) as engine:
         engine.compile(Batch.zeros(128, image_size=32, num_classes=14))
         inference, training = compiled(inspection)
