@@ -277,10 +277,8 @@ def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
 
     The first loss is then near the entropy of the labels (0.164 on NIH) instead of log 2 = 0.693,
     and no steps are spent on learning that most findings are rare. Smaller weights would bring it
-    closer, but the trunk's gradients pass through them: with a tenth of these weights they are
-    noise at first, which AdamW scales to full steps that wear pretrained features down. A
-    pretrained ViT-S then reached a macro AUROC of 0.553 instead of 0.605 on 858 real validation
-    images after 80 updates.
+    closer, but the trunk's gradients pass through them. With a tenth of these weights, the demo
+    (configs/vit_demo.yaml, run.seed=0) had a macro AUROC of 0.938 instead of 0.969.
     """
     with torch.no_grad():
         head.bias.copy_(torch.from_numpy(np.log(prevalence / (1.0 - prevalence))))
