@@ -79,7 +79,7 @@ class TorchEngineBase(Engine):
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
-        self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
         freeze_others(self.model, self.optimizer)
         #: State that the optimizer's constructor made, as Adagrad's does.
         self._first_slots = {

@@ -57,11 +57,13 @@ def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.
     )
 
 
-def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:
+def learning_rate_ratios(
+    optimizer: torch.optim.Optimizer, model: nn.Module, lr: float
+) -> List[float]:
     """Return the rate of each group divided by `lr`, which the schedule keeps.
 
     Raises ConfigError if it is no optimizer, as where `configure_optimizers` returns also a
-    scheduler, or if all groups have the same other rate.
+    scheduler, or if all groups of the whole model have the same other rate.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
@@ -69,7 +71,8 @@ def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[fl
             " schedule is ViTModule.learning_rate(step, total_steps)."
         )
     ratios = [group["lr"] / lr for group in optimizer.param_groups]
-    if len(set(ratios)) == 1 and ratios[0] != 1.0:
+    is_whole = not any(parameter.is_meta for parameter in model.parameters())
+    if is_whole and len(set(ratios)) == 1 and ratios[0] != 1.0:
         raise ConfigError(
             f"configure_optimizers uses lr={optimizer.param_groups[0]['lr']:g} for all parameters,"
             f" and optim.lr={lr:g} is what the schedule and the logs mean. Pass"

@@ -75,7 +75,7 @@ def test_ratios_are_those_of_the_groups_own_rates():
         {"params": [nn.Parameter(torch.ones(1))], "lr": 0.02},
     ]
     optimizer = build_optimizer(groups, OptimSection(lr=0.2))
-    assert learning_rate_ratios(optimizer, 0.2) == [1.0, pytest.approx(0.1)]
+    assert learning_rate_ratios(optimizer, nn.Linear(1, 1), 0.2) == [1.0, pytest.approx(0.1)]
 
 
 def test_parameters_in_no_group_are_frozen(model):
@@ -90,4 +90,14 @@ def test_process_whose_stages_are_frozen_has_an_optimizer_without_parameters():
         optimizer = build_optimizer([], OptimSection(name=name, lr=0.1))
         assert [group["params"] for group in optimizer.param_groups] == [[]]
         optimizer.step()
-        assert learning_rate_ratios(optimizer, 0.1) == [1]
+        assert learning_rate_ratios(optimizer, nn.Linear(1, 1), 0.1) == [1]
+
+
+def test_stage_with_a_rate_of_its_own_is_no_whole_model(make_config):
+    """In the pipeline engine a process has the groups of its own stages only."""
+    model = module_of(make_config()).model.keep([1])
+    weights = [weight for weight in model.parameters() if not weight.is_meta]
+    optimizer = torch.optim.SGD([{"params": weights, "lr": 0.5}], lr=1.0)
+    assert learning_rate_ratios(optimizer, model, 1.0) == [0.5]
+    with pytest.raises(ConfigError, match=r"lr=0\.5 for all parameters"):
+        learning_rate_ratios(optimizer, module_of(make_config()).model, 1.0)

@@ -90,7 +90,7 @@ class PopTorchEngine(Engine):
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
         self.optimizer = module_optimizer(module, config.optim)
-        self.lr_ratios = learning_rate_ratios(self.optimizer, config.optim.lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
