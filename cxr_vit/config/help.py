@@ -78,7 +78,8 @@ def _unknown(location: List[str]) -> str:
     section, name = location[0], location[-1]
     sibling = did_you_mean(name, SECTIONS[section].model_fields) if section in SECTIONS else None
     elsewhere = [f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields]
-    near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), _SYNONYMS.get(name))
+    synonym = _SYNONYMS.get(did_you_mean(name, _SYNONYMS) or "")
+    near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), synonym)
     if near is None and len(location) == 1:
         near = did_you_mean(section, [*SECTIONS, *LISTS])
     hint = f"Did you mean '{near}'?" if near else "See train.py --help for all keys."

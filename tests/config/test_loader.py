@@ -617,3 +617,7 @@ def test_argument_of_a_class_has_the_type_of_yaml(write, key, text, value):
 def test_other_settings_still_take_quoted_numbers(write):
     config = read_config([write("optim: {lr: '1e-3'}\nrun: {name: 010}")])
     assert (config.optim.lr, config.run.name) == (0.001, "010")
+
+
+def test_misspelt_name_of_another_code_base_leads_to_ours():
+    assert "Did you mean 'optim.lr'?" in problem([], ["optim.learnig_rate=1"])
