@@ -1,0 +1,53 @@
+"""Read files that others wrote: regular files of a limited size only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Union
+
+#: By file type; everything else is a regular file or a folder.
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def read_bytes(path: Union[str, Path], *, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises OSError otherwise, with a readable reason in `strerror`. A named pipe does not block, and
+    a device is not opened, whether it has the path itself or a link leads to it.
+    """
+    try:
+        _check_regular(Path(path).stat())
+        # The path may lead elsewhere by now: do not wait for a pipe's other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except ValueError as error:  # a zero byte or a lone surrogate in the name
+        raise OSError(errno.EINVAL, "no path has such a name") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        _check_regular(status)
+        _check_size(status.st_size, limit)
+        data = file.read(status.st_size + 1)
+        if len(data) > status.st_size:  # it grows, or is one of /proc, whose size is 0
+            data += file.read(limit + 1 - len(data))
+    _check_size(len(data), limit)
+    return data
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file")
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than the limit of {limit:,}")
