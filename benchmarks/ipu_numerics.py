@@ -17,13 +17,13 @@ from typing import Any, Dict, List
 import torch
 
 from benchmarks.machine import describe_machine
+from cxr_vit.checkpoint_files import config_of
 from cxr_vit.cli import run
 from cxr_vit.config import BatchPlan, Config, load_config, read_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.processes import Launch
 from cxr_vit.evaluation.metrics import flat_scores
-from cxr_vit.files import run_of_checkpoint
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.module import ViTModule
 
@@ -34,8 +34,7 @@ SCALINGS = (1, 16, 128, 1024, 16384)
 
 def gelu_difference(checkpoint: Path) -> Dict[str, float]:
     """Score the test split with both forms and compare."""
-    folder = run_of_checkpoint(checkpoint)
-    config = read_config([folder / "config.yaml"], ["engine.name=torch", "engine.precision=fp32"])
+    config = read_config([config_of(checkpoint)], ["engine.name=torch", "engine.precision=fp32"])
     data = ChestXrayDataModule(config)
     dataset = data.dataset(data.default_split())
     launch, batch = Launch(), BatchPlan.from_section(config.batch)

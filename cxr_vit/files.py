@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
+import logging
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
-from typing import IO, Callable, Iterator, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Sequence
 
-from cxr_vit.errors import CheckpointError, DataError
+from cxr_vit.errors import DataError
+from cxr_vit.regular_files import read_bytes
 
-#: File that makes a folder a checkpoint.
-STATE = "trainer_state.json"
+logger = logging.getLogger(__name__)
+
 #: Seconds between attempts to take a lock.
 _POLL_S = 0.2
+#: Size of the longest owner that a lock file may name, bytes.
+_LONGEST_OWNER = 4096
 
 
 @contextlib.contextmanager
@@ -29,16 +35,24 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.writing")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:  # a file system without fsync
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                    raise
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         remove(temporary)
         raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # a file system without fsync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,39 +69,139 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+class Locked(Exception):
+    """Another process holds a lock; the message names it."""
+
+
 @contextlib.contextmanager
 def lock(
     path: Path,
     *,
     timeout_s: Optional[float] = None,
     on_wait: Callable[[], None] = lambda: None,
-    on_unsupported: Callable[[], None] = lambda: None,
-) -> Iterator[IO[str]]:
-    """Hold an exclusive lock on a file, which is created if missing.
+) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if missing and names its owner.
 
-    The operating system releases the lock when the process ends, however it ends. `on_wait` is
-    called once if another process holds it, `on_unsupported` if the file system has no locks; the
-    body then runs without one. Raises BlockingIOError if another process still holds the lock
-    after `timeout_s` seconds (None: wait without limit), OSError if the file cannot be created.
+    The operating system releases the lock when the process ends, however it ends. On a file system
+    without locks the owner in the file counts, unless it is a process of this host that has ended.
+    The body may remove the file. `on_wait` is called once if another process holds the lock. Raises
+    Locked if it still does after `timeout_s` seconds (None: wait without limit), OSError if the
+    file cannot be created.
     """
-    with path.open("w") as file:
-        started = time.monotonic()
-        waits = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if timeout_s is not None and time.monotonic() - started > timeout_s:
-                    raise
-                if not waits:
-                    on_wait()
-                waits = True
-                time.sleep(_POLL_S)
-            except OSError:
-                on_unsupported()
-                break
-        yield file
+    started = time.monotonic()
+    waits = False
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            if _take(file, path):
+                _write_owner(file)
+                try:
+                    yield
+                finally:
+                    file.truncate(0)
+                return
+            other = _describe_owner(path)
+        if timeout_s is not None and time.monotonic() - started > timeout_s:
+            raise Locked(other)
+        if not waits:
+            on_wait()
+        waits = True
+        time.sleep(_POLL_S)
+
+
+def _take(file: IO[str], path: Path) -> bool:
+    """Whether the lock of an open file was free and is now taken."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return _take_by_owner(file, path)
+    # Its last owner may have removed the file: a lock on that one would exclude nobody.
+    return _is_at(file, path)
+
+
+def _take_by_owner(file: IO[str], path: Path) -> bool:
+    """Take the lock by writing the owner into the file, for file systems without locks."""
+    owner = _read_owner(path)
+    if owner and _may_be_alive(owner):
+        return False
+    if owner:
+        logger.warning("%s: taking over from %s, which has ended", path, _words(owner))
+    _write_owner(file)
+    time.sleep(_POLL_S)  # another process may have done the same at this moment; one is the last
+    return _is_at(file, path) and _read_owner(path) == _this_process()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _this_process() -> Dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid)}
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process started, in ticks since boot; "" if there is no such process.
+
+    Numbers of processes are used again; with its start a process is known for certain.
+    """
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "" if Path("/proc/self").exists() or not _exists(pid) else "unknown"
+    return status.rpartition(")")[2].split()[19]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _write_owner(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without it
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({**_this_process(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        file.flush()
+
+
+def _read_owner(path: Path) -> Dict[str, Any]:
+    """Return host, pid and start of the process that a lock file names; empty if it names none."""
+    try:
+        owner = json.loads(read_bytes(path, limit=_LONGEST_OWNER))
+        return {key: owner[key] for key in ("host", "pid", "started")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _may_be_alive(owner: Dict[str, Any]) -> bool:
+    """Whether a process may be running: one of another host always may."""
+    if owner["host"] != socket.gethostname():
+        return True
+    return isinstance(owner["pid"], int) and _start_of(owner["pid"]) == owner["started"]
+
+
+def _words(owner: Dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}"
+
+
+def _describe_owner(path: Path) -> str:
+    """Describe the process that holds a lock, as far as its file tells."""
+    owner = _read_owner(path)
+    return _words(owner) if owner else "another process"
+
+
+def is_lock_file(path: Path) -> bool:
+    """Whether a file is one that `lock` made."""
+    return bool(_read_owner(path))
 
 
 def find_file(
@@ -102,44 +216,3 @@ def find_file(
     if not Path(given).is_file():
         raise DataError(f"{key}={given}: no such file. Correct {key} or leave it out.")
     return Path(given)
-
-
-def checkpoint_of(path: Path) -> Path:
-    """Return a checkpoint's folder: the path itself, or `best` (else `last`) of a run's folder.
-
-    Raises CheckpointError if it is neither.
-    """
-    if (path / STATE).is_file():
-        return path
-    for name in ("best", "last"):
-        if (path / "checkpoints" / name / STATE).is_file():
-            return path / "checkpoints" / name
-    if path.is_file():
-        problem = "it is a file, and a checkpoint is a folder"
-        if (path.parent / STATE).is_file():
-            raise CheckpointError(f"{path} is not a checkpoint: {problem}. Use {path.parent}.")
-    elif (path / "config.yaml").is_file():
-        problem = "this run has saved none yet"
-    else:
-        problem = f"it has no {STATE}" if path.is_dir() else "there is no such folder"
-    raise CheckpointError(
-        f"{path} is not a checkpoint: {problem}. Use a run's folder or a folder such as"
-        " runs/<name>/checkpoints/best."
-    )
-
-
-def run_of_checkpoint(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint belongs to.
-
-    Raises CheckpointError if no config.yaml is two folders above it.
-    """
-    # By the text of the path, so that messages show the path as given although `best` is a link.
-    folder = Path(os.path.normpath(checkpoint / ".." / ".."))
-    if not (folder / "config.yaml").is_file():
-        folder = checkpoint.resolve().parent.parent  # a link from elsewhere
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{checkpoint} is not in a run's folder: no {folder / 'config.yaml'}. Use a folder such"
-            " as runs/<name>/checkpoints/best."
-        )
-    return folder

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Sequence
 
+from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
 from cxr_vit.cli import evaluate_arguments
 from cxr_vit.data.text_files import check_data_root
-from cxr_vit.files import checkpoint_of
 from cxr_vit.training.run_folder import config_of_checkpoint, report_folder
 
 
@@ -17,15 +17,14 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     arguments = evaluate_arguments(argv)
     checkpoint = checkpoint_of(arguments.checkpoint)
+    state = verify_checkpoint(checkpoint, needs_optimizer=False)
     config = config_of_checkpoint(checkpoint, arguments.overrides)
     check_data_root(config.data)
 
     from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
     from cxr_vit.commands.callbacks import DescribeEngine
     from cxr_vit.evaluation.report import print_table, write_report
-    from cxr_vit.training.checkpoint import verify_checkpoint
 
-    state = verify_checkpoint(checkpoint, needs_optimizer=False)
     trainer, data = Trainer(config, callbacks=[DescribeEngine()]), ChestXrayDataModule(config)
     module = ViTModule.load_from_checkpoint(checkpoint, data, config=config)
     trainer.setup_data(data)

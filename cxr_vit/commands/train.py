@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
 
         return compile_only(arguments.files, arguments.overrides)
     launch = Launch.from_environment()
-    config, run = read_run_config(arguments.files, arguments.overrides, arguments.resume, launch)
+    config, resume, checkpoint = read_run_config(
+        arguments.files, arguments.overrides, arguments.resume, launch
+    )
     check_data_root(config.data)
 
     from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
@@ -33,6 +35,6 @@ def main(argv: Sequence[str]) -> int:
     trainer = Trainer(config, callbacks=[PlanFigures()])
     preflight(config, trainer.choice.name, launch.local_replicas)
     data = ChestXrayDataModule(config)
-    module = ViTModule(config, data, checkpoint=run and run / "checkpoints" / "last")
-    trainer.fit(module, data, ckpt_path=run)
+    module = ViTModule(config, data, checkpoint=checkpoint)
+    trainer.fit(module, data, ckpt_path=resume)
     return EXIT_STOPPED if trainer.interrupted and not trainer.is_complete else 0

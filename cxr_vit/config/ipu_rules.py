@@ -24,6 +24,7 @@ def ipu_problems(config: Config, *, replicas: Optional[int] = None) -> List[Prob
     problems = [
         *_pipeline_problems(config),
         *_engine_problems(config),
+        *_training_problems(config),
         *_proportion_problems(config),
         *_arithmetic_problems(config),
     ]
@@ -126,6 +127,16 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "engine.weights=fp16 with engine.precision=fp32:",
             "fp16 weights compute in fp16.",
             "Set engine.precision=fp16 or engine.weights=fp32.",
+        )
+
+
+def _training_problems(config: Config) -> Iterator[Problem]:
+    if config.train.on_nonfinite == "skip_update":
+        yield Problem(
+            "train.on_nonfinite=skip_update:",
+            "the update is compiled for the IPU and cannot be left out.",
+            "Set stop.",
+            "(A scale of optim.loss_scaling that is too large is the usual cause.)",
         )
 
 

@@ -368,6 +368,16 @@ class TrainSection(Section):
         "--resume loads the weights and the step and resets the optimizer: for a checkpoint whose"
         " optimizer state this engine cannot load",
     )
+    max_minutes: Optional[PositiveFloat] = option(
+        None,
+        "minutes after which a start of the run is saved and ends with status 75, to be resumed;"
+        " leave time to save before a limit of the scheduler",
+    )
+    on_nonfinite: Literal["stop", "skip_update"] = option(
+        "stop",
+        "a NaN or infinite loss or gradient: stop and describe it in a file of the run, or leave"
+        " the weights as they are and go on (torch and pipeline engines)",
+    )
     early_stopping_patience: Optional[Count] = option(
         None, "validations without a better macro AUROC before training stops"
     )

@@ -78,19 +78,14 @@ def locked(path: Path) -> Iterator[None]:
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+        path.touch()
     except OSError as error:
         raise DataError(
             f"the cache cannot be written to {folder} ({error.strerror}). Set data.cache_dir to a"
             " writable folder, or data.cache=off to decode in every epoch."
         ) from error
     waiting = f"another process builds the cache in {folder}: waiting for it"
-    unsupported = f"{folder}: this file system has no locks; build the cache in one process only"
-    with lock(
-        path,
-        on_wait=partial(logger.info, waiting),
-        on_unsupported=partial(logger.warning, unsupported),
-    ):
+    with lock(path, on_wait=partial(logger.info, waiting)):
         yield
 
 

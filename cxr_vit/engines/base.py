@@ -8,7 +8,19 @@ import signal
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -20,6 +32,21 @@ from cxr_vit.errors import DataError
 from cxr_vit.model.module import ViTModule
 
 EngineType = TypeVar("EngineType", bound="Engine")
+
+
+class Interrupted(Exception):
+    """The scoring of a split was stopped before its end."""
+
+
+class StageRange(NamedTuple):
+    """Output values of one stage."""
+
+    stage: int
+    #: Of the finite values; infinite the wrong way round if there are none.
+    smallest: float
+    largest: float
+    #: Number of values that are NaN or infinite.
+    num_nonfinite: int
 
 
 class StepOutput(NamedTuple):
@@ -162,8 +189,20 @@ class Engine(ABC):
     def close(self) -> None:
         """Release the device."""
 
-    def predict_dataset(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
+    def activation_ranges(self, images: Tensor) -> List[StageRange]:
+        """Return the range of each stage's output for images, uint8 ``[B, 1, H, W]``.
+
+        All processes must call this together. Empty where the device cannot report it.
+        """
+        return []
+
+    def predict_dataset(
+        self, dataset: ChestXrayDataset, *, stops: Optional[Callable[[], bool]] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Score every image of a split exactly once.
+
+        `stops` is asked after each host batch; Interrupted is raised in all processes if it is true
+        in one.
 
         Returns
         -------
@@ -179,6 +218,8 @@ class Engine(ABC):
             logits.append(self.predict(batch)[real])
             labels.append(batch.labels[real].clone())
             indices.append(batch.indices[real].clone())
+            if stops is not None and self.any_process(stops()):
+                raise Interrupted
         parts = (torch.cat(part) for part in (logits, labels, indices))
         all_logits, all_labels, scored = self.gather(*parts)
         order = scored.argsort()

@@ -11,6 +11,8 @@ from cxr_vit.errors import CheckpointError
 #: Slot of a trained parameter without state, as it never had a gradient. It tells the parameter
 #: from one that was frozen.
 NO_STATE = "no_state"
+#: Used instead of a hub name for values of the whole optimizer.
+WHOLE = "*"
 #: Optimizers whose states mean the same.
 _SAME_STATE = {"torch.AdamW", "poptorch.AdamW"}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSamp
 from cxr_vit.engines.base import (
     Engine,
     EngineState,
+    StageRange,
     StepOutput,
     check_batch,
     leave_signal_group,
@@ -79,6 +81,7 @@ class TorchEngineBase(Engine):
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
+        self.num_classes = len(module.names)
         self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
         freeze_others(self.model, self.optimizer)
         #: State that the optimizer's constructor made, as Adagrad's does.
@@ -167,11 +170,12 @@ class TorchEngineBase(Engine):
             if self.scaler.is_enabled():  # which skips an update where fp16 overflows
                 norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
             norms.append(norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            # A NaN in one gradient would spread over all weights. Waits for the device.
+            if torch.isfinite(norm):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             self.updates += 1
-        # The only synchronisation of a host call.
         shares, norm = torch.stack([*losses, *norms]).float().cpu().split(len(losses))
         return StepOutput(self.group.sum(shares), norm, len(losses) * self.batch.global_batch_size)
 
@@ -212,6 +216,33 @@ class TorchEngineBase(Engine):
         """Whether the flag is set in any process."""
         return self.group.any(flag)
 
+    def activation_ranges(self, images: Tensor) -> List[StageRange]:
+        """Score as many of the images as a host batch holds, and observe the stages."""
+        size, num_stages = self.local_batch.eval_host_batch_size, self.model.plan.num_stages
+        rows = torch.arange(size) % len(images)
+        ranges = torch.zeros(num_stages, 3, dtype=torch.float64)
+        seen: Set[int] = set()
+
+        def observe(stage: int, output: Tensor) -> None:
+            finite = output[torch.isfinite(output)].double().cpu()
+            low, high, bad = ranges[stage] if stage in seen else (math.inf, -math.inf, 0)
+            if len(finite):
+                low, high = min(low, finite.min()), max(high, finite.max())
+            ranges[stage] = torch.tensor([low, high, bad + output.numel() - len(finite)])
+            seen.add(stage)
+
+        with contextlib.ExitStack() as stack:
+            for index in range(num_stages):
+                hook = self.model.stage(index).register_forward_hook(
+                    lambda module, inputs, output, index=index: observe(index, output)
+                )
+                stack.callback(hook.remove)
+            self.predict(Batch(images[rows], torch.zeros(size, self.num_classes), rows))
+        if self.own_replicas[0] > 0:  # the others have other stages, or other images
+            ranges.zero_()
+        found = self.group.sum(ranges, "the ranges of the other stages").tolist()
+        return [StageRange(i, low, high, int(bad)) for i, (low, high, bad) in enumerate(found)]
+
     def state_dict(self) -> EngineState:
         """Return copies of the weights, optimizer slots and counters of this process."""
         slots = {
@@ -219,7 +250,7 @@ class TorchEngineBase(Engine):
             for name, parameter in self.model.hub_parameters()
             if parameter in self.optimizer.state
         }
-        if any(slots.values()):
+        if any(slots.values()) or self.updates:
             for name, parameter in self.model.hub_parameters():
                 if parameter.requires_grad and not slots.get(name):
                     slots[name] = {NO_STATE: torch.zeros(())}

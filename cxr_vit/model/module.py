@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
+from cxr_vit.checkpoint_files import STATE, WEIGHTS, checkpoint_of, config_of, verify_checkpoint
 from cxr_vit.config import Config, StagePlan, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
-from cxr_vit.files import checkpoint_of, run_of_checkpoint
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.optim import build_optimizer, parameter_groups
 from cxr_vit.model.schedule import LearningRate
@@ -38,9 +38,6 @@ _NOT_CALLED = {
 }
 
 ModuleType = TypeVar("ModuleType", bound="ViTModule")
-
-#: File of a checkpoint folder that holds the weights, as transformers names it.
-WEIGHTS = "model.safetensors"
 
 
 class ViTModule(nn.Module):
@@ -70,6 +67,8 @@ class ViTModule(nn.Module):
     ------
     ModelError
         If the weights are not there or of another kind of model. Only their config.json is read.
+    CheckpointError
+        If they are those of a damaged checkpoint.
     """
 
     model: StagedViT
@@ -91,6 +90,8 @@ class ViTModule(nn.Module):
         super().__init__()
         if checkpoint is not None:  # `model.name` may be gone
             config = config.changed(model={"name": str(checkpoint)})
+        if checkpoint is not None or (Path(config.model.name) / STATE).is_file():
+            verify_checkpoint(Path(config.model.name), needs_optimizer=False)
         self.config = config
         self.data = data
         self.names: List[str] = label_names(include_no_finding=config.data.include_no_finding)
@@ -122,7 +123,8 @@ class ViTModule(nn.Module):
         """
         folder = checkpoint_of(Path(checkpoint))
         if config is None:
-            config = load_config(run_of_checkpoint(folder) / "config.yaml")
+            verify_checkpoint(folder, needs_optimizer=False)
+            config = load_config(config_of(folder))
         return cls(config, data, checkpoint=folder)
 
     def setup(self, *, for_ipu: bool = False) -> None:
@@ -165,7 +167,11 @@ class ViTModule(nn.Module):
             )
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint; CheckpointError if they are of another model."""
+        """Load the weights of a checkpoint.
+
+        Raises CheckpointError if they are damaged, or of another model.
+        """
+        verify_checkpoint(checkpoint, needs_optimizer=False)
         self.model.load_weights(load_file(str(checkpoint / WEIGHTS)))
 
     def _refuse_unsaved_state(self) -> None:

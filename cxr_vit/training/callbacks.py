@@ -1,4 +1,4 @@
-"""Built-in callbacks: logging, early stopping, a check for NaN, and the progress display."""
+"""Built-in callbacks: logging, early stopping, and the progress display."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import time
 from datetime import timedelta
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from cxr_vit.config.schema import Config
 from cxr_vit.console import progress_bar
 from cxr_vit.data.dataset import Batch
-from cxr_vit.errors import ConfigError, NonFiniteLoss
+from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
+from cxr_vit.training.nonfinite import NonFiniteGuard
 
 #: The metric that decides which checkpoint is best.
 MONITOR = "auroc_macro"
-#: Images that an error message names.
-_NAMED_IMAGES = 16
 
 
 def default_callbacks(
@@ -31,7 +30,7 @@ def default_callbacks(
     """Return the built-in callbacks of a run; those of `given` replace their kind."""
     every = config.train.log_every_steps
     built_in: List[Callback] = [
-        NonFiniteGuard(),
+        NonFiniteGuard(skips=config.train.on_nonfinite == "skip_update"),
         EarlyStopping(patience=config.train.early_stopping_patience),
         MetricsLogging(every=every),
     ]
@@ -44,46 +43,6 @@ def default_callbacks(
         for callback in built_in
         if not any(isinstance(other, type(callback)) for other in given)
     ]
-
-
-class NonFiniteGuard(Callback):
-    """Raise at a NaN or infinite loss or gradient norm.
-
-    Must be the first callback, so that the others do not record such a step.
-    """
-
-    def on_train_batch_end(
-        self,
-        trainer: Any,
-        module: ViTModule,
-        outputs: TrainOutputs,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        """Raise NonFiniteLoss with the step and the names of its images."""
-        values = {"loss": outputs.losses}
-        if outputs.grad_norm is not None:
-            values["gradient norm"] = outputs.grad_norm
-        for what, value in values.items():
-            bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
-            if bad:
-                raise NonFiniteLoss(
-                    f"the {what} is {float(value[bad[0]])} at step {outputs.first_step + bad[0]}"
-                    f" (lr {outputs.lr:.3g}), {_advice(trainer, outputs.first_step + bad[0])}"
-                )
-
-
-def _advice(trainer: Any, step: int) -> str:
-    rows = trainer.rows(step)
-    names = trainer.train_data.image_names
-    images = ", ".join(names[row] for row in rows[:_NAMED_IMAGES])
-    more = f" and {len(rows) - _NAMED_IMAGES} more" if len(rows) > _NAMED_IMAGES else ""
-    last = trainer.checkpoints.linked("last")
-    saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
-    return (
-        f"images: {images}{more}. Lower optim.lr, set optim.max_grad_norm=1.0, or use"
-        f" engine.precision=fp32. {saved}"
-    )
 
 
 class EarlyStopping(Callback):
@@ -141,7 +100,17 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the best score and the count."""
-        self.best, self.since_best = state_dict["best"], state_dict["since_best"]
+        state = _Patience.model_validate(state_dict)
+        self.best, self.since_best = state.best, state.since_best
+
+
+class _Patience(BaseModel):
+    """State of `EarlyStopping`."""
+
+    model_config = ConfigDict(strict=True)
+
+    best: Optional[float]
+    since_best: int = Field(ge=0)
 
 
 class MetricsLogging(Callback):
@@ -155,7 +124,7 @@ class MetricsLogging(Callback):
 
     def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
         """Begin again in a new run."""
-        self._window.clear()
+        self._window = Window()
 
     def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Log the compile time."""
@@ -173,7 +142,7 @@ class MetricsLogging(Callback):
         self._window.add(outputs)
         if trainer.is_due(outputs.first_step, self.every):
             trainer.log_metrics({**self._window.summary(), **trainer.engine.device_stats()})
-            self._window.clear()
+            self._window = Window()
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Log the scores."""
@@ -181,11 +150,11 @@ class MetricsLogging(Callback):
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the numbers since the last event, so that a resumed run logs the same."""
-        return self._window.state_dict()
+        return self._window.model_dump()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the numbers since the last event."""
-        self._window.load_state_dict(state_dict)
+        self._window = Window.model_validate(state_dict)
 
 
 class FigureLogging(Callback):
@@ -226,7 +195,7 @@ class ProgressDisplay(Callback):
 
     def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Start the bar."""
-        self._window.clear()
+        self._window = Window()
         self._started, self._start_step = time.perf_counter(), trainer.global_step
         if self.console.is_terminal:
             self._bar = progress_bar(self.console, "step")
@@ -256,7 +225,7 @@ class ProgressDisplay(Callback):
                 f"  eta {timedelta(seconds=round(per_step_s * (total - outputs.step)))}"
             )
         if is_due:
-            self._window.clear()
+            self._window = Window()
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Print a line with the scores."""
@@ -298,26 +267,21 @@ def _score_text(scored: EvalOutputs) -> str:
     return f"macro AUROC {text} ({defined:.0f} of {scored.scores['num_findings']:.0f} findings)"
 
 
-class Window:
+class Window(BaseModel):
     """Running sums over host batches, without the batches themselves."""
 
-    _STATE = ("losses", "num_samples", "seconds", "wait_s", "lr", "grad_norm")
+    model_config = ConfigDict(strict=True)
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Reset the sums."""
-        self.losses: List[float] = []
-        self.num_samples = 0
-        self.seconds = 0.0
-        self.wait_s = 0.0
-        self.lr = 0.0
-        self.grad_norm: Optional[float] = None
+    losses: List[float] = []
+    num_samples: int = 0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+    lr: float = 0.0
+    grad_norm: Optional[float] = None
 
     def add(self, outputs: TrainOutputs) -> None:
-        """Add a host batch."""
-        self.losses += outputs.losses.tolist()
+        """Add a host batch. The losses of updates that were left out are not finite."""
+        self.losses += filter(math.isfinite, outputs.losses.tolist())
         self.num_samples += outputs.num_samples
         self.seconds += outputs.seconds
         self.wait_s += outputs.wait_s
@@ -333,7 +297,7 @@ class Window:
         """
         total_s = self.seconds + self.wait_s
         values = {
-            "train/loss": math.fsum(self.losses) / len(self.losses),
+            "train/loss": math.fsum(self.losses) / len(self.losses) if self.losses else math.nan,
             "train/lr": self.lr,
             "perf/samples_per_s": self.num_samples / total_s,
             "perf/data_wait_pct": 100.0 * self.wait_s / total_s,
@@ -341,13 +305,3 @@ class Window:
         if self.grad_norm is not None:
             values["train/grad_norm"] = self.grad_norm
         return values
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the sums, JSON-able."""
-        return {name: getattr(self, name) for name in self._STATE}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore the sums; an empty state resets them."""
-        self.clear()
-        for name in self._STATE:
-            setattr(self, name, state.get(name, getattr(self, name)))

@@ -1,40 +1,55 @@
-"""Atomic checkpoint folders of safetensors and JSON files, without pickle.
+"""Write checkpoint folders of safetensors and JSON files, and read their tensors; no pickle.
 
-A folder is written under a temporary name and renamed, so a checkpoint that exists is complete.
-`trainer_state.json` has the SHA-256 of the other files.
+A folder is written under a hidden name and renamed, so a checkpoint that exists is complete. What
+is removed is hidden first. `CheckpointStore.restore` finishes what a killed process left.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cxr_vit.checkpoint_files import (
+    FORMAT,
+    OPTIMIZER,
+    REPLACED,
+    STATE,
+    WEIGHTS,
+    WRITING,
+    linked,
+    replaced_folders,
+    sha256,
+    state_text,
+    step_folders,
+    step_of,
+    verify_checkpoint,
+)
 from cxr_vit.engines.base import EngineState
+from cxr_vit.engines.optim import WHOLE
 from cxr_vit.errors import CheckpointError
-from cxr_vit.files import STATE, remove
-from cxr_vit.model.module import WEIGHTS
+from cxr_vit.files import remove, sync, write_text
 
-OPTIMIZER = "optimizer.safetensors"
-_STEP_NAME = re.compile(r"^step_(\d{8})$")
-_FORMAT = 2
 #: Keys of trainer_state.json that belong to the file itself.
-RESERVED = ("format", "step", "optimizer_kind", "scalars", "sha256")
+RESERVED = ("format", "step", "optimizer_kind", "scalars", "sha256", "digest")
 #: Keys of callback states: format 1 used class names.
 _FORMAT_1_KEYS = {"EarlyStopping": "early_stopping", "MetricsLogging": "metrics"}
 #: Between a parameter's name and its optimizer slot; no parameter name has a slash.
 _SLOT = "/"
 #: The device's random generator, stored beside the slots: it is large on IPUs.
 _RNG = "rng_state"
+#: Optimizer slots that have the shape of their parameter, as torch names them.
+_LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+_REMOVED, _DAMAGED = ".removed", ".damaged"
 
 
 class CheckpointStore:
@@ -52,61 +67,89 @@ class CheckpointStore:
         step: int,
         state: EngineState,
         *,
-        model_files: Dict[str, str],
-        trainer_state: Dict[str, Any],
+        files: Mapping[str, str],
+        trainer_state: Mapping[str, Any],
     ) -> Path:
         """Write the checkpoint ``step_<8 digits>``, point `last` at it, and return its path.
 
-        `model_files` are name -> text of config.json and preprocessor_config.json. The JSON-able
-        `trainer_state` is completed by `format`, `step`, `optimizer_kind`, `scalars` and `sha256`.
+        `files` are name -> text of config.json, preprocessor_config.json and config.yaml. The
+        JSON-able `trainer_state` is completed by the keys of `RESERVED`. Raises OSError or
+        SafetensorError if a file cannot be written; the folder is then as before.
         """
         final = self.folder / f"step_{step:08d}"
         if not self.writes:
             return final
-        temporary = self.folder / f".{final.name}.writing"
-        remove(temporary)
-        temporary.mkdir(parents=True)
-        save_file(state.weights, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        save_file(_flatten(state), str(temporary / OPTIMIZER))
-        for name, text in model_files.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        content = {
-            **trainer_state,
-            "format": _FORMAT,
-            "step": step,
-            "optimizer_kind": state.optimizer_kind,
-            "scalars": state.scalars,
-            "sha256": {path.name: _sha256(path) for path in sorted(temporary.iterdir())},
-        }
-        (temporary / STATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        _sync(temporary)
-        if final.exists():  # a resumed run saves this step again: a folder cannot be overwritten
-            old = self.folder / f".{final.name}.replaced"
-            remove(old)
-            os.replace(final, old)
+        temporary = self.folder / f".{final.name}{WRITING}"
+        old = self.folder / f".{final.name}{REPLACED}"
+        try:
+            remove(temporary)
+            temporary.mkdir(parents=True)
+            _write_files(temporary, step, state, files, trainer_state)
+            if final.exists():  # a folder cannot be overwritten
+                remove(old)
+                os.replace(final, old)
             os.replace(temporary, final)
-            remove(old)
-        else:
-            os.replace(temporary, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if old.exists() and not final.exists():
+                    os.replace(old, final)
+                remove(temporary)  # it takes the space that the next one needs
+            raise
+        sync(self.folder)
         self.link("last", final)
+        remove(old)
         return final
 
     def link(self, name: str, target: Path) -> None:
-        """Point ``checkpoints/<name>`` at a checkpoint, atomically."""
+        """Point ``checkpoints/<name>`` at a checkpoint, atomically.
+
+        On a file system without symbolic links, it becomes a text file with the target's name.
+        """
         if not self.writes:
             return
-        temporary = self.folder / f".{name}.writing"
-        remove(temporary)
-        temporary.symlink_to(target.name)
         path = self.folder / name
         if path.is_dir() and not path.is_symlink():  # the run was copied with its links followed
             os.replace(path, self.folder / f"{name}_copied_{time.strftime('%Y%m%d-%H%M%S')}")
+        temporary = self.folder / f".{name}{WRITING}"
+        remove(temporary)
+        try:
+            temporary.symlink_to(target.name)
+        except OSError:
+            write_text(path, f"{target.name}\n")
+            return
         os.replace(temporary, path)
+        sync(self.folder)
 
     def linked(self, name: str) -> Optional[Path]:
-        """Return the checkpoint that a link points at, or None."""
-        path = self.folder / name
-        return path.resolve() if path.exists() else None
+        """Return the checkpoint that `last` or `best` names, or None."""
+        return linked(self.folder, name)
+
+    def restore(self, step: int, best_step: Optional[int]) -> bool:
+        """Make the folder that of a run at `step`; return whether `best` is right.
+
+        A process may have been killed between two renames, or between saving and linking. Newer
+        checkpoints, which were damaged, are kept under another name. `best_step` is that of the
+        checkpoint; None if the checkpoint does not know it.
+        """
+        if not self.writes:
+            return True
+        for hidden, target in replaced_folders(self.folder).items():
+            os.replace(hidden, target)
+        for path in self.steps():
+            if (step_of(path) or 0) > step:
+                os.replace(path, _unused(path.with_name(f"{path.name}{_DAMAGED}")))
+        current = self._step_folder(step)
+        if current is not None and self.linked("last") != current.resolve():
+            self.link("last", current)
+        best = self.linked("best")
+        if best_step is not None:
+            wanted = self._step_folder(best_step)
+            if wanted is not None and best != wanted.resolve():
+                self.link("best", wanted)
+            best = wanted
+        if best is None:
+            remove(self.folder / "best")
+        return best is not None
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints and those `best` and `last` point at."""
@@ -115,15 +158,53 @@ class CheckpointStore:
         kept = {path for path in (self.linked("best"), self.linked("last")) if path}
         for path in self.steps()[:-keep]:
             if path.resolve() not in kept:
-                remove(path)
-        for path in self.folder.glob(".step_*"):  # left by a process that was killed
+                hidden = self.folder / f".{path.name}{_REMOVED}"
+                remove(hidden)
+                os.replace(path, hidden)
+        for path in set(self.folder.glob(".step_*")) - set(replaced_folders(self.folder)):
             remove(path)
 
     def steps(self) -> List[Path]:
         """Return the checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if _STEP_NAME.match(path.name))
+        return step_folders(self.folder)
+
+    def _step_folder(self, step: int) -> Optional[Path]:
+        path = self.folder / f"step_{step:08d}"
+        return path if (path / STATE).is_file() else None
+
+
+def _write_files(
+    folder: Path,
+    step: int,
+    state: EngineState,
+    files: Mapping[str, str],
+    trainer_state: Mapping[str, Any],
+) -> None:
+    """Write the files of a checkpoint, `trainer_state.json` last, and flush them to disk."""
+    save_file(state.weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+    save_file(_flatten(state), str(folder / OPTIMIZER))
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    content = {
+        **trainer_state,
+        "format": FORMAT,
+        "step": step,
+        "optimizer_kind": state.optimizer_kind,
+        "scalars": state.scalars,
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / STATE).write_text(state_text(content), encoding="utf-8")
+    for path in folder.iterdir():
+        # safetensors 0.8 makes files readable by the owner only; apply the umask to them.
+        shutil.copymode(folder / STATE, path)
+        sync(path)
+    sync(folder)
+
+
+def _unused(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3, ... that does not exist."""
+    paths = [path, *(path.with_name(f"{path.name}-{count}") for count in range(2, 1000))]
+    return next(path for path in paths if not path.exists())
 
 
 def check_json(what: str, value: Any) -> None:
@@ -151,67 +232,63 @@ def check_facts(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, An
     )
 
 
-def verify_checkpoint(checkpoint: Path, *, needs_optimizer: bool = True) -> Dict[str, Any]:
-    """Check the SHA-256 of each file and return the content of `trainer_state.json`.
-
-    Scoring does not need the optimizer's state. Raises CheckpointError if the checkpoint is
-    missing, incomplete or damaged.
-    """
-    trainer_state = _read_trainer_state(checkpoint / STATE)
-    for name, expected in trainer_state["sha256"].items():
-        path = checkpoint / name
-        if name == OPTIMIZER and not needs_optimizer:
-            continue
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing. Use another checkpoint.")
-        if _sha256(path) != expected:
-            raise CheckpointError(
-                f"{path} is damaged: its SHA-256 has changed since it was written. Use another"
-                " checkpoint."
-            )
-    return trainer_state
-
-
 def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
     """Verify a checkpoint; return the engine's state and the content of `trainer_state.json`.
 
     Raises CheckpointError if the checkpoint is missing, incomplete or damaged.
     """
-    trainer_state = verify_checkpoint(checkpoint)
+    state = verify_checkpoint(checkpoint)
+    if state["format"] == 1:
+        state = _upgrade_from_1(state)
     try:
         weights = load_file(str(checkpoint / WEIGHTS))
         flat = load_file(str(checkpoint / OPTIMIZER))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint}: {error}. Use another checkpoint.") from error
     rng = flat.pop(_RNG, None)
-    kind, scalars = trainer_state["optimizer_kind"], trainer_state["scalars"]
-    return EngineState(weights, _unflatten(flat), kind, scalars, rng), trainer_state
-
-
-def _read_trainer_state(path: Path) -> Dict[str, Any]:
-    try:
-        state: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Use another checkpoint.") from error
-    if state.get("format") == 1:
-        return _upgrade_from_1(state)
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path}: unknown checkpoint format {state.get('format')!r}; this version reads 1 and"
-            f" {_FORMAT}."
-        )
-    return state
+    optimizer = _unflatten(flat)
+    problem = next(_problems(weights, optimizer), None)
+    if not (optimizer or problem) and _has_trained(state):
+        problem = "the state of the optimizer is empty"
+    if problem:
+        raise CheckpointError(f"{checkpoint}: {problem}. Use another checkpoint.")
+    return EngineState(weights, optimizer, state["optimizer_kind"], state["scalars"], rng), state
 
 
 def _upgrade_from_1(state: Dict[str, Any]) -> Dict[str, Any]:
     """Rename the callback states of format 1, where a callback held the best score."""
-    old = state.get("callbacks", {})
+    old = state["callbacks"]
     return {
         **state,
-        "format": _FORMAT,
         "best_score": old.get("Checkpointing", {}).get("best"),
         "callbacks": {key: old[name] for name, key in _FORMAT_1_KEYS.items() if name in old},
     }
+
+
+def _has_trained(state: Mapping[str, Any]) -> bool:
+    """Whether a torch engine has made updates; older formats left the state of plain SGD out."""
+    is_torch = state["format"] == FORMAT and state["optimizer_kind"].startswith("torch.")
+    return is_torch and bool(state["scalars"].get("updates"))
+
+
+def _problems(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[str]:
+    """Yield what no engine writes: the model checks names and shapes of its weights itself."""
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            yield f"the weight {name} is {weight.dtype}, not float32"
+    for name, slots in optimizer.items():
+        if name not in weights and name != WHOLE:
+            yield f"the optimizer has state of {name}, which is no weight"
+            continue
+        for slot, value in slots.items():
+            if slot in _LIKE_PARAMETER and value.shape != weights[name].shape:
+                yield f"{slot} of {name} is {list(value.shape)}, not {list(weights[name].shape)}"
+            elif slot in _LIKE_PARAMETER and not value.is_floating_point():
+                yield f"{slot} of {name} is {value.dtype}, not a floating-point type"
+            elif slot == "step" and value.numel() != 1:
+                yield f"step of {name} is {list(value.shape)}, not one number"
 
 
 def _flatten(state: EngineState) -> Dict[str, Tensor]:
@@ -223,26 +300,9 @@ def _flatten(state: EngineState) -> Dict[str, Tensor]:
     return flat if state.rng is None else {**flat, _RNG: state.rng}
 
 
-def _unflatten(flat: Dict[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
+def _unflatten(flat: Mapping[str, Tensor]) -> Dict[str, Dict[str, Tensor]]:
     optimizer: Dict[str, Dict[str, Tensor]] = {}
     for key, value in flat.items():
-        name, slot = key.split(_SLOT)
+        name, _, slot = key.partition(_SLOT)
         optimizer.setdefault(name, {})[slot] = value
     return optimizer
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Flush the files to disk before the folder is renamed."""
-    for path in folder.iterdir():
-        # safetensors 0.8 makes files readable by the owner only; apply the umask to them.
-        shutil.copymode(folder / STATE, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

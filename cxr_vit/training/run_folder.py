@@ -11,13 +11,33 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
+from cxr_vit.checkpoint_files import (
+    CHECKPOINTS,
+    CONFIG,
+    STATE,
+    config_of,
+    has_checkpoints,
+    newest_whole,
+    run_of_checkpoint,
+)
 from cxr_vit.config import Config, check, dump_config, load_config, read_config
 from cxr_vit.config.schema import LISTS, RunSection
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.files import STATE, lock, run_of_checkpoint, write_text
+from cxr_vit.files import Locked, is_lock_file, lock, write_text
 from cxr_vit.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +61,8 @@ _HOST_SETTINGS = {
     "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
     "data.cache_workers", "data.num_workers", "model.name",
 }  # fmt: skip
+#: How the config.yaml of a run begins.
+_HEADER = "# python train.py --config "
 #: Packages whose versions environment.json has.
 _PACKAGES = (
     "torch", "transformers", "torchmetrics", "numpy", "pandas", "pillow", "kornia-rs",
@@ -54,15 +76,16 @@ class RunFolder:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self.writes = writes
-        self.checkpoints = path / "checkpoints"
-        self.last = self.checkpoints / "last"
-        self.config = path / "config.yaml"
+        self.checkpoints = path / CHECKPOINTS
+        self.config = path / CONFIG
 
     @classmethod
     def create(cls, run: RunSection) -> RunFolder:
         """Create a new folder: `run.dir`, or ``<root>/<name>-<time>``.
 
-        Raises ConfigError if `run.dir` has content: a run is never overwritten.
+        The names of runs increase, also if the clock is set back. A folder whose run was killed
+        before its first checkpoint is used again. Raises ConfigError if `run.dir` has other
+        content: a run is never overwritten.
         """
         cls.refuse_existing(run)
         if run.dir is not None:
@@ -70,25 +93,31 @@ class RunFolder:
             if not path.is_dir():
                 _make(path, f"run.dir={run.dir}")
             return cls(path, writes=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for suffix in ["", *(f"-{count}" for count in range(2, 100))]:
+        now = time.strftime("%Y%m%d-%H%M%S")
+        stamp, count = max([(now, 1), *(_following(path, run.name) for path in _runs(run))])
+        for number in range(count, count + 100):
+            suffix = "" if number == 1 else f"-{number}"
             path = Path(run.root) / f"{run.name}-{stamp}{suffix}"
             try:
                 _make(path, f"run.root={run.root}")
-            except FileExistsError:  # another run began in this second
+            except FileExistsError:  # another run began in this moment
                 continue
             return cls(path, writes=True)
         raise ConfigError(f"{run.root} has 99 runs named {run.name} of this second.")
 
     @staticmethod
     def refuse_existing(run: RunSection) -> None:
-        """Raise ConfigError if `run.dir` has content."""
+        """Raise ConfigError if `run.dir` has content, other than that of a run to begin again."""
         path = None if run.dir is None else Path(run.dir)
-        if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume the"
-                f" run in it: --resume {run.dir}"
-            )
+        if not path or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if is_unsaved(path):
+            logger.warning("%s was begun and has no checkpoint: beginning it again", path)
+            return
+        raise ConfigError(
+            f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume the"
+            f" run in it: --resume {run.dir}"
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,19 +132,14 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stack.callback(self.discard_if_empty)
             try:
-                stack.enter_context(
-                    lock(path, timeout_s=_LOCK_TIMEOUT_S, on_unsupported=self._warn_of_no_locks)
-                )
-            except BlockingIOError as error:
+                stack.enter_context(lock(path, timeout_s=_LOCK_TIMEOUT_S))
+            except Locked as other:
                 raise ConfigError(
-                    f"another process is writing the run in {self.path}. Wait for it, or choose"
-                    " another run.dir."
-                ) from error
+                    f"another process is writing the run in {self.path}: {other}. Wait for it, or"
+                    f" choose another run.dir. If it has ended for certain, remove {path}."
+                ) from other
             stack.callback(path.unlink)
             yield
-
-    def _warn_of_no_locks(self) -> None:
-        logger.warning("%s: this file system has no locks; start no second run there", self.path)
 
     def discard_if_empty(self) -> None:
         """Delete the folder of a run that failed before it wrote anything."""
@@ -130,8 +154,12 @@ class RunFolder:
         """
         if not self.writes:
             return
+        write_text(self.config, self.config_text(config))
+
+    def config_text(self, config: Config) -> str:
+        """Return the text of config.yaml."""
         config = config.changed(run={"dir": None}, train={"resume_weights_only": False})
-        write_text(self.config, f"# python train.py --config {self.config}\n{dump_config(config)}")
+        return f"{_HEADER}{self.config}\n{dump_config(config)}"
 
     def write_environment(self, device: str, engine: Dict[str, Any], data: Dict[str, str]) -> None:
         """Write environment.json: versions, device, commit, hashes of the data.
@@ -160,6 +188,16 @@ class RunFolder:
         """Write skipped.csv, the images left out and the reasons, if there are any."""
         if self.writes and len(skipped):
             skipped.to_csv(self.path / "skipped.csv", index=False)
+
+
+def is_unsaved(path: Path) -> bool:
+    """Whether a folder is that of a run that was killed before its first checkpoint."""
+    if not path.is_dir() or has_checkpoints(path):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if (path / CONFIG).read_text(encoding="utf-8").startswith(_HEADER):
+            return True
+    return is_lock_file(path / _LOCK)
 
 
 def _make(path: Path, setting: str) -> None:
@@ -228,7 +266,7 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
         begun = processes.load_across_restarts(key)
         if begun is not None and Path(begun).exists():  # else it failed before it wrote anything
             folder = RunFolder(Path(begun), writes=True)
-            found = FoundRun(folder, folder.last if folder.last.exists() else None, restarted=True)
+            found = FoundRun(folder, _newest_checkpoint(folder.path), restarted=True)
         else:
             found = _find(run, ckpt_path, writes=True)
         # Absolute: the working directories may differ.
@@ -255,23 +293,36 @@ def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: boo
     if (path / STATE).is_file():
         return FoundRun(None, path)
     _check_resumable(path)
-    folder = RunFolder(path, writes=writes)
-    return FoundRun(folder, folder.last)
+    return FoundRun(RunFolder(path, writes=writes), _newest_checkpoint(path))
+
+
+def _newest_checkpoint(run: Path, *, warns: bool = True) -> Optional[Path]:
+    """Return the newest whole checkpoint of a run, None if it has none.
+
+    Raises CheckpointError if all are damaged.
+    """
+    found = newest_whole(run)
+    if found.checkpoint is None and found.reasons:
+        raise CheckpointError(
+            f"nothing to resume: {run} has no whole checkpoint.\n" + "\n".join(found.reasons)
+        )
+    for reason in found.reasons if warns else []:
+        logger.warning("passing over a checkpoint: %s", reason.rpartition(" Use another")[0])
+    if found.reasons and warns:
+        logger.warning("resuming from %s", found.checkpoint)
+    return found.checkpoint
 
 
 def _check_resumable(path: Path) -> None:
-    """Raise CheckpointError unless a path is a run's folder with a checkpoint to resume."""
-    if (path / "checkpoints" / "last").exists():
+    """Raise CheckpointError unless a path is a run's folder, with a checkpoint or without."""
+    if has_checkpoints(path) or is_unsaved(path):
         return
-    if (path / STATE).is_file():
-        run = run_of_checkpoint(path)
-        hint = f"it is a checkpoint of the run {run}. Name that: --resume {run}"
-    elif path.is_file():
+    if path.is_file():
         hint = f"it is a file. {_RESUME_HINT}"
     elif not path.exists():
         hint = f"there is no such folder. {_RESUME_HINT}"
     else:
-        hint = f"it has no checkpoints/last. {_RESUME_HINT}"
+        hint = f"it has no checkpoint. {_RESUME_HINT}"
     raise CheckpointError(f"nothing to resume: {path}: {hint}")
 
 
@@ -296,42 +347,70 @@ def create_run(run: RunSection, launch: Launch, key: str = "") -> RunFolder:
     return folder
 
 
+class RunConfig(NamedTuple):
+    """The configuration of a command line, and what it resumes.
+
+    `ckpt_path` is the run's folder or the checkpoint to resume, None for a new run; `checkpoint`
+    is the one to load, None if there is none yet.
+    """
+
+    config: Config
+    ckpt_path: Optional[Path] = None
+    checkpoint: Optional[Path] = None
+
+
 def read_run_config(
     files: Sequence[Path], overrides: Sequence[str], resume: Optional[str], launch: Launch
-) -> Tuple[Config, Optional[Path]]:
-    """Return the configuration of the command line, and the folder of the run to resume or None.
+) -> RunConfig:
+    """Return the configuration of the command line, and what to resume.
 
-    `resume` is None for a new run; a run's folder; or ``""`` for `run.dir`, else the newest run of
-    `run.name`. A resumed run uses its own config.yaml and the overrides; the files then only
-    select the run. Raises ConfigError if the configuration is wrong or differs between processes.
+    `resume` is None for a new run; a run's folder or a checkpoint; or ``""`` for `run.dir`, else
+    the newest run of `run.name`. A resumed run uses its own config.yaml and the overrides; the
+    files then only select the run. Raises ConfigError if the configuration is wrong or differs
+    between processes.
     """
-    folder = None
+    path, checkpoint = None, None
     if resume is not None:
         if resume and files:
             raise ConfigError(
                 f"--resume {resume} uses that run's own config.yaml: leave --config out (overrides"
                 " are allowed), or leave the folder out to resume the newest run of --config."
             )
-        folder = _resumed_run(files, overrides, resume, launch)
-        files = [folder.config]
+        path, checkpoint = _resumed(files, overrides, resume, launch)
+        files = [config_of(path) if (path / STATE).is_file() else path / CONFIG]
+        if not files[0].exists():
+            raise CheckpointError(
+                f"nothing to resume: {path} has no {CONFIG}. Start the run again with its --config"
+                f" and run.dir={path}."
+            )
     config = load_config(files, overrides)
     _check_same_settings(config, launch)
-    return config, None if folder is None else folder.path
+    return RunConfig(config, path, checkpoint)
 
 
-def _resumed_run(
+def _resumed(
     files: Sequence[Path], overrides: Sequence[str], resume: str, launch: Launch
-) -> RunFolder:
-    def find() -> str:
+) -> Tuple[Path, Optional[Path]]:
+    """Return the run's folder or the checkpoint that is resumed, and the checkpoint to load."""
+
+    def find() -> List[Optional[str]]:
         path = Path(resume) if resume else newest_run(read_config(files, overrides).run)
-        _check_resumable(path)
-        return str(path.absolute() if launch.is_connected else path)
+        if (path / STATE).is_file():
+            checkpoint: Optional[Path] = path
+        else:
+            _check_resumable(path)
+            checkpoint = _newest_checkpoint(path, warns=False)
+        if launch.is_connected:  # the working directories may differ
+            path, checkpoint = path.absolute(), checkpoint and checkpoint.absolute()
+        return [str(path), None if checkpoint is None else str(checkpoint)]
 
-    if not launch.is_connected:
-        return RunFolder(Path(find()), writes=False)
-    from cxr_vit.engines.process_group import coordinator
+    if launch.is_connected:
+        from cxr_vit.engines.process_group import coordinator
 
-    return RunFolder(Path(coordinator(launch).call_once("resumed run", find)), writes=False)
+        path, checkpoint = coordinator(launch).call_once("resumed run", find)
+    else:
+        path, checkpoint = find()
+    return Path(path), None if checkpoint is None else Path(checkpoint)
 
 
 def _check_same_settings(config: Config, launch: Launch) -> None:
@@ -352,17 +431,34 @@ def _check_same_settings(config: Config, launch: Launch) -> None:
 
 
 def newest_run(run: RunSection) -> Path:
-    """Return `run.dir`, else the run of that name that began last and has a checkpoint."""
+    """Return `run.dir`, else the newest run of that name with a checkpoint, else without."""
     if run.dir is not None:
         return Path(run.dir)
-    stamped = re.compile(re.escape(run.name) + r"-\d{8}-\d{6}(-\d+)?")
-    folders = [link.parent.parent for link in Path(run.root).glob(f"{run.name}-*/checkpoints/last")]
-    runs = [folder for folder in folders if stamped.fullmatch(folder.name)]
+    runs = [path for path in _runs(run) if has_checkpoints(path)]
+    runs = runs or [path for path in _runs(run) if is_unsaved(path)]
     if not runs:
         raise CheckpointError(
             f"nothing to resume: no {run.root}/{run.name}-* has a checkpoint. {_RESUME_HINT}"
         )
-    return max(runs, key=lambda folder: folder.name)
+    return max(runs, key=lambda path: _following(path, run.name))
+
+
+def _runs(run: RunSection) -> List[Path]:
+    """Return the folders of the runs of a name."""
+    return [path for path in Path(run.root).glob(f"{run.name}-*") if _stamp(path, run.name)]
+
+
+def _stamp(path: Path, name: str) -> Optional[Tuple[str, int]]:
+    """Return the time and the number in the name of a run's folder; None for another folder."""
+    match = re.fullmatch(re.escape(name) + r"-(\d{8}-\d{6})(?:-(\d+))?", path.name)
+    return None if match is None else (match[1], int(match[2] or 1))
+
+
+def _following(path: Path, name: str) -> Tuple[str, int]:
+    """Return the first time and number of a name after that of a run's folder."""
+    stamp = _stamp(path, name)
+    assert stamp is not None, path
+    return stamp[0], stamp[1] + 1
 
 
 def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
@@ -374,7 +470,7 @@ def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
     for text in overrides:
         if text.startswith(LISTS):
             raise ConfigError(f"{text}: scoring has no callbacks and no loggers. Leave it out.")
-    config = read_config([run_of_checkpoint(checkpoint) / "config.yaml"], overrides)
+    config = read_config([config_of(checkpoint)], overrides)
     changed = config.changed(
         model={"name": str(checkpoint)}, data={"sample_images": None}, callbacks=[], loggers=[]
     )
@@ -382,5 +478,9 @@ def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
 
 
 def report_folder(checkpoint: Path, split: str, *, default: str) -> Path:
-    """Return the folder of a split's report in a run; only the default split's has no suffix."""
-    return run_of_checkpoint(checkpoint) / ("report" if split == default else f"report_{split}")
+    """Return the folder of a split's report; only the default split's has no suffix.
+
+    It is in the run, or in the folder of a checkpoint that was copied alone.
+    """
+    folder = run_of_checkpoint(checkpoint) or checkpoint
+    return folder / ("report" if split == default else f"report_{split}")

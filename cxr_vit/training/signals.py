@@ -1,4 +1,4 @@
-"""Stop a run on SIGINT and SIGTERM."""
+"""Stop a run on a signal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import threading
 from types import FrameType
 from typing import Any, Callable, Dict, Optional
 
+#: Ctrl-C, schedulers and `timeout`, Slurm's warning before a time limit, and a lost terminal.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
 
 class StopOnSignal:
-    """Context in which the first SIGINT or SIGTERM calls `interrupt` with the reason.
+    """Context in which the first signal of `_SIGNALS` calls `interrupt` with the reason.
 
-    Outside the main thread it does nothing: Python handles signals there only. `quiet` prints
-    nothing and ignores further signals, for one of several processes: torchrun signals all
-    remaining processes when one ends, and kills them later.
+    A second one has the effect it has outside of the context, which ends the process at once.
+    Signals that are ignored, as SIGHUP is under `nohup`, stay ignored. Outside the main thread it
+    does nothing: Python handles signals there only. `quiet` prints nothing and ignores further
+    signals, for one of several processes: torchrun signals all remaining processes when one ends,
+    and kills them later.
     """
 
     def __init__(self, interrupt: Callable[[str], None], *, quiet: bool = False) -> None:
@@ -24,8 +29,9 @@ class StopOnSignal:
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,7 +43,7 @@ class StopOnSignal:
         if self.quiet:
             return
         self._restore()
-        text = f"\n{name}: saving after this step; a second signal ends the run at once\n"
+        text = f"\n{name}: saving after this host batch; a second signal ends the run at once\n"
         os.write(2, text.encode())  # stderr: a handler may not use a buffered stream
 
     def _restore(self) -> None:

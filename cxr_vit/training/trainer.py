@@ -10,39 +10,46 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    Union,
+)
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from cxr_vit.checkpoint_files import checkpoint_of
 from cxr_vit.config import BatchPlan, Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, dataset_of_files
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines.base import Engine, EngineState
+from cxr_vit.engines.base import Engine, EngineState, Interrupted
 from cxr_vit.engines.choice import build_engine, choose_engine
 from cxr_vit.engines.memory import explaining_out_of_memory
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import CheckpointError, DataError, NonFiniteLoss
+from cxr_vit.errors import CheckpointError, DataError
 from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
-from cxr_vit.files import checkpoint_of
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import MONITOR
-from cxr_vit.training.checkpoint import (
-    RESERVED,
-    CheckpointStore,
-    check_facts,
-    check_json,
-    load_checkpoint,
-    verify_checkpoint,
-)
+from cxr_vit.training.checkpoint import CheckpointStore, check_facts, load_checkpoint
 from cxr_vit.training.config_checks import check_data_config, check_module_config
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
 from cxr_vit.training.loggers import Logger, as_number
-from cxr_vit.training.run_folder import RunFolder, create_run, find_run
+from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
+from cxr_vit.training.saving import Saver, restore_callbacks
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -62,7 +69,8 @@ class Trainer:
     config
         The configuration that the module and the data were made with.
     callbacks
-        Called after the built-in ones and those of `config.callbacks`, in their order.
+        Called after the built-in ones and those of `config.callbacks`, in their order. The
+        latter are imported by `fit` alone: scoring runs no code that a configuration names.
     loggers
         Used instead of those of `config.loggers`.
 
@@ -81,13 +89,12 @@ class Trainer:
     validation_outputs, test_outputs
         Scores, logits and labels of the last validation and test.
     interrupted
-        Whether a signal or `interrupt` ended the training, to be resumed later.
+        Whether a signal, `train.max_minutes` or `interrupt` ended the training, to be resumed.
 
     Raises
     ------
     ConfigError
-        If a class named in the configuration cannot be used, or the configuration does not fit the
-        processes or the IPUs.
+        If the configuration does not fit the processes or the IPUs.
     EngineUnavailable
         If the configured engine is not available here.
     """
@@ -113,8 +120,11 @@ class Trainer:
         self.config = config
         self.launch = Launch.from_environment()
         self.is_global_zero = self.launch.is_main
-        self.callbacks = all_callbacks(config, callbacks, is_main=self.is_global_zero)
-        self.loggers = all_loggers(config, loggers) if self.is_global_zero else []
+        self._given = callbacks, loggers
+        scoring = config.changed(callbacks=[], loggers=[])
+        self.callbacks = all_callbacks(scoring, callbacks, is_main=self.is_global_zero)
+        self.loggers = all_loggers(scoring, loggers) if self.is_global_zero else []
+        self._has_extensions = False
         self.choice = choose_engine(config, self.launch)
         self.batch = BatchPlan.from_section(config.batch)
         self.is_fitting = False
@@ -127,14 +137,14 @@ class Trainer:
         self.current_epoch = 0
         self.callback_metrics: Scores = {}
         self.evaluated_step = 0
-        self.best_score: Optional[float] = None  # `MONITOR` of the checkpoint `best`
+        self.saver = Saver(self)
         self.stop_reason: Optional[str] = None
         self.interrupted = False
         self.compile_s = 0.0
-        self._saved_step = 0
-        self._saved_validation = 0
         self._stop_request: Optional[str] = None
         self._interruption: Optional[str] = None
+        minutes = self.config.train.max_minutes
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     # The four entry points
 
@@ -155,12 +165,15 @@ class Trainer:
         ------
         CheckpointError
             If there is nothing to resume, or the checkpoint is damaged, of another model or of
-            other data, or past the end of this run.
+            other data, or past the end of this run; or if the last checkpoint cannot be written.
+        ConfigError
+            If a class named in the configuration cannot be used.
         OutOfMemory
             With a batch that needs less.
         """
         self._reset()
         check_data_config(self.config, datamodule.config, trains=True)
+        self._import_extensions()
         found = find_run(self.config.run, ckpt_path, self.launch)
         self.setup_data(datamodule, "fit")
         self._open_module(module)
@@ -172,24 +185,48 @@ class Trainer:
             self._use_run(found.folder)
         if restored and self.is_complete:
             module.model.load_weights(restored[0].weights)
-            self._print(
-                f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to do."
-                " To train on, raise train.epochs or train.steps."
-            )
+            self._explain_completeness(found)
             return
         if not found.folder:
-            self.best_score = None  # a new folder has no `best` yet
+            self.saver.forget_best()  # a new folder has none yet
             self._use_run(create_run(self.config.run, self.launch, found.key))
         with self.run.locked(), self._building_engine("fit"):
             if restored:
+                if found.folder:
+                    self.saver.restore_folder()
                 with explaining_out_of_memory(self.config, training=True):
                     self.engine.load_state_dict(restored[0])
-                self._restore_callbacks(restored[1])
+                restore_callbacks(self, restored[1])
             self._describe_run(is_new=not (found.folder and restored))
+            if restored and not found.folder:
+                self._print(f"continues {found.checkpoint} in a folder of its own")
             with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
                 self._fit()
         self._notify("teardown", "fit")
         self._print(self.describe_end())
+
+    def _explain_completeness(self, found: FoundRun) -> None:
+        """Say that nothing is left to do; finish what a killed process left in the folder."""
+        if found.folder:
+            with self.run.locked():
+                self.saver.restore_folder()
+        self._print(
+            f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to do."
+            " To train on, raise train.epochs or train.steps."
+        )
+
+    def _import_extensions(self) -> None:
+        """Import the classes that the configuration names, and say which."""
+        if self._has_extensions:
+            return
+        callbacks, loggers = self._given
+        self.callbacks = all_callbacks(self.config, callbacks, is_main=self.is_global_zero)
+        self.loggers = all_loggers(self.config, loggers) if self.is_global_zero else []
+        self._has_extensions = True
+        named = [*self.config.callbacks, *(self.config.loggers if loggers is None else ())]
+        classes = [str(item) for item in named if not isinstance(item, str)]
+        if classes:
+            self._print(f"imported as the configuration says: {', '.join(classes)}")
 
     def validate(
         self,
@@ -300,7 +337,6 @@ class Trainer:
             self.setup_data(datamodule, stage)
         self._open_module(module)
         if checkpoint is not None:
-            verify_checkpoint(checkpoint, needs_optimizer=False)
             module.load_weights(checkpoint)
         with self._building_engine(stage):
             yield
@@ -315,8 +351,9 @@ class Trainer:
                 f"ckpt_path={ckpt_path!r} is a checkpoint of the run that fit() makes, and this"
                 " trainer has made none. Give a path."
             )
-        # `best` is missing until a validation.
-        return checkpoint_of(self.run.path) if ckpt_path == "best" else self.run.last
+        if ckpt_path == "best":  # it is missing until a validation
+            return checkpoint_of(self.run.path)
+        return checkpoint_of(self.run.checkpoints / "last")
 
     def _use_run(self, folder: RunFolder) -> None:
         self.run = folder
@@ -329,30 +366,22 @@ class Trainer:
         run.
         """
         state, trainer_state = load_checkpoint(checkpoint)
-        check_facts(checkpoint, trainer_state, self._resume_facts())
+        check_facts(checkpoint, trainer_state, self.resume_facts())
         step = trainer_state["step"]
         if step > self.durations.total_steps:
             raise CheckpointError(
                 f"{checkpoint} is at step {step}, past this run's {self.durations.total_steps}"
                 " steps. Raise train.epochs or train.steps."
             )
-        self.global_step = self._saved_step = step
-        self.evaluated_step = self._saved_validation = trainer_state["evaluated_step"]
+        self.global_step, self.evaluated_step = step, trainer_state["evaluated_step"]
         self.current_epoch = step // self.durations.steps_per_epoch
-        self.best_score = trainer_state["best_score"]
+        self.saver.restore(trainer_state)
         # A restarted run may have been started with this option; its checkpoints are complete.
         if self.config.train.resume_weights_only and not restarted:
             state = EngineState(state.weights, scalars={"updates": float(step)})
         return state, trainer_state
 
-    def _restore_callbacks(self, trainer_state: Dict[str, Any]) -> None:
-        """Restore the callbacks' state, after their `setup`, which may set the initial one."""
-        self._notify("on_load_checkpoint", trainer_state)
-        for callback in self.callbacks:
-            if callback.state_key in trainer_state["callbacks"]:
-                callback.load_state_dict(trainer_state["callbacks"][callback.state_key])
-
-    def _resume_facts(self) -> Dict[str, Any]:
+    def resume_facts(self) -> Dict[str, Any]:
         """Return the facts that must match on resume."""
         return {
             "labels": self.module.names,
@@ -395,11 +424,7 @@ class Trainer:
                 self._stop_if_requested()
             if not self.stop_reason:
                 self._train()
-            if (self._saved_step, self._saved_validation) != (
-                self.global_step,
-                self.evaluated_step,
-            ):
-                self.save_checkpoint()
+            self.saver.save_the_end()
             self._notify("on_train_end")
             self._notify("on_fit_end")
             self._close_loggers("stopped" if self.interrupted else "success")
@@ -464,13 +489,14 @@ class Trainer:
 
     def _validate_and_save(self) -> None:
         """Validate, and save if the score is the best or a checkpoint is due."""
+        before = self.evaluated_step
         self.evaluated_step = self.global_step
-        self._validate(self.val_data)
-        is_best = self._update_best(self.validation_outputs.scores.get(MONITOR))
-        # The main process decides: saving takes all of them.
-        is_best = self.engine.any_process(is_best and self.is_global_zero)
-        if is_best or self.checkpoint_is_due:
-            self.save_checkpoint(is_best=is_best)
+        try:
+            self._validate(self.val_data)
+        except Interrupted:  # a resumed run repeats it
+            self.evaluated_step = before
+            return
+        self.saver.save_if_best(self.validation_outputs.scores.get(MONITOR))
 
     def _score(self, dataset: ChestXrayDataset, split: str) -> EvalOutputs:
         """Score a split with the present weights."""
@@ -484,18 +510,9 @@ class Trainer:
         return outputs
 
     def _predict(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
+        stops = self._is_interrupted if self.is_fitting else None
         with explaining_out_of_memory(self.config, training=False):
-            return self.engine.predict_dataset(dataset)
-
-    def _update_best(self, score: Optional[float]) -> bool:
-        """Return whether the score is the best; as long as none is defined, every one is."""
-        if score is None:  # no label of the validation split has both positives and negatives
-            effect = "best follows the last one" if self.best_score is None else "best stays"
-            logger.warning("val/%s is undefined at step %d: %s", MONITOR, self.global_step, effect)
-        is_best = self.best_score is None or (score is not None and score > self.best_score)
-        if is_best:
-            self.best_score = score
-        return is_best
+            return self.engine.predict_dataset(dataset, stops=stops)
 
     def is_due(self, first_step: int, every: int) -> bool:
         """Whether a multiple of `every` lies in the steps since `first_step`; always at the end."""
@@ -510,8 +527,8 @@ class Trainer:
     @property
     def checkpoint_is_due(self) -> bool:
         """Whether a checkpoint is due since the last one."""
-        due = self.is_due(self._saved_step, self.durations.checkpoint_every)
-        return due and self._saved_step < self.global_step
+        due = self.is_due(self.saver.tried_step, self.durations.checkpoint_every)
+        return due and self.saver.tried_step < self.global_step
 
     @property
     def estimated_stepping_batches(self) -> int:
@@ -533,7 +550,7 @@ class Trainer:
     @property
     def should_stop(self) -> bool:
         """Whether the run stops after the current host batch; set it to stop the run."""
-        return bool(self.stop_reason or self._stop_request or self._interruption)
+        return bool(self.stop_reason or self._stop_request or self._is_interrupted())
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
@@ -551,11 +568,17 @@ class Trainer:
         """
         self._interruption = reason
 
+    def _is_interrupted(self) -> bool:
+        """Whether this process was interrupted, or has used up its time."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._interruption = f"train.max_minutes={self.config.train.max_minutes:g} are over"
+        return self._interruption is not None
+
     def _stop_if_requested(self) -> None:
         """Stop if any process asks for it: all of them must stop at the same step."""
         if self.stop_reason or not self.engine.any_process(self.should_stop):
             return
-        self.interrupted = self.engine.any_process(self._interruption is not None)
+        self.interrupted = self.engine.any_process(self._is_interrupted())
         own = self._interruption or self._stop_request
         self.stop_reason = own or "another process asked for it"
 
@@ -567,55 +590,13 @@ class Trainer:
             ending = f"stopped at step {self.global_step}: {self.stop_reason}"
         return f"{ending}; {best} checkpoint: {self.checkpoints.folder / best}"
 
-    # Checkpoints
-
-    def save_checkpoint(self, *, is_best: bool = False) -> Path:
+    def save_checkpoint(self, *, is_best: bool = False) -> Optional[Path]:
         """Write a checkpoint of the current step, update the links, and delete old checkpoints.
 
-        All processes must call it together. Raises NonFiniteLoss and writes nothing if a weight is
-        NaN or infinite.
+        All processes must call it together. Returns None, with a warning, if it cannot be written,
+        as on a full disk. Raises NonFiniteLoss and writes nothing if a weight is NaN or infinite.
         """
-        state = self.engine.state_dict()
-        broken = [name for name, weight in state.weights.items() if not weight.isfinite().all()]
-        if broken:
-            raise NonFiniteLoss(
-                f"{len(broken)} weights are not finite at step {self.global_step}, first"
-                f" {broken[0]}; they are not saved. The last checkpoint is"
-                f" {self.checkpoints.linked('last')}."
-            )
-        states: Dict[str, Any] = {}
-        for callback in self.callbacks:
-            state_dict = callback.state_dict()
-            if state_dict:
-                check_json(f"{type(callback).__name__}.state_dict()", state_dict)
-                states[callback.state_key] = state_dict
-        trainer_state = {
-            **self._resume_facts(),
-            "evaluated_step": self.evaluated_step,
-            "best_score": self.best_score,
-            "callbacks": states,
-        }
-        own = dict(trainer_state)
-        self._notify("on_save_checkpoint", trainer_state)
-        taken = [key for key, value in own.items() if trainer_state.get(key) != value]
-        taken += [key for key in RESERVED if key in trainer_state]
-        if taken:
-            raise CheckpointError(
-                f"a callback's on_save_checkpoint set {', '.join(taken)}, which a resume relies on."
-                " Use a key of its own."
-            )
-        check_json("what callbacks add in on_save_checkpoint", trainer_state)
-        path = self.checkpoints.save(
-            self.global_step,
-            state,
-            model_files=self.module.model.hub_files(),
-            trainer_state=trainer_state,
-        )
-        self._saved_step, self._saved_validation = self.global_step, self.evaluated_step
-        if is_best:
-            self.checkpoints.link("best", path)
-        self.checkpoints.prune(self.config.train.keep_last)
-        return path
+        return self.saver.save(is_best=is_best)
 
     # Logging
 
@@ -643,20 +624,26 @@ class Trainer:
         self.callback_metrics.update(numbers)
         if self.is_logging:
             for log in self.loggers:
-                log.log_metrics(numbers, self.global_step)
+                with _only_warning(f"{type(log).__name__}.log_metrics", OSError):
+                    log.log_metrics(numbers, self.global_step)
 
     def log_figures(self, figures: Mapping[str, Figure]) -> None:
         """Log matplotlib figures of the current step, tag -> figure."""
         if self.is_logging:
             for log in self.loggers:
-                log.log_figures(figures, self.global_step)
+                with _only_warning(f"{type(log).__name__}.log_figures", OSError):
+                    log.log_figures(figures, self.global_step)
 
     # Batches
 
     def rows(self, step: int) -> List[int]:
         """Return the rows of the training split that an update uses, over all processes."""
-        rows: List[int] = (self._sampler().draws(step) % len(self.train_data)).tolist()
+        rows: List[int] = (self.draws(step) % len(self.train_data)).tolist()
         return rows
+
+    def draws(self, step: int) -> np.ndarray:
+        """Return the draws of an update, over all processes: what `train_data` reads images by."""
+        return self._sampler().draws(step)
 
     def _sampler(self) -> TrainingSampler:
         return TrainingSampler(
@@ -681,11 +668,11 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _only_warning(what: str) -> Iterator[None]:
-    """Warn of an error that must not hide another one, or the end of a run that is saved."""
+def _only_warning(what: str, kind: Type[Exception] = Exception) -> Iterator[None]:
+    """Warn of an error that must not hide another one, or end a run."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 

@@ -1,18 +1,16 @@
 import io
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from cxr_vit.errors import ConfigError, NonFiniteLoss
+from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import (
     EarlyStopping,
-    NonFiniteGuard,
     ProgressDisplay,
     default_callbacks,
 )
@@ -58,30 +56,6 @@ class FakeTrainer:
 
     def request_stop(self, reason):
         self.reasons.append(reason)
-
-
-# NonFiniteGuard
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_loss_names_the_step_and_its_images(bad):
-    event = outputs([0.5, bad], first_step=41)
-    with pytest.raises(
-        NonFiniteLoss, match=r"at step 42 .*00000007_000\.png, 00000008_000\.png"
-    ) as caught:
-        NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, event, None, 0)
-    assert "00000001_000.png" not in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_gradient_is_reported_although_the_loss_is_finite(bad):
-    event = outputs([0.5, 0.4], first_step=10, grad_norm=torch.tensor([1.0, bad]))
-    with pytest.raises(NonFiniteLoss, match=r"gradient norm is .* at step 11"):
-        NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, event, None, 0)
-
-
-def test_finite_loss_passes():
-    NonFiniteGuard().on_train_batch_end(FakeTrainer(), None, outputs([0.5, 0.1]), None, 0)
 
 
 # EarlyStopping

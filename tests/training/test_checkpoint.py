@@ -24,7 +24,7 @@ def save(store, step, value=1.0):
     return store.save(
         step,
         state(value),
-        model_files={"config.json": "{}"},
+        files={"config.json": "{}"},
         trainer_state={"labels": ["a", "b"], "callbacks": {}},
     )
 
@@ -46,7 +46,7 @@ def test_loaded_checkpoint_equals_the_saved_one(store):
 def test_random_generator_of_a_device_is_saved(store):
     with_rng = state()
     with_rng.rng = torch.tensor([2**62, 0, 2**32 - 1])
-    path = store.save(3, with_rng, model_files={}, trainer_state={})
+    path = store.save(3, with_rng, files={}, trainer_state={})
     loaded, _ = load_checkpoint(path)
     assert torch.equal(loaded.rng, with_rng.rng)
     assert set(loaded.optimizer) == {"classifier.bias"}

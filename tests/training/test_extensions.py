@@ -2,10 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from cxr_vit import Callback, ChestXrayDataModule, EarlyStopping, Trainer, ViTModule
+from cxr_vit.checkpoint_files import read_state, sha256, state_text
 from cxr_vit.commands import evaluate
 from cxr_vit.errors import ConfigError
 from cxr_vit.training.loggers import CsvLogger
@@ -51,12 +53,22 @@ def extension(tmp_path, monkeypatch):
     sys.modules.pop("my_extension", None)
 
 
-def named(make_config, *overrides):
-    return Trainer(make_config(*overrides))
+def fitted(config, **given):
+    trainer, data = Trainer(config, **given), ChestXrayDataModule(config)
+    trainer.fit(ViTModule(config, data), data)
+    return trainer
+
+
+@pytest.fixture
+def named(make_config, tmp_path):
+    """Return a function that trains with overrides for a step."""
+    return lambda *overrides: fitted(
+        make_config("train.steps=1", f"run.dir={tmp_path / 'named'}", *overrides)
+    )
 
 
 def test_callback_and_logger_of_the_configuration_are_used(
-    make_config, tmp_path, extension, monkeypatch
+    make_config, tmp_path, extension, monkeypatch, capsys
 ):
     run = tmp_path / "run"
     config = make_config(
@@ -65,8 +77,9 @@ def test_callback_and_logger_of_the_configuration_are_used(
         "train.steps=2",
         f"run.dir={run}",
     )
-    trainer, data = Trainer(config), ChestXrayDataModule(config)
-    trainer.fit(ViTModule(config, data), data)
+    trainer = fitted(config)
+    said = "imported as the configuration says: my_extension.Count, my_extension.Lines\n"
+    assert said in capsys.readouterr().out
     (count,) = [one for one in trainer.callbacks if type(one).__name__ == "Count"]
     assert count.count == 14
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -82,22 +95,50 @@ def test_callback_and_logger_of_the_configuration_are_used(
     assert "my_extension" not in sys.modules
 
 
-def test_callbacks_given_in_python_come_after_those_of_the_configuration(make_config, extension):
-    config = make_config("callbacks=[{class: my_extension.Count, args: {start: 0}}]")
+def test_scoring_imports_nothing_that_a_configuration_names(make_config, extension, tmp_path):
+    run = tmp_path / "run"
+    fitted(make_config("train.steps=1", f"run.dir={run}"))
+    evil = extension / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    config = make_config("callbacks=[{class: evil.Callback}]", "loggers=[{class: evil.Logger}]")
+    best = run / "checkpoints" / "best"
+    for folder in (run, best):
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        text = text.replace("callbacks: []", "callbacks: [{class: evil.Callback}]")
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    state = {**read_state(best), "sha256": {**read_state(best)["sha256"]}}
+    state["sha256"]["config.yaml"] = sha256(best / "config.yaml")
+    del state["digest"]
+    (best / "trainer_state.json").write_text(state_text(state), encoding="utf-8")
+    trainer, data = Trainer(config), ChestXrayDataModule(config)
+    module = ViTModule(config, data)
+    trainer.validate(module, data, run)
+    trainer.test(module, data, run)
+    trainer.predict(module, next(Path(config.data.root).glob("**/*.png")), run)
+    assert evaluate.main(["--checkpoint", str(best), "--out", str(tmp_path / "report")]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert "evil" not in sys.modules
+
+
+def test_callbacks_given_in_python_come_after_those_of_the_configuration(
+    make_config, extension, tmp_path
+):
+    overrides = ["train.steps=1", f"run.dir={tmp_path / 'run'}"]
+    config = make_config("callbacks=[{class: my_extension.Count, args: {start: 0}}]", *overrides)
     own = Callback()
-    *_, configured, last = Trainer(config, callbacks=[own]).callbacks
+    *_, configured, last = fitted(config, callbacks=[own]).callbacks
     assert type(configured).__name__ == "Count"
     assert last is own
 
 
-def test_configured_early_stopping_replaces_the_built_in_one(make_config):
+def test_configured_early_stopping_replaces_the_built_in_one(named):
     text = "callbacks=[{class: cxr_vit.EarlyStopping, args: {patience: 9, monitor: val/loss}}]"
-    found = [one for one in named(make_config, text).callbacks if isinstance(one, EarlyStopping)]
+    found = [one for one in named(text).callbacks if isinstance(one, EarlyStopping)]
     assert [(one.patience, one.monitor) for one in found] == [(9, "val/loss")]
 
 
-def test_class_of_the_package_can_be_a_logger(make_config):
-    (logger,) = named(make_config, "loggers=[{class: cxr_vit.CsvLogger}]").loggers
+def test_class_of_the_package_can_be_a_logger(named):
+    (logger,) = named("loggers=[{class: cxr_vit.CsvLogger}]").loggers
     assert isinstance(logger, CsvLogger)
 
 
@@ -120,7 +161,7 @@ def test_class_that_cannot_be_used_is_refused(make_config, extension, tmp_path, 
     file = tmp_path / "touched"
     config = make_config(f"{key}=[{item.replace('FILE', str(file))}]")
     with pytest.raises(ConfigError, match=f"^{key}: .*{message}"):
-        Trainer(config)
+        fitted(config)
     assert not file.exists()
 
 
@@ -146,9 +187,9 @@ def test_class_that_cannot_be_used_is_refused(make_config, extension, tmp_path, 
         ),
     ],
 )
-def test_wrong_kind_and_wrong_arguments_are_refused(make_config, extension, key, item, message):
+def test_wrong_kind_and_wrong_arguments_are_refused(named, extension, key, item, message):
     with pytest.raises(ConfigError, match=message):
-        named(make_config, f"{key}=[{item}]")
+        named(f"{key}=[{item}]")
 
 
 @pytest.mark.parametrize(
@@ -163,4 +204,5 @@ def test_mistakes_are_reported_before_the_data_are_touched(make_config, tmp_path
     root = tmp_path / "absent"
     config = make_config("callbacks=[{class: my_extension.Count}]", f"data.root={root}")
     with pytest.raises(ConfigError, match="required argument"):
-        Trainer(config)
+        fitted(config)
+    assert not root.exists()

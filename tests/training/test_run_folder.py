@@ -5,14 +5,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import cxr_vit
+from cxr_vit.checkpoint_files import checkpoint_of, config_of, run_of_checkpoint
 from cxr_vit.config import Config, read_config
 from cxr_vit.config.schema import RunSection
+from cxr_vit.engines.base import EngineState
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.files import checkpoint_of, run_of_checkpoint
 from cxr_vit.training import run_folder
+from cxr_vit.training.checkpoint import CheckpointStore
 from cxr_vit.training.run_folder import (
     FoundRun,
     RunFolder,
@@ -100,7 +103,6 @@ def test_run_root_that_is_a_file_is_refused(tmp_path):
 def test_files_are_in_the_folder(folder, tmp_path):
     assert folder.config == tmp_path / "config.yaml"
     assert folder.checkpoints == tmp_path / "checkpoints"
-    assert folder.last == tmp_path / "checkpoints" / "last"
 
 
 def test_only_the_report_of_another_split_has_a_suffix(folder, tmp_path):
@@ -206,6 +208,16 @@ def test_locked_run_without_content_is_deleted_at_the_end(tmp_path):
     assert not folder.path.exists()
 
 
+def save(run: Path, step: int, **state: object) -> Path:
+    """Write a checkpoint with next to no weights."""
+    return CheckpointStore(run / "checkpoints").save(
+        step,
+        EngineState({"classifier.bias": torch.full((2,), float(step))}),
+        files={},
+        trainer_state={"evaluated_step": step, "best_step": None, **state},
+    )
+
+
 def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool = True) -> Path:
     """Create the files of a run that ended `age` seconds ago."""
     path = root / folder
@@ -213,8 +225,7 @@ def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool
     config = read_config([], [*SOUND, f"run.root={root}", *overrides])
     RunFolder(path, writes=True).write_config(config)
     if saved:
-        (path / "checkpoints" / "step_00000010").mkdir()
-        (path / "checkpoints" / "last").symlink_to("step_00000010")
+        save(path, 10)
     moment = path.stat().st_mtime - age
     for changed in (path, path / "config.yaml", *path.glob("checkpoints/*"), path / "checkpoints"):
         os.utime(str(changed), (moment, moment))
@@ -226,8 +237,8 @@ def make_run(root: Path, folder: str, *overrides: str, age: int = 0, saved: bool
 
 def resumed(overrides, resume, files=(), launch=None):
     """Return the folder of the run to resume, and the configuration."""
-    config, folder = read_run_config(list(files), overrides, resume, launch or Launch())
-    return folder, config
+    found = read_run_config(list(files), overrides, resume, launch or Launch())
+    return found.ckpt_path, found.config
 
 
 def test_new_run_uses_files_and_overrides(root, tmp_path):
@@ -272,6 +283,29 @@ def test_resume_without_a_folder_uses_the_newest_run(root):
     assert newest(root) == expected
 
 
+def test_clock_that_is_set_back_does_not_change_the_order_of_runs(root, monkeypatch):
+    section = RunSection(name="demo", root=str(root))
+    names = []
+    for moment in ("20240229-120000", "20240229-110000", "20230101-000000"):
+        monkeypatch.setattr("time.strftime", lambda *_, moment=moment: moment)
+        names.append(RunFolder.create(section).path.name)
+    assert names == ["demo-20240229-120000", "demo-20240229-120000-2", "demo-20240229-120000-3"]
+    monkeypatch.undo()
+    for name in names:
+        save(root / name, 10)
+        (root / name / "config.yaml").touch()
+    assert newest(root).name == names[-1]
+
+
+def test_tenth_run_of_a_second_is_newer_than_the_ninth(root):
+    for count in (2, 9, 10):
+        save(root / f"demo-20240101-000000-{count}", 10)
+        (root / f"demo-20240101-000000-{count}" / "config.yaml").touch()
+    assert find_run(RunSection(root=str(root), name="demo"), "last", Launch()).folder.path.name == (
+        "demo-20240101-000000-10"
+    )
+
+
 def test_resume_skips_a_newer_run_without_a_checkpoint(root):
     saved = make_run(root, "demo-20240101-000000", age=100)
     make_run(root, "demo-20240101-000100", age=1, saved=False)
@@ -305,11 +339,55 @@ def test_error_without_a_run_to_resume_has_advice(root):
     assert "without --resume" in str(caught.value)
 
 
-def test_error_for_a_folder_without_a_checkpoint_has_advice(root):
+def test_run_without_a_checkpoint_begins_again_in_its_folder(root):
+    path = make_run(root, "demo-1", "optim.lr=0.5", saved=False)
+    found = read_run_config([], [], str(path), Launch())
+    assert (found.ckpt_path, found.checkpoint, found.config.optim.lr) == (path, None, 0.5)
+    run = find_run(RunSection(), path, Launch())
+    assert (run.folder.path, run.checkpoint) == (path, None)
+
+
+def test_newest_run_without_a_checkpoint_begins_again_if_no_run_has_one(root):
+    make_run(root, "demo-20240101-000000", saved=False)
+    expected = make_run(root, "demo-20240101-000100", saved=False)
+    assert newest(root) == expected
+
+
+def test_run_that_was_killed_before_its_configuration_says_how_to_start_it(root):
     path = make_run(root, "demo-1", saved=False)
-    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+    (path / "config.yaml").unlink()
+    (path / ".lock").write_text('{"host": "gone", "pid": 1, "started": "5"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"Start the run again .* run.dir={path}"):
         resumed([], str(path))
-    assert f"{path}: it has no checkpoints/last" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["config.yaml", "notes.txt"])
+def test_folder_of_something_else_is_not_begun_again(tmp_path, content):
+    (tmp_path / content).write_text("optim: {lr: 1}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not empty"):
+        RunFolder.create(RunSection(dir=str(tmp_path)))
+    with pytest.raises(CheckpointError, match="it has no checkpoint"):
+        find_run(RunSection(), tmp_path, Launch())
+
+
+def test_run_dir_without_a_checkpoint_is_begun_again(root, caplog):
+    path = make_run(root, "demo-1", saved=False)
+    assert RunFolder.create(RunSection(dir=str(path))).path == path
+    assert f"{path} was begun and has no checkpoint: beginning it again" in caplog.text
+
+
+def test_a_checkpoint_can_be_resumed(root):
+    run = make_run(root, "demo-1", "optim.lr=0.5")
+    step = run / "checkpoints" / "step_00000010"
+    found = read_run_config([], ["run.seed=9"], str(step), Launch())
+    assert found[1:] == (step, step)
+    assert (found.config.optim.lr, found.config.run.seed) == (0.5, 9)
+
+
+def test_error_for_a_folder_without_a_checkpoint_has_advice(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume") as caught:
+        resumed([], str(tmp_path))
+    assert f"{tmp_path}: it has no checkpoint" in str(caught.value)
     assert "without --resume" in str(caught.value)
 
 
@@ -322,7 +400,7 @@ def test_resumed_config_is_checked(root):
 def test_folder_without_its_config_is_refused(root):
     path = make_run(root, "demo-1")
     (path / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
+    with pytest.raises(CheckpointError, match=r"has no config\.yaml"):
         resumed([], str(path))
 
 
@@ -332,6 +410,58 @@ def test_resume_of_a_folder_refuses_a_config(tmp_path):
 
 
 # find_run: ckpt_path of Trainer.fit
+
+
+def step_folder(run, step=10):
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_newest_whole_checkpoint_is_taken_and_others_are_named(root, caplog):
+    path = make_run(root, "demo-1")
+    save(path, 20)
+    save(path, 30)
+    damage(step_folder(path, 30) / "model.safetensors")
+    (step_folder(path, 20) / "optimizer.safetensors").unlink()
+    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path)
+    words = "passing over a checkpoint: "
+    assert f"{words}{step_folder(path, 30)}/model.safetensors is damaged" in caplog.text
+    assert f"{words}{step_folder(path, 20)}/optimizer.safetensors is missing" in caplog.text
+    assert f"resuming from {step_folder(path)}" in caplog.text
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_refused(root):
+    path = make_run(root, "demo-1")
+    damage(step_folder(path) / "trainer_state.json")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.\n.*trainer_state.json"):
+        find_run(RunSection(), path, Launch())
+    assert not run_folder.is_unsaved(path), "it has trained: it is never begun again"
+
+
+def test_checkpoint_of_a_newer_version_is_not_passed_over(root):
+    path = make_run(root, "demo-1")
+    (step_folder(path) / "trainer_state.json").write_text('{"format": 99}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="format 99 is of a newer version"):
+        find_run(RunSection(), path, Launch())
+
+
+def test_links_are_not_needed_to_resume(root):
+    path = make_run(root, "demo-1")
+    save(path, 20)
+    (path / "checkpoints" / "last").unlink()
+    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path, 20)
+
+
+def test_step_decides_which_checkpoint_is_the_newest(root):
+    path = make_run(root, "demo-1")
+    save(path, 9)
+    os.utime(str(step_folder(path, 9)), (2**31, 2**31))
+    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path)
 
 
 def test_no_path_is_a_new_run(root):
@@ -349,7 +479,7 @@ def test_last_is_the_newest_run(root):
     make_run(root, "demo-20240101-000000")
     path = make_run(root, "demo-20240101-000100")
     found = find_run(RunSection(root=str(root), name="demo"), "last", Launch())
-    assert (found.folder.path, found.checkpoint) == (path, path / "checkpoints" / "last")
+    assert (found.folder.path, found.checkpoint) == (path, step_folder(path))
     assert not found.restarted
 
 
@@ -364,20 +494,18 @@ def test_last_is_run_dir_where_it_is_given(root):
 def test_folder_of_a_run_is_that_run(root, kind):
     path = make_run(root, "demo-1")
     found = find_run(RunSection(root=str(root)), kind(path), Launch())
-    assert (found.folder.path, found.checkpoint) == (path, path / "checkpoints" / "last")
+    assert (found.folder.path, found.checkpoint) == (path, step_folder(path))
 
 
 def test_another_checkpoint_begins_a_new_run(root):
     path = make_run(root, "demo-1") / "checkpoints" / "step_00000010"
-    (path / "trainer_state.json").write_text("{}", encoding="utf-8")
     found = find_run(RunSection(root=str(root)), path, Launch())
     assert (found.folder, found.checkpoint) == (None, path)
 
 
-def test_path_without_a_checkpoint_is_refused(root):
-    path = make_run(root, "demo-1", saved=False)
-    with pytest.raises(CheckpointError, match=r"has no checkpoints/last"):
-        find_run(RunSection(), path, Launch())
+def test_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="it has no checkpoint"):
+        find_run(RunSection(), tmp_path, Launch())
 
 
 # checkpoint_of and run_of_checkpoint
@@ -385,7 +513,6 @@ def test_path_without_a_checkpoint_is_refused(root):
 
 def saved_run(root, *links):
     path = make_run(root, "demo-1")
-    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
     for link in links:
         (path / "checkpoints" / link).symlink_to("step_00000010")
     return path
@@ -399,6 +526,40 @@ def test_checkpoint_of_a_checkpoint_is_itself(root):
 def test_checkpoint_of_a_run_is_its_best(root):
     path = saved_run(root, "best")
     assert checkpoint_of(path) == path / "checkpoints" / "best"
+
+
+def test_best_by_the_newest_state_wins_over_a_link_of_before(root):
+    # A process can be killed between saving the best checkpoint and linking it.
+    path = saved_run(root, "best")
+    save(path, 20, best_step=20)
+    assert checkpoint_of(path) == step_folder(path, 20)
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_lost_links_are_found_by_the_states(root, name):
+    path = make_run(root, "demo-1")
+    save(path, 20, best_step=10)
+    (path / "checkpoints" / "last").unlink()
+    assert checkpoint_of(path) == step_folder(path)
+    expected = step_folder(path, 10 if name == "best" else 20)
+    assert checkpoint_of(path / "checkpoints" / name) == expected
+
+
+def test_text_file_names_a_checkpoint_where_links_are_lost(root):
+    path = make_run(root, "demo-1")
+    save(path, 20)
+    for name, step in (("last", 20), ("best", 10)):
+        (path / "checkpoints" / name).unlink(missing_ok=True)
+        (path / "checkpoints" / name).write_text(f"step_{step:08d}\n", encoding="utf-8")
+    assert checkpoint_of(path) == step_folder(path)
+    assert checkpoint_of(path / "checkpoints" / "last") == step_folder(path, 20)
+
+
+@pytest.mark.parametrize("text", ["../../../etc", "step_1", "", "step_00000010/../../x", "\0"])
+def test_text_file_names_nothing_outside(root, text):
+    path = make_run(root, "demo-1")
+    (path / "checkpoints" / "best").write_text(text, encoding="utf-8")
+    assert checkpoint_of(path) == path / "checkpoints" / "last"
 
 
 def test_checkpoint_of_a_run_without_validation_is_its_last(root):
@@ -426,19 +587,16 @@ def test_run_without_a_checkpoint_is_refused(root):
 
 def test_run_of_a_checkpoint_is_two_folders_above(root):
     path = make_run(root, "demo-1")
-    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
     assert run_of_checkpoint(path / "checkpoints" / "step_00000010") == path
 
 
 def test_run_of_a_link_is_two_folders_above_the_link(root):
     path = make_run(root, "demo-1")
-    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
     assert run_of_checkpoint(path / "checkpoints" / "last") == path
 
 
 def test_run_of_a_relative_path_is_found(root, monkeypatch):
     path = make_run(root, "demo-1")
-    (path / "checkpoints" / "step_00000010" / "trainer_state.json").write_text("{}")
     monkeypatch.chdir(path / "checkpoints" / "step_00000010")
     assert run_of_checkpoint(Path()).resolve() == path.resolve()
 
@@ -456,13 +614,15 @@ def test_error_names_a_folder_that_is_not_a_checkpoint(tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_error_names_a_checkpoint_outside_a_run(tmp_path):
-    checkpoint = tmp_path / "checkpoints" / "best"
+def test_checkpoint_that_was_copied_alone_brings_its_configuration(root, tmp_path):
+    checkpoint = tmp_path / "a" / "copied"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is not in a run's folder") as caught:
-        run_of_checkpoint(checkpoint)
-    assert str(tmp_path / "config.yaml") in str(caught.value)
+    assert run_of_checkpoint(checkpoint) is None
+    with pytest.raises(CheckpointError, match=r"has no config\.yaml and is not in a run's folder"):
+        config_of(checkpoint)
+    (checkpoint / "config.yaml").touch()
+    assert config_of(checkpoint) == checkpoint / "config.yaml"
+    assert report_folder(checkpoint, "test", default="test") == checkpoint / "report"
 
 
 # Several processes
@@ -494,10 +654,7 @@ def test_other_process_finds_the_run_to_resume(root):
 
 def test_error_for_what_is_no_run_says_what_it_is(root, tmp_path):
     path = make_run(root, "demo-1")
-    checkpoint = path / "checkpoints" / "last"
-    (checkpoint / "trainer_state.json").touch()
     cases = {
-        checkpoint: f"it is a checkpoint of the run {path}. Name that: --resume {path}",
         path / "config.yaml": "it is a file",
         tmp_path / "absent": "there is no such folder",
     }

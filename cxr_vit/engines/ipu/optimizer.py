@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cxr_vit.config.schema import OptimSection
-from cxr_vit.engines.optim import NO_STATE
+from cxr_vit.engines.optim import NO_STATE, WHOLE
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
 
@@ -36,8 +36,6 @@ _ATTRIBUTES = {
 }
 #: Slots of PopART's AdamW -> torch's.
 _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
-#: Used instead of a hub name for values of the whole optimizer.
-_WHOLE = "*"
 #: Separates slot and parameter in PopTorch's keys.
 _SEPARATOR = "___"
 
@@ -157,7 +155,7 @@ def from_poptorch(state: Mapping[str, Any], hub_names: Mapping[str, str], kind: 
     for table in ("ipu_state", "ipu_param"):
         for key, value in (state[table] or {}).items():
             what, _, name = key.rpartition(_SEPARATOR)
-            hub = hub_names.get(name, _WHOLE)
+            hub = hub_names.get(name, WHOLE)
             slot = what if name in hub_names else key
             known = _ADAMW if kind.startswith("poptorch.AdamW") and table == "ipu_state" else {}
             slot = known.get(slot, f"{table}:{slot}")
@@ -183,6 +181,6 @@ def to_poptorch(
                 continue
             table, _, what = slot.rpartition(":")
             table, what = table or "ipu_state", popart_slots.get(what, what)
-            key = what if hub == _WHOLE else f"{what}{_SEPARATOR}{names[hub]}"
+            key = what if hub == WHOLE else f"{what}{_SEPARATOR}{names[hub]}"
             state[table][key] = value.to(dtypes.get(what, value.dtype), copy=True)
     return state

@@ -1,0 +1,157 @@
+"""Stop at a NaN or infinite loss or gradient and describe it, or leave its update out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from cxr_vit.data.dataset import Batch
+from cxr_vit.errors import NonFiniteLoss
+from cxr_vit.files import write_text
+from cxr_vit.model.module import ViTModule
+from cxr_vit.training.callback import Callback, TrainOutputs
+
+logger = logging.getLogger(__name__)
+
+#: Images that a message names.
+_NAMED_IMAGES = 16
+#: Updates in a row that may be left out.
+_MOST_SKIPPED = 20
+
+
+class NonFiniteGuard(Callback):
+    """Raise NonFiniteLoss at a NaN or infinite loss or gradient norm, or count it.
+
+    Must be the first callback, so that the others do not record such a step. The torch engines make
+    no update of such a gradient. `skips` is `train.on_nonfinite=skip_update`: then it is an error
+    only if it happens in 20 updates in a row.
+    """
+
+    state_key = "nonfinite"
+
+    def __init__(self, *, skips: bool = False) -> None:
+        self.skips = skips
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
+        """Begin again in a new run."""
+        self.skipped = self._in_a_row = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Any,
+        module: ViTModule,
+        outputs: TrainOutputs,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Look at each update of the host batch."""
+        values = {"loss": outputs.losses}
+        if outputs.grad_norm is not None:
+            values["gradient norm"] = outputs.grad_norm
+        skipped = self.skipped
+        for index in range(len(outputs.losses)):
+            bad = {what: value[index] for what, value in values.items()}
+            bad = {what: value for what, value in bad.items() if not torch.isfinite(value)}
+            self._in_a_row = self._in_a_row + 1 if bad else 0
+            if not bad:
+                continue
+            step = outputs.first_step + index
+            what, value = next(iter(bad.items()))
+            text = f"the {what} is {float(value)} at step {step} (lr {outputs.lr:.3g})"
+            if not self.skips or self._in_a_row == _MOST_SKIPPED:
+                self._stop(trainer, text, step, outputs.lr)
+            self.skipped += 1
+            logger.warning("%s; its update is left out, images: %s", text, _images(trainer, step))
+        if self.skipped > skipped:
+            trainer.log_metrics({"train/skipped_updates": self.skipped})
+
+    def _stop(self, trainer: Any, text: str, step: int, lr: float) -> None:
+        more = f", in the last of {_MOST_SKIPPED} updates in a row," if self.skips else ","
+        last = trainer.checkpoints.linked("last")
+        saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
+        file = write_bundle(trainer, step, lr)
+        raise NonFiniteLoss(
+            f"{text}{more} images: {_images(trainer, step)}. Lower optim.lr, set"
+            " optim.max_grad_norm=1.0, use engine.precision=fp32, or leave such updates out:"
+            f" train.on_nonfinite=skip_update. {saved} Details: {file}"
+        )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the number of updates left out; nothing if there was none."""
+        return {"skipped": self.skipped} if self.skipped else {}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Restore the number of updates left out."""
+        self.skipped = _Skipped.model_validate(state_dict).skipped
+
+
+class _Skipped(BaseModel):
+    """State of `NonFiniteGuard`."""
+
+    model_config = ConfigDict(strict=True)
+
+    skipped: int
+
+
+def _images(trainer: Any, step: int) -> str:
+    rows = trainer.rows(step)
+    names = [trainer.train_data.image_names[row] for row in rows[:_NAMED_IMAGES]]
+    more = len(rows) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
+
+
+def write_bundle(trainer: Any, step: int, lr: float) -> Path:
+    """Write what is needed to find the cause of a failed update; return the path of the file.
+
+    The weights are those before the update, but on IPUs, which have made it. All processes must
+    call this together.
+    """
+    inputs: Batch = trainer.train_data.__getitems__(trainer.draws(step).tolist())
+    ranges = trainer.engine.activation_ranges(inputs.images)
+    names = [trainer.train_data.image_names[row] for row in trainer.rows(step)]
+    content = {
+        "step": step,
+        "lr": lr,
+        "images": [
+            {"name": name, "sha256": hashlib.sha256(image.numpy().tobytes()).hexdigest()}
+            for name, image in zip(names, inputs.images)
+        ],
+        "weights": _weights(trainer.module),
+        "activations": [
+            {
+                "stage": index,
+                "smallest": _number(smallest),
+                "largest": _number(largest),
+                "nonfinite": nonfinite,
+            }
+            for index, smallest, largest, nonfinite in ranges
+        ],
+    }
+    path: Path = trainer.run.path / f"nonfinite_step_{step:08d}.json"
+    if trainer.is_global_zero:
+        try:
+            write_text(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", path, error)
+    return path
+
+
+def _weights(module: ViTModule) -> Dict[str, Any]:
+    """Return the largest weight of this process, and the names of those that are not finite."""
+    parameters = list(module.model.hub_parameters())
+    bad: List[str] = [name for name, weight in parameters if not weight.isfinite().all()]
+    sizes: Sequence[float] = [float(weight.detach().abs().max()) for _, weight in parameters]
+    return {"largest": _number(max(sizes, default=math.nan)), "nonfinite": bad}
+
+
+def _number(value: float) -> Optional[float]:
+    return value if math.isfinite(value) else None
