@@ -1,0 +1,260 @@
+"""What a run does on a full disk, at a signal, and after a kill between saving and linking."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, ViTModule
+from cxr_vit.checkpoint_files import read_state, verify_checkpoint
+from cxr_vit.commands import evaluate
+from cxr_vit.errors import CheckpointError
+from cxr_vit.training import checkpoint as store_module
+from runs import AtStart, Recorder, StopAt, assert_same_state, last_state
+
+EVERY_STEP = ["train.checkpoint_every_steps=1", "train.eval_every_steps=3"]
+
+
+class FullDisk:
+    """Lets the writing of the optimizer's state fail at some of the saves, counted from 1."""
+
+    def __init__(self, monkeypatch, *failing):
+        self.saves = 0
+        self.failing = failing
+        self.write = store_module.save_file
+        monkeypatch.setattr(store_module, "save_file", self)
+
+    def __call__(self, tensors, path, **settings):
+        if path.endswith("model.safetensors"):
+            self.saves += 1
+        if path.endswith("optimizer.safetensors") and self.saves in self.failing:
+            raise OSError(28, "No space left on device", path)
+        self.write(tensors, path, **settings)
+
+
+def steps(trainer):
+    return [path.name for path in trainer.checkpoints.steps()]
+
+
+# Full disks
+
+
+def test_failed_save_is_told_and_tried_again(make, monkeypatch, caplog):
+    expected = last_state(make(*EVERY_STEP, folder="undisturbed").fit())
+    FullDisk(monkeypatch, 2)
+    recorder = Recorder()
+    trainer = make(*EVERY_STEP, "train.keep_last=9", callbacks=[recorder]).fit()
+    (line,) = [record.getMessage() for record in caplog.records if "cannot be" in record.message]
+    assert line.startswith("the checkpoint of step 2 cannot be written: [Errno 28] No space left")
+    assert "The last checkpoint is " in line
+    assert "step_00000001" in line
+    assert steps(trainer) == [f"step_{step:08d}" for step in (1, 3, 4, 5, 6)]
+    assert not list(trainer.checkpoints.folder.glob(".*")), "what was written is removed"
+    assert recorder.of("checkpoint") == [1, 2, 3, 4, 5, 6], "one attempt per interval"
+    assert_same_state(last_state(trainer)[0], expected[0])
+
+
+def test_failed_save_is_not_repeated_before_the_next_interval(make, monkeypatch):
+    FullDisk(monkeypatch, 1)
+    recorder = Recorder()
+    make("train.checkpoint_every_steps=2", "train.eval_every_steps=6", callbacks=[recorder]).fit()
+    assert recorder.of("checkpoint") == [2, 4, 6]
+
+
+def test_best_checkpoint_that_is_not_written_is_not_the_best(make, monkeypatch):
+    FullDisk(monkeypatch, 1)
+    trainer = make(scores=[0.9, 0.6]).fit()
+    assert trainer.checkpoints.linked("best").name == "step_00000006"
+    assert read_state(trainer.checkpoints.folder / "last")["best_score"] == 0.6
+
+
+def test_run_whose_last_save_fails_ends_with_an_error_and_resumes(make, monkeypatch):
+    expected = last_state(make(folder="undisturbed").fit())
+    with monkeypatch.context() as context:
+        FullDisk(context, 2, 3)
+        with pytest.raises(CheckpointError, match=r"of step 6, cannot be written.*--resume"):
+            make().fit()
+    resumed = make().resume()
+    assert_same_state(last_state(resumed)[0], expected[0])
+
+
+def test_last_save_is_tried_twice(make, monkeypatch):
+    FullDisk(monkeypatch, 2)
+    assert steps(make().fit()) == ["step_00000003", "step_00000006"]
+
+
+# Interruptions
+
+
+class Signals(Callback):
+    """Sends this process a signal within a hook, once."""
+
+    def __init__(self, number, hook):
+        self.number = number
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *arguments):
+        if self.number and trainer.is_fitting and trainer.global_step >= 3:
+            os.kill(os.getpid(), self.number)
+            self.number = None
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start"])
+def test_signal_saves_and_the_resumed_run_is_the_same(make, name, hook):
+    scores = [0.5, 0.6]
+    expected = last_state(make(folder="undisturbed", scores=scores).fit())
+    signals = Signals(getattr(signal, name), hook)
+    interrupted = make(callbacks=[signals], scores=scores).fit()
+    assert interrupted.interrupted
+    assert interrupted.stop_reason == f"{name} received"
+    assert (interrupted.global_step, interrupted.evaluated_step) == (3, 0)
+    recorder = Recorder()
+    resumed = make(callbacks=[recorder], scores=scores).resume()
+    assert recorder.of("validation") == [3, 6], "the validation is repeated"
+    assert_same_state(last_state(resumed)[0], expected[0])
+    assert last_state(resumed)[1]["best_score"] == expected[1]["best_score"]
+
+
+def test_ignored_signal_stays_ignored(make):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        trainer = make(callbacks=[Signals(signal.SIGHUP, "on_train_batch_end")]).fit()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.is_complete
+
+
+def test_run_ends_after_its_minutes_and_goes_on(make, monkeypatch):
+    run = make("train.max_minutes=5")
+    now = time.monotonic()
+
+    class Later(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if outputs.step == 2:
+                monkeypatch.setattr(time, "monotonic", lambda: now + 301)
+
+    run.trainer.callbacks.append(Later())
+    run.trainer._has_extensions = True
+    trainer = run.fit()
+    monkeypatch.undo()
+    assert trainer.interrupted
+    assert trainer.describe_end().startswith("stopped at step 2: train.max_minutes=5 are over")
+    assert make("train.max_minutes=5").resume().is_complete
+
+
+# Kills between saving and linking
+
+
+def test_best_link_that_was_not_made_is_made_on_resume(make):
+    first = make("train.steps=3", scores=[0.7]).fit()
+    (first.checkpoints.folder / "best").unlink()
+    (first.checkpoints.folder / "last").unlink()
+    resumed = make(scores=[0.6]).resume()
+    assert resumed.checkpoints.linked("best").name == "step_00000003"
+    assert resumed.checkpoints.linked("last").name == "step_00000006"
+
+
+def test_finished_run_gets_its_links_back(make):
+    folder = make().fit().checkpoints.folder
+    for name in ("best", "last"):
+        (folder / name).unlink()
+    make().resume()
+    assert (folder / "best").resolve().name == "step_00000003"
+    assert (folder / "last").resolve().name == "step_00000006"
+
+
+def test_damaged_checkpoint_is_passed_over_and_kept(make, caplog):
+    undisturbed = make(*EVERY_STEP, folder="undisturbed", scores=[0.5, 0.6]).fit()
+    run = make(*EVERY_STEP, "train.keep_last=9", scores=[0.5], callbacks=[StopAt(5)])
+    folder = run.fit().checkpoints.folder
+    damaged = (folder / "step_00000005" / "model.safetensors").read_bytes()[:-1] + b"x"
+    (folder / "step_00000005" / "model.safetensors").write_bytes(damaged)
+    resumed = make(*EVERY_STEP, "train.keep_last=9", scores=[0.6]).resume()
+    assert "passing over a checkpoint: " in caplog.text
+    assert f"resuming from {folder / 'step_00000004'}" in caplog.text
+    assert_same_state(last_state(resumed)[0], last_state(undisturbed)[0])
+    assert (folder / "step_00000005.damaged" / "model.safetensors").read_bytes() == damaged
+    verify_checkpoint(folder / "step_00000005")
+
+
+def test_run_goes_on_where_links_cannot_be_made(make, monkeypatch, tmp_path):
+    def refuse(*arguments, **named):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    expected = last_state(make(folder="undisturbed", scores=[0.7, 0.6]).fit())
+    stopped = make(scores=[0.7], callbacks=[StopAt(4)]).fit()
+    assert (stopped.checkpoints.folder / "last").read_text() == "step_00000004\n"
+    resumed = make(scores=[0.6]).resume()
+    assert (resumed.checkpoints.folder / "best").read_text() == "step_00000003\n"
+    assert_same_state(last_state(resumed)[0], expected[0])
+    out = tmp_path / "report"
+    assert evaluate.main(["--checkpoint", str(resumed.run.path), "--out", str(out)]) == 0
+    assert json.loads((out / "metrics.json").read_text())["step"] == 3
+
+
+# Other folders
+
+
+def test_run_begins_again_in_the_folder_of_one_without_a_checkpoint(make):
+    class Killed(Exception):
+        pass
+
+    def die(trainer):
+        if trainer.run.config.exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        make(callbacks=[AtStart(die)]).fit()
+    folder = make(loggers=[JsonlLogger()]).fit().run.path
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["step"] == 0
+    shutil.rmtree(str(folder / "checkpoints"))
+    assert make().resume().is_complete
+
+
+def test_checkpoint_that_was_copied_alone_is_scored(make, tmp_path):
+    trainer = make(scores=[0.5]).fit()
+    copy = tmp_path / "elsewhere" / "model"
+    shutil.copytree(str(trainer.checkpoints.folder / "best"), str(copy))
+    shutil.rmtree(str(trainer.run.path))
+    assert evaluate.main(["--checkpoint", str(copy)]) == 0
+    assert json.loads((copy / "report" / "metrics.json").read_text())["step"] == 3
+    assert ViTModule.load_from_checkpoint(copy).names
+
+
+def test_checkpoint_is_resumed_in_a_run_of_its_own(make, make_config, tmp_path, capsys):
+    first = make(*EVERY_STEP, "train.keep_last=9").fit()
+    content = {path: path.stat().st_mtime_ns for path in first.run.path.rglob("*")}
+    step = first.checkpoints.folder / "step_00000004"
+    second = make(*EVERY_STEP, folder="second").fit(step)
+    assert f"continues {step} in a folder of its own" in capsys.readouterr().out
+    assert_same_state(last_state(second)[0], last_state(first)[0])
+    assert content == {path: path.stat().st_mtime_ns for path in first.run.path.rglob("*")}
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_trained_from(make, make_config):
+    trainer = make("train.steps=3").fit()
+    file = trainer.checkpoints.folder / "last" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    config = make_config(f"model.name={file.parent}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        ViTModule(config, ChestXrayDataModule(config))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        trainer.validate(trainer.module, trainer.datamodule, "last")
+
+
+def test_state_of_a_built_in_callback_is_checked(make):
+    path = make("train.steps=3").fit().checkpoints.folder / "last" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["callbacks"]["early_stopping"]["since_best"] = "1"
+    state["format"] = 2
+    del state["digest"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"state of early_stopping is wrong: since_best"):
+        make().resume()
