@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cxr_vit.checkpoint_files import newest_whole, sha256, state_text, verify_checkpoint
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
 from cxr_vit.training import checkpoint as module
-from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint, verify_checkpoint
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 
 
 def state(value=1.0):
@@ -236,3 +237,183 @@ def test_hashes_cover_every_other_file(store):
     written = json.loads((path / "trainer_state.json").read_text())
     names = {file.name for file in path.iterdir()} - {"trainer_state.json"}
     assert set(written["sha256"]) == names
+
+
+# What a stranger may have written: the hashes are right
+
+
+def reseal(path, change=lambda state: None):
+    """Write a state with the hashes of the files as they are, after a change."""
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["digest"]
+    state["sha256"] = {name: sha256(path / name) for name in state["sha256"]}
+    change(state)
+    (path / "trainer_state.json").write_text(state_text(state))
+
+
+def test_resealed_checkpoint_is_read(store):
+    path = save(store, 1)
+    reseal(path)
+    assert load_checkpoint(path)[1]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": -1}, "step: "),
+        ({"step": "1"}, "step: "),
+        ({"step": True}, "step: "),
+        ({"step": 1.5}, "step: "),
+        ({"step": 10**30}, "step: "),
+        ({"evaluated_step": None}, "evaluated_step: "),
+        ({"best_score": "0.5"}, "best_score: "),
+        ({"scalars": {"updates": "3"}}, "scalars.updates: "),
+        ({"scalars": []}, "scalars: "),
+        ({"callbacks": {"early_stopping": 1}}, "callbacks.early_stopping: "),
+        ({"optimizer_kind": None}, "optimizer_kind: "),
+        ({"sha256": {}}, "it does not list a checkpoint's files"),
+        ({"sha256": {"../../x": "0"}}, "it does not list a checkpoint's files"),
+        ({"format": 2}, "it has changed since it was written"),
+        ({"format": None}, "it is not the state of a checkpoint"),
+        ({"format": 0}, "it has changed since it was written"),
+    ],
+)
+def test_state_of_another_form_is_refused(store, change, words):
+    path = save(store, 1)
+    reseal(path, lambda state: state.update(change))
+    with pytest.raises(CheckpointError, match=rf"trainer_state\.json: not readable \({words}") as e:
+        load_checkpoint(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "null", '"', "\0", "{}", "NaN"])
+def test_text_that_is_no_state_is_refused(store, text):
+    path = save(store, 1)
+    (path / "trainer_state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json: not readable"):
+        load_checkpoint(path)
+
+
+def test_state_that_is_no_file_is_refused(store):
+    path = save(store, 1) / "trainer_state.json"
+    path.unlink()
+    os.mkfifo(str(path))
+    with pytest.raises(CheckpointError, match="a named pipe, not a regular file"):
+        load_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("classifier.bias/exp_avg", torch.zeros(3), r"exp_avg of classifier\.bias is \[3\]"),
+        ("classifier.bias/exp_avg", torch.zeros(2, dtype=torch.int32), r"int32, not a floating"),
+        ("classifier.bias/step", torch.zeros(2), r"step of classifier\.bias is \[2\]"),
+        ("classifier.weight/exp_avg", torch.zeros(2), r"classifier\.weight, which is no weight"),
+        ("a/b/c", torch.zeros(2), "has state of a, which is no weight"),
+        ("exp_avg", torch.zeros(2), "has state of exp_avg, which is no weight"),
+    ],
+)
+def test_optimizer_state_of_another_shape_is_refused(store, key, value, words):
+    path = save(store, 1)
+    file = path / "optimizer.safetensors"
+    save_file({**load_file(str(file)), key: value}, str(file))
+    reseal(path)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(path)
+
+
+def test_empty_optimizer_state_is_refused(store):
+    path = save(store, 1)
+    save_file({}, str(path / "optimizer.safetensors"))
+    reseal(path)
+    with pytest.raises(CheckpointError, match="state of the optimizer is empty"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_type_are_refused(store):
+    path = save(store, 1)
+    weights = {"classifier.bias": torch.zeros(2, dtype=torch.int32)}
+    save_file(weights, str(path / "model.safetensors"))
+    reseal(path)
+    with pytest.raises(CheckpointError, match=r"classifier\.bias is torch\.int32, not float32"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_file_of_another_kind_is_refused(store, name):
+    path = save(store, 1)
+    (path / name).write_bytes(b"\xff" * 100)
+    reseal(path)
+    with pytest.raises(CheckpointError, match="Use another checkpoint"):
+        load_checkpoint(path)
+
+
+def test_nothing_is_parsed_before_its_hash_is_right(store, monkeypatch):
+    path = save(store, 1)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    monkeypatch.setattr(module, "load_file", None)  # calling it would be another error
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_checkpoint(path)
+
+
+# Kills and failures within a save
+
+
+def test_failed_replacement_keeps_the_old_checkpoint(store, monkeypatch):
+    path = save(store, 3, 1.0)
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".writing") and str(target) == str(path):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(store, 3, 9.0)
+    assert float(load_checkpoint(path)[0].weights["classifier.bias"][0]) == 1.0
+    assert sorted(file.name for file in store.folder.iterdir()) == ["last", "step_00000003"]
+
+
+def test_checkpoint_that_a_kill_left_hidden_is_found_and_restored(store):
+    path = save(store, 3)
+    path.rename(path.with_name(f".{path.name}.replaced"))
+    assert newest_whole(store.folder.parent).checkpoint == path.with_name(f".{path.name}.replaced")
+    assert store.prune(1) is None
+    assert store.restore(3, None) is False
+    assert newest_whole(store.folder.parent).checkpoint == path
+    assert store.linked("last") == path
+
+
+def test_damaged_checkpoints_are_kept_under_names_of_their_own(store):
+    for step in (1, 2):
+        save(store, step)
+    for name in ("step_00000002.damaged", "step_00000002.damaged-2"):
+        assert store.restore(1, 1) is True
+        assert (store.folder / name).is_dir()
+        save(store, 2)
+    store.prune(1)
+    assert len(list(store.folder.glob("*.damaged*"))) == 2
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_best_is_the_one_the_state_knows(store, best):
+    paths = [save(store, step) for step in (1, 2)]
+    store.link("best", paths[0])
+    assert store.restore(2, best) is True
+    assert store.linked("best") == paths[best - 1]
+
+
+def test_best_that_is_gone_is_forgotten(store):
+    first, second = save(store, 1), save(store, 2)
+    store.link("best", first)
+    shutil.rmtree(str(first))
+    assert store.restore(2, 1) is False
+    assert not os.path.lexists(str(store.folder / "best"))
+    assert store.linked("last") == second
+
+
+def test_process_that_does_not_write_restores_nothing(store):
+    save(store, 3)
+    assert CheckpointStore(store.folder, writes=False).restore(1, None) is True
+    assert [path.name for path in store.steps()] == ["step_00000003"]
