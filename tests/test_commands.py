@@ -227,7 +227,7 @@ def test_killed_run_resumes_to_the_same_weights(
     assert process.returncode == status, stderr
     if number == signal.SIGTERM:
         assert "SIGTERM received" in stdout
-        assert "saving after this step" in stderr
+        assert "saving after this host batch" in stderr
     resumed = command(repository, "train.py", "--resume", run)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.splitlines()[0] == str(run)

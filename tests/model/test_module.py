@@ -102,9 +102,9 @@ def fit(config, module, data, ckpt_path=None):
 def cut_after(run, step, folder):
     """Copy a run as if it had been killed after a step."""
     shutil.copytree(str(run), str(folder), symlinks=True)
-    last = folder / "checkpoints" / "last"
-    last.unlink()
-    last.symlink_to(f"step_{step:08d}")
+    for path in (folder / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(str(path))
     return folder
 
 
