@@ -29,6 +29,7 @@ from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.data.synthetic.dataset import write_sample_if_absent
+from cxr_vit.data.text_files import write_csv
 from cxr_vit.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ def prepare(data: DataSection) -> str:
     path = cache_paths(data).pixels.with_name("skipped.csv")
     path.unlink(missing_ok=True)
     if len(skipped) and path.parent.is_dir():
-        skipped.to_csv(path, index=False)
+        write_csv(path, skipped)
     _refuse_unusable(source, data, total=len(names))
     return f"{len(names) - len(skipped)} of {len(names)} images of {csv} are in {source.origin}"
 

@@ -1,14 +1,20 @@
-"""Find CSVs and list files and read them as text; errors name the actual type of a wrong file."""
+"""Find CSVs and list files and read them as text; errors name the actual type of a wrong file.
+
+Also writes CSVs that a spreadsheet program does not take for formulas.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Dict, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Set, Tuple, Union
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError
-from cxr_vit.files import find_file
+from cxr_vit.files import find_file, replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: First bytes of files often found in place of a text file, and what they are.
 _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
@@ -34,6 +40,11 @@ LIST_NAMES: Dict[str, Tuple[str, ...]] = {
 
 #: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
 _LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
+
+#: Text that spreadsheet programs run as a formula, or that such text was made harmless as.
+_FORMULA = re.compile("'*[-=+@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+#: Text that needs quotes, also where a semicolon or a tab separates fields.
+_NEEDS_QUOTES = re.compile(r"""[\s,;|"']""")
 
 
 def check_data_root(data: DataSection) -> None:
@@ -109,3 +120,36 @@ def read_text(path: Path) -> str:
             f"{path}: not UTF-8 text (byte 0x{raw[error.start]:02x} in line {line}); perhaps"
             " Latin-1 or Windows-1252. Save it as UTF-8."
         ) from error
+
+
+def csv_line(cells: Iterable[Union[str, float, None]]) -> str:
+    """Return a line of a CSV; None and NaN are empty.
+
+    Text that a spreadsheet program would run as a formula begins with an apostrophe, as OWASP
+    advises against CSV injection; `original_text` removes it. Numbers stay numbers.
+    """
+    return ",".join(map(_cell, cells)) + "\n"
+
+
+def _cell(value: Union[str, float, None]) -> str:
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str):
+        return str(value)
+    text = f"'{value}" if _FORMULA.match(value) else value
+    escaped = text.replace('"', '""')
+    return f'"{escaped}"' if _NEEDS_QUOTES.search(text) else text
+
+
+def original_text(text: str) -> str:
+    """Return the text that `csv_line` wrote as such a cell."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table atomically, with cells as `csv_line` makes them."""
+    rows = zip(*(table[column].to_numpy() for column in table))
+    # A name that is not UTF-8 is written with \x escapes.
+    options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with replacing(path) as temporary, temporary.open("w", **options) as file:
+        file.writelines(map(csv_line, [table.columns, *rows]))

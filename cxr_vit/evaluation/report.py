@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cxr_vit.data.nih import Records
+from cxr_vit.data.text_files import write_csv
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import EvalOutputs, evaluate, probabilities
-from cxr_vit.files import replacing, write_text
+from cxr_vit.files import write_text
 
 NOTICE = "For research only; not a medical device."
 
@@ -37,8 +38,7 @@ def write_report(
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
     folder.mkdir(parents=True, exist_ok=True)
     predictions = _predictions(records, split, names, probabilities(logits).numpy())
-    with replacing(folder / "predictions.csv") as temporary:
-        predictions.to_csv(temporary, index=False)
+    write_csv(folder / "predictions.csv", predictions)
     title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
     for suffix in ("png", "svg"):

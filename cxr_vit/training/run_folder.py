@@ -35,6 +35,7 @@ from cxr_vit.checkpoint_files import (
 )
 from cxr_vit.config import Config, check, dump_config, load_config, read_config
 from cxr_vit.config.schema import LISTS, RunSection
+from cxr_vit.data.text_files import write_csv
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.files import Locked, is_lock_file, lock, write_text
@@ -187,7 +188,7 @@ class RunFolder:
     def write_skipped(self, skipped: pd.DataFrame) -> None:
         """Write skipped.csv, the images left out and the reasons, if there are any."""
         if self.writes and len(skipped):
-            skipped.to_csv(self.path / "skipped.csv", index=False)
+            write_csv(self.path / "skipped.csv", skipped)
 
 
 def is_unsaved(path: Path) -> bool:

@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.data.text_files import csv_line, original_text, write_csv
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.evaluation.report import print_table, write_report
 
@@ -94,3 +96,37 @@ def test_roc_plot_has_a_curve(report):
         assert image.width >= 1200
         colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
     assert any(blue > 1.3 * red for _, (red, _, blue) in colours), "matplotlib's first colour"
+
+
+FORMULAS = ["=1.png", "@SUM(1).png", "+1.png", "-1.png", "\t=1.png", "'=1.png", "\uff1d1.png"]
+
+
+def test_names_that_look_like_formulas_are_safe_in_a_spreadsheet(dataset, tmp_path):
+    records = dataset.records
+    names = [*FORMULAS, *records.table["image"][len(FORMULAS) :]]
+    records.table["image"] = names
+    labels = torch.from_numpy(records.labels).float()
+    outputs = EvalOutputs("test", 12, 0.7, {}, labels, labels, 1.0)
+    write_report(tmp_path, records, outputs, names=["=finding", *FINDINGS[1:]], origin={})
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    table = pd.read_csv(io.StringIO(text))
+    assert not [cell for cell in [*table["image"], *table.columns] if cell[0] in "=+-@\t\r\n\uff1d"]
+    assert [original_text(cell) for cell in table["image"]] == names
+    assert "'=finding" in table.columns
+    assert text.splitlines()[1].startswith('"\'=1.png",')
+    assert table.dtypes["patient"] == "int64"
+
+
+def test_cells_of_a_csv_keep_their_meaning():
+    texts = ["a", "a,b", 'a "b"', "it's", "", "a;=1", "two\nlines", *FORMULAS]
+    line = csv_line([*texts, -1, -0.5, 1e-07, None, float("nan")])
+    (cells,) = csv.reader(io.StringIO(line, newline=""))
+    assert [original_text(cell) for cell in cells[: len(texts)]] == texts
+    assert cells[len(texts) :] == ["-1", "-0.5", "1e-07", "", ""]
+    assert '"a;=1"' in line, "quoted, for programs that separate at semicolons"
+
+
+def test_name_that_is_not_utf8_is_written_with_escapes(tmp_path):
+    write_csv(tmp_path / "skipped.csv", pd.DataFrame({"image": ["\udcff.png"]}))
+    assert (tmp_path / "skipped.csv").read_bytes() == b"image\n\\udcff.png\n"
