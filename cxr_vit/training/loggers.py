@@ -8,20 +8,26 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Type
 
 from matplotlib.figure import Figure
 
 from cxr_vit.config.schema import Config
+from cxr_vit.data.text_files import csv_line, original_text
 from cxr_vit.errors import ConfigError
-from cxr_vit.files import write_text
+from cxr_vit.files import replacing, write_text
+from cxr_vit.regular_files import read_bytes
+from cxr_vit.training.log_files import EventFile, LogFile, keep_lines, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,8 @@ _LAYOUT = {
         "waiting for data, % of the time": ["Multiline", ["^perf/data_wait_pct$"]],
     },
 }
+#: What W&B and MLflow allow in the id of a run.
+_RUN_ID = re.compile(r"[^\s/\\#?%:]+")
 #: Default project of W&B and experiment of MLflow.
 _PROJECT = "cxr-vit"
 
@@ -97,27 +105,33 @@ class JsonlLogger(Logger):
 
     def __init__(self) -> None:
         self.path = Path("metrics.jsonl")
+        self._file = LogFile(self.path)
 
     def setup(self, folder: Path, first_step: int) -> None:
         """Drop the events after `first_step`: a resumed run repeats them."""
         self.path = folder / self.path.name
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
-            write_text(self.path, "".join(kept))
+        self._file = LogFile(self.path)
+        keeps = partial(_keeps_event, first_step)
+        self._file.change(partial(keep_lines, self.path, keeps))
 
     def log_metrics(self, metrics: Scalars, step: int) -> None:
-        """Append an event. The file is closed each time, so that a killed run loses none."""
+        """Append an event."""
         event = {"step": step, **{tag: _finite(value) for tag, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        self._file.append(f"{json.dumps(event)}\n".encode())
+
+    def finalize(self, status: str) -> None:
+        """Write what waits for room on the disk."""
+        self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _keeps_event(last_step: int, index: int, line: bytes) -> Optional[bool]:
+    """Return whether an event is not after `last_step`, None if the line is no event."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the last line of a killed process may be incomplete
-        return math.inf
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    is_number = isinstance(step, (int, float)) and not isinstance(step, bool)
+    return step <= last_step if is_number else None
 
 
 def _finite(value: Optional[float]) -> Optional[float]:
@@ -133,45 +147,69 @@ class CsvLogger(Logger):
 
     def __init__(self) -> None:
         self.path = Path("metrics.csv")
-        self._columns = ["step"]
+        self._file = LogFile(self.path)
+        self._columns: List[str] = []
 
     def setup(self, folder: Path, first_step: int) -> None:
         """Drop the rows after `first_step`: a resumed run repeats them."""
         self.path = folder / self.path.name
-        self._columns = ["step"]
-        if self.path.exists():
-            rows = self._rows()
-            self._columns = list(rows[0]) if rows else self._columns
-            self._write([row for row in rows if int(row["step"]) <= first_step])
+        self._file = LogFile(self.path)
+        self._columns = _header(self.path)
+        keeps = partial(_keeps_row, self._columns, first_step)
+        self._file.change(partial(keep_lines, self.path, keeps))
 
     def log_metrics(self, metrics: Scalars, step: int) -> None:
-        """Append a row. The file is closed each time, so that a killed run loses none."""
-        values = {tag: _finite(value) for tag, value in metrics.items()}
-        row = {"step": str(step), **{tag: _cell(value) for tag, value in values.items()}}
+        """Append a row."""
+        row = {"step": step, **{_column(tag): _finite(value) for tag, value in metrics.items()}}
         new = [tag for tag in row if tag not in self._columns]
         if new or not self.path.exists():
-            rows = self._rows()
-            self._columns += new
-            self._write([*rows, row])
-            return
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+            self._columns = [*self._columns, *new]
+            self._file.change(partial(_widen, self.path, self._columns, len(new)))
+        self._file.append(csv_line(row.get(tag) for tag in self._columns).encode())
 
-    def _rows(self) -> List[Dict[str, str]]:
-        """Read the file, without the last line if a killed process left it incomplete."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-
-    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+    def finalize(self, status: str) -> None:
+        """Write what waits for room on the disk."""
+        self._file.close()
 
 
-def _cell(value: Optional[float]) -> str:
-    return "" if value is None else repr(value)
+def _column(tag: str) -> str:
+    """Return the name of a tag's column: the header is one line."""
+    return " ".join(tag.splitlines())
+
+
+def _header(path: Path) -> List[str]:
+    """Return the columns of a table, none if it has no header that can be read."""
+    try:
+        with path.open("rb") as file:
+            line = next(read_lines(file), b"").decode()
+        columns = [original_text(cell) for cell in next(csv.reader([line], strict=True), [])]
+    except (OSError, ValueError, csv.Error):
+        return []
+    return columns if columns[:1] == ["step"] and line.endswith("\n") else []
+
+
+def _keeps_row(columns: Sequence[str], last_step: int, index: int, line: bytes) -> Optional[bool]:
+    """Return whether a row is not after `last_step`, None if the line is no row."""
+    if index == 0 and columns:
+        return True
+    cells = line.rstrip(b"\r\n").split(b",")
+    try:
+        numbers = {tag: float(cell or "nan") for tag, cell in zip(columns, cells)}
+    except ValueError:
+        return None
+    if len(cells) != len(columns) or not line.endswith(b"\n") or math.isnan(numbers["step"]):
+        return None
+    return numbers["step"] <= last_step
+
+
+def _widen(path: Path, columns: Sequence[str], added: int) -> None:
+    """Write a table again with columns added at its end."""
+    with replacing(path) as temporary, temporary.open("wb") as wider:
+        wider.write(csv_line(columns).encode())
+        if path.is_file():
+            with path.open("rb") as file:
+                for line in islice(read_lines(file), 1, None):
+                    wider.write(line.rstrip(b"\r\n") + b"," * added + b"\n")
 
 
 class TensorBoardLogger(Logger):
@@ -183,21 +221,18 @@ class TensorBoardLogger(Logger):
 
     def __init__(self) -> None:
         self._params: Dict[str, Any] = {}
-        self._writer: Any = None
+        self._file: Optional[EventFile] = None
 
     def setup(self, folder: Path, first_step: int) -> None:
         """Open the event file; in a new run write the configuration."""
-        from torch.utils.tensorboard import SummaryWriter
-
         earlier = folder / "tensorboard"  # where versions before 0.2 wrote
-        # Also purges the events of a run that was restarted in its folder.
-        self._writer = SummaryWriter(
-            str(earlier if earlier.is_dir() else folder), purge_step=first_step + 1
-        )
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._file = EventFile(earlier if earlier.is_dir() else folder)
+        self._file.purge(first_step + 1)  # also if a run was restarted in its folder
+        self._file.add(_torch("summary").custom_scalars(_LAYOUT))
         config = folder / "config.yaml"
         if not first_step and config.exists():
-            self._writer.add_text("config", f"```yaml\n{config.read_text(encoding='utf-8')}```")
+            self._add_text("config", f"```yaml\n{config.read_text(encoding='utf-8')}```")
+        self._file.flush()
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Keep the settings for the hparams page, which is written at the end."""
@@ -205,30 +240,40 @@ class TensorBoardLogger(Logger):
 
     def log_metrics(self, metrics: Scalars, step: int) -> None:
         """Add the defined values; flushed, so that the curves are live."""
+        assert self._file is not None, "set up"
         for tag, value in metrics.items():
             if tag == "perf/compile_s" and value is not None:
-                self._writer.add_text("compilation", f"{value:.1f} s", step)
+                self._add_text("compilation", f"{value:.1f} s", step)
             elif tag not in _CONSTANTS and value is not None:
-                self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+                self._file.add(_torch("summary").scalar(tag, value), step)
+        self._file.flush()
 
     def log_figures(self, figures: Figures, step: int) -> None:
         """Add figures."""
+        assert self._file is not None, "set up"
         for tag, figure in figures.items():
-            self._writer.add_figure(tag, figure, step)
-        self._writer.flush()
+            pixels = _torch("_utils").figure_to_image(figure)
+            self._file.add(_torch("summary").image(tag, pixels, dataformats="CHW"), step)
+        self._file.flush()
 
     def finalize(self, status: str) -> None:
         """Add the hparams page and close the file."""
-        if self._writer is None:
+        if self._file is None:
             return
-        from torch.utils.tensorboard.summary import hparams
-
         metrics = dict.fromkeys(_HPARAM_METRICS, 0.0)  # the page takes the values of these tags
-        for page in hparams(self._params, metrics):  # type: ignore[no-untyped-call]
-            self._writer.file_writer.add_summary(page)
-        self._writer.close()
-        self._writer = None
+        for page in _torch("summary").hparams(self._params, metrics):
+            self._file.add(page)
+        self._file.close()
+        self._file = None
+
+    def _add_text(self, tag: str, content: str, step: int = 0) -> None:
+        assert self._file is not None, "set up"
+        self._file.add(_torch("summary").text(tag, content), step)
+
+
+def _torch(name: str) -> Any:
+    """Return a module of torch's TensorBoard, which takes long to import."""
+    return import_module(f"torch.utils.tensorboard.{name}")
 
 
 def changed_settings(params: Mapping[str, Any]) -> Dict[str, Any]:
@@ -277,7 +322,7 @@ class WandbLogger(Logger):
             advice = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` it later"
             _unavailable("Weights & Biases", error, advice, first_step)
             return
-        write_text(file, f"{self._run.id}\n")
+        _keep_id(file, self._run.id)
         # W&B counts calls itself and refuses a step that is not later than the last one, which
         # a resumed run repeats: the step is a metric, and the x axis of all others.
         self._run.define_metric("step", hidden=True)
@@ -353,7 +398,7 @@ class MLFlowLogger(Logger):
             advice = f"correct the tracking URI, {uri}, or start its server"
             _unavailable("MLflow", error, advice, first_step)
             return
-        write_text(file, f"{run_id}\n")
+        _keep_id(file, run_id)
         self._client, self._run_id = client, run_id
         config = folder / "config.yaml"
         if config.exists():
@@ -512,8 +557,25 @@ def _unavailable(service: str, error: Exception, advice: str, first_step: int) -
     logger.warning("%s The resumed run logs nothing there.", text)
 
 
+def _keep_id(file: Path, run_id: str) -> None:
+    try:
+        write_text(file, f"{run_id}\n")
+    except OSError as error:
+        text = "%s cannot be written (%s): a resumed run begins another run there."
+        logger.warning(text, file, error.strerror or error)
+
+
 def _id_in(file: Path) -> Optional[str]:
-    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+    try:
+        text = read_bytes(file, limit=200).decode().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not _RUN_ID.fullmatch(text):
+        logger.warning("%s holds no id of a run: another run begins there.", file)
+        return None
+    return text
 
 
 def _png(figure: Figure) -> bytes:

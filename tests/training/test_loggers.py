@@ -1,7 +1,14 @@
+import contextlib
 import csv
 import json
 import logging
+import os
+import re
+import resource
+import shutil
 import struct
+import subprocess
+import threading
 import time
 from importlib.util import find_spec
 
@@ -17,7 +24,7 @@ from tensorboard.plugins.hparams.metadata import (
 
 from cxr_vit.config.schema import SECTIONS, Config, _expand
 from cxr_vit.errors import ConfigError
-from cxr_vit.training import loggers
+from cxr_vit.training import log_files, loggers
 from cxr_vit.training.loggers import (
     BUILT_IN,
     CsvLogger,
@@ -367,17 +374,315 @@ def test_resumed_board_has_one_line(run):
     for step in (2, 4, 6):
         logger.log_metrics({"train/loss": float(step)}, step)
     logger.finalize("failed")
-    # TensorBoard reads files in the order of their names: the second they were made in, then a
-    # counter as text, where 10 comes before 9. A resumed run is another process, seconds later.
-    time.sleep(1)
     resumed = TensorBoardLogger()
     resumed.setup(run, 4)
     resumed.log_metrics({"train/loss": 60.0}, 6)
     resumed.finalize("success")
-    board = read_back(run)
-    values = [(e.step, e.value) for e in board.Scalars("train/loss")]
-    assert values == [(2, 2.0), (4, 4.0), (6, 60.0)]
-    assert len(board.Tensors("config/text_summary")) == 1
+    assert losses(run) == [(2, 2.0), (4, 4.0), (6, 60.0)]
+    assert len(read_back(run).Tensors("config/text_summary")) == 1
+
+
+def test_board_of_a_clock_set_back_has_all_steps(run, monkeypatch):
+    now = time.time()
+    for first_step, seconds in ((0, 0), (4, -3600), (8, -7200)):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now + seconds)
+        logger = TensorBoardLogger()
+        logger.setup(run, first_step)
+        for step in range(first_step + 1, first_step + 7):  # two are repeated
+            logger.log_metrics({"train/loss": float(step + first_step)}, step)
+        logger.finalize("stopped")
+    assert losses(run) == [
+        *((step, step) for step in range(1, 5)),
+        *((step, step + 4) for step in range(5, 9)),
+        *((step, step + 8) for step in range(9, 15)),
+    ]
+    assert len(list(run.glob("events.*"))) == 3
+
+
+def test_board_needs_no_thread(run):
+    before = threading.active_count()
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    logger.log_metrics({"train/loss": 0.5}, 2)
+    assert threading.active_count() == before
+    logger.finalize("success")
+
+
+def test_file_that_is_no_event_file_is_ignored(run):
+    (run / "events.out.tfevents.99x.host").write_text("")
+    TensorBoardLogger().setup(run, 0)
+    assert any(abs(int(path.name.split(".")[3]) - time.time()) < 60 for path in event_files(run))
+
+
+# A full disk
+
+FILE_LOGGERS = [JsonlLogger, CsvLogger, TensorBoardLogger]
+
+
+def event_files(run):
+    return [path for path in run.glob("events.*") if path.name.split(".")[3].isdigit()]
+
+
+def losses(run):
+    return [(event.step, event.value) for event in read_back(run).Scalars("train/loss")]
+
+
+def logged_losses(logger, run):
+    if isinstance(logger, TensorBoardLogger):
+        return losses(run)
+    if isinstance(logger, CsvLogger):
+        with (run / "metrics.csv").open() as file:
+            return [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file)]
+    return [(event["step"], event["train/loss"]) for event in events(run)]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Let files have at most `size` bytes in this process: writing more raises OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def log_losses(logger, steps):
+    for step in steps:
+        logger.log_metrics({"train/loss": float(step)}, step)
+
+
+@pytest.mark.parametrize("kind", FILE_LOGGERS)
+def test_events_of_a_full_disk_are_written_when_there_is_room(run, caplog, kind):
+    logger = kind()
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger.setup(run, 0)
+        log_losses(logger, [1, 2])
+        (path,) = [path for path in run.iterdir() if path.name != "config.yaml"]
+        with largest_file(path.stat().st_size + 3):  # 3 bytes of the next record fit
+            log_losses(logger, [3])
+            assert logged_losses(logger, run) == [(1, 1.0), (2, 2.0)], "whole records only"
+            log_losses(logger, [4, 5])
+            logger.log_figures({"val/roc": figure()}, 5)
+        log_losses(logger, [6])
+        logger.finalize("success")
+    assert logged_losses(logger, run) == [(step, float(step)) for step in range(1, 7)]
+    assert caplog.text.count("cannot be written (File too large)") == 1
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", FILE_LOGGERS)
+def test_disk_that_is_full_to_the_end_is_a_warning(run, caplog, capfd, kind):
+    logger = kind()
+    with caplog.at_level(logging.WARNING, "cxr_vit"), largest_file(0):
+        logger.setup(run, 0)
+        log_losses(logger, [1, 2])
+        logger.finalize("success")
+    assert caplog.text.count("cannot be written (File too large)") == 1
+    assert "events could not be written" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_device_without_room_is_named(run, caplog):
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    logger = JsonlLogger()
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger.setup(run, 0)
+        log_losses(logger, [1, 2])
+    assert caplog.text.count("No space left on device") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs: needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kind", FILE_LOGGERS)
+def test_full_file_system_loses_no_event(small_disk, caplog, kind):
+    logger = kind()
+    logger.setup(small_disk, 0)
+    log_losses(logger, [1])
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    log_losses(logger, range(2, 1000))
+    assert "No space left on device" in caplog.text
+    (small_disk / "filler").unlink()
+    log_losses(logger, [1000])
+    logger.finalize("success")
+    kept = logged_losses(logger, small_disk)
+    assert kept[0] == (1, 1.0)
+    assert kept[-1] == (1000, 1000.0)
+    assert len(kept) == 1000
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+def test_resuming_on_a_full_disk_keeps_the_old_log(run, caplog, kind):
+    logger = kind()
+    logger.setup(run, 0)
+    log_losses(logger, [1, 2, 3])
+    before = logger.path.read_bytes()
+    resumed = kind()
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        with largest_file(5):
+            resumed.setup(run, 2)
+            log_losses(resumed, [3])
+            assert logger.path.read_bytes() == before
+        log_losses(resumed, [4])
+    assert logged_losses(resumed, run) == [(step, float(step)) for step in range(1, 5)]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", logger.path.name]
+    assert len(caplog.records) == 1
+
+
+def test_column_added_on_a_full_disk_is_written_later(run):
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    log_losses(logger, [1])
+    with largest_file(5):
+        logger.log_metrics({"val/loss": 2.0}, 2)
+        logger.log_metrics({"val/auroc_macro": 3.0}, 3)
+    log_losses(logger, [4])
+    table = pd.read_csv(run / "metrics.csv")
+    assert list(table.columns) == ["step", "train/loss", "val/loss", "val/auroc_macro"]
+    assert table["step"].tolist() == [1, 2, 3, 4]
+    assert table.iloc[0].dropna().to_dict() == {"step": 1, "train/loss": 1}
+    assert table.iloc[3].dropna().to_dict() == {"step": 4, "train/loss": 4}
+
+
+def test_waiting_events_take_limited_memory(run, caplog, monkeypatch):
+    monkeypatch.setattr(log_files, "_MOST_WAITING", 100)
+    logger = JsonlLogger()
+    logger.setup(run, 0)
+    with largest_file(5):
+        log_losses(logger, range(1, 20))
+    logger.log_metrics({"train/loss": 20.0}, 20)
+    kept = [step for step, _ in logged_losses(logger, run)]
+    assert kept == [1, 2, 3], "the oldest"
+    assert [record.getMessage().split(" ", 1)[1] for record in caplog.records] == [
+        "cannot be written (File too large). Training goes on; the events are kept meanwhile.",
+        "over 0 MiB wait for room on the disk; what follows is not kept",
+        "is written again; 17 events are missing.",
+    ]
+    log_losses(logger, [21])
+    assert logged_losses(logger, run)[-1] == (21, 21.0)
+
+
+def test_pipe_of_the_name_does_not_block(run, caplog):
+    os.mkfifo(str(run / "metrics.jsonl"))
+    logger = JsonlLogger()
+    logger.setup(run, 2)
+    log_losses(logger, [3])
+    logger.finalize("success")
+    assert "cannot be written" in caplog.text
+
+
+# Damaged logs
+
+DAMAGED_EVENTS = {
+    "no UTF-8": b'{"step": 1, "a\xff": 1}\n',
+    "garbled": b"\x00\x01{]\n",
+    "nested": b"[" * 100_000 + b"\n",
+    "long": b"x" * 3_000_000 + b"\n",
+    "empty": b"\n",
+    "no object": b"5\n",
+    "a list": b"[1]\n",
+    "no step": b'{"train/loss": 1}\n',
+    "step of the wrong type": b'{"step": [1]}\n',
+    "step that is text": b'{"step": "1"}\n',
+    "step that is a boolean": b'{"step": true}\n',
+    "huge number": b'{"step": 1' + b"0" * 10_000 + b', "x": 1e999}\n',
+    "UTF-16": '{"step": 1}'.encode("utf-16") + b"\n",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED_EVENTS.values(), ids=DAMAGED_EVENTS)
+def test_damaged_event_does_not_stop_a_resume(run, caplog, line):
+    first, last = b'{"step": 1, "train/loss": 1.0}\n', b'{"step": 2, "train/loss": 2.0}\n'
+    (run / "metrics.jsonl").write_bytes(first + line + last + b'{"step": 3}\n' + b'{"step": 2, "a')
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger = JsonlLogger()
+        logger.setup(run, 2)
+        log_losses(logger, [3])
+    assert logged_losses(logger, run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert len(caplog.records) <= 1
+    if line != DAMAGED_EVENTS["huge number"]:  # to older versions of Python a later step
+        assert re.search(r"metrics\.jsonl: dropped \d lines that cannot be read", caplog.text)
+
+
+DAMAGED_ROWS = {
+    "no UTF-8": b"1,\xff\n",
+    "garbled": b"\x00\x01{]\n",
+    "quote": b'1,"5\n',
+    "long": b"1," * 1_000_000 + b"\n",
+    "too short": b"1\n",
+    "too long": b"1,2,3\n",
+    "no step": b",2.0\n",
+    "header": b"step,train/loss\n",
+    "huge number": b"1" + b"0" * 10_000 + b",x\n",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED_ROWS.values(), ids=DAMAGED_ROWS)
+def test_damaged_row_does_not_stop_a_resume(run, caplog, line):
+    header, rows = b"step,train/loss\n1,1.0\n", b"2,2.0\n3,3.0\n2,"
+    (run / "metrics.csv").write_bytes(header + line + rows)
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger = CsvLogger()
+        logger.setup(run, 2)
+        log_losses(logger, [3])
+    assert logged_losses(logger, run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] in (
+        ["dropped 1 lines that cannot be read."],
+        ["dropped 2 lines that cannot be read."],
+    )
+
+
+@pytest.mark.parametrize("header", [b"", b"epoch,loss\n", b"\xff\n", b'"step\n', b"\x00,step\n"])
+def test_table_without_a_header_starts_over(run, header):
+    (run / "metrics.csv").write_bytes(header + b"1,1.0\n")
+    logger = CsvLogger()
+    logger.setup(run, 2)
+    log_losses(logger, [3])
+    assert logged_losses(logger, run)[-1] == (3, 3.0)
+
+
+def test_column_of_a_tag_that_looks_like_a_formula_is_safe(run):
+    tags = ["=1+1", "@x", "'-a", "it's", 'a "b", c', "two\nlines"]
+    for first_step in (0, 1):
+        logger = CsvLogger()
+        logger.setup(run, first_step)
+        logger.log_metrics(dict.fromkeys(tags, -1.0), first_step + 1)
+    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    assert header == '''step,"'=1+1","'@x","''-a","it's","a ""b"", c","two lines"'''
+    assert rows == ["1,-1.0,-1.0,-1.0,-1.0,-1.0,-1.0", "2,-1.0,-1.0,-1.0,-1.0,-1.0,-1.0"]
+
+
+# The files with the ids of services
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"", b"../x", b"a b", b"x" * 1000])
+def test_damaged_id_of_a_run_begins_another_one(run, caplog, content):
+    (run / "id.txt").write_bytes(content)
+    assert loggers._id_in(run / "id.txt") is None
+    assert "holds no id of a run" in caplog.text
+
+
+def test_id_of_a_run_is_kept(run, caplog):
+    loggers._keep_id(run / "id.txt", "a1-b_2.c")
+    assert loggers._id_in(run / "id.txt") == "a1-b_2.c"
+    with largest_file(1):
+        loggers._keep_id(run / "id.txt", "other")
+    assert loggers._id_in(run / "id.txt") == "a1-b_2.c"
+    assert "File too large" in caplog.text
 
 
 # WandbLogger
