@@ -4,6 +4,9 @@ PyYAML reads `1e-3` as a string, `010` as 8 and `no` as False. Here every scalar
 null) until pydantic converts it to the type of its field, so that files and overrides mean the
 same. Only `args` of callbacks and loggers have no fields: there a scalar means what YAML says, and
 `1e-3` is a number. File and line of each key are kept for error messages.
+
+A file may come from anybody: no tag constructs an object, and size, depth and what aliases expand
+to are limited.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import yaml
 from pydantic import ValidationError
@@ -21,6 +24,7 @@ from cxr_vit.config.help import explain
 from cxr_vit.config.rules import check
 from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
+from cxr_vit.regular_files import read_bytes
 
 #: One path or several.
 Files = Union[str, Path, Sequence[Union[str, Path]]]
@@ -32,12 +36,44 @@ _ARGS = [[name, "args"] for name in LISTS]
 _FLOAT = "tag:yaml.org,2002:float"
 #: Tags of the scalars that `args` hold as such; others, such as dates, stay text.
 _TYPED = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", _FLOAT}
+#: Bytes of a file, characters of an override; PyYAML reads about a million in a second.
+_MOST_BYTES = 256 * 2**10
+#: Nodes of a document, and levels of nodes.
+_MOST_NODES, _MOST_LEVELS = 5000, 20
+#: Characters of all values and dotted keys after aliases are expanded; a node counts as 20.
+_MOST_TEXT = 2**20
+#: Characters of a number in `args`; longer ones stay text, which Python need not convert.
+_LONGEST_NUMBER = 100
+#: Errors that are listed, and characters of each.
+_MOST_PROBLEMS, _LONGEST_PROBLEM = 50, 1000
+#: Characters that YAML forbids in a file, and that escapes must not bring in: they could not be
+#: printed, or be a part of a path.
+_UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 #: Numbers that PyYAML takes for text: without a dot, or without the sign of the exponent.
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes `1e-3` for a number."""
+    """Takes `1e-3` for a number; stops at a document that takes long to read."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = self._levels = 0
+
+    def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
+        """Compose the next node, as the base class does."""
+        self._nodes += 1
+        self._levels += 1
+        for count, most, what in (
+            (self._nodes, _MOST_NODES, "values"),
+            (self._levels, _MOST_LEVELS, "levels"),
+        ):
+            if count > most:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.MarkedYAMLError(problem=f"over {most} {what}", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -69,15 +105,19 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
     for file in files:
         _merge(merged, reader.read_file(Path(file)))
     _merge(merged, reader.read_overrides(overrides))
-    problems = reader.problems
+    problems, details = reader.problems, []
     try:
         config = Config(**merged)
     except ValidationError as error:
         # A field of several types has one error per type: keep the first.
         first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
-        problems += [explain(detail, reader.places) for detail in reversed(list(first.values()))]
+        details = list(reversed(list(first.values())))
+    hidden = len(problems) + len(details) - _MOST_PROBLEMS
+    for detail in details[: max(0, _MOST_PROBLEMS - len(problems))]:
+        problems.append(explain(detail, reader.places))
     if problems:
-        raise ConfigError("\n".join(problems))
+        more = [f"and {hidden} more errors"] if hidden > 0 else []
+        raise ConfigError("\n".join([*map(_one_line, problems[:_MOST_PROBLEMS]), *more]))
     return config
 
 
@@ -95,32 +135,29 @@ class _Reader:
         self.places: Dict[str, str] = {}
         #: Messages of all errors so far.
         self.problems: List[str] = []
+        #: Characters read so far.
+        self._text = 0
 
     def read_file(self, file: Path) -> Dict[str, Any]:
-        file = find_config(file)
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            file = find_config(file)
+            text = read_bytes(file, limit=_MOST_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{file}: cannot read the configuration: {reason}.") from error
         try:
-            node = yaml.compose(text, Loader=_Loader)
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not valid YAML: {error}") from error
+            node = _compose(text)
+        except _NotYaml as error:
+            line = "" if error.line is None else f":{error.line}"
+            problem = _one_line(f"{file}{line}: not valid YAML: {error}")
+            raise ConfigError(problem) from error
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
                 f"{file}: a configuration has sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
             )
-        try:
-            layer = self._plain(node, "", lambda key: f"{file}:{key.start_mark.line + 1}")
-        except RecursionError as error:
-            message = f"{file}: an alias (*name) contains itself. Write the value out."
-            raise ConfigError(message) from error
+        layer = self._plain(node, "", lambda node: f"{file}:{node.start_mark.line + 1}")
         return self._one_of_each_pair(self._mappings_only(layer))
 
     def read_overrides(self, overrides: Sequence[str]) -> Dict[str, Any]:
@@ -139,37 +176,58 @@ class _Reader:
         key, equals, value = text.partition("=")
         key = key.strip()
         section, _, name = key.partition(".")
-        if not equals or not section:
+        if not equals or not section or _UNPRINTABLE.search(key):
             problem = f"{text!r} is not an override; write section.key=value"
             self.problems.append(f"{_COMMAND_LINE}: {problem}")
             return {}
         try:
-            node = yaml.compose(value, Loader=_Loader)
-        except yaml.YAMLError:
-            self.problems.append(f"{_COMMAND_LINE}: {text!r}: the value is not valid YAML")
+            node = _compose(value)
+        except _NotYaml as error:
+            # Not at the end of a long value, which the message cuts off.
+            problem = f"the value is not valid YAML: {error}"
+            self.problems.append(f"{_COMMAND_LINE}: {_one_line(repr(text))}: {problem}")
             return {}
         self.places[key] = _COMMAND_LINE
         self.places.setdefault(section, _COMMAND_LINE)
-        plain = None if node is None else self._plain(node, key, lambda key_node: _COMMAND_LINE)
+        plain = None if node is None else self._plain(node, key, lambda node: _COMMAND_LINE)
         return self._mappings_only({section: {name: plain} if name else plain})
 
-    def _plain(self, node: yaml.Node, path: str, place: Callable[[yaml.Node], str]) -> Any:
+    def _plain(
+        self, node: yaml.Node, path: str, place: Callable[[yaml.Node], str], level: int = 1
+    ) -> Any:
         """Convert a YAML node to dicts, lists, text and None; record the place of each key."""
+        self._text += 20 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+        if level > _MOST_LEVELS or self._text > _MOST_TEXT:
+            problem = "aliases (*name) make the values too many. Write them out."
+            raise ConfigError(f"{place(node)}: {problem}")
         if isinstance(node, yaml.ScalarNode):
+            self._check(node, place)
             return _scalar(node, is_typed=path.split(".")[:2] in _ARGS)
         if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, path, place) for item in node.value]
+            return [self._plain(item, path, place, level + 1) for item in node.value]
         mapping: Dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
-            key_path = f"{path}.{key}" if path else key
             here = place(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{here}: a key is a word, not a list or keys")
+                continue
+            self._check(key_node, place)
+            key = key_node.value
+            key_path = f"{path}.{key}" if path else key
+            self._text += len(key_path)
             if key in mapping:
                 first = f"first given at {self.places[key_path]}"
                 self.problems.append(f"{here}: duplicate key '{key_path}', {first}. Keep one.")
             self.places[key_path] = here
-            mapping[key] = self._plain(value_node, key_path, place)
+            mapping[key] = self._plain(value_node, key_path, place, level + 1)
         return mapping
+
+    def _check(self, node: yaml.ScalarNode, place: Callable[[yaml.Node], str]) -> None:
+        """Raise ConfigError for text that cannot be printed."""
+        found = _UNPRINTABLE.search(node.value)
+        if found:
+            problem = f"the character {found.group()!a} cannot be used here."
+            raise ConfigError(f"{place(node)}: {problem}")
 
     def _mappings_only(self, layer: Dict[str, Any]) -> Dict[str, Any]:
         """Report and drop sections that are not mappings; an empty section counts as not given."""
@@ -195,12 +253,46 @@ class _Reader:
         return layer
 
 
+class _NotYaml(Exception):
+    """The text is not valid YAML: what is wrong, in which line."""
+
+    def __init__(self, problem: str, line: Optional[int] = None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _compose(text: str) -> Optional[yaml.Node]:
+    """Return the root of a YAML document, None if it is empty; raise _NotYaml."""
+    if len(text) > _MOST_BYTES:
+        raise _NotYaml(f"{len(text):,} characters, more than the limit of {_MOST_BYTES:,}")
+    try:
+        node: Optional[yaml.Node] = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _NotYaml(
+            str(error.problem or error.context), mark.line + 1 if mark else None
+        ) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _NotYaml(f"the character {chr(error.character)!a}", line) from error
+    except (ValueError, OverflowError) as error:
+        raise _NotYaml(r"an escape such as \U00110000 is no character") from error
+    return node
+
+
+def _one_line(problem: str) -> str:
+    """Return a message that fits on a terminal, whatever values it quotes."""
+    if len(problem) > _LONGEST_PROBLEM:
+        problem = f"{problem[: _LONGEST_PROBLEM // 2]} ... {problem[-_LONGEST_PROBLEM // 2 :]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
+
+
 def _scalar(node: yaml.ScalarNode, *, is_typed: bool) -> Any:
     """Return text or None; with `is_typed`, also booleans and numbers. Quotes make text."""
     if node.style is None and node.value in _NULL:
         return None
-    if is_typed and node.tag in _TYPED:
-        with contextlib.suppress(ValueError):  # `!!int a`
+    if is_typed and node.tag in _TYPED and len(node.value) <= _LONGEST_NUMBER:
+        with contextlib.suppress(ValueError, LookupError, OverflowError):  # `!!int a`
             return yaml.constructor.SafeConstructor().construct_object(node)
     return node.value
 

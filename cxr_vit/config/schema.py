@@ -21,6 +21,8 @@ from cxr_vit.config.popart_options import typed_options
 #: Legal values of `data.image_size`, pixels.
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
 
+#: Characters of a path, Linux's limit.
+_LONGEST_PATH = 4096
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -48,7 +50,12 @@ def _expand(text: str) -> str:
             )
         return found
 
-    return os.path.expanduser(_VARIABLE.sub(value, text))
+    path = os.path.expanduser(_VARIABLE.sub(value, text)) if len(text) <= _LONGEST_PATH else text
+    if len(path) > _LONGEST_PATH:
+        raise ValueError(f"longer than a path can be, {_LONGEST_PATH} characters")
+    if re.search("[\0\ud800-\udfff]", path):
+        raise ValueError("a path must be UTF-8 text; rename the file or its folder")
+    return path
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]

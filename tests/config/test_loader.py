@@ -1,5 +1,6 @@
 """Loading of configurations: merging, types, error messages, environment variables."""
 
+import os
 from pathlib import Path
 from typing import Callable, List, Sequence
 
@@ -388,7 +389,7 @@ def test_invalid_yaml_names_file_and_line(write):
 
 def test_character_forbidden_in_yaml_names_the_file(write):
     file = write("run: {name: a\x00b}")
-    assert problems([file])[0].startswith(f"{file}: not valid YAML")
+    assert problem([file]).startswith(f"{file}:1: not valid YAML: the character")
 
 
 def test_alias_that_contains_itself_is_refused(write):
@@ -621,3 +622,105 @@ def test_other_settings_still_take_quoted_numbers(write):
 
 def test_misspelt_name_of_another_code_base_leads_to_ours():
     assert "Did you mean 'optim.lr'?" in problem([], ["optim.learnig_rate=1"])
+
+
+# Hostile files
+
+#: 479 bytes that are ten to the power of nine values.
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n"
+    for below, name in zip("abcdefgh", "bcdefghi")
+)
+HOSTILE = {
+    "alias bomb": ALIAS_BOMB,
+    "long text, many times": f"x: &x {'a' * 100_000}\noptim: [{'*x, ' * 900}]\n",
+    "chain of aliases": "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 99)),
+    "alias that contains itself": "run: &a {name: [*a]}\n",
+    "nested lists": "[" * 100_000,
+    "nested mappings": "{a: " * 100_000,
+    "nested blocks": "- " * 100_000,
+    "nested keys": "? " * 100_000,
+    "escape beyond Unicode": r'run: {name: "\U00110000"}',
+    "escape beyond integers": r'run: {name: "\UFFFFFFFF"}',
+    "surrogate": r'run: {name: "\uD800"}',
+    "surrogate in a key": r'run: {"\uD800": 1}',
+    "zero byte": r'data: {root: "a\0b"}',
+    "terminal codes": r'run: {"\e[31m": 1}',
+    "key that is a list": "? [a, b]\n: 1\n",
+    "key that is a mapping": "run:\n  ? {a: b}\n  : 1\n",
+    "merge key": "run: &a {seed: 1}\noptim:\n  <<: *a\n",
+    "very long number": f"train: {{steps: {'9' * 10_000}}}",
+    "very long number of a class": f"callbacks: [{{class: 1, args: {{x: {'9' * 10_000}}}}}]",
+    "constructor": "callbacks: !!python/object/apply:os.abort []\nrun: !!python/name:os.abort x",
+    "no boolean": "callbacks: [{class: 1, args: {x: !!bool maybe}}]",
+    "no number": "callbacks: [{class: 1, args: {x: !!int '', y: !!float ''}}]",
+    "text that repeats": "run: {name: ${HOME:-" + "${HOME:-" * 10_000 + "}",
+    "path beyond limits": f"data: {{root: {'/a' * 3000}}}",
+    "many unknown keys": "".join(f"optim{number}: 1\n" for number in range(200)),
+    "many duplicate keys": "a: 1\n" * 200,
+    "long key of many": f"{'a' * 100_000}: {{{', '.join(f'a{n}: 1' for n in range(99))}}}",
+    "many values": "[" + "1," * 20_000 + "]",
+    "too large": "# " + "x" * 300_000,
+    "value with line breaks": "optim:\n  lr: |\n    a\n    b\n",
+    "UTF-16": "run: {}".encode("utf-16"),
+    "garbage": bytes(range(256)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_file_is_refused_in_short_lines(tmp_path, content):
+    file = tmp_path / "my.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    lines = problems([file])
+    assert all(line.isprintable() and len(line) < 1200 for line in lines)
+    assert len(lines) <= 51
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["alias bomb", "nested keys", "escape beyond integers", "surrogate", "too large", "garbled"],
+)
+def test_hostile_override_is_refused_in_a_short_line(name):
+    message = problem([], [f"callbacks={HOSTILE.get(name, chr(7))}"])
+    assert message.isprintable()
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize(
+    "text", ["run.name=\udc80", "\udc80.lr=1", "run.\0=1", "data.root=/a\udcff", "data.root=\0"]
+)
+def test_override_that_is_no_text_is_refused(text):
+    assert problem([], [text]).isprintable()
+
+
+def test_variable_that_is_no_text_is_refused(monkeypatch):
+    monkeypatch.setenv("MY_ROOT", "/data/\udcff")
+    assert "a path must be UTF-8 text" in problem([], ["data.root=${MY_ROOT}"])
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", None], ids=["device", "pipe"])
+def test_file_without_an_end_is_refused(tmp_path, target):
+    file = tmp_path / "my.yaml"
+    if target is None:
+        os.mkfifo(str(file))
+    else:
+        file.symlink_to(target)
+    assert "not a regular file" in problem([file])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff"])
+def test_name_that_no_file_can_have_is_one_line(name):
+    assert "\n" not in problem([Path(name)])
+
+
+def test_anchors_of_ordinary_size_are_allowed(write):
+    file = write("pipeline:\n  layers_per_stage: &a [3, 3]\n  eval_layers_per_stage: *a\n")
+    config = read_config([file])
+    assert config.pipeline.layers_per_stage == config.pipeline.eval_layers_per_stage == [3, 3]
+
+
+def test_large_configuration_is_read(write):
+    values = [float(number) for number in range(500)]
+    config = read_config([write(f"callbacks: [{{class: a.B, args: {{x: {values}}}}}]")])
+    assert config.callbacks[0].args["x"] == values
+    assert read_config([write(dump_config(config))]) == config
