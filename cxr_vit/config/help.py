@@ -16,6 +16,8 @@ _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
+#: Characters of a message.
+_LONGEST_PROBLEM = 1000
 #: Names in other code bases -> our key.
 _SYNONYMS = {
     "learning_rate": "optim.lr",
@@ -63,6 +65,13 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     is_choice = detail["type"] == "literal_error"
     hint = suggestion(str(detail["input"]), _choices(field.annotation)) if is_choice else ""
     return f"{where}: must be {allowed(field)}.{hint}"
+
+
+def one_line(problem: str) -> str:
+    """Return a message that fits on a terminal, whatever values it quotes."""
+    if len(problem) > _LONGEST_PROBLEM:
+        problem = f"{problem[: _LONGEST_PROBLEM // 2]} ... {problem[-_LONGEST_PROBLEM // 2 :]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
 
 
 def _written(value: Any) -> str:

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from cxr_vit.config.files import find_config
-from cxr_vit.config.help import explain
+from cxr_vit.config.help import explain, one_line
 from cxr_vit.config.rules import check
 from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
@@ -44,8 +44,8 @@ _MOST_NODES, _MOST_LEVELS = 5000, 20
 _MOST_TEXT = 2**20
 #: Characters of a number in `args`; longer ones stay text, which Python need not convert.
 _LONGEST_NUMBER = 100
-#: Errors that are listed, and characters of each.
-_MOST_PROBLEMS, _LONGEST_PROBLEM = 50, 1000
+#: Errors that are listed.
+_MOST_PROBLEMS = 50
 #: Characters that YAML forbids in a file, and that escapes must not bring in: they could not be
 #: printed, or be a part of a path.
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
@@ -117,7 +117,7 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
         problems.append(explain(detail, reader.places))
     if problems:
         more = [f"and {hidden} more errors"] if hidden > 0 else []
-        raise ConfigError("\n".join([*map(_one_line, problems[:_MOST_PROBLEMS]), *more]))
+        raise ConfigError("\n".join([*map(one_line, problems[:_MOST_PROBLEMS]), *more]))
     return config
 
 
@@ -149,7 +149,7 @@ class _Reader:
             node = _compose(text)
         except _NotYaml as error:
             line = "" if error.line is None else f":{error.line}"
-            problem = _one_line(f"{file}{line}: not valid YAML: {error}")
+            problem = one_line(f"{file}{line}: not valid YAML: {error}")
             raise ConfigError(problem) from error
         if node is None:
             return {}
@@ -185,7 +185,7 @@ class _Reader:
         except _NotYaml as error:
             # Not at the end of a long value, which the message cuts off.
             problem = f"the value is not valid YAML: {error}"
-            self.problems.append(f"{_COMMAND_LINE}: {_one_line(repr(text))}: {problem}")
+            self.problems.append(f"{_COMMAND_LINE}: {one_line(repr(text))}: {problem}")
             return {}
         self.places[key] = _COMMAND_LINE
         self.places.setdefault(section, _COMMAND_LINE)
@@ -278,13 +278,6 @@ def _compose(text: str) -> Optional[yaml.Node]:
     except (ValueError, OverflowError) as error:
         raise _NotYaml(r"an escape such as \U00110000 is no character") from error
     return node
-
-
-def _one_line(problem: str) -> str:
-    """Return a message that fits on a terminal, whatever values it quotes."""
-    if len(problem) > _LONGEST_PROBLEM:
-        problem = f"{problem[: _LONGEST_PROBLEM // 2]} ... {problem[-_LONGEST_PROBLEM // 2 :]}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
 
 
 def _scalar(node: yaml.ScalarNode, *, is_typed: bool) -> Any:

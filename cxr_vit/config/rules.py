@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
 from cxr_vit.config.architectures import SIZES, known_depth
+from cxr_vit.config.help import one_line
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.plans import BatchPlan, StagePlan, empty_stage_problem, given_accumulation
 from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config, PipelineSection
@@ -26,7 +27,7 @@ def check(config: Config) -> Config:
         # poprun may divide the replicas among processes: how many each has is known at the start.
         problems = ipu_problems(config, replicas=1)
     if problems:
-        raise ConfigError("\n".join(map(str, problems)))
+        raise ConfigError("\n".join(one_line(str(problem)) for problem in problems))
     return config
 
 

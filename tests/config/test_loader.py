@@ -6,7 +6,7 @@ from typing import Callable, List, Sequence
 
 import pytest
 
-from cxr_vit.config import Config, dump_config, read_config
+from cxr_vit.config import Config, dump_config, load_config, read_config
 from cxr_vit.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -684,6 +684,12 @@ def test_hostile_override_is_refused_in_a_short_line(name):
     message = problem([], [f"callbacks={HOSTILE.get(name, chr(7))}"])
     assert message.isprintable()
     assert len(message) < 1500
+
+
+def test_broken_rule_of_a_long_value_is_a_short_line():
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [f"pipeline.layers_per_stage={[1] * 4000}"])
+    assert all(len(line) < 1200 for line in str(caught.value).split("\n"))
 
 
 @pytest.mark.parametrize(
