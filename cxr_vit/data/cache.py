@@ -1,17 +1,21 @@
-"""The packed cache: all images of a data set, decoded, in one memory-mapped file with an index."""
+"""The packed cache: all images of a data set, decoded, in one file with an index."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import secrets
+import stat
+import weakref
 import zlib
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, ClassVar, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import Annotated
 
 from cxr_vit.data.images import RESIZE_FILTER, ImageReader, gray_or_reason
 from cxr_vit.errors import DataError
@@ -22,22 +26,32 @@ _FORMAT = 1
 #: Images whose checksums are compared at each start, drawn at random.
 _SPOT_CHECKS = 256
 
+#: While reading, a checksum is compared once in this many images, about 1 % of the time it takes.
+_CHECK_EVERY = 256
+
 #: Unusable images that are decoded again at each start.
 _RETRIES = 64
 
-#: A process drops its mapped pages after reading this many bytes. They stay in the system's cache,
-#: but a pass over all images would otherwise add the whole cache to the process's memory. (The
-#: system maps more than is read, about two pages for one.)
-_RELEASE_BYTES = 2**26
+#: Larger indexes and journals are not read; 112,120 images take 5 MB.
+MAX_INDEX_BYTES = 2**26
+
+#: Fields of the index and the journal are checked by type and range: they come from a file.
+FROM_FILE = ConfigDict(strict=True, extra="forbid")
+Name = Annotated[str, Field(pattern=r"^[^/\x00-\x1f\x7f]+$", max_length=255)]
+Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
+Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
+_Positive = Annotated[int, Field(ge=1, lt=2**16)]
 
 
 @dataclass(frozen=True)
 class CacheSettings:
     """What the pixels of a cache depend on, besides the image files."""
 
-    image_size: int
-    max_megapixels: int
-    resize: str = RESIZE_FILTER
+    __pydantic_config__: ClassVar[ConfigDict] = FROM_FILE
+
+    image_size: _Positive
+    max_megapixels: _Positive
+    resize: Reason = RESIZE_FILTER
     format: int = _FORMAT
 
 
@@ -67,24 +81,46 @@ class CachePaths:
 class CacheIndex:
     """What a cache holds; the lists have one entry per row."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = FROM_FILE
+
     settings: CacheSettings
-    versions: Dict[str, str]  # of the libraries that decoded and resized the images
-    images: List[str]  # file names
-    source_bytes: List[int]  # sizes of the files; -1 if unknown
-    crc32: List[Optional[int]]  # of the pixels; None for an unusable image, which is black
-    unusable: Dict[str, str]  # file name -> reason
+    versions: Dict[Name, Name]  # of the libraries that decoded and resized the images
+    images: List[Name]  # file names
+    source_bytes: List[Annotated[int, Field(ge=-1, lt=2**63)]]  # sizes of the files; -1 if unknown
+    crc32: List[Optional[Crc32]]  # of the pixels; None for an unusable image, which is black
+    unusable: Dict[Name, Reason]  # file name -> reason
 
     @classmethod
     def load(cls, path: Path) -> CacheIndex:
-        """Read an index; raise ValueError if it is damaged or of another version of this code."""
+        """Read an index.
+
+        Raises FileNotFoundError or NotADirectoryError if there is none, ValueError if it cannot be
+        read, is damaged or of another version of this code.
+        """
         try:
-            values: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            index = cls(**{**values, "settings": CacheSettings(**values["settings"])})
-            if not len(index.images) == len(index.source_bytes) == len(index.crc32):
-                raise ValueError("its lists differ in length")
-        except (ValueError, TypeError, KeyError) as error:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_INDEX_BYTES:
+                raise ValueError("no file, or a very large one")
+            index = _INDEX.validate_json(path.read_bytes())
+            index.check()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise ValueError(f"its index {path} cannot be read ({error.strerror})") from error
+        except ValueError as error:
             raise ValueError(f"its index {path} is damaged or of another version") from error
         return index
+
+    def check(self) -> None:
+        """Raise ValueError if the lists do not belong together."""
+        if not len(self.images) == len(self.source_bytes) == len(self.crc32):
+            raise ValueError("its lists differ in length")
+        if len(set(self.images)) != len(self.images):
+            raise ValueError("an image is in it twice")
+        if {name for name, crc in zip(self.images, self.crc32) if crc is None} != set(
+            self.unusable
+        ):
+            raise ValueError("an image has neither or both of a checksum and a reason")
 
     def save(self, path: Path) -> None:
         """Write the index atomically."""
@@ -96,78 +132,138 @@ class CacheIndex:
         return len(self.images) * self.settings.image_size**2
 
 
-class CacheMap:
-    """A memory map of a cache's pixels, `shape` (images, height, width), shared by all processes.
+_INDEX = TypeAdapter(CacheIndex)
 
-    It refuses a file that replaced its own: a cache that is rebuilt while loader processes start
-    holds other images in the same rows.
+
+class CacheFile:
+    """The pixels of a cache, `shape` (images, height, width), read from one open file.
+
+    A file that is changed in place is noticed and refused. One that is replaced by a rebuild is
+    read to the end of the process, as the open file keeps the pixels; a process that opens it later
+    is refused, because the new file holds other images in the same rows.
     """
 
     def __init__(self, path: Path, shape: Tuple[int, int, int]) -> None:
         self.path = path
         self.shape = shape
-        self._file = _identity(path.stat())
+        self._opened: Optional[Tuple[int, ...]] = None
         self._open()
 
     def _open(self) -> None:
-        with self.path.open("rb") as file:
-            if _identity(os.fstat(file.fileno())) != self._file:
-                raise DataError(
-                    f"the cache {self.path} was rebuilt during the run, with other images in its"
-                    " rows. Resume the run with --resume."
-                )
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.pixels = np.frombuffer(self._pages, dtype=np.uint8).reshape(self.shape)
-        self._unreleased = 0
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._problem(f"cannot be opened ({error.strerror})") from error
+        weakref.finalize(self, os.close, self._file)
+        status = os.fstat(self._file)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._opened not in (None, identity):
+            raise DataError(
+                f"the cache {self.path} was rebuilt during the run, with other images in its"
+                " rows. Resume the run with --resume."
+            )
+        self._opened = identity
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy the images of `rows`, int64 ``[n]``, into `out`, uint8 ``[n, H, W]``."""
-        # With mode="clip" numpy copies straight into `out`; the rows are always in range.
-        np.take(self.pixels, rows, axis=0, out=out, mode="clip")
-        self._unreleased += out.nbytes
-        if self._unreleased > _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
-            self._unreleased = 0
+        """Copy the images of `rows`, int64 ``[n]``, into `out`, uint8 ``[n, H, W]``.
+
+        Raises DataError if the file was changed or cannot be read.
+        """
+        image_bytes = self.shape[1] * self.shape[2]
+        # Positional reads: forked processes share the file, and a memory map of a file that is
+        # truncated would end the process with SIGBUS.
+        try:
+            self._check_unchanged()
+            for image, row in zip(out, rows.tolist()):
+                if os.preadv(self._file, [image], row * image_bytes) != image_bytes:
+                    self._check_unchanged()
+                    raise self._problem("ends before its last image")
+        except OSError as error:
+            raise self._problem(f"cannot be read ({error.strerror})") from error
+
+    def _check_unchanged(self) -> None:
+        status = os.fstat(self._file)
+        assert self._opened is not None
+        if (status.st_size, status.st_mtime_ns) != self._opened[2:]:
+            size, before = status.st_size, self._opened[2]
+            how = "was overwritten" if size >= before else f"was cut from {before} to {size} bytes"
+            raise self._problem(f"{how} while it was read")
+
+    def _problem(self, what: str) -> DataError:
+        return DataError(
+            f"the cache {self.path} {what}. Compare it with its index (python -m cxr_vit prepare"
+            " --verify), or remove it and build it again (python -m cxr_vit prepare --config"
+            " <file>). A run that stopped continues with --resume."
+        )
+
+    def damaged(self, image: str) -> DataError:
+        """Return the error for an image whose checksum is wrong."""
+        return self._problem(f"is damaged: {image} is not what its index says")
 
     def __getstate__(self) -> Dict[str, Any]:
-        # A loader process maps the file itself; pixels are not pickled.
-        return {"path": self.path, "shape": self.shape, "_file": self._file}
+        # A loader process opens the file itself; pixels are not pickled.
+        return {"path": self.path, "shape": self.shape, "_opened": self._opened}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
 
-def _identity(status: os.stat_result) -> Tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class CacheReader(ImageReader):
-    """Read images from the memory map of a cache.
+    """Read images from a cache.
 
-    `by_name` maps file names to the cache's rows; `names` are the images of this sequence in order.
+    `by_name` maps file names to the cache's rows, `crc32`, uint32, rows to checksums; `names` are
+    the images of this sequence in order.
     """
 
-    def __init__(self, cache: CacheMap, by_name: Mapping[str, int], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cache: CacheFile,
+        by_name: Mapping[str, int],
+        crc32: np.ndarray,
+        names: Sequence[str],
+    ) -> None:
         super().__init__(cache.shape[-1])
         self._cache = cache
         self._by_name = by_name
+        self._crc32 = crc32
         self._rows = np.array([by_name[name] for name in names], dtype=np.int64)
+        self._own_crc32 = crc32[self._rows]
+        self._unchecked = _CHECK_EVERY  # the first batch of each process is checked
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def select(self, names: Sequence[str]) -> CacheReader:
         """Return a reader of some of the images."""
-        return CacheReader(self._cache, self._by_name, names)
+        return CacheReader(self._cache, self._by_name, self._crc32, names)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy all images at once."""
+        """Copy all images at once, and compare the checksum of one of them now and then."""
         self._cache.take(self._rows[rows], out)
+        self._unchecked += len(rows)
+        if self._unchecked >= _CHECK_EVERY and len(rows):
+            self._unchecked = 0
+            self._check(rows, out, secrets.randbelow(len(rows)))
+
+    def check(self, count: int) -> None:
+        """Compare the checksums of randomly drawn images; raise DataError if one is wrong."""
+        rows = np.random.default_rng().permutation(len(self))[:count]
+        image = np.empty((1, *self._cache.shape[1:]), dtype=np.uint8)
+        for row in rows:
+            self._cache.take(self._rows[[row]], image)
+            self._check(np.array([row]), image, 0)
+
+    def _check(self, rows: np.ndarray, images: np.ndarray, position: int) -> None:
+        row = rows[position]
+        if zlib.crc32(images[position]) != self._own_crc32[row]:
+            number = int(self._rows[row])
+            names = [name for name, held in self._by_name.items() if held == number]
+            raise self._cache.damaged(names[0] if names else f"image {number} of its index")
 
     def __getstate__(self) -> Dict[str, Any]:
         # A loader process needs the rows of its own images only.
-        return {**self.__dict__, "_by_name": {}}
+        return {**self.__dict__, "_by_name": {}, "_crc32": self._crc32[:0]}
 
 
 def open_images(index: CacheIndex, pixels: Path) -> CacheReader:
@@ -176,17 +272,12 @@ def open_images(index: CacheIndex, pixels: Path) -> CacheReader:
     Raises DataError if one does not match its checksum.
     """
     size = index.settings.image_size
-    cache = CacheMap(pixels, (len(index.images), size, size))
+    cache = CacheFile(pixels, (len(index.images), size, size))
     rows = {name: row for row, name in enumerate(index.images) if index.crc32[row] is not None}
-    sample = np.random.default_rng().permutation(np.array(list(rows.values()), dtype=np.int64))
-    for row in sample[:_SPOT_CHECKS].tolist():
-        if zlib.crc32(cache.pixels[row]) != index.crc32[row]:
-            raise DataError(
-                f"the cache {pixels} is damaged: {index.images[row]} is not what its index says."
-                " Rebuild it (remove it and run: python -m cxr_vit prepare --config <file>), or"
-                " train without it (data.cache=off)."
-            )
-    return CacheReader(cache, rows, list(rows))
+    crc32 = np.array([crc or 0 for crc in index.crc32], dtype=np.uint32)
+    reader = CacheReader(cache, rows, crc32, list(rows))
+    reader.check(_SPOT_CHECKS)
+    return reader
 
 
 def refusal(

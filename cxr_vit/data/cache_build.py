@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import threading
@@ -35,9 +36,20 @@ from typing import (
 )
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import Annotated
 
 from cxr_vit.console import progress
-from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, file_sizes, library_versions
+from cxr_vit.data.cache import (
+    MAX_INDEX_BYTES,
+    CacheIndex,
+    CachePaths,
+    CacheSettings,
+    Crc32,
+    Reason,
+    file_sizes,
+    library_versions,
+)
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.spawn import without_main_module
 from cxr_vit.errors import DataError
@@ -64,9 +76,12 @@ class Chunk(NamedTuple):
 class DecodedChunk(NamedTuple):
     """The result of a chunk: a checksum per image, or None and the reason."""
 
-    first_row: int
-    crc32: List[Optional[int]]
-    reasons: List[Optional[str]]
+    first_row: Annotated[int, Field(ge=0, multiple_of=_CHUNK_IMAGES)]
+    crc32: List[Optional[Crc32]]
+    reasons: List[Optional[Reason]]
+
+
+_JOURNAL_LINE = TypeAdapter(DecodedChunk)
 
 
 @contextlib.contextmanager
@@ -148,7 +163,7 @@ def _resume(
     """Prepare the partial file and the journal; return the finished chunks by first row."""
     total_bytes = num_images * settings.image_size**2
     lines: List[bytes] = []
-    if where.journal.is_file():
+    if where.journal.is_file() and where.journal.stat().st_size <= MAX_INDEX_BYTES:
         lines = where.journal.read_bytes().splitlines(keepends=True)
     if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
         where.pixels.replace(where.partial)  # killed before the index was written
@@ -159,7 +174,7 @@ def _resume(
     os.truncate(where.journal, sum(map(len, complete)))
     os.truncate(where.partial, total_bytes)
     with where.partial.open("rb") as pixels:
-        parsed = [_parse(line, pixels, settings.image_size**2) for line in complete[1:]]
+        parsed = [_parse(line, pixels, settings, num_images) for line in complete[1:]]
     return {decoded.first_row: decoded for decoded in parsed if decoded is not None}
 
 
@@ -167,7 +182,7 @@ def _has_plan(line: bytes, plan: str) -> bool:
     """Compare the values only: the first release gave one of the keys another name."""
     try:
         recorded = list(json.loads(line).values())
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False
     return line.endswith(b"\n") and recorded == list(json.loads(plan).values())
 
@@ -187,15 +202,24 @@ def _start(where: CachePaths, plan: str, total_bytes: int) -> None:
     where.journal.write_text(plan + "\n", encoding="utf-8")
 
 
-def _parse(line: bytes, pixels: IO[bytes], image_bytes: int) -> Optional[DecodedChunk]:
-    """Read a line of the journal; None if a power loss damaged it or the pixels."""
+def _parse(
+    line: bytes, pixels: IO[bytes], settings: CacheSettings, num_images: int
+) -> Optional[DecodedChunk]:
+    """Read a line of the journal; None if it or the pixels are not what a build writes."""
     try:
-        decoded = DecodedChunk(*json.loads(line))
-    except (ValueError, TypeError):
+        decoded = _JOURNAL_LINE.validate_json(line, strict=True)
+    except ValueError:
         return None
-    stored = _stored_checksums(pixels, decoded.first_row, len(decoded.crc32), image_bytes)
-    are_written = all(crc in (None, there) for crc, there in zip(decoded.crc32, stored))
-    return decoded if are_written else None
+    count = min(_CHUNK_IMAGES, num_images - decoded.first_row)
+    if not len(decoded.crc32) == len(decoded.reasons) == count:
+        return None
+    image_bytes = settings.image_size**2
+    black = zlib.crc32(bytes(image_bytes))
+    stored = _stored_checksums(pixels, decoded.first_row, count, image_bytes)
+    for crc, reason, there in zip(decoded.crc32, decoded.reasons, stored):
+        if (crc is None) != (reason is not None) or there != (black if crc is None else crc):
+            return None
+    return decoded
 
 
 def _stored_checksums(
@@ -213,7 +237,7 @@ def decode_chunk(chunk: Chunk, *, settings: CacheSettings, pixels: Optional[Path
     for position, path in enumerate(chunk.paths):
         image = gray_or_reason(path, size, max_megapixels=settings.max_megapixels)
         if isinstance(image, str):
-            crc, reason = None, image
+            crc, reason = None, re.sub(r"[\x00-\x1f\x7f]+", " ", image)[:1000]
         else:
             images[position] = image
             crc, reason = zlib.crc32(image.tobytes()), None

@@ -9,7 +9,7 @@ import shutil
 import zlib
 from importlib import metadata
 from pathlib import Path
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_image
 from cxr_vit.data.cache_build import build_cache, check_cache, check_images
 from cxr_vit.data.images import RESIZE_FILTER, find_images, read_gray
 from cxr_vit.errors import DataError
+from cxr_vit.files import remove
 
 SIDE = 16
 SETTINGS = CacheSettings(SIDE, 5)
@@ -182,6 +183,88 @@ def test_damaged_index_is_refused(store: Store, damage: Callable[[str], str]) ->
     assert store.where.index.read_text() != text
     with pytest.raises(ValueError, match=rf"its index {store.where.index} is damaged"):
         CacheIndex.load(store.where.index)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", ["00000000_000.png", 1, None, [], {}, 2.0]),
+        ("images", ["00000000_000.png"] * 6),
+        ("images", ["../secret.png", "b", "c", "d", "e", "f"]),
+        ("images", ["\x1b[2Jclear", "b", "c", "d", "e", "f"]),
+        ("images", "abcdef"),
+        ("source_bytes", [1, 2, 3, 4, 5, "6"]),
+        ("source_bytes", [1, 2, 3, 4, 5, 6.0]),
+        ("source_bytes", [1, 2, 3, 4, 5, -2]),
+        ("crc32", [1, 2, 3, None, 5, 2**32]),
+        ("crc32", [1, 2, 3, None, 5, -1]),
+        ("crc32", [1, 2, 3, None, 5, True]),
+        ("crc32", [1, 2, 3, None, 5, float("nan")]),
+        ("crc32", [1, 2, 3, 4, 5, 6]),
+        ("crc32", [None] * 6),
+        ("unusable", {}),
+        ("unusable", {"another.png": "a reason"}),
+        ("unusable", {BAD: "x" * 10**4}),
+        ("unusable", [BAD]),
+        ("versions", {"pillow": 5}),
+        ("versions", []),
+        ("settings", {}),
+        ("settings", {"image_size": 0, "max_megapixels": 5, "resize": "a", "format": 1}),
+        ("settings", {"image_size": 10**9, "max_megapixels": 5, "resize": "a", "format": 1}),
+        ("settings", {"image_size": "16", "max_megapixels": 5, "resize": "a", "format": 1}),
+        ("settings", {"image_size": 16, "max_megapixels": 5, "resize": [], "format": 1}),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_index_with_a_wrong_value_is_refused(store: Store, field: str, value: object) -> None:
+    values = {**json.loads(store.where.index.read_text()), field: value}
+    store.where.index.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"^its index {store.where.index} is damaged or of"):
+        CacheIndex.load(store.where.index)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**5, '{"a":' * 10**5, '{"images": ["\\ud800"]}', "9" * 10**5, "NaN"],
+    ids=["nested lists", "nested objects", "surrogate", "long number", "not a number"],
+)
+def test_hostile_index_is_refused(store: Store, text: str) -> None:
+    store.where.index.write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        CacheIndex.load(store.where.index)
+
+
+def test_index_that_is_very_large_or_no_file_is_refused_without_reading_it(store: Store) -> None:
+    path = store.where.index
+    os.truncate(path, 2**40)  # sparse
+    with pytest.raises(ValueError, match="is damaged"):
+        CacheIndex.load(path)
+    for make in (os.mkdir, os.mkfifo):
+        remove(path)
+        make(path)
+        with pytest.raises(ValueError, match="is damaged"):
+            CacheIndex.load(path)
+
+
+def test_any_changed_bytes_of_an_index_are_refused_or_read(store: Store) -> None:
+    """Damage is either noticed in one line or gives values of the right types."""
+    text = store.where.index.read_bytes()
+    random = np.random.default_rng(0)
+    messages: List[str] = []
+    for _ in range(150):
+        changed = bytearray(text)
+        for place in random.integers(0, len(text), random.integers(1, 4)):
+            changed[place] = random.choice(list(b'[]{}",:.-0129aeN\\\x00\xff'))
+        store.where.index.write_bytes(bytes(changed))
+        try:
+            index = CacheIndex.load(store.where.index)
+            reason = refusal(index, store.where.pixels, SETTINGS, store.paths)
+            if reason is None:
+                open_images(index, store.where.pixels)
+        except (ValueError, DataError) as error:
+            messages.append(str(error))
+    assert len(messages) > 75
+    assert not any("\n" in message for message in messages)
 
 
 def test_index_that_is_not_text_is_refused(store: Store) -> None:

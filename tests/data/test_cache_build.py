@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -193,7 +194,24 @@ def test_build_of_the_first_release_is_resumed(reference: Reference, where: Cach
 
 
 @pytest.mark.parametrize(
-    "line", ["\0" * 40, "[192, [1, 2", "{}", "[5]"], ids=["zeros", "cut", "object", "short"]
+    "line",
+    [
+        "\0" * 40,
+        "[192, [1, 2",
+        "{}",
+        "[5]",
+        "[" * 10**5,
+        '["64", [], []]',
+        "[64, 5, 5]",
+        "[64, [], []]",
+        "[-64, [1], [null]]",
+        "[65, [1], [null]]",
+        "[6400000000000000000000, [1], [null]]",
+        json.dumps([64, ["1"] * 64, [None] * 64]),
+        json.dumps([64, [None] * 64, [None] * 64]),
+        json.dumps([64, [None] * 64, ["claimed to be damaged"] * 64]),
+    ],
+    ids=lambda line: line[:24],
 )
 def test_damaged_line_of_the_journal_is_ignored(
     reference: Reference, where: CachePaths, line: str
@@ -202,7 +220,18 @@ def test_damaged_line_of_the_journal_is_ignored(
     interrupt(where, reference.paths, after_chunks=3)
     lines = where.journal.read_text().splitlines(keepends=True)
     where.journal.write_text("".join([*lines[:2], line + "\n", *lines[3:]]))
-    assert build(where, reference.paths) in (0, 64, 128)
+    assert build(where, reference.paths) == 128
+    assert_complete(where, reference)
+
+
+@pytest.mark.parametrize("plan", ["[" * 10**5, "[]", "5", "null", "\xff"])
+def test_journal_of_another_first_line_restarts_the_build(
+    reference: Reference, where: CachePaths, plan: str
+) -> None:
+    interrupt(where, reference.paths, after_chunks=3)
+    _, *lines = where.journal.read_text().splitlines(keepends=True)
+    where.journal.write_text("".join([plan + "\n", *lines]), encoding="latin-1")
+    assert build(where, reference.paths) == 0
     assert_complete(where, reference)
 
 
