@@ -180,6 +180,11 @@ class DataSection(Section):
         None, "processes that build the cache; null: one per core"
     )
     num_workers: int = option(0, "loader processes; 0: load in the main process", ge=0, le=128)
+    worker_timeout_s: Optional[PositiveFloat] = option(
+        600,
+        "seconds to wait for a batch of the loader processes before the run ends; null: without"
+        " limit. With num_workers=0 a file system that hangs is not noticed",
+    )
     sample_images: Optional[Annotated[int, Field(ge=20)]] = option(
         None,
         "number of images of a synthetic data set to write if the root does not exist;"

@@ -246,6 +246,10 @@ class CacheReader(ImageReader):
             self._unchecked = 0
             self._check(rows, out, secrets.randbelow(len(rows)))
 
+    def source(self, row: int) -> str:
+        """Return the path of the cache."""
+        return str(self._cache.path)
+
     def check(self, count: int) -> None:
         """Compare the checksums of randomly drawn images; raise DataError if one is wrong."""
         rows = np.random.default_rng().permutation(len(self))[:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Union
 
@@ -16,6 +17,24 @@ from cxr_vit.data.images import MAX_MEGAPIXELS, EmptyReader, FileReader, ImageRe
 from cxr_vit.data.nih import Records
 from cxr_vit.data.sampler import PADDING
 from cxr_vit.errors import DataError
+
+#: Where this process, if it is a loader's, writes its id and the row that it reads.
+_report: Optional[np.ndarray] = None
+
+
+def report_to(entry: Tensor) -> None:
+    """Let this process write its id and the rows that it reads into shared memory, int64 ``[2]``.
+
+    The row is `PADDING` while it reads no image.
+    """
+    global _report
+    _report = entry.numpy()
+    _report[:] = os.getpid(), PADDING
+
+
+def _report_row(row: int) -> None:
+    if _report is not None:
+        _report[1] = row
 
 
 class Sample(NamedTuple):
@@ -91,8 +110,19 @@ class ChestXrayDataset(Dataset[Sample]):
     def read_images(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
         """Return the images of these rows without augmentation, uint8 ``[n, H, W]``."""
         images = np.empty((len(rows), self.image_size, self.image_size), dtype=np.uint8)
-        self._reader.read(np.asarray(rows, dtype=np.int64), images)
+        numbers = np.asarray(rows, dtype=np.int64)
+        # Files are read one by one, so that the one that hangs or ends the process is known.
+        step = 1 if isinstance(self._reader, FileReader) else max(1, len(numbers))
+        for start in range(0, len(numbers), step):
+            part = slice(start, start + step)
+            _report_row(int(numbers[start]))
+            self._reader.read(numbers[part], images[part])
+        _report_row(PADDING)
         return images
+
+    def describe(self, row: int) -> str:
+        """Return the name of an image and where it is read from, for messages."""
+        return f"{self.records.table['image'].iloc[row]} ({self._reader.source(row)})"
 
     def without_images(self) -> ChestXrayDataset:
         """Return the rows and labels with empty images ``[n, 1, 0, 0]``, which are not read."""

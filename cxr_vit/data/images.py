@@ -77,6 +77,10 @@ class ImageReader(ABC):
         Raises DataError if an image cannot be read.
         """
 
+    def source(self, row: int) -> str:
+        """Return the path that an image is read from, for messages."""
+        return "unknown path"
+
 
 class FileReader(ImageReader):
     """Read images from their files; every read decodes and resizes.
@@ -110,6 +114,10 @@ class FileReader(ImageReader):
         for image, row in zip(out, rows):
             path = self._paths[row]
             image[:] = read_gray(path, self.image_size, max_megapixels=self.max_megapixels)
+
+    def source(self, row: int) -> str:
+        """Return the path of an image."""
+        return self._paths[row]
 
     def __getstate__(self) -> Dict[str, Any]:
         # A loader process needs the paths of its own images only.

@@ -25,7 +25,6 @@ from cxr_vit.engines.base import (
     StageRange,
     StepOutput,
     check_batch,
-    leave_signal_group,
     process_peak_gib,
     with_user_errors,
 )
@@ -95,6 +94,7 @@ class TorchEngineBase(Engine):
         self.compile_size = compile_size
         self.seed = config.run.seed
         self.num_workers = config.data.num_workers
+        self.worker_timeout_s = config.data.worker_timeout_s
         self.updates = 0
         if device.precision == "fp32":
             # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
@@ -127,15 +127,17 @@ class TorchEngineBase(Engine):
             replicas=batch.replicas,
             own=self.own_replicas,
         )
+        workers = self.num_workers if self.reads_images else 0
         loader: DataLoader[Any] = DataLoader(
             dataset if self.reads_images else dataset.without_images(),
             batch_sampler=draws,
-            num_workers=self.num_workers if self.reads_images else 0,
+            num_workers=workers,
+            timeout=(self.worker_timeout_s or 0) if workers else 0,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signal_group,
+            worker_init_fn=self.watch.start(dataset, training=training, workers=workers),
         )
-        return with_user_errors(loader)
+        return with_user_errors(loader, self.watch, training=training)
 
     def compile(self, example: Batch) -> float:
         """Run one forward and backward pass without an update, which allocates and connects."""

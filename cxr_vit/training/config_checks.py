@@ -11,7 +11,10 @@ from cxr_vit.model.module import ViTModule
 #: Settings that the shapes of images and labels depend on.
 _SHAPES = ("data.image_size", "data.include_no_finding")
 #: Settings of the data that do not change what is trained.
-_NOT_CONTENT = {"data.cache", "data.cache_dir", "data.cache_workers", "data.num_workers"}
+_NOT_CONTENT = {
+    "data.cache", "data.cache_dir", "data.cache_workers", "data.num_workers",
+    "data.worker_timeout_s",
+}  # fmt: skip
 
 
 def check_module_config(config: Config, module: ViTModule) -> None:

@@ -1,8 +1,11 @@
 """What the engines share: checks of a batch, and errors of the loader's workers."""
 
+import multiprocessing
 import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
+from cxr_vit.data.images import FileReader
 from cxr_vit.engines.base import check_batch
 from cxr_vit.errors import DataError
 
@@ -59,24 +63,116 @@ def test_unreadable_image_is_named_in_one_line(
     assert message.startswith(str(path)) and "\n" not in message and "Traceback" not in message
 
 
-class DyingDataset:
-    """Two batches of padding, the second of which kills the worker that reads it."""
+HUNG = 11  # the row that the second of three batches ends with
 
-    def __getitems__(self, draws):
-        if draws[0] > 0 and get_worker_info() is not None:
+
+class HangingReader(FileReader):
+    """Its loader process hangs on one image, and does not answer SIGTERM."""
+
+    def read(self, rows, out):
+        if get_worker_info() is not None and HUNG in rows:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        super().read(rows, out)
+
+
+class DyingReader(FileReader):
+    """Its loader process is killed while it reads one image."""
+
+    def read(self, rows, out):
+        if get_worker_info() is not None and HUNG in rows:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Batch.zeros(len(draws), image_size=32, num_classes=14)
-
-    def __len__(self):
-        return 16
+        super().read(rows, out)
 
 
-def test_killed_worker_is_a_data_error_with_advice(make_engine):
-    engine = make_engine("data.num_workers=1", "batch.eval_micro_batch_size=8")
-    words = r"DataLoader worker .*\n.*Lower data\.num_workers"
-    with pytest.raises(DataError, match=words) as raised, engine:
-        engine.predict_dataset(DyingDataset())
+def images_read_by(reader, config):
+    """The test images, their names and the paths of their files."""
+    dataset = ChestXrayDataModule(config).dataset("test")
+    dataset._reader.__class__ = reader
+    (path,) = Path(config.data.root).rglob(dataset.image_names[HUNG])
+    return dataset, f"{path.name} ({path})"
+
+
+def children():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.fixture
+def start_method(request):
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize(
+    "start_method",
+    [
+        "fork",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("spawn", "forkserver")),
+    ],
+    indirect=True,
+)
+def test_hung_worker_is_named_with_its_image_and_ended(make_config, make_engine, start_method):
+    timeout = 1 if start_method == "fork" else 30
+    overrides = ("data.cache=off", f"data.worker_timeout_s={timeout}", "data.num_workers=2")
+    dataset, image = images_read_by(HangingReader, make_config(*overrides))
+    before, handler = children(), signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataError) as raised, make_engine(*overrides) as engine:
+        engine.predict_dataset(dataset)
+    words = (
+        f"gave no batch for {timeout} s; process 1 was reading {image}. Is the file system hung?"
+    )
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value) and "--resume" in str(raised.value)
+    assert children() == before, "nothing is left that Python would wait for at its end"
+    assert callable(handler) is False or signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
+
+
+def test_killed_worker_is_named_with_its_image(make_config, make_engine):
+    overrides = ("data.cache=off", "data.num_workers=2")
+    dataset, image = images_read_by(DyingReader, make_config(*overrides))
+    with pytest.raises(DataError) as raised, make_engine(*overrides) as engine:
+        engine.predict_dataset(dataset)
+    first, second = str(raised.value).splitlines()
+    assert re.search(r"DataLoader worker \(pid.*\d+\)", first)
+    assert first.endswith(f"It was reading {image}.")
+    assert second == (
+        "Out of memory, or of /dev/shm? Lower data.num_workers and resume with --resume."
+    )
     assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_worker_of_a_cache_is_named_with_the_first_image_of_its_batch(make_config, make_engine):
+    config = make_config()
+    dataset = ChestXrayDataModule(config).dataset("test")
+    watch = make_engine().watch
+    start = watch.start(dataset, training=False, workers=2)
+    entries = start.args[0]
+    entries[1] = torch.tensor([17, 5])
+    error = watch.dead_worker(RuntimeError("DataLoader worker (pid 17) is killed by signal: Bus. "))
+    assert f"It was reading {dataset.image_names[5]} ({config.data.root}" in str(error)
+    assert "films_32.u8)" in str(error)
+
+
+def test_process_that_reads_no_image_is_not_blamed_on_one(make_config, make_engine):
+    dataset = ChestXrayDataModule(make_config()).dataset("test")
+    watch = make_engine().watch
+    watch.start(dataset, training=True, workers=1)
+    text = "gave no batch for 7.5 s; none of them was reading an image. Is the file"
+    assert text in str(watch.timed_out(training=True, timeout_s=7.5))
+    error = watch.dead_worker(RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus. "))
+    assert "reading" not in str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_limit_and_no_workers_load_as_before(make_config, make_engine, workers):
+    limit = "null" if workers else "5"
+    overrides = (f"data.num_workers={workers}", f"data.worker_timeout_s={limit}")
+    dataset = ChestXrayDataModule(make_config(*overrides)).dataset("test")
+    with make_engine(*overrides) as engine:
+        logits, _ = engine.predict_dataset(dataset)
+    assert len(logits) == len(dataset)
 
 
 def test_killed_worker_noticed_outside_the_loader_is_a_data_error(make_engine):
