@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
-import struct
 import warnings
-import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Union
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Union,
+)
 
 import kornia_rs
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from cxr_vit.data.codestreams import (
+    JPEG_SIGNATURE,
+    MAX_EXIF,
+    MAX_SIDE,
+    PNG_SIGNATURE,
+    PngChunks,
+    Unusable,
+    check_jpeg,
+    damaged,
+    has_all_rows,
+    overloaded,
+    read_chunks,
+)
 from cxr_vit.data.dicom import decode_dicom, is_dicom
 from cxr_vit.errors import DataError
+from cxr_vit.regular_files import read_bytes
 
 MAX_MEGAPIXELS = 64
 
@@ -36,25 +62,37 @@ _LOOK_ALIKES = (
 )
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+#: Uncompressed 16-bit colour has 6; the file is in memory together with its decoded pixels.
+_BYTES_PER_MEGAPIXEL = 7_000_000
+_ADVICE = {
+    errno.EFBIG: " Export it as a plain PNG, or raise data.max_megapixels.",
+    errno.EINVAL: " Replace it by an image file.",
+}
+#: Pixels that are converted at a time: 16-bit colour takes many times its size meanwhile.
+_BAND_PIXELS = 2**18
 
 #: Bit depth and colour type in a PNG file, and two of their values.
 _PNG_FORMAT = slice(24, 26)
 _GRAY_8, _RGB_16 = b"\x08\x00", b"\x10\x02"
 
+#: EXIF in a PNG as ImageMagick writes it: a text of hexadecimal digits.
+_RAW_EXIF = "Raw profile type exif"
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 #: PNG chunks that do not change the pixels: no orientation, no transparency.
 _PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND tIME pHYs gAMA sRGB cHRM iCCP sBIT bKGD hIST sPLT".split()
 )
-
-#: Channels by PNG colour type.
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-
-#: Adam7 interlacing: first column and row of each pass, and the steps between columns and rows.
-_PASSES = (
-    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
-    (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
-)  # fmt: skip
 
 
 class ImageReader(ABC):
@@ -200,161 +238,156 @@ def gray_or_reason(
 ) -> Union[np.ndarray, str]:
     """Read an image as `read_gray` does, or return the reason why it is unusable."""
     try:
-        gray = _decode(_read_bytes(path), max_megapixels)
-    except _Unusable as reason:
+        gray = _decode(_read_bytes(path, max_megapixels), max_megapixels)
+    except Unusable as reason:
         return str(reason)
     if gray.size != (size, size):
         gray = gray.resize((size, size), Image.Resampling.BILINEAR)
     return np.array(gray, dtype=np.uint8)
 
 
-class _Unusable(Exception):
-    """Why an image is unusable."""
-
-
-def _read_bytes(path: Union[str, Path]) -> bytes:
+def _read_bytes(path: Union[str, Path], max_megapixels: int) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, limit=max_megapixels * _BYTES_PER_MEGAPIXEL + 1_000_000)
     except FileNotFoundError as error:
-        raise _Unusable("the image is not there.") from error
+        raise Unusable("the image is not there.") from error
     except OSError as error:
-        raise _Unusable(f"the image cannot be read ({error.strerror}).") from error
+        advice = _ADVICE.get(error.errno or 0, "")
+        raise Unusable(f"the image cannot be read ({error.strerror}).{advice}") from error
     if not data:
-        raise _Unusable("the file is empty. Fetch it again.")
+        raise Unusable("the file is empty. Fetch it again.")
     start = data[:512].replace(_BYTE_ORDER_MARK, b"", 1).lstrip().lower()
     for beginning, reason in _LOOK_ALIKES:
         if start.startswith(beginning):
-            raise _Unusable(reason)
+            raise Unusable(reason)
     return data
 
 
 def _decode(data: bytes, max_megapixels: int) -> Image.Image:
     """Decode a file to an image of mode L."""
     if is_dicom(data):
-        pixels = decode_dicom(data, max_megapixels=max_megapixels)
-        if isinstance(pixels, str):
-            raise _Unusable(pixels)
-        return Image.fromarray(pixels)
+        return Image.fromarray(decode_dicom(data, max_megapixels=max_megapixels))
     try:
-        chunks = _read_chunks(data) if data.startswith(_PNG_SIGNATURE) else None
+        chunks = read_chunks(data) if data.startswith(PNG_SIGNATURE) else None
+        if data.startswith(JPEG_SIGNATURE):
+            check_jpeg(data)
         with warnings.catch_warnings():  # Pillow warns of large images and of broken metadata
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_header(image, max_megapixels)
             return _to_gray(image, data, chunks)
-    except (_Unusable, MemoryError):
+    except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise _Unusable(
+        raise Unusable(
             f"far more pixels than data.max_megapixels={max_megapixels}. Scale the image down."
         ) from error
     except UnidentifiedImageError as error:
-        if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")):
-            raise _damaged("in its header") from error
-        raise _Unusable("no PNG, JPEG or DICOM file by its content. Fetch it again.") from error
+        if data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
+            raise damaged("in its header") from error
+        raise Unusable("no PNG, JPEG or DICOM file by its content. Fetch it again.") from error
     except Exception as error:  # decoders raise errors of many types on damaged bytes
-        raise _damaged(error) from error
-
-
-def _damaged(what: object) -> _Unusable:
-    return _Unusable(f"a damaged image ({what}). Fetch the file again.")
+        raise damaged(error) from error
 
 
 def _check_header(image: Image.Image, max_megapixels: int) -> None:
     width, height = image.size
     if width * height > max_megapixels * 1_000_000:
         limit = f"data.max_megapixels={max_megapixels}"
-        raise _Unusable(f"{width} x {height} pixels are more than {limit}.")
+        raise Unusable(f"{width} x {height} pixels are more than {limit}. Scale the image down.")
+    if max(width, height) > MAX_SIDE:
+        raise Unusable(f"{width} x {height} pixels: a side exceeds {MAX_SIDE}. Scale it down.")
+    if image.mode in ("CMYK", "YCCK"):
+        raise Unusable(f"an image for print ({image.mode}). Export the image as gray.")
     if getattr(image, "is_animated", False):
-        raise _Unusable("several pictures in one file. Export one of them as a plain PNG.")
+        raise Unusable("several pictures in one file. Export one of them as a plain PNG.")
 
 
-class _PngChunks(NamedTuple):
-    """The kinds of chunks in a PNG, its header, and its compressed pixels."""
-
-    kinds: Set[bytes]
-    header: bytes
-    pixels: List[memoryview]
-
-
-def _read_chunks(data: bytes) -> _PngChunks:
-    """Walk a PNG to its end and verify every checksum, of which Pillow verifies only some."""
-    view, offset = memoryview(data), len(_PNG_SIGNATURE)
-    chunks = _PngChunks(set(), data[16:29], [])
-    while b"IEND" not in chunks.kinds:
-        if offset + 12 > len(data):
-            raise _damaged("it ends too early")
-        length, kind = struct.unpack_from(">I4s", data, offset)
-        body = view[offset + 4 : offset + 8 + length]
-        if offset + 12 + length > len(data):
-            raise _damaged("it ends too early")
-        if zlib.crc32(body) != struct.unpack_from(">I", data, offset + 8 + length)[0]:
-            raise _damaged("a checksum is wrong")
-        chunks.kinds.add(kind)
-        if kind == b"IDAT":
-            chunks.pixels.append(body[4:])
-        offset += 12 + length
-    if data[12:16] != b"IHDR" or len(chunks.header) != 13:
-        raise _damaged("it does not begin with a header")
-    return chunks
-
-
-def _has_all_rows(chunks: _PngChunks) -> bool:
-    """Whether a PNG holds the pixels its header promises; Pillow leaves missing rows black."""
-    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks.header)
-    promised = 0
-    for left, top, right, down in _PASSES if is_interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
-        if columns > 0 and rows > 0:
-            promised += rows * (1 + -(-columns * bits * _CHANNELS[colour] // 8))
-    return len(zlib.decompressobj().decompress(b"".join(chunks.pixels), promised)) == promised
-
-
-def _to_gray(image: Image.Image, data: bytes, chunks: Optional[_PngChunks]) -> Image.Image:
+def _to_gray(image: Image.Image, data: bytes, chunks: Optional[PngChunks]) -> Image.Image:
     png_format = data[_PNG_FORMAT] if chunks else b""
     if chunks and png_format == _GRAY_8 and chunks.kinds <= _PLAIN_CHUNKS:
         with contextlib.suppress(Exception):  # Pillow then decodes it or says what is wrong
             pixels = kornia_rs.io.decode_image_png_u8(data, image.size[::-1], "mono")
             return Image.fromarray(np.asarray(pixels)[..., 0])
-    if chunks and not _has_all_rows(chunks):
-        raise _damaged("rows are missing")
+    if chunks and not has_all_rows(chunks):
+        raise damaged("rows are missing")
     if chunks and b"PLTE" not in chunks.kinds and png_format[1:] == b"\x03":
-        raise _damaged("its palette is missing")
+        raise damaged("its palette is missing")
+    low = _low_bytes(data) if png_format == _RGB_16 else []
     image.load()  # also reads the metadata that follows the pixels
-    if image.mode == "P" and int(np.asarray(image).max()) >= len(image.getpalette() or ()) // 3:
-        raise _damaged("its palette is too short")
-    if png_format == _RGB_16 and "transparency" not in image.info:  # Pillow drops the low bytes
-        gray = _to_8_bits(kornia_rs.io.decode_image_png_u16(data, image.size[::-1], "rgb"))
+    levels: Any = image.getextrema() if image.mode == "P" else (0, 0)
+    if image.mode == "P" and levels[1] >= len(image.getpalette() or ()) // 3:
+        raise damaged("its palette is too short")
+    gray = Image.new("L", image.size)
+    if (low or image.mode.startswith("I")) and "transparency" not in image.info:
+        _paste_scaled(gray, lambda: _deep_bands(image, low))
     else:
-        gray = _loaded_to_gray(image, png_bits=png_format[0] if png_format else 8)
-    gray.info.update(image.info)  # exif_transpose reads the orientation from it
-    return ImageOps.exif_transpose(gray).convert("L")
+        bits = png_format[0] if png_format else 8
+        _paste(gray, (_band_to_gray(band, png_bits=bits) for band in _bands(image)))
+    turn = _turn(image.info)
+    return gray if turn is None else gray.transpose(turn)
 
 
-def _loaded_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
+def _turn(metadata: Dict[Any, Any]) -> Optional[Image.Transpose]:
+    """Return what turns an image upright, by its metadata."""
+    if max(len(metadata.get("exif", "")), len(metadata.get(_RAW_EXIF, "")) // 2) > MAX_EXIF:
+        raise overloaded("an image with too much EXIF metadata")
+    bearer = Image.new("L", (1, 1))
+    bearer.info.update(metadata)
+    return _TURNS.get(bearer.getexif().get(_ORIENTATION, 1))
+
+
+def _bands(image: Image.Image) -> Iterator[Image.Image]:
+    """Cut an image into bands of whole rows, from top to bottom."""
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield image.crop((0, top, width, min(top + rows, height)))
+
+
+def _paste(gray: Image.Image, bands: Iterable[Image.Image]) -> None:
+    """Put bands into an image, from top to bottom."""
+    top = 0
+    for band in bands:
+        gray.paste(band, (0, top))
+        top += band.height
+
+
+def _low_bytes(data: bytes) -> List[np.ndarray]:
+    """Return the low bytes of a PNG of 16-bit colour, of which Pillow reads the high ones."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        tile: Any = (*image.tile[0][:3], "RGB;16L")  # the second byte of two is the high one
+        image.tile = [tile]
+        return [np.asarray(band) for band in _bands(image)]
+
+
+def _deep_bands(image: Image.Image, low: List[np.ndarray]) -> Iterator[np.ndarray]:
+    """Return the values of 16-bit gray, or of colour by its high bytes and its `low` ones."""
+    for index, band in enumerate(_bands(image)):
+        values = np.asarray(band)
+        yield values.astype(np.uint16) << 8 | low[index] if low else values
+
+
+def _band_to_gray(image: Image.Image, *, png_bits: int) -> Image.Image:
     if "transparency" in image.info:  # transparent colours without an alpha channel
         if png_bits != 8 and image.mode != "P":  # Pillow compares them at the wrong depth
-            raise _Unusable("partly transparent. Export the image without a transparent colour.")
+            raise Unusable("partly transparent. Export the image without a transparent colour.")
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA") and png_bits == 16:
-        raise _Unusable("16-bit with an alpha channel. Export the image as 16-bit gray.")
+        raise Unusable("16-bit with an alpha channel. Export the image as 16-bit gray.")
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] != 255:
-        raise _Unusable("partly transparent. Export the image without an alpha channel.")
-    if image.mode.startswith("I"):
-        return _to_8_bits(image)
-    if image.mode in ("CMYK", "YCCK"):
-        raise _Unusable(f"an image for print ({image.mode}). Export the image as gray.")
+        raise Unusable("partly transparent. Export the image without an alpha channel.")
     return image.convert("L")
 
 
-def _to_8_bits(pixels: Any) -> Image.Image:
-    """Scale 16-bit gray or colour by the depth in use.
+def _paste_scaled(gray: Image.Image, bands: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Scale bands of 16-bit gray or colour by the depth in use, and put them into `gray`.
 
     Detectors store 10, 12 or 14 bits unscaled. Pillow's own conversion clips, which turns a 12-bit
     image white.
     """
-    values = np.asarray(pixels)
-    used = int(values.max()).bit_length()
+    used = max(int(values.max()) for values in bands()).bit_length()
     depth = max(8, used + used % 2)
-    scaled = values.astype(np.float32) * (255.0 / (2**depth - 1))
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    factor = 255.0 / (2**depth - 1)
+    scaled = (np.round(values.astype(np.float32) * factor).astype(np.uint8) for values in bands())
+    _paste(gray, (Image.fromarray(values).convert("L") for values in scaled))

@@ -225,7 +225,7 @@ def test_report_is_refused(tmp_path: Path) -> None:
 def test_large_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     data = encoded(image(ramp(), Rows=5000, Columns=5000))
     assert reason(data, tmp_path, max_megapixels=24) == (
-        "5000 x 5000 pixels are more than data.max_megapixels=24."
+        "5000 x 5000 pixels are more than data.max_megapixels=24. Scale the image down."
     )
     assert "damaged" in reason(data, tmp_path, max_megapixels=25)
 
