@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 from pathlib import Path
-from typing import Union
+from typing import Any, Dict, Union
 
 #: By file type; everything else is a regular file or a folder.
 _KINDS = {
@@ -38,6 +40,30 @@ def read_bytes(path: Union[str, Path], *, limit: int) -> bytes:
             data += file.read(limit + 1 - len(data))
     _check_size(len(data), limit)
     return data
+
+
+def read_json(path: Union[str, Path], *, limit: int) -> Dict[str, Any]:
+    """Return the object in a JSON file of at most `limit` bytes.
+
+    Raises OSError as `read_bytes` does, and ValueError with a readable reason if the file is no
+    strict JSON (NaN, infinite numbers and lone surrogates are refused) or no object.
+    """
+    text = read_bytes(path, limit=limit).decode("utf-8")
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on a lone surrogate
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _check_regular(status: os.stat_result) -> None:

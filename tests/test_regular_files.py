@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.regular_files import read_bytes
+from cxr_vit.regular_files import read_bytes, read_json
 
 
 def reason(path: Path, limit: int = 100) -> str:
@@ -98,3 +98,22 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
         reason(path)
     after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
     assert before == after
+
+
+def test_json_object_is_returned(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text('{"a": [1, 2.5, null, "\u00e9"]}')
+    assert read_json(tmp_path / "file", limit=100) == {"a": [1, 2.5, None, "\u00e9"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *[("[" * 50_000, "nested too deeply"), ("[1]", "no JSON object"), ("", "Expecting value")],
+        *[(f'{{"a": {number}}}', "no finite number") for number in ("NaN", "-Infinity", "1e999")],
+        *[('{"a": "\\ud800"}', "surrogates not allowed"), ("{", "Expecting")],
+    ],
+)
+def test_what_is_no_strict_json_is_a_value_error(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_json(tmp_path / "file", limit=100_000)

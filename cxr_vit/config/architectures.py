@@ -6,10 +6,14 @@ al. 2021 (ViT); `vit-micro` is our own, for the demo and the tests.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
+
+from cxr_vit.regular_files import read_json
+
+#: Size limit of a config.json, bytes; 22,000 labels take 2 MB.
+CONFIG_LIMIT = 4 << 20
 
 
 class Architecture(NamedTuple):
@@ -75,10 +79,9 @@ def _local_config(name: str) -> Optional[Dict[str, Any]]:
     if name in SIZES or not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_json(file, limit=CONFIG_LIMIT)
+    except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:

@@ -53,6 +53,13 @@ def _model_problems(config: Config) -> Iterator[Problem]:
             + suggestion(name, SIZES),
             f"Sizes: {', '.join(SIZES)}.",
         )
+    revision = config.model.revision
+    if revision is not None and (name in SIZES or Path(name).is_dir()):
+        yield Problem(
+            f"model.revision={revision}",
+            f"is for a hub name; model.name={name} is a {'size' if name in SIZES else 'folder'}.",
+            "Leave it out.",
+        )
     problem = depth_problem(layers, depth) if depth is not None else None
     if problem:
         yield problem

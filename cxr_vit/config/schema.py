@@ -244,6 +244,9 @@ class ModelSection(Section):
         "hub name, local folder, or for random weights vit-micro, vit-tiny, vit-small, vit-base,"
         " vit-large, vit-huge",
     )
+    revision: Optional[Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]] = option(
+        None, "branch, tag or commit of a hub name; null: main"
+    )
     patch_size: int = option(16, "side of a patch, pixels (random weights only)", ge=2, le=128)
     dropout: Fraction = option(0.0, "dropout after embeddings, attention and MLP")
     hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = option(

@@ -11,19 +11,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
+from cxr_vit.model.source import (
+    SavedConfig,
+    SavedTensor,
+    open_weights,
+    read_config,
+    source_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +44,11 @@ _RENAMES: Tuple[Tuple[str, str], ...] = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-_HEAD = "classifier."
-_LINEAR_HEAD = frozenset((f"{_HEAD}weight", f"{_HEAD}bias"))
+_TRUNK, _HEAD = "vit.", "classifier."
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 #: Part of the hub's in21k checkpoint; the classifier does not use it.
-_POOLER = re.compile(r"^(vit\.)?pooler\.")
+_POOLER = "vit.pooler."
 
 
 def hub_name(name: str) -> str:
@@ -86,12 +92,11 @@ def check_source(
     if model.name in SIZES:
         return None
     with _loading(model.name):
-        saved = AutoConfig.from_pretrained(model.name)
-    _check_config(model, saved, image_size)
+        saved = read_config(source_folder(model, config_only=True))
+    _check_image_size(model, saved, image_size)
     _check_depth(layers_per_stage, saved.num_hidden_layers)
-    labels = _labels(saved)
     has_head = "ViTForImageClassification" in (saved.architectures or [])
-    return None if not has_head or all(map(_UNNAMED.match, labels)) else labels
+    return None if not has_head or all(map(_UNNAMED.match, saved.labels)) else saved.labels
 
 
 def build_vit(
@@ -122,7 +127,6 @@ def build_vit(
     another image size.
     """
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model.name in SIZES:
@@ -180,47 +184,51 @@ def _from_size(
 def _from_pretrained(
     model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
 ) -> Tuple[ViTForImageClassification, bool]:
-    """Load weights; return the model and whether its head is new."""
+    """Load weights; return the model and whether its head is new.
+
+    transformers gets the checked values of config.json only, and none of the folder's files.
+    """
     with _loading(model.name):
-        saved = AutoConfig.from_pretrained(model.name)
-        _check_config(model, saved, image_size)
-        vit, info = ViTForImageClassification.from_pretrained(
-            model.name,
-            config=ViTConfig.from_pretrained(
-                model.name, **_settings(model, names, for_ipu, saved.hidden_act)
-            ),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by _check_weights, all at once
-            use_safetensors=True,  # a pickle can run code
-        )
-    unfit = _check_weights(model.name, info)
-    saved_names = _labels(saved)
-    has_other_labels = saved_names != list(names)
-    if has_other_labels and not unfit:
-        logger.warning("%s has other labels (%s): its head is replaced", model.name, saved_names)
-    head_is_new = has_other_labels or bool(unfit)
-    if head_is_new and not unfit >= _LINEAR_HEAD:  # Hugging Face initialises missing weights
-        torch.nn.init.normal_(vit.classifier.weight, std=vit.config.initializer_range)
+        folder = source_folder(model, config_only=False)
+        saved = read_config(folder)
+    _check_image_size(model, saved, image_size)
+    settings = _settings(model, names, for_ipu, saved.hidden_act)
+    with torch.device("meta"):  # the weights are allocated once they are known to fit
+        vit = ViTForImageClassification(ViTConfig(**{**saved.shape(), **settings}))
+    with _loading(model.name), open_weights(folder) as tensors:
+        weights = _with_hub_names(tensors)
+        unfit = _check_weights(model.name, vit, weights)
+        vit.to_empty(device="cpu")
+        head_is_new = bool(unfit) or saved.labels != list(names)
+        with torch.no_grad():
+            for name, parameter in vit.named_parameters():
+                if not (head_is_new and name.startswith(_HEAD)):
+                    parameter.copy_(weights[hub_name(name)].read())
+    if head_is_new:  # as Hugging Face draws it
+        torch.nn.init.trunc_normal_(vit.classifier.weight, std=saved.initializer_range)
         torch.nn.init.zeros_(vit.classifier.bias)
-    return vit, head_is_new
+        if not unfit:
+            logger.warning(
+                "%s has other labels (%s): its head is replaced", model.name, saved.labels
+            )
+    return vit.eval(), head_is_new
 
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Raise ModelError with the alternatives if the source cannot be loaded."""
+    transformers.logging.disable_progress_bar()  # also those of downloads
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0]
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.filename or name}: {error.strerror or error}."
         raise ModelError(
-            f"cannot load model.name={name!r}: {first_line} Set it to a folder with"
+            f"cannot load model.name={name!r}: {reason} Set it to a folder with"
             " config.json and model.safetensors, to a hub name this machine can reach, or to a"
             f" size: {', '.join(SIZES)}."
         ) from error
-
-
-def _labels(saved: Any) -> List[str]:
-    return [str(name) for _, name in sorted(saved.id2label.items())]
 
 
 def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:
@@ -229,11 +237,7 @@ def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:
         raise ModelError(str(problem))
 
 
-def _check_config(model: ModelSection, saved: Any, image_size: int) -> None:
-    if saved.model_type != "vit":
-        raise ModelError(
-            f"model.name={model.name!r} is a {saved.model_type!r} model; only 'vit' is supported."
-        )
+def _check_image_size(model: ModelSection, saved: SavedConfig, image_size: int) -> None:
     if saved.image_size != image_size:
         raise ModelError(
             f"model.name={model.name!r} takes images of {saved.image_size} pixels, but"
@@ -241,13 +245,24 @@ def _check_config(model: ModelSection, saved: Any, image_size: int) -> None:
         )
 
 
-def _check_weights(name: str, info: Dict[str, Any]) -> Set[str]:
+def _with_hub_names(tensors: Mapping[str, SavedTensor]) -> Dict[str, SavedTensor]:
+    """Return the tensors by hub name; those of a trunk without a head are saved without `vit.`."""
+    has_prefix = any(name.startswith(_TRUNK) for name in tensors)
+    named = {}
+    for name, tensor in tensors.items():
+        full = name if has_prefix or name.startswith(_HEAD) else _TRUNK + name
+        if hub_name(full) in named:
+            raise ValueError(f"it has the weights {hub_name(full)} twice.")
+        named[hub_name(full)] = tensor
+    return named
+
+
+def _check_weights(name: str, vit: nn.Module, weights: Mapping[str, SavedTensor]) -> Set[str]:
     """Refuse weights that do not fit, except the head's; return those of the head."""
-    missing = _hub_names(info["missing_keys"])
-    mismatched = _hub_names(
-        key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]
-    )
-    unexpected = {key for key in _hub_names(info["unexpected_keys"]) if not _POOLER.match(key)}
+    own = {hub_name(key): tuple(value.shape) for key, value in vit.named_parameters()}
+    missing = own.keys() - weights.keys()
+    unexpected = {key for key in weights.keys() - own.keys() if not key.startswith(_POOLER)}
+    mismatched = {key for key in own.keys() & weights.keys() if own[key] != weights[key].shape}
     head = {key for key in missing | mismatched | unexpected if key.startswith(_HEAD)}
     problems = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
@@ -266,10 +281,6 @@ def _check_weights(name: str, info: Dict[str, Any]) -> Set[str]:
     if head:
         logger.info("%s: new head (%s)", name, ", ".join(sorted(head)))
     return head
-
-
-def _hub_names(keys: Iterable[str]) -> Set[str]:
-    return {hub_name(key) for key in keys}
 
 
 def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:

@@ -61,7 +61,7 @@ def test_depth_of_a_local_folder_is_read_from_its_config(tmp_path):
     assert "the model has 7." in only_problem(f"model.name={tmp_path}")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_hidden_layers": "many"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_hidden_layers": "many"}', "[" * 100_000])
 def test_local_folder_with_an_invalid_config_is_not_checked(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     config = read_config([], [*VALID, f"model.name={tmp_path}"])
@@ -71,6 +71,17 @@ def test_local_folder_with_an_invalid_config_is_not_checked(tmp_path, text):
 def test_hub_name_without_a_size_is_not_checked():
     config = read_config([], [*VALID, "model.name=someone/chest-model"])
     assert check(config) is config
+
+
+def test_revision_is_for_a_hub_name(tmp_path):
+    message = only_problem("model.revision=v1")
+    assert message.startswith("model.revision=v1 is for a hub name; model.name=vit-micro is a size")
+    message = only_problem(f"model.name={tmp_path}", "model.revision=v1")
+    assert f"model.name={tmp_path} is a folder" in message
+    config = read_config([], [*VALID, "model.name=a/b", "model.revision=refs/pr/1"])
+    assert check(config).model.revision == "refs/pr/1"
+    for value in ("../../etc", "/etc", "a b", ""):
+        assert "model.revision=" in only_problem("model.name=a/b", f"model.revision='{value}'")
 
 
 def test_unknown_size_suggests_the_nearest_and_lists_all():
