@@ -314,16 +314,19 @@ class PipelineEngine(TorchEngineBase):
         own = super().state_dict()
         if self.replica > 0:
             return own
-        gathered: Optional[List[Any]] = None
-        if self.is_main:
-            gathered = [None] * dist.get_world_size(self._stage_group)
+        # A slot is named `<slot>/<weight>`, a weight `/<weight>`.
+        flat = {f"/{name}": weight for name, weight in own.weights.items()}
+        for name, slots in own.optimizer.items():
+            flat.update({f"{slot}/{name}": value for slot, value in slots.items()})
         with self.group.waiting_for("the weights of the other stages"):
-            dist.gather_object(
-                (own.weights, own.optimizer), gathered, dst=0, group=self._stage_group
-            )
-        for weights, slots in gathered or []:
-            own.weights.update(weights)
-            own.optimizer.update(slots)
+            gathered = self.group.gather(flat, self._stage_group)
+        for part in gathered[1:]:
+            for key, value in part.items():
+                slot, _, name = key.partition("/")
+                if slot:
+                    own.optimizer.setdefault(name, {})[slot] = value
+                else:
+                    own.weights[name] = value
         return own
 
 

@@ -40,6 +40,15 @@ _POLL_S = 0.05
 
 _ROLL_CALL = "roll call"
 
+#: Types of the tensors that processes send each other, by name.
+_DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
 #: Messages of gloo, NCCL and the store where a process does not answer, and where it has ended.
 _TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout")
 _BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited")
@@ -251,6 +260,29 @@ def _with_timeout(query: Callable[[], T], default: T, seconds: float) -> T:
     return answers[-1]
 
 
+def _concatenate(part: Tensor, group: Any) -> Tensor:
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([len(part)]), group=group)
+    # Only tensors of one shape can be gathered.
+    longest = max(int(count) for count in counts)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[: len(part)] = part
+    gathered = [torch.empty_like(padded) for _ in counts]
+    if padded.numel():  # torch 2.0 divides by the size
+        dist.all_gather([_bytes(rows) for rows in gathered], _bytes(padded), group=group)
+    return torch.cat([rows[: int(count)] for rows, count in zip(gathered, counts)])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a contiguous tensor, which they share; of another one those of a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _receive(tensor: Tensor, rank: int, group: Any) -> Tensor:
+    dist.recv(_bytes(tensor), rank, group)
+    return tensor
+
+
 class ProcessGroup:
     """torch's process group for one engine; without other processes the methods are trivial.
 
@@ -313,13 +345,38 @@ class ProcessGroup:
         return bool(self.sum(torch.tensor([float(flag)]), "the end of everyone's step") > 0)
 
     def concatenate(self, parts: Tuple[Tensor, ...], group: Any = None) -> Tuple[Tensor, ...]:
-        """Concatenate the rows of all processes of a group, on the CPU."""
+        """Concatenate the rows of all processes of a group, on the CPU.
+
+        The processes may have different numbers of rows.
+        """
         if not self.is_connected:
             return parts
-        gathered: List[Any] = [None] * dist.get_world_size(group)
         with self.waiting_for("the scores of the other replicas"):
-            dist.all_gather_object(gathered, parts, group=group)
-        return tuple(torch.cat(column) for column in zip(*gathered))
+            return tuple(_concatenate(part, group) for part in parts)
+
+    def gather(self, tensors: Dict[str, Tensor], group: Any) -> List[Dict[str, Tensor]]:
+        """Return the tensors of each process of a group in its first one; an empty list elsewhere.
+
+        One tensor at a time is on its way, so that only the first process holds all of them.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        if self.rank != ranks[0]:
+            form = [(name, str(value.dtype), list(value.shape)) for name, value in tensors.items()]
+            words = torch.frombuffer(bytearray(json.dumps(form).encode()), dtype=torch.uint8)
+            for part in (torch.tensor([len(words)]), words, *tensors.values()):
+                dist.send(_bytes(part), ranks[0], group)
+            return []
+        gathered = [tensors]
+        for rank in ranks[1:]:
+            length = _receive(torch.empty(1, dtype=torch.int64), rank, group)
+            words = _receive(torch.empty(int(length), dtype=torch.uint8), rank, group)
+            gathered.append(
+                {
+                    name: _receive(torch.empty(shape, dtype=_DTYPES[dtype]), rank, group)
+                    for name, dtype, shape in json.loads(bytes(words.tolist()))
+                }
+            )
+        return gathered
 
     @contextlib.contextmanager
     def waiting_for(self, what: str, detail: Callable[[], str] = str) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Coordinator with its processes as threads, over torch's in-memory store."""
 
+import multiprocessing
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -11,6 +13,9 @@ from cxr_vit.engines import process_group
 from cxr_vit.engines.process_group import Coordinator, ProcessGroup, coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ProcessLost
+
+# torch.load's, of torch 2.0
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")
 
 
 @pytest.fixture
@@ -142,3 +147,96 @@ def test_group_without_connected_processes_is_trivial(launch):
     with pytest.raises(RuntimeError, match="timed out"), group.waiting_for("nobody"):
         raise RuntimeError("timed out")
     group.close()
+
+
+# Real processes, on gloo
+
+
+needs_subgroups = pytest.mark.skipif(
+    torch.__version__.startswith("2.0."), reason="torch 2.0 makes groups of GPUs only"
+)
+
+
+@pytest.fixture
+def in_processes(tmp_path, monkeypatch):
+    """Run a function of a ProcessGroup in four processes; return its results."""
+
+    def run(function):
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            port = bound.getsockname()[1]
+
+        def child(rank):
+            launch = Launch(rank, 4, launcher="torchrun")
+            variables = {"RANK": rank, "WORLD_SIZE": 4, "MASTER_PORT": port}
+            for name, value in {**variables, "MASTER_ADDR": "127.0.0.1"}.items():
+                monkeypatch.setenv(name, str(value))
+            group = ProcessGroup(launch, torch.device("cpu"), timeout_s=60)
+            torch.save(function(group), tmp_path / str(rank))
+            coordinator(launch).wait_for_all_to_finish()
+            group.close()
+
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=child, args=(rank,)) for rank in range(4)]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join(120)
+        assert [process.exitcode for process in children] == [0] * 4
+        return [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(4)]
+
+    return run
+
+
+def test_rows_of_all_processes_are_concatenated_in_order(in_processes):
+    def rows(group):
+        count = group.rank + 1
+        scores = torch.full((count, 3), float(group.rank), dtype=torch.bfloat16)
+        flags = torch.tensor([True, False, True, True])[:count]
+        return group.concatenate((scores, flags, torch.empty(0, 2)))
+
+    flags = [flag for count in (1, 2, 3, 4) for flag in [True, False, True, True][:count]]
+    for found in in_processes(rows):
+        assert found[0].dtype == torch.bfloat16
+        assert found[0].tolist() == [[float(rank)] * 3 for rank in (0, 1, 1, 2, 2, 2, 3, 3, 3, 3)]
+        assert found[1].tolist() == flags
+        assert found[2].shape == (0, 2)
+
+
+def pair_of(group):
+    return group.new_group([[0, 1], [2, 3]])
+
+
+@needs_subgroups
+def test_rows_of_a_group_are_concatenated(in_processes):
+    results = in_processes(
+        lambda group: group.concatenate((torch.tensor([group.rank]),), pair_of(group))
+    )
+    assert [result[0].tolist() for result in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+@needs_subgroups
+def test_first_process_gathers_the_tensors_of_its_group(in_processes):
+    def tensors(rank):
+        made = torch.Generator().manual_seed(rank)
+        every = {
+            str(dtype): torch.randn(rank + 1, 3, generator=made).to(dtype)
+            for dtype in process_group._DTYPES.values()
+        }
+        more = {"step": torch.tensor(float(rank)), "none": torch.empty(0, 4)}
+        return {
+            **every,
+            **more,
+            "transposed": torch.randn(2, 3, generator=made).T,
+            f"{rank}/": every["torch.bool"],
+        }
+
+    results = in_processes(lambda group: group.gather(tensors(group.rank), pair_of(group)))
+    assert [len(result) for result in results] == [2, 0, 2, 0]
+    for first in (0, 2):
+        for rank, found in enumerate(results[first], first):
+            expected = tensors(rank)
+            assert list(found) == list(expected)
+            for name, value in expected.items():
+                assert found[name].dtype == value.dtype, name
+                assert torch.equal(found[name], value), name

@@ -266,6 +266,11 @@ def test_all_processes_return_the_same(results, name):
 
 
 @cases()
+def test_processes_send_each_other_no_pickles(results, name):
+    assert [ours["unpickled"] for ours in results(name)] == [[]] * CASES[name].processes
+
+
+@cases()
 def test_scores_match_one_process(results, alone, demo, name):
     ours, case = results(name)[0], CASES[name]
     assert ours["logits"].shape == (59, 14)

@@ -42,6 +42,8 @@ EAGER_SCALER = {
 }
 #: Names of the images that this process opened.
 opened_images: List[str] = []
+#: Classes and functions that this process looked up to read a pickle.
+unpickled: List[str] = []
 
 
 def copies(replicas: int) -> Tuple[str, ...]:
@@ -70,7 +72,7 @@ def has_gradient(name: str) -> bool:
 
 def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     """Train as train.py does, then score the test split; return the results of this process."""
-    del opened_images[:]
+    del opened_images[:], unpickled[:]
     launch = Launch.from_environment()
     config, data, module = make(overrides)
     model = module.model
@@ -108,6 +110,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
         "rows": torch.cat([batch.indices for batch in batches]),
         "pixels": sum(batch.images.numel() for batch in batches),
         "images": images,
+        "unpickled": list(unpickled),
         # Names of the built weights (`stages.<i>. ...`) that are still in memory.
         "alive": sorted(name for name, weight in built if weight() is not None),
         "here": sorted(here),
@@ -147,14 +150,16 @@ def _example(dataset: ChestXrayDataset, size: int) -> Batch:
     return Batch.zeros(size, image_size=dataset.image_size, num_classes=dataset.num_classes)
 
 
-def _note_images(event: str, arguments: Any) -> None:
+def _note(event: str, arguments: Any) -> None:
+    if event == "pickle.find_class":
+        unpickled.append(".".join(map(str, arguments)))
     if event == "open" and str(arguments[0]).endswith(".png"):
         opened_images.append(Path(arguments[0]).name)
 
 
 def main() -> None:
     """Run all cases."""
-    sys.addaudithook(_note_images)
+    sys.addaudithook(_note)
     cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
     rank = Launch.from_environment().rank
     for name, (overrides, scale) in json.loads(cases.read_text()).items():
