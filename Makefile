@@ -2,6 +2,7 @@
 # make setup       install what development needs into .venv
 # make test        the test suite on this Python (3.9 or later)
 # make test-all    the same with the cases marked exhaustive: ten minutes more
+# make test-faults the tests of faults in full: half an hour; FAULTS_EXAMPLES=500 is shorter
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
 # make lint        formatter, linter, types, spelling
 # make docs        the documentation, into site/; a warning is an error
@@ -23,7 +24,7 @@ SPELLED     := cxr_vit tests configs benchmarks docs .github .ci train.py evalua
 # What the tests need besides requirements.txt.
 DEV         := requirements-dev.txt requirements-dicom.txt requirements-loggers.txt
 
-.PHONY: demo setup test test-all test-sdk34 lint docs dist picture clean
+.PHONY: demo setup test test-all test-faults test-sdk34 lint docs dist picture clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
@@ -40,7 +41,11 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-all: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(PARALLEL) -m ""
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not faults"
+
+# One process: the soak test and the kills measure time and memory.
+test-faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "" tests/faults
 
 test-sdk34: $(VENV_SDK34)/.installed-dev
 	$(VENV_SDK34)/bin/python -m pytest $(PARALLEL)

@@ -1,0 +1,411 @@
+"""The readers of files that a user is handed, each with valid files and a way to read one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
+from cxr_vit.config import load_config, read_config
+from cxr_vit.config.schema import DataSection, ModelSection
+from cxr_vit.data.image_source import open_image_source
+from cxr_vit.data.images import gray_or_reason
+from cxr_vit.data.labels import FINDINGS
+from cxr_vit.data.nih import RELABELS, read_boxes, read_records, read_relabels
+from cxr_vit.data.splits import make_splits
+from cxr_vit.errors import CxrVitError
+from cxr_vit.model.vit import build_vit, check_source
+from cxr_vit.training.checkpoint import load_checkpoint
+from cxr_vit.training.loggers import CsvLogger, JsonlLogger
+
+from . import inputs
+from .inputs import Strategy
+from .runs import CHECKPOINT_FILES, SMALL
+
+#: Side of the images of the fuzzed cache and files, pixels.
+SIDE = 16
+
+
+class Reader(NamedTuple):
+    """What is drawn, and the function that reads it."""
+
+    strategy: Strategy
+    read: Callable[[Any], Any]
+    #: Fraction of the examples that a slower reader is given.
+    share: float = 1.0
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# Configuration
+
+_CONFIG: Dict[str, Any] = {
+    "run": {"name": "a", "seed": 1},
+    "data": {"root": "data/x", "image_size": 64, "val_fraction": 0.1, "cache": "auto"},
+    "pipeline": {"layers_per_stage": [1, 1, 2], "recompute": ["every_layer", [0, 1], []]},
+    "batch": {"micro_batch_size": 4, "global_batch_size": 32},
+    "optim": {"lr": 1e-3, "loss_scaling": "auto"},
+    "engine": {"popart_options": {"a": 1}, "name": "torch"},
+    "callbacks": [{"class": "a.B", "args": {"x": 1, "y": [1e-3, {"z": None}]}}],
+    "loggers": ["jsonl", {"class": "c.D", "args": {}}],
+}
+
+
+def config_files(folder: Path) -> Reader:
+    path = folder / "config.yaml"
+    return Reader(
+        inputs.damaged_yaml([_CONFIG]), lambda data: read_config([_write(path, data)], [])
+    )
+
+
+def overrides(folder: Path) -> Reader:
+    from hypothesis import strategies as st
+
+    keys = [key for section in _CONFIG if isinstance(_CONFIG[section], dict) for key in [section]]
+    fields = [f"{key}.{field}" for key in keys for field in _CONFIG[key]]
+    words = [*keys, *fields, "callbacks", "loggers", "engine.popart_options.a", ".", "", "a.b"]
+    key = st.one_of(st.sampled_from(words), st.text(max_size=8))
+    word = st.builds("{}={}".format, key, inputs.yaml_text())
+    words_of_a_line = st.lists(word | st.text(max_size=20), min_size=1, max_size=3)
+    return Reader(words_of_a_line, lambda given: load_config([], given))
+
+
+# Tables
+
+_CSV_HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+_NAMES = [f"{patient:08d}_{visit:03d}.png" for patient in range(1, 6) for visit in range(2)]
+_CSV = "\n".join(
+    [_CSV_HEADER]
+    + [
+        f"{name},{FINDINGS[row]}|Mass,{row % 2},{row // 2 + 1},5{row},M,PA,2048,2500,0.1,0.1"
+        for row, name in enumerate(_NAMES)
+        if FINDINGS[row] != "Mass"
+    ]
+)
+_BOXES = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + "\n".join(
+    f"{name},Mass,{10 * row}.5,20,30,40,,," for row, name in enumerate(_NAMES)
+)
+_RELABELS = f"Image Index,{','.join(RELABELS)}\n" + "\n".join(
+    f"{name},YES,NO,NO,YES" for name in _NAMES
+)
+
+
+def nih_csv(folder: Path) -> Reader:
+    path = folder / "labels.csv"
+    return Reader(
+        inputs.damaged_table([_CSV]),
+        lambda data: read_records(_write(path, data), include_no_finding=True),
+    )
+
+
+def boxes(folder: Path) -> Reader:
+    path = folder / "boxes.csv"
+    return Reader(inputs.damaged_table([_BOXES]), lambda data: read_boxes(_write(path, data)))
+
+
+def relabels(folder: Path) -> Reader:
+    path = folder / "relabels.csv"
+    return Reader(inputs.damaged_table([_RELABELS]), lambda data: read_relabels(_write(path, data)))
+
+
+def lists(folder: Path) -> Reader:
+    """A training list; the test list is valid."""
+    csv = _write(folder / "labels.csv", _CSV.encode())
+    records = read_records(csv, include_no_finding=False)
+    held_out = _write(folder / "test_list.txt", "\n".join(_NAMES[8:]).encode())
+    path = folder / "train_val_list.txt"
+    data = DataSection(
+        split="official", train_list=str(path), test_list=str(held_out), val_fraction=0.3
+    )
+
+    def read(given: bytes) -> Any:
+        _write(path, given)
+        return make_splits(records, folder, data)
+
+    seeds = ["\n".join(_NAMES[:8]), "\n".join(f"images_001/{name} 0 1" for name in _NAMES[:8])]
+    return Reader(inputs.damaged_table(seeds), read)
+
+
+# Images and their cache
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _pictures() -> List[bytes]:
+    gray = Image.fromarray(np.random.default_rng(0).integers(1, 255, (24, 24), dtype=np.uint8))
+    deep = Image.fromarray((np.asarray(gray).astype(np.uint16) * 16))
+    colour = gray.convert("RGB")
+    large = Image.new("L", (4000, 3000))
+    pngs = [gray, deep, colour, colour.convert("RGBA"), gray.convert("P"), large]
+    return [
+        *[_encoded(image, "PNG") for image in pngs],
+        *[_encoded(image, "JPEG", quality=80) for image in (gray, colour)],
+        _encoded(colour, "JPEG", progressive=True, quality=60),
+    ]
+
+
+def _dicom() -> bytes:
+    """A DICOM file; the test is skipped without pydicom, which writes it."""
+    import pytest
+
+    pydicom = pytest.importorskip("pydicom", reason="reading DICOM needs pydicom (extra: dicom)")
+    from pydicom import uid
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    dataset = Dataset()
+    dataset.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = "1.2.3.4"
+    dataset.Rows = dataset.Columns = 24
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME1"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.PixelRepresentation = 0
+    dataset.WindowCenter, dataset.WindowWidth = "2048", "4096"
+    dataset.RescaleIntercept, dataset.RescaleSlope = "-100", "1.5"
+    dataset.PixelData = (np.arange(24 * 24) * 7).astype("<u2").tobytes()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    buffer = io.BytesIO()
+    if pydicom.__version__.startswith("2."):
+        dataset.is_little_endian, dataset.is_implicit_VR = True, False
+        dataset.save_as(buffer, write_like_original=False)
+    else:
+        dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _read_image(path: Path, data: bytes) -> Any:
+    result = gray_or_reason(_write(path, data), SIDE, max_megapixels=64)
+    if isinstance(result, str):
+        assert result.strip()
+    else:
+        assert result.shape == (SIDE, SIDE) and result.dtype == np.uint8
+    return result
+
+
+def images(folder: Path) -> Reader:
+    path = folder / "image.png"
+    return Reader(inputs.damaged_images(_pictures()), lambda data: _read_image(path, data))
+
+
+def dicom(folder: Path) -> Reader:
+    path = folder / "image.dcm"
+    return Reader(inputs.damaged_bytes([_dicom()]), lambda data: _read_image(path, data))
+
+
+def cache_index(folder: Path) -> Reader:
+    """The index of a cache; its pixels and the images are those it was built from."""
+    source = folder / "images"
+    source.mkdir()
+    for name, data in zip(_NAMES, _pictures()[:4]):
+        _write(source / name, data)
+    _write(source / _NAMES[4], b"damaged")
+    names = _NAMES[:5]
+    data = DataSection(root=str(source), image_size=SIDE, cache_workers=1)
+    open_image_source(data, names)
+    (index,) = (source / "cxr_vit_cache").glob("*.json")
+    seed = json.loads(index.read_text(encoding="utf-8"))
+
+    def read(given: bytes) -> Any:
+        _write(index, given)
+        opened = open_image_source(data, names)
+        out = np.empty((len(opened.reader), SIDE, SIDE), np.uint8)
+        opened.reader.read(np.arange(len(opened.reader)), out)
+        return opened
+
+    return Reader(inputs.damaged_json([seed]), read)
+
+
+# Checkpoints and models
+
+
+def signed(checkpoint: Path, state: Any = None) -> None:
+    """Give a checkpoint the digests of its files, as somebody would who means harm.
+
+    `state` replaces the content of trainer_state.json; the bytes there stay if they are no JSON.
+    """
+    path = checkpoint / "trainer_state.json"
+    if state is None:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["sha256"] = {
+            name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+            for name in CHECKPOINT_FILES
+        }
+    path.write_bytes(inputs.as_json(state))
+
+
+def trainer_state(folder: Path, run: Path) -> Reader:
+    checkpoint, seed = _copied(folder, run)
+
+    def read(given: Any) -> Any:
+        if isinstance(given, bytes):
+            _write(checkpoint / "trainer_state.json", given)
+        else:
+            signed(checkpoint, given)
+        return load_checkpoint(checkpoint)
+
+    from hypothesis import strategies as st
+
+    trees = inputs.damaged_trees([seed], root=True)
+    raw = inputs.damaged_bytes([(run / "trainer_state.json").read_bytes()])
+    return Reader(st.one_of(trees, trees, trees, raw), read)
+
+
+def resumed_state(folder: Path, run: Path, sample_root: Path) -> Reader:
+    """What a resume does with a state that it can read: engine, callbacks, steps."""
+    checkpoint, seed = _copied(folder, run)
+    resume = _resuming(folder, checkpoint, sample_root)
+
+    def read(given: Any) -> Any:
+        signed(checkpoint, given)
+        return resume()
+
+    return Reader(inputs.damaged_trees([seed], root=True), read, share=0.1)
+
+
+def tensors(folder: Path, run: Path, name: str) -> Reader:
+    checkpoint, _ = _copied(folder, run)
+
+    def read(given: bytes) -> Any:
+        _write(checkpoint / name, given)
+        signed(checkpoint)
+        return load_checkpoint(checkpoint)
+
+    return Reader(inputs.damaged_tensors([(run / name).read_bytes()]), read)
+
+
+def resumed_optimizer(folder: Path, run: Path, sample_root: Path) -> Reader:
+    """What a resume does with an optimizer's state that it can read."""
+    checkpoint, _ = _copied(folder, run)
+    resume = _resuming(folder, checkpoint, sample_root)
+
+    def read(given: bytes) -> Any:
+        _write(checkpoint / "optimizer.safetensors", given)
+        signed(checkpoint)
+        return resume()
+
+    seed = (run / "optimizer.safetensors").read_bytes()
+    return Reader(inputs.damaged_tensors([seed]), read, share=0.1)
+
+
+def _copied(folder: Path, run: Path) -> Any:
+    """Copy a checkpoint; return its path and the content of its trainer_state.json."""
+    checkpoint = folder / "step_00000002"
+    shutil.copytree(str(run), str(checkpoint))
+    return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+def _resuming(folder: Path, checkpoint: Path, sample_root: Path) -> Callable[[], Any]:
+    """Return a function that resumes a checkpoint for one step, in a new folder each time."""
+    given = [*SMALL, f"data.root={sample_root}", "train.steps=3", "loggers=[]"]
+    config = load_config([], [*given, f"run.dir={folder / 'resumed'}"])
+    data = ChestXrayDataModule(config)
+
+    def resume() -> Any:
+        shutil.rmtree(str(folder / "resumed"), ignore_errors=True)
+        module = ViTModule(config, data, checkpoint=checkpoint)
+        Trainer(config).fit(module, data, ckpt_path=checkpoint)
+
+    return resume
+
+
+def model_config(folder: Path, run: Path) -> Reader:
+    """config.json of a model's folder: checked, and the model built if it passes."""
+    model = folder / "model"
+    shutil.copytree(str(run), str(model))
+    section = ModelSection(name=str(model))
+    settings = {"image_size": 32, "layers_per_stage": [1, 1]}
+
+    def read(given: bytes) -> Any:
+        _write(model / "config.json", given)
+        check_source(section, **settings)
+        with torch.random.fork_rng(devices=[]):
+            return build_vit(section, names=list(FINDINGS), seed=0, **settings)
+
+    seed = json.loads((run / "config.json").read_text())
+    return Reader(inputs.damaged_json([seed]), read)
+
+
+# Metrics
+
+
+def metrics_jsonl(folder: Path) -> Reader:
+    return _metrics(folder, JsonlLogger)
+
+
+def metrics_csv(folder: Path) -> Reader:
+    return _metrics(folder, CsvLogger)
+
+
+def _metrics(folder: Path, kind: Any) -> Reader:
+    """The file of a logger when a run is resumed at step 3; it must accept all of them."""
+
+    def opened(step: int) -> Any:
+        log = kind()
+        log.setup(folder, step)
+        return log
+
+    log = opened(0)
+    for step in range(1, 6):
+        log.log_metrics({"train/loss": 0.5 / step, "train/lr": None}, step)
+    seed = log.path.read_bytes()
+
+    def read(given: bytes) -> None:
+        _write(log.path, given)
+        try:
+            resumed = opened(3)
+            resumed.log_metrics({"train/loss": 1.0, "new": 2.0}, 4)
+        except CxrVitError as error:
+            raise AssertionError("a damaged log must not stop a run") from error
+
+    return Reader(inputs.damaged_bytes([seed]) | inputs.damaged_table([seed.decode()]), read)
+
+
+def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callable[[], Reader]]:
+    """Return the readers by name; `run` is a checkpoint, `folder` an empty one."""
+
+    def own(make: Callable[..., Reader], *more: Any) -> Callable[[], Reader]:
+        return lambda: make(folder, *more)
+
+    return {
+        "config files": own(config_files),
+        "overrides": own(overrides),
+        "NIH's CSV": own(nih_csv),
+        "lists": own(lists),
+        "boxes": own(boxes),
+        "relabels": own(relabels),
+        "images": own(images),
+        "DICOM": own(dicom),
+        "cache index": own(cache_index),
+        "trainer state": own(trainer_state, run),
+        "resumed state": own(resumed_state, run, sample_root),
+        "model weights": own(tensors, run, "model.safetensors"),
+        "optimizer": own(tensors, run, "optimizer.safetensors"),
+        "resumed optimizer": own(resumed_optimizer, run, sample_root),
+        "model config": own(model_config, run),
+        "metrics.jsonl": own(metrics_jsonl),
+        "metrics.csv": own(metrics_csv),
+    }
+
+
+def names(readers: Optional[Sequence[str]] = None) -> List[str]:
+    """Return the names of all readers, for parametrisation."""
+    return list(all_readers(Path(), Path(), Path()))
