@@ -17,7 +17,7 @@ SMALL: Tuple[str, ...] = (
     "pipeline.layers_per_stage=[1, 1, 1, 1]",
     "batch.micro_batch_size=4",
     "batch.gradient_accumulation=2",
-    "batch.eval_micro_batch_size=8",
+    "batch.eval_micro_batch_size=1",
     "engine.device=cpu",
     "engine.precision=fp32",
 )

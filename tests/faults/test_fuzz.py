@@ -9,28 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
-from cxr_vit.config import load_config
-
 from .guard import within_limits
 from .readers import all_readers, names
-from .runs import SMALL
 
 #: Inputs per reader; a reader that resumes a run gets fewer.
 FEW, MANY = 40, int(os.environ.get("FAULTS_EXAMPLES", "10000"))
 #: Shrinking an input that takes 5 seconds takes minutes: only on request.
 PHASES = [Phase.generate, *([Phase.shrink] if os.environ.get("FAULTS_SHRINK") else [])]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(sample_root, tmp_path_factory):
-    """A real checkpoint of two steps."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    given = [*SMALL, f"data.root={sample_root}", f"run.dir={folder}", "train.steps=2"]
-    config = load_config([], [*given, "loggers=[]"])
-    data = ChestXrayDataModule(config)
-    Trainer(config).fit(ViTModule(config, data), data)
-    return folder / "checkpoints" / "step_00000002"
 
 
 def fuzz(name: str, folder: Path, checkpoint: Path, sample_root: Path, *, examples: int) -> None:
