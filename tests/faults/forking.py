@@ -33,6 +33,8 @@ class Process:
     @property
     def text(self) -> str:
         """Its stdout and stderr so far."""
+        if not self.output.exists():  # it has just been forked
+            return ""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def poll(self) -> Optional[int]:
@@ -148,3 +150,4 @@ def _ended(pid: int) -> Optional[int]:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # at once: torch's end takes seconds
