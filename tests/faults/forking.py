@@ -6,6 +6,7 @@ as train.py does, from its first line of Python on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -57,10 +58,8 @@ class Process:
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the process, or to all of its group (its loader workers)."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 class Server:
@@ -110,6 +109,9 @@ def _run(words: Sequence[str], output: str) -> None:
     from cxr_vit.commands.train import main
 
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # a job in the background ignores some
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (file, 1), (file, 2)):

@@ -362,4 +362,3 @@ def _split_tensors(data: bytes) -> Tuple[bytes, bytes]:
 
 def _joined(header: bytes, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
-

@@ -28,7 +28,7 @@ from cxr_vit.training.loggers import CsvLogger, JsonlLogger
 
 from . import inputs
 from .inputs import Strategy
-from .runs import CHECKPOINT_FILES, SMALL
+from .runs import SMALL
 
 #: Side of the images of the fuzzed cache and files, pixels.
 SIDE = 16
@@ -151,7 +151,7 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def _pictures() -> List[bytes]:
     gray = Image.fromarray(np.random.default_rng(0).integers(1, 255, (24, 24), dtype=np.uint8))
-    deep = Image.fromarray((np.asarray(gray).astype(np.uint16) * 16))
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 16)
     colour = gray.convert("RGB")
     large = Image.new("L", (4000, 3000))
     pngs = [gray, deep, colour, colour.convert("RGBA"), gray.convert("P"), large]
@@ -238,18 +238,24 @@ def cache_index(folder: Path) -> Reader:
 
 
 def signed(checkpoint: Path, state: Any = None) -> None:
-    """Give a checkpoint the digests of its files, as somebody would who means harm.
+    """Give a checkpoint right digests, as somebody would who means harm.
 
-    `state` replaces the content of trainer_state.json; the bytes there stay if they are no JSON.
+    `state` is what trainer_state.json will say; None: what it says, with the hashes of the files.
     """
     path = checkpoint / "trainer_state.json"
     if state is None:
         state = json.loads(path.read_text(encoding="utf-8"))
+        del state["digest"]
         state["sha256"] = {
             name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-            for name in CHECKPOINT_FILES
+            for name in state["sha256"]
         }
-    path.write_bytes(inputs.as_json(state))
+    text = inputs.as_json(state)
+    if text.endswith(b"}"):
+        text = text[:-1]
+        digest = hashlib.sha256(text).hexdigest()
+        text += f',\n  "digest": "{digest}"\n}}'.encode()
+    path.write_bytes(text)
 
 
 def trainer_state(folder: Path, run: Path) -> Reader:
@@ -310,7 +316,9 @@ def _copied(folder: Path, run: Path) -> Any:
     """Copy a checkpoint; return its path and the content of its trainer_state.json."""
     checkpoint = folder / "step_00000002"
     shutil.copytree(str(run), str(checkpoint))
-    return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["digest"]
+    return checkpoint, state
 
 
 def _resuming(folder: Path, checkpoint: Path, sample_root: Path) -> Callable[[], Any]:

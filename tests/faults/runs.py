@@ -31,12 +31,6 @@ TRAINING = (
     "train.checkpoint_every_steps=3",
     "loggers=[jsonl]",
 )
-CHECKPOINT_FILES = (
-    "config.json",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "preprocessor_config.json",
-)
 
 
 class Outcome(NamedTuple):

@@ -17,12 +17,10 @@ import pytest
 import torch
 
 import train
-from cxr_vit.config.schema import RunSection
+from cxr_vit.checkpoint_files import has_checkpoints, newest_whole
 from cxr_vit.engines.base import EngineState
-from cxr_vit.engines.processes import Launch
 from cxr_vit.training import checkpoint as module
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
-from cxr_vit.training.run_folder import find_run
 
 from .runs import SMALL, digests, named_checkpoint
 
@@ -110,10 +108,11 @@ def save(store: CheckpointStore, step: int, value: float) -> Path:
         "global_batch_size": 8,
         "evaluated_step": step,
         "best_score": value,
+        "best_step": step,
         "callbacks": {},
     }
     files = {"config.json": "{}", "preprocessor_config.json": "{}"}
-    return store.save(step, state, model_files=files, trainer_state=trainer_state)
+    return store.save(step, state, files=files, trainer_state=trainer_state)
 
 
 def store_of(run: Path) -> CheckpointStore:
@@ -142,7 +141,9 @@ def save_link_and_prune(run: Path) -> None:
 
 def newest(run: Path) -> Optional[Path]:
     """Return the checkpoint that `--resume` takes."""
-    return find_run(RunSection(), str(run), Launch()).checkpoint
+    found = newest_whole(run)
+    assert not found.reasons, "a kill damages no checkpoint"
+    return found.checkpoint
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,6 @@ def newest(run: Path) -> Optional[Path]:
 def test_store_keeps_a_whole_checkpoint(tmp_path, before, allowed):
     original = tmp_path / "original"
     original.mkdir()
-    (original / "config.yaml").write_text("run: {name: a}\n")
     before(original)
     found: List[Optional[float]] = []
     k, died = 0, True
@@ -181,7 +181,13 @@ def test_store_keeps_a_whole_checkpoint(tmp_path, before, allowed):
 
 
 def _check_that_saving_goes_on(run: Path) -> None:
-    store = store_of(run)
+    """Do what a resume does, and save again: nothing is left of the killed process."""
+    store, path = store_of(run), newest(run)
+    if path is not None:
+        step = load_checkpoint(path)[1]["step"]
+        assert store.restore(step, best_step=step)
+        names = {name: store.linked(name) for name in ("last", "best")}
+        assert {found and found.name for found in names.values()} == {f"step_{step:08d}"}
     store.link("best", save(store, 9, 9.0))
     store.prune(1)
     path = newest(run)
@@ -211,8 +217,7 @@ def test_run_ends_equal_wherever_it_was_killed(cached_root, tmp_path, every):
         words = [*given, f"run.dir={run}"]
         died = dies_at(k, parent, lambda words=words: train.main(words))
         if died:
-            has_checkpoint = any((run / "checkpoints").glob("step_*"))
-            again = ["--resume", str(run)] if has_checkpoint else words
+            again = ["--resume", str(run)] if has_checkpoints(run) else words
             assert train.main(again) == 0, f"operation {k}"
         assert digests(named_checkpoint(run, "last")) == expected, f"operation {k}"
         shutil.rmtree(str(parent))

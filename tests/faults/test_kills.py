@@ -7,6 +7,7 @@ line of Python to its end; after a kill the same command, or `--resume`, continu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import pytest
-
 from processes.launch import HAS_PIPELINING, descendants, free_port, parents
+
+from cxr_vit.checkpoint_files import has_checkpoints
 
 from .forking import Process, Server
 from .runs import TRAINING, Outcome, environment, outcome
@@ -68,14 +70,14 @@ def kill_and_resume(
     legs = [folder.parent / f"output_{number}" for number in range(leg)]
     text = "".join(path.read_text(errors="replace") for path in legs)
     assert "Traceback" not in text or "SignalException" in text, text
-    assert not re.search(r"damaged|passed over", text), text
+    assert not re.search(r"damaged|passing over", text), text
     return done
 
 
 def next_words(given: Sequence[str], folder: Path, chance: random.Random) -> List[str]:
     """Return the command line with which a user goes on after a kill."""
     resume = ["--resume", str(folder)]
-    if any((folder / "checkpoints").glob("step_*")):
+    if has_checkpoints(folder):
         return resume
     # Before the first checkpoint both are right; without config.yaml only the same command is.
     has_config = (folder / "config.yaml").exists()
@@ -195,10 +197,8 @@ def kill_a_rank_or_all(process: Process, chance: random.Random) -> None:
     ranks = sorted(family - {process.pid})
     victims = family if chance.random() < 0.5 or not ranks else {chance.choice(ranks)}
     for victim in victims:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     deadline = time.monotonic() + 60
     while (family - {process.pid}) & set(parents()) or process.poll() is None:
         assert time.monotonic() < deadline, process.text
