@@ -98,6 +98,24 @@ def make_config(small_overrides: List[str]) -> Callable[..., Config]:
     return make
 
 
+@pytest.fixture
+def make(make_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Any]:
+    """Make a run of six steps with given validation scores; its folder is called `folder`."""
+    from runs import Run
+
+    def make(
+        *overrides: str,
+        scores: Any = (),
+        callbacks: Any = (),
+        loggers: Any = (),
+        folder: str = "run",
+    ) -> Any:
+        config = make_config(f"run.dir={tmp_path / folder}", *overrides)
+        return Run(config, scores, callbacks, loggers)
+
+    return make
+
+
 #: Files that take a minute or more, the slowest first.
 SLOW_FILES = (
     "tests/engines/processes/test_failures.py",

@@ -85,7 +85,7 @@ def next_words(given: Sequence[str], folder: Path, chance: random.Random) -> Lis
 
 
 def wait(process: Process, seconds: float) -> Optional[int]:
-    """Wait so many seconds; return the exit status if the process ended within them."""
+    """Wait for some seconds; return the exit status if the process ended within them."""
     deadline = process.started + seconds
     while time.monotonic() < deadline:
         status = process.poll()

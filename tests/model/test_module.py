@@ -295,7 +295,7 @@ class PlainSgd(ViTModule):
     ("kind", "name", "slots"),
     [
         (OwnOptimizer, "torch.Adam", {"exp_avg", "exp_avg_sq", "step"}),
-        (PlainSgd, "torch.SGD", set()),
+        (PlainSgd, "torch.SGD", {"no_state"}),
     ],
 )
 def test_optimizer_of_torch_trains_and_resumes(configure, data, tmp_path, kind, name, slots):

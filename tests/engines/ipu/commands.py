@@ -118,9 +118,9 @@ class Commands:
         """Resume a copy of a run from an earlier step, as if it had been killed after it."""
         path = self.folder / f"{run.path.name}_from_{step}_{len(list(self.folder.glob('*')))}"
         shutil.copytree(str(run.path), str(path), symlinks=True)
-        last = path / "checkpoints" / "last"
-        last.unlink()
-        last.symlink_to(f"step_{step:08d}")
+        for checkpoint in (path / "checkpoints").glob("step_*"):
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(str(checkpoint))
         return self.resume(path, *more)
 
     def _main(self, path: Path, arguments: List[str]) -> Run:
