@@ -72,7 +72,7 @@ class SavedConfig(BaseModel):
     num_channels: Annotated[int, Field(ge=1, le=64)] = 3
     qkv_bias: bool = True
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-12
-    initializer_range: Annotated[float, Field(ge=0, le=1)] = 0.02
+    initializer_range: Annotated[float, Field(gt=0, le=1)] = 0.02
     hidden_act: Literal[
         "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "selu", "silu",
         "swish",

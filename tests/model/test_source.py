@@ -212,6 +212,7 @@ def test_config_that_names_code_is_refused(trunk: Path, key: str, value: Any) ->
         ("qkv_bias", "yes"),
         ("layer_norm_eps", 0),
         ("initializer_range", 1e9),
+        ("initializer_range", 0),
         ("id2label", ["a", "b"]),
         ("id2label", {"first": "a"}),
         ("id2label", {"0": {"a": 1}}),
