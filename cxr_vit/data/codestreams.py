@@ -13,7 +13,7 @@ from typing import Iterator, List, NamedTuple, Set, Tuple
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-#: Longest side of an image: a row costs memory however short it is. Radiographs are below 10,000.
+#: Longest side of an image: a row costs memory however short it is. X-ray images are below 10,000.
 MAX_SIDE = 32_768
 #: Bytes of everything in a file but the compressed pixels. Colour profiles have a few at most.
 _MAX_METADATA = 16_000_000
@@ -51,7 +51,7 @@ class Unusable(Exception):
 
 def damaged(what: object) -> Unusable:
     """Return the error for damage of any kind."""
-    return Unusable(f"a damaged image ({what}). Fetch the file again.")
+    return Unusable(f"a damaged image ({str(what)[:100]}). Fetch the file again.")
 
 
 def overloaded(what: str) -> Unusable:

@@ -83,7 +83,7 @@ def decode_dicom(data: bytes, *, max_megapixels: int) -> np.ndarray:
     except (MemoryError, Unusable):
         raise
     except Exception as error:  # errors of many types, as bytes are damaged in many places
-        what = str(error).strip().split("\n")[0] or type(error).__name__
+        what = str(error).strip().split("\n")[0][:100] or type(error).__name__
         raise Unusable(f"a damaged DICOM file ({what}). Fetch the file again.") from error
 
 
@@ -124,7 +124,7 @@ def _check_header(dataset: Any, max_megapixels: int) -> None:
         raise Unusable(f"{width} x {height} pixels: a side exceeds {MAX_SIDE}. Scale it down.")
     if int(dataset.get("NumberOfFrames") or 1) > 1:
         raise Unusable("several pictures in one DICOM file. Export one of them.")
-    kind = dataset.get("PhotometricInterpretation")
+    kind = str(dataset.get("PhotometricInterpretation"))[:30]
     if kind not in ("MONOCHROME1", "MONOCHROME2") or dataset.get("SamplesPerPixel", 1) != 1:
         raise Unusable(f"a colour image in a DICOM file ({kind}). Export it as gray.")
 
@@ -148,8 +148,8 @@ def _pixels(dataset: Any) -> np.ndarray:
         if not syntax.is_compressed:
             raise
         raise Unusable(
-            f"a DICOM file that cannot be decoded ({syntax.name}): it is damaged, or pydicom needs"
-            " a decoder. Export it uncompressed, or install python-gdcm."
+            f"a DICOM file that cannot be decoded ({syntax.name[:60]}): it is damaged, or pydicom"
+            " needs a decoder. Export it uncompressed, or install python-gdcm."
         ) from error
     if pixels.ndim != 2:
         raise ValueError("its pixels are not rows of gray values")

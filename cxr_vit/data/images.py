@@ -239,8 +239,8 @@ def gray_or_reason(
     """Read an image as `read_gray` does, or return the reason why it is unusable."""
     try:
         gray = _decode(_read_bytes(path, max_megapixels), max_megapixels)
-    except Unusable as reason:
-        return str(reason)
+    except Unusable as reason:  # it may quote the file
+        return "".join(letter if letter.isprintable() else "?" for letter in str(reason))
     if gray.size != (size, size):
         gray = gray.resize((size, size), Image.Resampling.BILINEAR)
     return np.array(gray, dtype=np.uint8)

@@ -70,6 +70,12 @@ _EDGE_PIXELS = 1.0
 
 _OLDEST_AGE_YEARS = 120
 
+#: Characters of a wrong value that messages quote.
+_SHOWN = 100
+
+#: NIH's CSV has 12, each of which is read as an array.
+_MAX_COLUMNS = 1000
+
 _NIH_NAME = re.compile(r"\d{8}_\d{3}\.png")
 
 #: Separators, drive letters, control characters, and the names of folders.
@@ -289,7 +295,7 @@ def read_boxes(csv: Path) -> pd.DataFrame:
     near = did_you_mean(str(boxes["finding"].iloc[int(np.argmax(unknown))]), FINDINGS)
     hint = f"Did you mean {near!r}?" if near else f"Known findings: {', '.join(FINDINGS)}."
     _refuse_rows(csv, unknown, boxes["finding"], "an unknown finding", hint)
-    given = boxes[_SIDES].agg(", ".join, axis=1)
+    given = boxes["x"].str.cat(boxes[_SIDES[1:]], sep=", ")
     boxes[_SIDES] = boxes[_SIDES].apply(pd.to_numeric, errors="coerce").astype(np.float64)
     numbers = boxes[_SIDES].to_numpy()
     corner, size = numbers[:, :2], numbers[:, 2:]
@@ -341,6 +347,8 @@ def read_table(path: Path, required: Sequence[str], *, key: str, example: str) -
             f"{path}: looks like a list of file names such as train_val_list.txt (it begins with"
             f" {first_line[:60]!r}); set {key} to {example} or a table like it."
         )
+    if first_line.count(",") > _MAX_COLUMNS:
+        raise DataError(f"{path}: more than {_MAX_COLUMNS} columns. Set {key} to {example}.")
     try:
         with warnings.catch_warnings():
             # Rows longer than the header: NIH's bracketed columns in copies with a quoted header.
@@ -373,5 +381,5 @@ def _refuse_rows(path: Path, wrong: np.ndarray, values: pd.Series, what: str, re
         row = int(np.argmax(wrong))
         raise DataError(
             f"{path}: {what} in {int(wrong.sum())} of {len(wrong)} rows, first in row {row + 1}:"
-            f" {values.iloc[row]!r}. {remedy}"
+            f" {str(values.iloc[row])[:_SHOWN]!r}. {remedy}"
         )

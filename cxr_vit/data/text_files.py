@@ -5,6 +5,8 @@ Also writes CSVs that a spreadsheet program does not take for formulas.
 
 from __future__ import annotations
 
+import errno
+import io
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Set, Tuple, Union
@@ -17,8 +19,11 @@ from cxr_vit.regular_files import read_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
-#: NIH's CSV has 8 million bytes. Tables take ten times their size in memory.
-_MAX_BYTES = 50_000_000
+#: NIH's CSV has 112,121 lines of 71 bytes. Tables take ten times their size in memory, and more of
+#: it for many columns.
+_MAX_BYTES, _MAX_LINES, _MAX_LINE = 50_000_000, 2_000_000, 30_000
+#: A file of another kind, or one that is too large.
+_NO_TEXT_FILE = (errno.EINVAL, errno.EFBIG)
 
 #: First bytes of files often found in place of a text file, and what they are.
 _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
@@ -43,7 +48,8 @@ LIST_NAMES: Dict[str, Tuple[str, ...]] = {
 }
 
 #: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
-_LISTED = re.compile(r'^[ \t"]*(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
+#: The lookahead keeps the search linear in lines of quotes or spaces.
+_LISTED = re.compile(r'^[ \t"]*(?![ \t"])(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
 
 #: Text that spreadsheet programs run as a formula, or that such text was made harmless as.
 _FORMULA = re.compile("'*[-=+@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -108,12 +114,20 @@ def read_text(path: Path) -> str:
     try:
         raw = read_bytes(path, limit=_MAX_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        advice = " Give the file that belongs here." if error.errno in _NO_TEXT_FILE else ""
+        raise DataError(f"{path}: cannot be read ({error.strerror}).{advice}") from error
     if not raw.strip():
         raise DataError(f"{path}: the file is empty. Fetch it again.")
     for start, what in _MISTAKEN:
         if raw.startswith(start):
             raise DataError(f"{path}: this is {what}")
+    lines = [len(line) for line in io.BytesIO(raw.replace(b"\r", b"\n"))]
+    if len(lines) > _MAX_LINES or max(lines) > _MAX_LINE:
+        raise DataError(
+            f"{path}: no table or list of images: {len(lines):,} lines, the longest of"
+            f" {max(lines):,} bytes; at most {_MAX_LINES:,} and {_MAX_LINE:,} are read. Give the"
+            " file that belongs here."
+        )
     if b"\0" in raw:
         raise DataError(f"{path}: not text, or UTF-16 (it holds zero bytes). Save it as UTF-8.")
     try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterator, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Tuple, Union
 
 import kornia_rs
 import numpy as np
@@ -22,6 +25,7 @@ from image_files import (
     SIDE,
     as_rows,
     encoded,
+    exif,
     exif_chunk,
     in_colour,
     interlaced_png,
@@ -34,6 +38,7 @@ from image_files import (
 )
 from PIL import Image, ImageFile
 
+from cxr_vit.data import codestreams
 from cxr_vit.data.images import gray_or_reason, read_gray
 from cxr_vit.errors import DataError
 
@@ -103,6 +108,30 @@ def test_file_without_permission_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, png_of(pixels()))
     path.chmod(0)
     assert_refused(path, "cannot be read", "Permission denied")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_named_pipe_does_not_block(tmp_path: Path, linked: bool) -> None:
+    path = tmp_path / "image.png"
+    os.mkfifo(tmp_path / "pipe" if linked else path)
+    if linked:
+        path.symlink_to(tmp_path / "pipe")
+    assert_refused(path, "a named pipe, not a regular file", "Replace it")
+
+
+def test_link_to_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "image.png").symlink_to("/dev/zero")
+    assert_refused(tmp_path / "image.png", "a device, not a regular file", "Replace it")
+
+
+def test_file_of_more_bytes_than_its_pixels_need_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, png_of(pixels()))
+    os.truncate(path, 10**12)
+    assert_refused(path, "1,000,000,000,000 bytes", "data.max_megapixels")
+    os.truncate(path, 8_000_001)
+    assert_refused(path, "more than the limit of 8,000,000", max_megapixels=1)
+    os.truncate(path, 8_000_000)
+    assert not isinstance(outcome(path, max_megapixels=1), str)
 
 
 PAGE = b"<html><body>404 Not Found</body></html>"
@@ -357,6 +386,130 @@ def test_jpeg_header_with_too_many_pixels_is_refused(tmp_path: Path, side: int) 
     sizes = struct.pack(">HH", SIDE, SIDE), struct.pack(">HH", side, side)
     data = encoded(Image.fromarray(smooth()), "JPEG").replace(*sizes)
     assert_refused(write(tmp_path, data), "data.max_megapixels=64")
+
+
+@pytest.mark.parametrize("sides", [(1, 32_769), (32_769, 1)])
+def test_long_side_is_refused_however_short_the_other_is(
+    tmp_path: Path, sides: Tuple[int, int]
+) -> None:
+    jpeg = encoded(Image.fromarray(smooth()), "JPEG")
+    size = struct.pack(">HH", SIDE, SIDE), struct.pack(">HH", *sides)
+    for data in (png_of(np.full(sides, 7, np.uint8)), jpeg.replace(*size)):
+        assert_refused(write(tmp_path, data), "a side exceeds 32768", "Scale it down")
+
+
+def test_longest_side_is_read(tmp_path: Path) -> None:
+    for data in (png_of(np.full((1, 32_768), 7, np.uint8)), png_of(np.full((32_768, 1), 7, "u2"))):
+        assert not isinstance(outcome(write(tmp_path, data)), str)
+
+
+def segments(data: bytes) -> List[bytes]:
+    """The parts of a JPEG, each beginning with a marker."""
+    starts = [match.start() for match in re.finditer(rb"\xff[\xc0-\xcf\xd8-\xfe]", data)]
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)])]
+
+
+def test_jpeg_of_many_scans_is_refused(tmp_path: Path) -> None:
+    """Each scan takes as long as the image."""
+    data = encoded(Image.fromarray(smooth()), "JPEG", progressive=True)
+    parts = segments(data)
+    scans = [index for index, part in enumerate(parts) if part[1] == 0xDA]
+    assert 3 < len(scans) < 20 and not isinstance(outcome(write(tmp_path, data)), str)
+    last = scans[-1]
+    for copies in (50 - len(scans), 51 - len(scans)):
+        more = b"".join(parts[: last + 1] + [parts[last]] * copies + parts[last + 1 :])
+        found = outcome(write(tmp_path, more))
+        refused = "a JPEG of more than 50 scans. Export the image as a plain PNG."
+        assert found == refused if copies + len(scans) > 50 else not isinstance(found, str)
+
+
+def jpeg_segment(marker: int, data: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+OVERLOADED: Dict[str, Callable[[], bytes]] = {
+    "empty comments": lambda: jpeg_segment(0xFE, b"") * 20_000,
+    "large segments": lambda: jpeg_segment(0xE5, b"\0" * 65_000) * 260,
+    "EXIF in pieces": lambda: jpeg_segment(0xE1, b"Exif\0\0" + b"\0" * 60_000) * 2,
+    "padding": lambda: b"\xff" * 20_000,
+    "restart markers": lambda: b"\xff\xd0" * 20_000,
+}
+
+
+@pytest.mark.parametrize("what", sorted(OVERLOADED))
+def test_jpeg_with_too_much_beside_the_image_is_refused(tmp_path: Path, what: str) -> None:
+    data = encoded(Image.fromarray(smooth()), "JPEG")
+    path = write(tmp_path, data[:2] + OVERLOADED[what]() + data[2:])
+    assert_refused(path, "a JPEG with too much beside the image", "Export")
+
+
+def test_jpeg_with_a_preview_and_a_profile_is_read(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(smooth()), "JPEG")
+    expected = outcome(write(tmp_path, data))
+    preview = jpeg_segment(0xE1, exif(1).tobytes() + data)
+    profile = jpeg_segment(0xE2, b"ICC_PROFILE\0\1\1" + b"\xff\xda" * 30_000)
+    found = outcome(write(tmp_path, data[:2] + preview + profile + data[2:] + data * 60))
+    np.testing.assert_array_equal(found, expected)
+
+
+#: A directory of EXIF whose entries all hold the rest of the file.
+OVERLAPPING = b"MM\0*\0\0\0\x08" + struct.pack(">H", 5000) + 5000 * struct.pack(
+    ">HHII", 0x9286, 7, 60_000, 10
+)  # fmt: skip
+
+OVERLOADED_PNG: Dict[str, Callable[[], bytes]] = {
+    "empty chunks": lambda: png_chunk(b"prVt", b"") * 2_001,
+    "a large private chunk": lambda: png_chunk(b"prVt", b"\0" * 16_000_001),
+    "EXIF": lambda: png_chunk(b"eXIf", OVERLAPPING + b"\0" * 6_000),
+    "EXIF as text": lambda: png_chunk(
+        b"tEXt",
+        b"Raw profile type exif\0\nexif\n1\n" + (OVERLAPPING + b"\0" * 6_000).hex().encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", sorted(OVERLOADED_PNG))
+def test_png_with_too_much_beside_the_image_is_refused(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codestreams, "_MAX_CHUNKS", 2_000)
+    data = png_of(in_colour(pixels()), before=OVERLOADED_PNG[what]())
+    assert_refused(write(tmp_path, data), "too much", "Export the image as a plain PNG")
+
+
+def test_rows_are_counted_across_pieces_of_any_length(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(1, 256, (500, 700, 3), dtype=np.uint8)
+    packed = zlib.compress(as_rows(values), 1)
+    for length in (1, 2**16 - 1, 2**16, 2**20):
+        pieces = [packed[start : start + length] for start in range(0, 100 * length, length)]
+        rest = packed[100 * length :]
+        idats = b"".join(png_chunk(b"IDAT", piece) for piece in [*pieces, b"", rest])
+        size = struct.pack(">IIBBBBB", 700, 500, 8, COLOUR, 0, 0, 0)
+        data = PNG_SIGNATURE + png_chunk(b"IHDR", size) + idats + PNG_END
+        assert not isinstance(outcome(write(tmp_path, data)), str)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_conversion_takes_little_more_memory_than_the_decoded_image(tmp_path: Path) -> None:
+    side = 2000
+    deep = np.tile(np.arange(side, dtype=np.uint16), (side, 1))
+    colour_16 = write(tmp_path, png_of(in_colour(deep)), "colour.png")
+    gray_16 = write(tmp_path, png_of(deep), "gray.png")
+    small = write(tmp_path, png_of(in_colour(pixels().astype(np.uint16))), "small.png")
+    code = """
+import re, sys
+from pathlib import Path
+from cxr_vit.data.images import read_gray
+for path in sys.argv[1:]:
+    read_gray(path, 8)
+    print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+    command = [sys.executable, "-c", code, str(small), str(gray_16), str(colour_16)]
+    before, *peaks_kb = map(int, subprocess.check_output(command, encoding="utf-8").split())
+    bytes_per_pixel = [1024 * (peak - before) / side**2 for peak in peaks_kb]
+    # Pillow's copies have 2 (older ones 4) and 4 bytes; the low bytes of colour have 3 more.
+    assert bytes_per_pixel[0] < 9
+    assert bytes_per_pixel[1] < 16
 
 
 def test_limit_on_pixels_is_configurable(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from image_files import SIDE, write
+from PIL import Image
 
+from cxr_vit.data import dicom
 from cxr_vit.data.images import FileReader, gray_or_reason, read_gray
 from cxr_vit.errors import DataError
 
@@ -251,6 +254,138 @@ def test_undecodable_compression_is_named(tmp_path: Path, syntax: str) -> None:
     found = reason(encoded(dataset, syntax), tmp_path)
     assert f"cannot be decoded ({uid.UID(syntax).name})" in found
     assert "Export it uncompressed" in found
+
+
+def compressed(picture: bytes, syntax: str, *more: bytes) -> bytes:
+    """A file whose 24 x 24 pixels are given compressed."""
+    dataset = image(ramp())
+    dataset.PixelData = encapsulate([picture, *more])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    return encoded(dataset, syntax)
+
+
+def jpeg_2000(width: int, height: int, channels: int) -> bytes:
+    """The beginning of a JPEG 2000 picture."""
+    sizes = struct.pack(">HHIIIIIIIIH", 41, 0, width, height, 0, 0, width, height, 0, 0, channels)
+    return b"\xff\x4f\xff\x51" + sizes + b"\x0b\1\1" * channels
+
+
+def jpeg(width: int, height: int, channels: int) -> bytes:
+    picture = Image.new("L" if channels == 1 else "RGB", (width, height))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+BOXED = b"\0\0\0\x0cjP  \r\n\x87\n" + jpeg_2000(SIDE, SIDE, 1)
+
+
+@pytest.mark.parametrize(
+    ("picture", "syntax"),
+    [
+        (jpeg_2000(30_000, 30_000, 1), uid.JPEG2000Lossless),
+        (jpeg_2000(SIDE, SIDE, 16_000), uid.JPEG2000Lossless),
+        (BOXED + jpeg_2000(30_000, 30_000, 1), uid.JPEG2000Lossless),
+        (jpeg(SIDE, SIDE + 1, 1), uid.JPEGBaseline8Bit),
+        (jpeg(SIDE, SIDE, 3), uid.JPEGBaseline8Bit),
+        (jpeg(SIDE, SIDE, 1).replace(b"\xff\xc0", b"\xff\xf7"), uid.JPEGLSLossless),
+    ],
+)
+def test_compressed_picture_of_another_size_is_not_decoded(
+    tmp_path: Path, picture: bytes, syntax: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if syntax == uid.JPEGLSLossless:  # the same header under another marker
+        picture = picture.replace(bytes([0, SIDE, 0, SIDE]), bytes([9, SIDE, 0, SIDE]))
+    monkeypatch.setattr(Dataset, "pixel_array", property(lambda dataset: pytest.fail("decoded")))
+    for data in (compressed(picture, syntax), compressed(b"\0" * 10, syntax, picture)):
+        assert "another size than the header says" in reason(data, tmp_path)
+
+
+def test_compressed_picture_of_the_size_of_the_header_is_decoded(tmp_path: Path) -> None:
+    data = compressed(jpeg(SIDE, SIDE, 1), uid.JPEGBaseline8Bit)
+    assert "another size" not in str(gray_or_reason(write(tmp_path, data), SIDE))
+
+
+def run_length(*parts: bytes) -> bytes:
+    starts = [64 + sum(map(len, parts[:index])) for index in range(len(parts))]
+    return struct.pack("<16I", len(parts), *starts, *[0] * (15 - len(parts))) + b"".join(parts)
+
+
+def test_run_length_encoded_picture_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    row = b"\x81\7"  # 128 times 7
+    whole = row * (SIDE * SIDE // 128) + b"\xc1\7"  # and 64 times
+    path = write(tmp_path, compressed(run_length(whole, whole), uid.RLELossless))
+    assert not isinstance(gray_or_reason(path, SIDE), str)
+    bomb = run_length(whole, row * 1_000)
+    for data in (compressed(bomb, uid.RLELossless), compressed(whole, uid.RLELossless, bomb)):
+        assert "another size than the header says" in reason(data, tmp_path)
+
+
+def element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
+    if kind in (b"OB", b"SQ", b"UT"):
+        return struct.pack("<HH2sHI", group, number, kind, 0, len(value)) + value
+    return struct.pack("<HH2sH", group, number, kind, len(value)) + value
+
+
+#: An item of a sequence within an item, both of undefined length.
+NESTED = struct.pack("<HH2sHIHHI", 0x08, 0x1140, b"SQ", 0, 2**32 - 1, 0xFFFE, 0xE000, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"".join(element(0x0009, 0x1001 + i % 9, b"LO", b"") for i in range(2_500)),
+        NESTED * 10_000,
+        NESTED * 100_000,
+        element(0x0028, 0x3010, b"SQ", b"\0" * (2**20 + 2)),
+        element(0x0028, 0x1056, b"UT", b"1\\" * 2**20),
+    ],
+    ids=["elements", "deep", "deeper", "a long table", "a long text"],
+)
+def test_file_with_too_much_beside_the_image_is_refused(
+    tmp_path: Path, extra: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicom, "_MAX_READS", 2_000)
+    data = encoded(image(ramp()))
+    place = data.index(struct.pack("<HH", 0x7FE0, 0x0010))
+    found = reason(data[:place] + extra + data[place:], tmp_path)
+    assert "too much beside the image" in found or "damaged DICOM file" in found
+    assert len(found) < 200
+
+
+@pytest.mark.parametrize("frames", [b"x ", b"-1", b"1e9 ", b"9" * 5000, b"1\\1 ", b"\xff\0"])
+def test_number_of_frames_that_is_no_number_is_read_or_refused(
+    tmp_path: Path, frames: bytes
+) -> None:
+    data = encoded(image(ramp(), NumberOfFrames=1))
+    start = data.index(struct.pack("<HH2s", 0x28, 8, b"IS"))
+    changed = data[:start] + element(0x28, 8, b"IS", frames) + data[start + 10 :]
+    found = gray_or_reason(write(tmp_path, changed), SIDE)
+    assert not isinstance(found, str) or len(found) < 200
+
+
+@pytest.mark.parametrize("kind", [b"M\x05\x1b[31m ", b"M" * 9000])
+def test_text_of_the_file_is_quoted_briefly_and_without_control_characters(
+    tmp_path: Path, kind: bytes
+) -> None:
+    usual = element(0x28, 4, b"CS", b"MONOCHROME2 ")
+    data = encoded(image(ramp()))
+    assert usual in data
+    found = reason(data.replace(usual, element(0x28, 4, b"CS", kind)), tmp_path)
+    assert found.isprintable() and len(found) < 100
+
+
+def test_long_side_is_refused(tmp_path: Path) -> None:
+    data = encoded(image(ramp(), Rows=1, Columns=33_000))
+    assert "a side exceeds 32768" in reason(data, tmp_path)
+
+
+def test_image_of_several_bands_is_that_of_its_parts(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (700, 900)).astype(np.uint16)
+    values[650, 7] = 9000  # the white of all bands
+    path = write(tmp_path, encoded(image(values[:, :700], bits=16)))
+    assert_equal_gray(read_gray(path, 700), stretched(values[:, :700], 0, 9000))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 0.99])

@@ -399,6 +399,21 @@ def test_rows_with_more_fields_than_the_header_keep_their_columns(tmp_path: Path
     assert table["view"].tolist() == ["PA", "PA", "AP"]
 
 
+def test_a_table_of_many_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Image Index,Finding Labels,Patient ID" + "," * 999 + "\na.png,Mass,1\n")
+    with pytest.raises(DataError, match=r"a\.csv: more than 1000 columns\. Set data\.csv to"):
+        read_table(path, [], key="data.csv", example="Data_Entry_2017.csv")
+
+
+def test_a_long_value_is_quoted_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Image Index,Finding Labels,Patient ID\na.png,Mass," + "9" * 9000 + "\n")
+    with pytest.raises(DataError, match=r"first in row 1: '9{100}'") as caught:
+        read_records(path, include_no_finding=False)
+    assert len(str(caught.value)) < 500
+
+
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
     csv = write_csv(tmp_path, V2020_ROWS)
     plain = read(csv).table

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -22,6 +24,46 @@ def test_read_text_drops_the_byte_order_mark(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.csv: cannot be read \(No such file"):
         read_text(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize("read", [read_text, read_list])
+def test_a_pipe_and_a_device_are_not_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name, kind in (("pipe.csv", "a named pipe"), ("zero.csv", "a device")):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \({kind}, not a .* Give the"):
+            read(tmp_path / name)
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a")
+    os.truncate(path, 50_000_001)
+    with pytest.raises(DataError, match=r"50,000,001 bytes, more than the limit .* Give the file"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" * 30_001, "1 lines, the longest of 30,001 bytes"),
+        ("a.png\n" + "\n" * 2_000_000, "2,000,001 lines, the longest of 6 bytes"),
+        ("a\r" * 2_000_001, "2,000,001 lines"),
+    ],
+)
+def test_a_file_of_long_lines_or_too_many_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "a.csv").write_text(text, newline="")
+    with pytest.raises(DataError, match=message):
+        read_text(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("run", ['"', " ", "\t", "/", "/ ", "\\"])
+def test_a_line_of_marks_takes_no_quadratic_time(tmp_path: Path, run: str) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text((run * (20_000 // len(run)) + ",\n") * 300 + "a.png\n")
+    assert read_list(path) == {"a.png"}
 
 
 @pytest.mark.parametrize(
