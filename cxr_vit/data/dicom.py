@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
 import warnings
 from typing import Any, List, Optional, Tuple
 
@@ -30,6 +31,13 @@ _MAX_READS = 200_000
 #: Bytes of an element that describes the image, and their groups: some lookup tables fit in.
 _MAX_ELEMENT = 2**20
 _DESCRIBING = (0x0002, 0x0008, 0x0028)
+#: Items of undefined length within such an element: they may be nested, a few frames of the stack
+#: for each.
+_MAX_OPEN_ITEMS = 50
+_OPEN_ITEM, _OPEN_ITEM_BIG_ENDIAN = (
+    b"\xfe\xff\x00\xe0" + b"\xff" * 4,
+    b"\xff\xfe\xe0\x00" + b"\xff" * 4,
+)
 _MAX_FRAGMENTS = 100_000
 _TOO_MUCH = "a DICOM file with too much beside the image"
 
@@ -47,15 +55,23 @@ def is_dicom(data: bytes) -> bool:
 
 
 class _LimitedFile(io.BytesIO):
-    """A file in memory that can be read a limited number of times."""
+    """A file in memory that can be read a limited number of times, and not in deep recursion."""
 
     reads = 0
 
     def read(self, size: Optional[int] = -1) -> bytes:
         self.reads += 1
-        if self.reads > _MAX_READS:
+        if self.reads > _MAX_READS or _is_deep():
             raise overloaded(_TOO_MUCH)
         return super().read(size)
+
+
+def _is_deep() -> bool:
+    """Whether recursion nears its limit: pydicom survives no RecursionError on Python 3.8."""
+    try:
+        return bool(sys._getframe(sys.getrecursionlimit() // 2))
+    except ValueError:
+        return False
 
 
 def decode_dicom(data: bytes, *, max_megapixels: int) -> np.ndarray:
@@ -107,9 +123,10 @@ def _check_elements(dataset: Any) -> None:
     """Raise Unusable if an element is far larger than its kind needs, before it is parsed."""
     for tag in list(dataset.keys()):
         value = dataset.get_item(tag).value
-        is_large = isinstance(value, bytes) and len(value) > _MAX_ELEMENT
-        if is_large and tag.group in _DESCRIBING:
-            raise overloaded(_TOO_MUCH)
+        if isinstance(value, bytes) and tag.group in _DESCRIBING:
+            items = value.count(_OPEN_ITEM) + value.count(_OPEN_ITEM_BIG_ENDIAN)
+            if len(value) > _MAX_ELEMENT or items > _MAX_OPEN_ITEMS:
+                raise overloaded(_TOO_MUCH)
 
 
 def _check_header(dataset: Any, max_megapixels: int) -> None:

@@ -291,6 +291,7 @@ BOXED = b"\0\0\0\x0cjP  \r\n\x87\n" + jpeg_2000(SIDE, SIDE, 1)
         (jpeg(SIDE, SIDE, 3), uid.JPEGBaseline8Bit),
         (jpeg(SIDE, SIDE, 1).replace(b"\xff\xc0", b"\xff\xf7"), uid.JPEGLSLossless),
     ],
+    ids=["large", "channels", "second box", "rows", "colour", "JPEG-LS"],
 )
 def test_compressed_picture_of_another_size_is_not_decoded(
     tmp_path: Path, picture: bytes, syntax: str, monkeypatch: pytest.MonkeyPatch
@@ -338,10 +339,11 @@ NESTED = struct.pack("<HH2sHIHHI", 0x08, 0x1140, b"SQ", 0, 2**32 - 1, 0xFFFE, 0x
         b"".join(element(0x0009, 0x1001 + i % 9, b"LO", b"") for i in range(2_500)),
         NESTED * 10_000,
         NESTED * 100_000,
+        element(0x0028, 0x3010, b"SQ", NESTED[12:] + NESTED * 10_000),
         element(0x0028, 0x3010, b"SQ", b"\0" * (2**20 + 2)),
         element(0x0028, 0x1056, b"UT", b"1\\" * 2**20),
     ],
-    ids=["elements", "deep", "deeper", "a long table", "a long text"],
+    ids=["elements", "deep", "deeper", "a deep table", "a long table", "a long text"],
 )
 def test_file_with_too_much_beside_the_image_is_refused(
     tmp_path: Path, extra: bytes, monkeypatch: pytest.MonkeyPatch
@@ -354,7 +356,9 @@ def test_file_with_too_much_beside_the_image_is_refused(
     assert len(found) < 200
 
 
-@pytest.mark.parametrize("frames", [b"x ", b"-1", b"1e9 ", b"9" * 5000, b"1\\1 ", b"\xff\0"])
+@pytest.mark.parametrize(
+    "frames", [b"x ", b"-1", b"1e9 ", b"9" * 5000, b"1\\1 ", b"\xff\0"], ids=range(6)
+)
 def test_number_of_frames_that_is_no_number_is_read_or_refused(
     tmp_path: Path, frames: bytes
 ) -> None:
@@ -365,7 +369,7 @@ def test_number_of_frames_that_is_no_number_is_read_or_refused(
     assert not isinstance(found, str) or len(found) < 200
 
 
-@pytest.mark.parametrize("kind", [b"M\x05\x1b[31m ", b"M" * 9000])
+@pytest.mark.parametrize("kind", [b"M\x05\x1b[31m ", b"M" * 9000], ids=["control", "long"])
 def test_text_of_the_file_is_quoted_briefly_and_without_control_characters(
     tmp_path: Path, kind: bytes
 ) -> None:
