@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -286,18 +287,29 @@ class LoaderWatch:
         self._loaders[training] = dataset, entries.fill_(-1)
         return partial(_start_worker, entries)
 
-    def timed_out(self, training: bool, timeout_s: float) -> DataError:
-        """Return the error for a loader without a batch, after ending its processes."""
+    def reading(self, training: bool) -> str:
+        """Return a sentence, after a space, about what each process is reading; or ""."""
         dataset, entries = self._loaders[training]
         reading = [
             f"process {number} was reading {dataset.describe(row)}"
             for number, (_, row) in enumerate(entries.tolist())
             if row >= 0
         ]
+        return f" Loader {', '.join(reading)}." if reading else ""
+
+    def kill(self, training: bool) -> None:
+        """Kill the processes of a loader, which need not be children of this one."""
+        for pid in self._loaders[training][1][:, 0].tolist():
+            if pid > 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def timed_out(self, training: bool, timeout_s: float) -> DataError:
+        """Return the error for a loader without a batch, after ending its processes."""
+        reading = self.reading(training) or " None of them was reading an image."
         self.end_processes()
         return DataError(
-            f"the loader processes gave no batch for {timeout_s:g} s;"
-            f" {', '.join(reading) or 'none of them was reading an image'}. Is the file system"
+            f"the loader processes gave no batch for {timeout_s:g} s.{reading} Is the file system"
             " hung? Raise data.worker_timeout_s if it is only slow. Resume with --resume."
         )
 

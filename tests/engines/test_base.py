@@ -121,7 +121,7 @@ def test_hung_worker_is_named_with_its_image_and_ended(make_config, make_engine,
     with pytest.raises(DataError) as raised, make_engine(*overrides) as engine:
         engine.predict_dataset(dataset)
     words = (
-        f"gave no batch for {timeout} s; process 1 was reading {image}. Is the file system hung?"
+        f"no batch for {timeout} s. Loader process 1 was reading {image}. Is the file system hung?"
     )
     assert words in str(raised.value)
     assert "\n" not in str(raised.value) and "--resume" in str(raised.value)
@@ -159,7 +159,7 @@ def test_process_that_reads_no_image_is_not_blamed_on_one(make_config, make_engi
     dataset = ChestXrayDataModule(make_config()).dataset("test")
     watch = make_engine().watch
     watch.start(dataset, training=True, workers=1)
-    text = "gave no batch for 7.5 s; none of them was reading an image. Is the file"
+    text = "gave no batch for 7.5 s. None of them was reading an image. Is the file"
     assert text in str(watch.timed_out(training=True, timeout_s=7.5))
     error = watch.dead_worker(RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus. "))
     assert "reading" not in str(error)

@@ -162,6 +162,8 @@ class PopTorchEngine(Engine):
             num_workers=self.config.data.num_workers,
             # An asynchronous loader's process takes longer to start than a validation to run.
             mode=self.config.engine.loader_mode if training else "sync",
+            watch=self.watch,
+            timeout_s=self.config.data.worker_timeout_s,
         )
         self._loaders.append(loader)
         return loader

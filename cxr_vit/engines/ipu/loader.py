@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
+import threading
 from functools import partial
 from multiprocessing import forkserver
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
 from torch.utils.data import Dataset
 
@@ -14,12 +16,15 @@ from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.data.spawn import without_main_module
-from cxr_vit.engines.base import leave_signal_group, with_user_errors
+from cxr_vit.engines.base import LoaderWatch, with_user_errors
 from cxr_vit.engines.ipu.graphs import guarded
-from cxr_vit.errors import ConfigError, DataError
+from cxr_vit.errors import ConfigError, DataError, DeviceError
 
 if TYPE_CHECKING:
     import poptorch
+
+#: Time for torch, in an asynchronous loader's process, to notice a hung worker first.
+_LATER_S = 10.0
 
 
 class HostBatchLoader:
@@ -35,6 +40,10 @@ class HostBatchLoader:
         The replicas of this process.
     mode
         `engine.loader_mode`.
+    watch
+        Explains a loader process that hangs or dies.
+    timeout_s
+        `data.worker_timeout_s`.
 
     Raises
     ------
@@ -52,9 +61,17 @@ class HostBatchLoader:
         *,
         num_workers: int,
         mode: str,
+        watch: LoaderWatch,
+        timeout_s: Optional[float],
     ) -> None:
         import poptorch
 
+        self.mode = mode
+        self._training = isinstance(sampler, TrainingSampler)
+        self._watch = watch
+        self._timeout_s = timeout_s
+        self._timed_out = False
+        self._others = multiprocessing.active_children()
         if isinstance(sampler, TrainingSampler):
             _check_whole_calls(sampler)
             micro_batch, host_batch = batch.micro_batch_size, batch.host_batch_size
@@ -73,7 +90,12 @@ class HostBatchLoader:
             "async": poptorch.DataLoaderMode.Async,
             "async_rebatched": poptorch.DataLoaderMode.AsyncRebatched,
         }
+        # The process of an asynchronous loader reports after its workers.
+        reporting = num_workers + (mode != "sync")
+        start = watch.start(dataset, training=self._training, workers=reporting)
         more: Dict[str, Any] = {}
+        if num_workers > 0:
+            more["timeout"] = timeout_s or 0
         if mode != "sync":
             with without_main_module():
                 _start_fork_server()
@@ -87,41 +109,82 @@ class HostBatchLoader:
         make_loader = partial(
             poptorch.DataLoader,
             options,
-            LoaderProcessDataset(dataset),
+            LoaderProcessDataset(dataset, partial(start, num_workers)),
             batch_size=micro_batch,
             sampler=RowSampler(draws, batch_size=own_host_batch),
             num_workers=num_workers,
             persistent_workers=False,
             collate_fn=collate,
-            worker_init_fn=leave_signal_group,
+            worker_init_fn=start,
             auto_distributed_partitioning=False,
             mode=modes[mode],
             **more,
         )
-        self.mode = mode
+        self.is_open = False
+        try:
+            with without_main_module(), self._limit(num_workers):
+                self._loader = guarded("starting the loader", make_loader)
+        except DeviceError as error:
+            raise self._timeout_error() or error from error
         self.is_open = True
-        with without_main_module():
-            self._loader = guarded("starting the loader", make_loader)
+        self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[Batch]:
-        return with_user_errors(self._batches())
+        return with_user_errors(self._batches(), self._watch, training=self._training)
 
     def _batches(self) -> Iterator[Batch]:
         try:
             # An asynchronous loader yields lists.
-            for images, labels, indices in self._loader:
+            batches = iter(self._loader)
+            while True:
+                with self._limit(self._num_workers):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                images, labels, indices = batch
                 # The next batch overwrites the buffers. The images are not used after the step.
                 yield Batch(images, labels.clone(), indices.clone())
         except AssertionError as error:
             if self.mode == "sync":
                 raise
             # PopTorch raises it without a message when the loader's process ends.
-            raise DataError(
-                "the loader's process ended; its own error is printed above."
-                " engine.loader_mode=sync reads in this process and reports it in one line."
+            raise self._timeout_error() or DataError(
+                f"the loader's process ended; its own error is printed above."
+                f"{self._watch.reading(self._training)} engine.loader_mode=sync reads in this"
+                " process and reports it in one line."
             ) from error
         finally:
             self.close()
+
+    @contextlib.contextmanager
+    def _limit(self, num_workers: int) -> Iterator[None]:
+        """Kill an asynchronous loader's processes if they give no batch within the body.
+
+        PopTorch waits for them without limit.
+        """
+        if self.mode == "sync" or self._timeout_s is None:
+            yield
+            return
+        seconds = self._timeout_s + (_LATER_S if num_workers else 0)
+        timer = threading.Timer(seconds, self._kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill(self) -> None:
+        self._timed_out = True
+        self._watch.kill(self._training)
+        for process in multiprocessing.active_children():  # one that has not reported yet
+            if process not in self._others:
+                process.kill()
+
+    def _timeout_error(self) -> Optional[DataError]:
+        if not self._timed_out or self._timeout_s is None:
+            return None
+        return self._watch.timed_out(self._training, self._timeout_s)
 
     def close(self) -> None:
         """End the loader's process."""
@@ -154,16 +217,17 @@ def _start_fork_server() -> None:
 
 
 class LoaderProcessDataset(Dataset[Sample]):
-    """A split that an asynchronous loader's process may read."""
+    """A split that an asynchronous loader's process may read; it calls `start` first."""
 
-    def __init__(self, dataset: ChestXrayDataset) -> None:
+    def __init__(self, dataset: ChestXrayDataset, start: Callable[[], None]) -> None:
         self.dataset = dataset
+        self.start = start
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Leave the signal group if the loader's process unpickles this."""
         self.__dict__.update(state)
         if multiprocessing.parent_process() is not None:
-            leave_signal_group()
+            self.start()
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import time
+
 import pytest
 import torch
 
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
+from cxr_vit.data.images import FileReader
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.ipu.loader import RowSampler
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, DataError
 
 from .commands import make_engine
 
@@ -202,3 +207,41 @@ def test_last_batch_is_padded_in_every_process():
 def test_batch_of_a_wrong_size_is_refused(ipu, commands):
     with make_engine(commands.config()) as engine, pytest.raises(AssertionError, match="multiple"):
         engine.train_step(Batch.zeros(6, image_size=32, num_classes=14), lr=0.1)
+
+
+class HangingReader(FileReader):
+    """A loader process hangs on the second image of a batch."""
+
+    def read(self, rows, out):
+        if multiprocessing.parent_process() is not None and rows[0] % 2:
+            time.sleep(600)
+        super().read(rows, out)
+
+
+def hung_error(commands, *overrides):
+    config = commands.config(*SHAPE, "data.cache=off", *overrides)
+    data = ChestXrayDataModule(config)
+    dataset = data.dataset("train")
+    dataset._reader.__class__ = HangingReader
+    with pytest.raises(DataError) as raised, make_engine(config) as engine:
+        list(engine.loader(dataset, sampler_of(config, data), training=True))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_hung_worker_is_named_with_its_image(ipu, commands):
+    error = hung_error(commands, "data.num_workers=1", "data.worker_timeout_s=1")
+    assert re.search(
+        r"no batch for 1 s\. Loader process 0 was reading \d+_\d+\.png \(/.*png\)\.", error
+    )
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("workers", [0, 1])
+def test_hung_process_of_an_asynchronous_loader_is_named_with_its_image(
+    front_end, commands, workers
+):
+    """PopTorch waits for it without limit."""
+    settings = ("engine.loader_mode=async", f"data.num_workers={workers}")
+    error = hung_error(commands, *settings, "data.worker_timeout_s=20")
+    assert re.search(r"[Ll]oader process 0 was reading \d+_\d+\.png \(/.*png\)\.", error)
