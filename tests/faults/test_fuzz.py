@@ -29,6 +29,7 @@ def fuzz(name: str, folder: Path, checkpoint: Path, sample_root: Path, *, exampl
         deadline=None,  # within_limits has one
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )
     @given(strategy)
     def check(value):

@@ -85,7 +85,7 @@ def next_words(given: Sequence[str], folder: Path, chance: random.Random) -> Lis
 
 
 def wait(process: Process, seconds: float) -> Optional[int]:
-    """Wait for some seconds; return the exit status if the process ended within them."""
+    """Wait this long after the start; return the exit status if the process has ended."""
     deadline = process.started + seconds
     while time.monotonic() < deadline:
         status = process.poll()
