@@ -237,25 +237,23 @@ def cache_index(folder: Path) -> Reader:
 # Checkpoints and models
 
 
-def signed(checkpoint: Path, state: Any = None) -> None:
-    """Give a checkpoint right digests, as somebody would who means harm.
-
-    `state` is what trainer_state.json will say; None: what it says, with the hashes of the files.
-    """
-    path = checkpoint / "trainer_state.json"
-    if state is None:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        del state["digest"]
-        state["sha256"] = {
-            name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-            for name in state["sha256"]
-        }
+def sign(checkpoint: Path, state: Any) -> None:
+    """Write trainer_state.json with a right digest, as somebody would who means harm."""
     text = inputs.as_json(state)
     if text.endswith(b"}"):
         text = text[:-1]
         digest = hashlib.sha256(text).hexdigest()
         text += f',\n  "digest": "{digest}"\n}}'.encode()
-    path.write_bytes(text)
+    _write(checkpoint / "trainer_state.json", text)
+
+
+def sign_files(checkpoint: Path, state: Dict[str, Any]) -> None:
+    """Give a checkpoint the hashes of its present files."""
+    hashes = {
+        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        for name in state["sha256"]
+    }
+    sign(checkpoint, {**state, "sha256": hashes})
 
 
 def trainer_state(folder: Path, run: Path) -> Reader:
@@ -265,7 +263,7 @@ def trainer_state(folder: Path, run: Path) -> Reader:
         if isinstance(given, bytes):
             _write(checkpoint / "trainer_state.json", given)
         else:
-            signed(checkpoint, given)
+            sign(checkpoint, given)
         return load_checkpoint(checkpoint)
 
     from hypothesis import strategies as st
@@ -281,18 +279,18 @@ def resumed_state(folder: Path, run: Path, sample_root: Path) -> Reader:
     resume = _resuming(folder, checkpoint, sample_root)
 
     def read(given: Any) -> Any:
-        signed(checkpoint, given)
+        sign(checkpoint, given)
         return resume()
 
     return Reader(inputs.damaged_trees([seed], root=True), read, share=0.1)
 
 
 def tensors(folder: Path, run: Path, name: str) -> Reader:
-    checkpoint, _ = _copied(folder, run)
+    checkpoint, state = _copied(folder, run)
 
     def read(given: bytes) -> Any:
         _write(checkpoint / name, given)
-        signed(checkpoint)
+        sign_files(checkpoint, state)
         return load_checkpoint(checkpoint)
 
     return Reader(inputs.damaged_tensors([(run / name).read_bytes()]), read)
@@ -300,12 +298,12 @@ def tensors(folder: Path, run: Path, name: str) -> Reader:
 
 def resumed_optimizer(folder: Path, run: Path, sample_root: Path) -> Reader:
     """What a resume does with an optimizer's state that it can read."""
-    checkpoint, _ = _copied(folder, run)
+    checkpoint, state = _copied(folder, run)
     resume = _resuming(folder, checkpoint, sample_root)
 
     def read(given: bytes) -> Any:
         _write(checkpoint / "optimizer.safetensors", given)
-        signed(checkpoint)
+        sign_files(checkpoint, state)
         return resume()
 
     seed = (run / "optimizer.safetensors").read_bytes()
@@ -313,7 +311,7 @@ def resumed_optimizer(folder: Path, run: Path, sample_root: Path) -> Reader:
 
 
 def _copied(folder: Path, run: Path) -> Any:
-    """Copy a checkpoint; return its path and the content of its trainer_state.json."""
+    """Copy a checkpoint; return its path and its state without the digest."""
     checkpoint = folder / "step_00000002"
     shutil.copytree(str(run), str(checkpoint))
     state = json.loads((checkpoint / "trainer_state.json").read_text())
