@@ -21,9 +21,10 @@ from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.nih import RELABELS, read_boxes, read_records, read_relabels
 from cxr_vit.data.splits import make_splits
+from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CxrVitError
 from cxr_vit.model.vit import build_vit, check_source
-from cxr_vit.training.checkpoint import load_checkpoint
+from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 from cxr_vit.training.loggers import CsvLogger, JsonlLogger
 
 from . import inputs
@@ -285,15 +286,25 @@ def resumed_state(folder: Path, run: Path, sample_root: Path) -> Reader:
     return Reader(inputs.damaged_trees([seed], root=True), read, share=0.1)
 
 
-def tensors(folder: Path, run: Path, name: str) -> Reader:
-    checkpoint, state = _copied(folder, run)
+def tensors(folder: Path, name: str) -> Reader:
+    """A safetensors file of a checkpoint of two small parameters."""
+    weights = {"classifier.bias": torch.ones(3), "classifier.weight": torch.ones(3, 2)}
+    slots = {key: {"exp_avg": value, "step": torch.ones(())} for key, value in weights.items()}
+    checkpoint = CheckpointStore(folder).save(
+        2,
+        EngineState(weights, slots, "torch.AdamW", {"updates": 2.0}, torch.arange(4)),
+        files={"config.json": "{}"},
+        trainer_state={},
+    )
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["digest"]
 
     def read(given: bytes) -> Any:
         _write(checkpoint / name, given)
         sign_files(checkpoint, state)
         return load_checkpoint(checkpoint)
 
-    return Reader(inputs.damaged_tensors([(run / name).read_bytes()]), read)
+    return Reader(inputs.damaged_tensors([(checkpoint / name).read_bytes()]), read)
 
 
 def resumed_optimizer(folder: Path, run: Path, sample_root: Path) -> Reader:
@@ -403,8 +414,8 @@ def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callabl
         "cache index": own(cache_index),
         "trainer state": own(trainer_state, run),
         "resumed state": own(resumed_state, run, sample_root),
-        "model weights": own(tensors, run, "model.safetensors"),
-        "optimizer": own(tensors, run, "optimizer.safetensors"),
+        "model weights": own(tensors, "model.safetensors"),
+        "optimizer": own(tensors, "optimizer.safetensors"),
         "resumed optimizer": own(resumed_optimizer, run, sample_root),
         "model config": own(model_config, run),
         "metrics.jsonl": own(metrics_jsonl),
