@@ -69,7 +69,8 @@ def kill_and_resume(
     assert outcome(folder) == whole.outcome
     legs = [folder.parent / f"output_{number}" for number in range(leg)]
     text = "".join(path.read_text(errors="replace") for path in legs)
-    assert "Traceback" not in text or "SignalException" in text, text
+    # torchrun prints a traceback of its own where a process is killed.
+    assert not re.search(r'File "[^"]*/(cxr_vit/|train\.py)', text), text
     assert not re.search(r"damaged|passing over", text), text
     return done
 
