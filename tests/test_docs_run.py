@@ -191,8 +191,8 @@ STAND_INS = {
     # As torchrun, which reports any status but 0 as 1.
     "torchrun": """
         echo "torchrun $*" >> "$CALLS"
-        trap 'mkdir -p "$RUN/checkpoints/last"; exit 1' TERM
-        for _ in $(seq 100); do [ -e "$RUN/checkpoints/last" ] && exit "$STATUS"; sleep 0.1; done
+        trap 'mkdir -p "$RUN"; touch "$RUN/config.yaml"; exit 1' TERM
+        for _ in $(seq 100); do [ -e "$RUN/config.yaml" ] && exit "$STATUS"; sleep 0.1; done
         """,
 }
 
@@ -250,6 +250,7 @@ def test_batch_file_is_queued_again_after_a_signal_and_resumes(slurm, tmp_path):
 
 @pytest.mark.parametrize(("status", "is_queued"), [(75, True), (2, False)])
 def test_batch_file_passes_on_an_error_and_queues_a_saved_run(slurm, tmp_path, status, is_queued):
-    (tmp_path / "runs/cxr_vit-7/checkpoints/last").mkdir(parents=True)
+    (tmp_path / "runs/cxr_vit-7").mkdir(parents=True)
+    (tmp_path / "runs/cxr_vit-7/config.yaml").touch()
     assert slurm("configs/vit_gpu4.yaml", status=status).wait(20) == (0 if is_queued else status)
     assert ("scontrol requeue 7" in slurm.calls()) == is_queued

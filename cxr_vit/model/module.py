@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Type, TypeVar, Union
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
@@ -14,7 +15,7 @@ from cxr_vit.checkpoint_files import STATE, WEIGHTS, checkpoint_of, config_of, v
 from cxr_vit.config import Config, StagePlan, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import label_names
-from cxr_vit.errors import ConfigError, ModelError
+from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.optim import build_optimizer, parameter_groups
@@ -172,7 +173,11 @@ class ViTModule(nn.Module):
         Raises CheckpointError if they are damaged, or of another model.
         """
         verify_checkpoint(checkpoint, needs_optimizer=False)
-        self.model.load_weights(load_file(str(checkpoint / WEIGHTS)))
+        try:
+            weights = load_file(str(checkpoint / WEIGHTS))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{checkpoint}: {error}. Use another checkpoint.") from error
+        self.model.load_weights(weights)
 
     def _refuse_unsaved_state(self) -> None:
         """Raise ModelError for state that a checkpoint would not hold."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 import evaluate
 import train
 from cxr_vit import cli
+from cxr_vit.checkpoint_files import sha256, state_text
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ModelError
@@ -150,11 +150,9 @@ def test_evaluation_runs_no_code_of_a_run(
     checkpoint = (run / "checkpoints" / "last").resolve()
     is_clean = plant(checkpoint)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    content = (checkpoint / "config.json").read_bytes()
-    state["sha256"]["config.json"] = hashlib.sha256(
-        content
-    ).hexdigest()  # who plants can compute it
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    del state["digest"]
+    state["sha256"]["config.json"] = sha256(checkpoint / "config.json")  # who plants can compute it
+    (checkpoint / "trainer_state.json").write_text(state_text(state))
     assert call(evaluate, "--checkpoint", checkpoint) == 2
     assert is_clean()
     monkeypatch.undo()
