@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from functools import partial
@@ -222,11 +223,12 @@ class LoaderProcessDataset(Dataset[Sample]):
     def __init__(self, dataset: ChestXrayDataset, start: Callable[[], None]) -> None:
         self.dataset = dataset
         self.start = start
+        self._main = os.getpid()
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Leave the signal group if the loader's process unpickles this."""
         self.__dict__.update(state)
-        if multiprocessing.parent_process() is not None:
+        if os.getpid() != self._main:  # a process has no parent_process() yet while it unpickles
             self.start()
 
     def __len__(self) -> int:
