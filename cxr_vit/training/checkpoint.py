@@ -141,14 +141,15 @@ class CheckpointStore:
         current = self._step_folder(step)
         if current is not None and self.linked("last") != current.resolve():
             self.link("last", current)
-        best = self.linked("best")
-        if best_step is not None:
+        best, link = self.linked("best"), self.folder / "best"
+        is_copy = link.is_dir() and not link.is_symlink()  # of a run whose links were followed
+        if best_step is not None and not is_copy:
             wanted = self._step_folder(best_step)
             if wanted is not None and best != wanted.resolve():
                 self.link("best", wanted)
             best = wanted
-        if best is None:
-            remove(self.folder / "best")
+        if best is None and not is_copy:
+            remove(link)
         return best is not None
 
     def prune(self, keep: int) -> None:

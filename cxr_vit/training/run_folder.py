@@ -62,6 +62,7 @@ _HOST_SETTINGS = {
     "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
     "data.cache_workers", "data.num_workers", "model.name", "model.revision",
 }  # fmt: skip
+_BEGUN = "%s was begun and has no checkpoint: beginning it again"
 #: How the config.yaml of a run begins.
 _HEADER = "# python train.py --config "
 #: Packages whose versions environment.json has.
@@ -113,7 +114,7 @@ class RunFolder:
         if not path or not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if is_unsaved(path):
-            logger.warning("%s was begun and has no checkpoint: beginning it again", path)
+            logger.warning(_BEGUN, path)
             return
         raise ConfigError(
             f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume the"
@@ -294,7 +295,10 @@ def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: boo
     if (path / STATE).is_file():
         return FoundRun(None, path)
     _check_resumable(path)
-    return FoundRun(RunFolder(path, writes=writes), _newest_checkpoint(path))
+    checkpoint = _newest_checkpoint(path)
+    if checkpoint is None:
+        logger.warning(_BEGUN, path)
+    return FoundRun(RunFolder(path, writes=writes), checkpoint)
 
 
 def _newest_checkpoint(run: Path, *, warns: bool = True) -> Optional[Path]:

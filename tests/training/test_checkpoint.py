@@ -413,6 +413,14 @@ def test_best_that_is_gone_is_forgotten(store):
     assert store.linked("last") == second
 
 
+def test_copy_of_the_best_checkpoint_is_not_removed(store):
+    first, _ = save(store, 1), save(store, 2)
+    shutil.copytree(str(first), str(store.folder / "best"))
+    shutil.rmtree(str(first))
+    assert store.restore(2, 1) is True
+    assert load_checkpoint(store.folder / "best")[1]["step"] == 1
+
+
 def test_process_that_does_not_write_restores_nothing(store):
     save(store, 3)
     assert CheckpointStore(store.folder, writes=False).restore(1, None) is True
