@@ -243,5 +243,5 @@ def test_hung_process_of_an_asynchronous_loader_is_named_with_its_image(
 ):
     """PopTorch waits for it without limit."""
     settings = ("engine.loader_mode=async", f"data.num_workers={workers}")
-    error = hung_error(commands, *settings, "data.worker_timeout_s=20")
+    error = hung_error(commands, *settings, "data.worker_timeout_s=45")
     assert re.search(r"[Ll]oader process 0 was reading \d+_\d+\.png \(/.*png\)\.", error)
