@@ -1,10 +1,13 @@
 """What the engines share: checks of a batch, and errors of the loader's workers."""
 
+import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import torch
 from conftest import engine_of, module_of
 from torch.utils.data import get_worker_info
 
+from cxr_vit.commands import train
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.images import FileReader
@@ -173,6 +177,58 @@ def test_no_limit_and_no_workers_load_as_before(make_config, make_engine, worker
     with make_engine(*overrides) as engine:
         logits, _ = engine.predict_dataset(dataset)
     assert len(logits) == len(dataset)
+
+
+#: Trains; once a checkpoint is there, a loader process of the validation hangs or is killed.
+TRAINS_WITH_A_FAULT = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils.data import get_worker_info
+from cxr_vit import cli
+from cxr_vit.commands import train
+from cxr_vit.data.images import FileReader
+
+fault, *words = sys.argv[1:]
+last = Path(next(word for word in words if word.startswith("run.dir="))[8:]) / "checkpoints/last"
+read = FileReader.read
+
+def read_or_fail(reader, rows, out):
+    if get_worker_info() is not None and len(reader) < 20 and last.exists():
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    read(reader, rows, out)
+
+FileReader.read = read_or_fail
+sys.argv[1:] = words
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("fault", ["hung", pytest.param("killed", marks=pytest.mark.exhaustive)])
+def test_training_with_a_faulty_worker_ends_and_is_resumed(
+    fault, small_overrides, repository, tmp_path
+):
+    folder = tmp_path / "run"
+    settings = (*small_overrides, f"run.dir={folder}", "data.cache=off", "data.num_workers=2")
+    settings = (*settings, "data.worker_timeout_s=2", "train.checkpoint_every_steps=2")
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS_WITH_A_FAULT, fault, *settings],
+        cwd=str(repository),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("DataError: ") == (1 if fault == "hung" else 2), done.stderr
+    assert re.search(r"was reading \d+_\d+\.png \(/.*\.png\)\.", done.stderr)
+    assert "Traceback" not in done.stderr
+    state = json.loads((folder / "checkpoints" / "last" / "trainer_state.json").read_text())
+    assert state["step"] == 2
+    train.main(["--resume", str(folder)])
+    state = json.loads((folder / "checkpoints" / "last" / "trainer_state.json").read_text())
+    assert state["step"] == 6
 
 
 def test_killed_worker_noticed_outside_the_loader_is_a_data_error(make_engine):

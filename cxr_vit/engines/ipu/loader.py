@@ -86,27 +86,9 @@ class HostBatchLoader:
             replicas=batch.replicas,
             own=own,
         )
-        modes = {
-            "sync": poptorch.DataLoaderMode.Sync,
-            "async": poptorch.DataLoaderMode.Async,
-            "async_rebatched": poptorch.DataLoaderMode.AsyncRebatched,
-        }
         # The process of an asynchronous loader reports after its workers.
         reporting = num_workers + (mode != "sync")
         start = watch.start(dataset, training=self._training, workers=reporting)
-        more: Dict[str, Any] = {}
-        if num_workers > 0:
-            more["timeout"] = timeout_s or 0
-        if mode != "sync":
-            with without_main_module():
-                _start_fork_server()
-            # Otherwise the process would read the data once more after its end.
-            more["async_options"] = {"load_indefinitely": False}
-            if num_workers > 0:
-                # With a fork server the workers would outlive the loader's process.
-                more["multiprocessing_context"] = "fork"
-        if mode == "async_rebatched":
-            more["rebatched_worker_size"] = -(-own_host_batch // max(1, num_workers))
         make_loader = partial(
             poptorch.DataLoader,
             options,
@@ -118,8 +100,7 @@ class HostBatchLoader:
             collate_fn=collate,
             worker_init_fn=start,
             auto_distributed_partitioning=False,
-            mode=modes[mode],
-            **more,
+            **self._mode_settings(num_workers, own_host_batch),
         )
         self.is_open = False
         try:
@@ -129,6 +110,29 @@ class HostBatchLoader:
             raise self._timeout_error() or error from error
         self.is_open = True
         self._num_workers = num_workers
+
+    def _mode_settings(self, num_workers: int, own_host_batch: int) -> Dict[str, Any]:
+        import poptorch
+
+        modes = {
+            "sync": poptorch.DataLoaderMode.Sync,
+            "async": poptorch.DataLoaderMode.Async,
+            "async_rebatched": poptorch.DataLoaderMode.AsyncRebatched,
+        }
+        settings: Dict[str, Any] = {"mode": modes[self.mode]}
+        if num_workers > 0:
+            settings["timeout"] = self._timeout_s or 0
+        if self.mode != "sync":
+            with without_main_module():
+                _start_fork_server()
+            # Otherwise the process would read the data once more after its end.
+            settings["async_options"] = {"load_indefinitely": False}
+            if num_workers > 0:
+                # With a fork server the workers would outlive the loader's process.
+                settings["multiprocessing_context"] = "fork"
+        if self.mode == "async_rebatched":
+            settings["rebatched_worker_size"] = -(-own_host_batch // max(1, num_workers))
+        return settings
 
     def __iter__(self) -> Iterator[Batch]:
         return with_user_errors(self._batches(), self._watch, training=self._training)
