@@ -63,10 +63,10 @@ def write_text(path: Path, text: str) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder; a missing path is no error."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 class Locked(Exception):

@@ -322,7 +322,7 @@ def test_training_images_are_augmented_and_validation_images_are_not(sample_root
 
 
 def test_killed_loader_process_is_reported_in_two_lines(monkeypatch, capsys):
-    from cxr_vit.engines.base import with_user_errors
+    from cxr_vit.engines.workers import with_user_errors
 
     def loader():
         raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")

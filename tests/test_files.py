@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cxr_vit import files
-from cxr_vit.files import Locked, is_lock_file, lock, replacing, write_text
+from cxr_vit.files import Locked, is_lock_file, lock, remove, replacing, write_text
 
 HOLDER = """
 import sys, time
@@ -138,6 +138,16 @@ def test_only_one_of_many_holds_the_lock(path, kind, request):
         thread.join()
     assert max(most, default=0) <= 1
     assert refused
+
+
+def test_anything_can_be_removed(tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder" / "folder").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("pipe", "link", "folder", "file", "absent"):
+        remove(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_write_keeps_the_old_content(tmp_path):

@@ -181,7 +181,7 @@ class DataSection(Section):
     )
     num_workers: int = option(0, "loader processes; 0: load in the main process", ge=0, le=128)
     worker_timeout_s: Optional[PositiveFloat] = option(
-        600,
+        300,  # less than engine.timeout_s, after which the other processes would end first
         "seconds to wait for a batch of the loader processes before the run ends; null: without"
         " limit. With num_workers=0 a file system that hangs is not noticed",
     )

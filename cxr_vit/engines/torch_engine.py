@@ -26,11 +26,11 @@ from cxr_vit.engines.base import (
     StepOutput,
     check_batch,
     process_peak_gib,
-    with_user_errors,
 )
 from cxr_vit.engines.devices import DeviceChoice
 from cxr_vit.engines.optim import NO_STATE, check_kind, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
+from cxr_vit.engines.workers import with_user_errors
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import freeze_others, learning_rate_ratios

@@ -17,8 +17,8 @@ from cxr_vit.config.plans import BatchPlan
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.data.spawn import without_main_module
-from cxr_vit.engines.base import LoaderWatch, with_user_errors
 from cxr_vit.engines.ipu.graphs import guarded
+from cxr_vit.engines.workers import LoaderWatch, with_user_errors
 from cxr_vit.errors import ConfigError, DataError, DeviceError
 
 if TYPE_CHECKING:
