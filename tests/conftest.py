@@ -121,6 +121,7 @@ SLOW_FILES = (
     "tests/engines/processes/test_failures.py",
     "tests/test_docs_run.py",
     "tests/test_commands.py",
+    "tests/faults/test_kills.py",
     "tests/engines/processes/test_resume.py",
     "tests/test_api.py",
     "tests/test_notebook.py",

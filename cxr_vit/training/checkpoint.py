@@ -157,12 +157,14 @@ class CheckpointStore:
         if not self.writes:
             return
         kept = {path for path in (self.linked("best"), self.linked("last")) if path}
+        left = set(self.folder.glob(".step_*")) - set(replaced_folders(self.folder))
         for path in self.steps()[:-keep]:
             if path.resolve() not in kept:
                 hidden = self.folder / f".{path.name}{_REMOVED}"
                 remove(hidden)
                 os.replace(path, hidden)
-        for path in set(self.folder.glob(".step_*")) - set(replaced_folders(self.folder)):
+                left.add(hidden)
+        for path in left:
             remove(path)
 
     def steps(self) -> List[Path]:
