@@ -8,6 +8,7 @@ are right.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Annotated
 
 from cxr_vit.errors import CheckpointError
 from cxr_vit.regular_files import read_bytes
@@ -40,6 +42,10 @@ _REPLACED_NAME = re.compile(rf"\.(step_\d{{8}}){re.escape(REPLACED)}")
 _DIGEST = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n\}\Z')
 _FILES = {WEIGHTS, OPTIMIZER, CONFIG, "config.json", "preprocessor_config.json"}
 _LARGEST_STATE = 2**26  # bytes
+#: Errors of reading that mean that a file is not there or is no file.
+_DAMAGE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG,
+}  # fmt: skip
 #: Files whose SHA-256 this process has computed: identity and hash.
 _verified: Set[Tuple[object, ...]] = set()
 
@@ -52,16 +58,16 @@ class _State(BaseModel):
     format: int
     step: int = Field(ge=0, lt=10**8)
     evaluated_step: int = Field(0, ge=0, lt=10**8)
-    best_score: Optional[float] = None
+    best_score: Optional[float] = Field(None, allow_inf_nan=False)
     best_step: Optional[int] = Field(None, ge=0, lt=10**8)
-    optimizer_kind: str = ""
-    scalars: Dict[str, float] = {}
+    optimizer_kind: str = Field("", max_length=1000)
+    scalars: Dict[str, Annotated[float, Field(ge=0, le=2**53, allow_inf_nan=False)]] = {}
     callbacks: Dict[str, Dict[str, Any]] = {}
     sha256: Dict[str, str]
 
 
-class UnknownFormat(CheckpointError):
-    """A checkpoint is of a newer version of this code."""
+class CannotVerify(CheckpointError):
+    """A checkpoint cannot be judged: it cannot be read now, or is of a newer version."""
 
 
 class Newest(NamedTuple):
@@ -86,30 +92,51 @@ def read_state(checkpoint: Path) -> Dict[str, Any]:
     path = checkpoint / STATE
     try:
         raw = read_bytes(path, limit=_LARGEST_STATE)
-        digest = _DIGEST.search(raw)
-        if digest and hashlib.sha256(raw[: digest.start()]).hexdigest() != digest[1].decode():
-            raise ValueError("it has changed since it was written")
-        content = json.loads(raw)
-        version = content.get("format") if isinstance(content, dict) else None
-        if not isinstance(version, int):
-            raise ValueError("it is not the state of a checkpoint")
-        if version > FORMAT:
-            raise UnknownFormat(
-                f"{path}: checkpoint format {version} is of a newer version; this one reads up to"
-                f" {FORMAT}. Install the version that wrote it."
-            )
-        if version not in range(1, FORMAT + 1) or (digest is None) != (version < FORMAT):
-            raise ValueError("it has changed since it was written")
-        state: Dict[str, Any] = _State.model_validate(content).model_dump()
+        state: Dict[str, Any] = _State.model_validate(_content(path, raw)).model_dump()
         if not {WEIGHTS, OPTIMIZER} <= state["sha256"].keys() <= _FILES:
             raise ValueError("it does not list a checkpoint's files")
+        if step_of(checkpoint) not in (None, state["step"]):
+            raise ValueError(f"it is of step {state['step']}")
+        if state["evaluated_step"] > state["step"]:
+            raise ValueError("it was validated after its step")
+    except OSError as error:
+        raise _read_error(path, error) from error
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         where = ".".join(map(str, detail["loc"]))
         raise _not_readable(path, f"{where}: {detail['msg']}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _not_readable(path, error) from error
     return state
+
+
+def _content(path: Path, raw: bytes) -> Dict[str, Any]:
+    """Check the digest and the format; return the content. Raises ValueError with the reason."""
+    digest = _DIGEST.search(raw)
+    if digest and hashlib.sha256(raw[: digest.start()]).hexdigest() != digest[1].decode():
+        raise ValueError("it has changed since it was written")
+    content = json.loads(raw)
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ValueError("it is not the state of a checkpoint")
+    if version > FORMAT:
+        raise CannotVerify(
+            f"{path}: checkpoint format {version} is of a newer version; this one reads up to"
+            f" {FORMAT}. Install the version that wrote it."
+        )
+    if version < 1 or (digest is None) != (version < FORMAT):
+        raise ValueError("it has changed since it was written")
+    return dict(content)
+
+
+def _read_error(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a file that is missing, no file, or cannot be read at the moment."""
+    if error.errno in _DAMAGE:
+        return _not_readable(path, error.strerror or error)
+    return CannotVerify(
+        f"{path} cannot be read: {error.strerror or error}. Nothing was changed: make it readable,"
+        " and try again."
+    )
 
 
 def _not_readable(path: Path, reason: object) -> CheckpointError:
@@ -155,7 +182,7 @@ def _has_hash(path: Path, expected: str) -> bool:
         if key not in _verified and sha256(path) == expected:
             _verified.add(key)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}. Use another checkpoint.") from error
+        raise _read_error(path, error) from error
     return key in _verified
 
 
@@ -189,13 +216,15 @@ def linked(folder: Path, name: str) -> Optional[Path]:
     It is a link, a text file, or a folder: a copy of the run in which links were followed.
     """
     path = folder / name
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            target = folder / file.read(64).strip()
-        if step_of(target) is None:
-            return None
-    else:
+    try:
+        if path.is_file():
+            text = read_bytes(path, limit=64).decode(errors="replace").strip()
+            if not _STEP_NAME.fullmatch(text):
+                return None
+            path = folder / text
         target = path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return None
     return target if (target / STATE).is_file() else None
 
 
@@ -222,7 +251,7 @@ def has_checkpoints(run: Path) -> bool:
 def newest_whole(run: Path) -> Newest:
     """Verify the checkpoints of a run, the newest first, and return the first whole one.
 
-    The step decides, not the time of a file. Raises UnknownFormat.
+    The step decides, not the time of a file. Raises CannotVerify.
     """
     reasons: List[str] = []
     for path in _candidates(run / CHECKPOINTS):
@@ -237,7 +266,7 @@ def _problem(checkpoint: Path) -> Optional[str]:
     """Return why a checkpoint is not whole, or None."""
     try:
         verify_checkpoint(checkpoint)
-    except UnknownFormat:
+    except CannotVerify:
         raise
     except CheckpointError as error:
         return str(error)
@@ -293,7 +322,7 @@ def _unlinked(run: Path, name: str) -> Optional[Path]:
     for path in _candidates(run / CHECKPOINTS):
         try:
             state = read_state(path)
-        except UnknownFormat:
+        except CannotVerify:
             raise
         except CheckpointError:
             continue
@@ -308,13 +337,19 @@ def _unlinked(run: Path, name: str) -> Optional[Path]:
 def run_of_checkpoint(checkpoint: Path) -> Optional[Path]:
     """Return the folder of the run that a checkpoint belongs to; None if it was copied alone."""
     # By the text of the path, so that messages show the path as given although `best` is a link.
-    for folder in (
-        Path(os.path.normpath(checkpoint / ".." / "..")),
-        checkpoint.resolve().parents[1],
-    ):
+    by_text, by_link = Path(os.path.normpath(checkpoint / ".." / "..")), _real(checkpoint)
+    for folder in (by_text, by_link.parent.parent):
         if (folder / CONFIG).is_file():
             return folder
     return None
+
+
+def _real(path: Path) -> Path:
+    """Return a path without links, unless they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path
 
 
 def config_of(checkpoint: Path) -> Path:

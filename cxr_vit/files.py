@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, Optional, Sequence
@@ -33,6 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     after an error, so that `path` holds the old content or the new one, never a part.
     """
     temporary = path.with_name(f".{path.name}.writing")
+    remove(temporary)  # of a killed process, or a link that leads elsewhere
     try:
         yield temporary
         sync(temporary)
@@ -78,26 +80,27 @@ def lock(
     path: Path,
     *,
     timeout_s: Optional[float] = None,
+    removes: bool = False,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is created if missing and names its owner.
 
     The operating system releases the lock when the process ends, however it ends. On a file system
     without locks the owner in the file counts, unless it is a process of this host that has ended.
-    The body may remove the file. `on_wait` is called once if another process holds the lock. Raises
-    Locked if it still does after `timeout_s` seconds (None: wait without limit), OSError if the
-    file cannot be created.
+    With `removes` the file is removed at the end. `on_wait` is called once if another process holds
+    the lock. Raises Locked if it still does after `timeout_s` seconds (None: wait without limit),
+    OSError if the file cannot be created or is no regular file.
     """
     started = time.monotonic()
     waits = False
     while True:
-        with path.open("a+", encoding="utf-8") as file:
+        with _open_lock(path) as file:
             if _take(file, path):
                 _write_owner(file)
                 try:
                     yield
                 finally:
-                    file.truncate(0)
+                    _release(file, path if removes else None)
                 return
             other = _describe_owner(path)
         if timeout_s is not None and time.monotonic() - started > timeout_s:
@@ -108,7 +111,25 @@ def lock(
         time.sleep(_POLL_S)
 
 
-def _take(file: IO[str], path: Path) -> bool:
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file; a link that leads elsewhere is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def _release(file: IO[bytes], path: Optional[Path]) -> None:
+    """Name no owner any more, and remove the file unless it is another one by now."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        if path is not None and _is_at(file, path):
+            path.unlink()
+
+
+def _take(file: IO[bytes], path: Path) -> bool:
     """Whether the lock of an open file was free and is now taken."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +141,7 @@ def _take(file: IO[str], path: Path) -> bool:
     return _is_at(file, path)
 
 
-def _take_by_owner(file: IO[str], path: Path) -> bool:
+def _take_by_owner(file: IO[bytes], path: Path) -> bool:
     """Take the lock by writing the owner into the file, for file systems without locks."""
     owner = _read_owner(path)
     if owner and _may_be_alive(owner):
@@ -132,7 +153,7 @@ def _take_by_owner(file: IO[str], path: Path) -> bool:
     return _is_at(file, path) and _read_owner(path) == _this_process()
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
@@ -165,12 +186,11 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _write_owner(file: IO[str]) -> None:
+def _write_owner(file: IO[bytes]) -> None:
+    owner = {**_this_process(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # on a full disk the lock holds without it
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({**_this_process(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}))
-        file.flush()
+        file.truncate(0)
+        os.pwrite(file.fileno(), json.dumps(owner).encode(), 0)
 
 
 def _read_owner(path: Path) -> Dict[str, Any]:

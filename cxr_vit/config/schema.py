@@ -180,7 +180,7 @@ class DataSection(Section):
         None, "processes that build the cache; null: one per core"
     )
     num_workers: int = option(0, "loader processes; 0: load in the main process", ge=0, le=128)
-    worker_timeout_s: Optional[PositiveFloat] = option(
+    worker_timeout_s: Optional[Annotated[float, Field(gt=0, le=1e6)]] = option(
         300,  # less than engine.timeout_s, after which the other processes would end first
         "seconds to wait for a batch of the loader processes before the run ends; null: without"
         " limit. With num_workers=0 a file system that hangs is not noticed",
@@ -369,7 +369,9 @@ class TrainSection(Section):
         ("checkpoint_every_epochs", "checkpoint_every_steps"),
     )
     epochs: Optional[PositiveFloat] = option(3, "length of the training, epochs")
-    steps: Optional[Count] = option(None, "length of the training, weight updates")
+    steps: Optional[Annotated[int, Field(ge=1, lt=10**8)]] = option(
+        None, "length of the training, weight updates"
+    )
     log_every_steps: Count = option(50, "steps between logged metrics")
     eval_every_epochs: Optional[PositiveFloat] = option(1, "epochs between validations")
     eval_every_steps: Optional[Count] = option(None, "steps between validations")

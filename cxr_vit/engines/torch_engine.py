@@ -93,6 +93,7 @@ class TorchEngineBase(Engine):
         self.scaler = scaler
         self.compile_size = compile_size
         self.seed = config.run.seed
+        self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
         self.updates = 0
@@ -169,15 +170,22 @@ class TorchEngineBase(Engine):
             with self.group.waiting_for("the gradients of all processes"):
                 self.scaler.unscale_(self.optimizer)
             norm = self.clip_gradients()
-            if self.scaler.is_enabled():  # which skips an update where fp16 overflows
-                norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
-            norms.append(norm)
             # A NaN in one gradient would spread over all weights. Waits for the device.
-            if torch.isfinite(norm):
-                self.scaler.step(self.optimizer)
+            is_finite = bool(torch.isfinite(norm))
+            if is_finite or self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)  # the scaler itself leaves out what overflows
+                # Below 1 it is not the scale that makes a gradient overflow.
+                if not is_finite and self.scaler.get_scale() >= 1:
+                    norm = torch.zeros_like(norm)
                 self.scaler.update()
+            norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.updates += 1
+            if self.stops_at_nonfinite and not torch.isfinite(norm):
+                left = len(labels) // size - len(losses)  # are not made
+                losses += [torch.full_like(losses[0], math.nan)] * left
+                norms += [torch.full_like(norm, math.nan)] * left
+                break
         shares, norm = torch.stack([*losses, *norms]).float().cpu().split(len(losses))
         return StepOutput(self.group.sum(shares), norm, len(losses) * self.batch.global_batch_size)
 
@@ -219,9 +227,8 @@ class TorchEngineBase(Engine):
         return self.group.any(flag)
 
     def activation_ranges(self, images: Tensor) -> List[StageRange]:
-        """Score as many of the images as a host batch holds, and observe the stages."""
+        """Score the images in host batches, and observe the stages."""
         size, num_stages = self.local_batch.eval_host_batch_size, self.model.plan.num_stages
-        rows = torch.arange(size) % len(images)
         ranges = torch.zeros(num_stages, 3, dtype=torch.float64)
         seen: Set[int] = set()
 
@@ -239,7 +246,9 @@ class TorchEngineBase(Engine):
                     lambda module, inputs, output, index=index: observe(index, output)
                 )
                 stack.callback(hook.remove)
-            self.predict(Batch(images[rows], torch.zeros(size, self.num_classes), rows))
+            for start in range(0, len(images), size):
+                rows = (start + torch.arange(size)) % len(images)
+                self.predict(Batch(images[rows], torch.zeros(size, self.num_classes), rows))
         if self.own_replicas[0] > 0:  # the others have other stages, or other images
             ranges.zero_()
         found = self.group.sum(ranges, "the ranges of the other stages").tolist()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
@@ -35,9 +36,11 @@ from cxr_vit.checkpoint_files import (
     verify_checkpoint,
 )
 from cxr_vit.engines.base import EngineState
-from cxr_vit.engines.optim import WHOLE
+from cxr_vit.engines.optim import WHOLE, torch_slots
 from cxr_vit.errors import CheckpointError
 from cxr_vit.files import remove, sync, write_text
+
+logger = logging.getLogger(__name__)
 
 #: Keys of trainer_state.json that belong to the file itself.
 RESERVED = ("format", "step", "optimizer_kind", "scalars", "sha256", "digest")
@@ -49,7 +52,24 @@ _SLOT = "/"
 _RNG = "rng_state"
 #: Optimizer slots that have the shape of their parameter, as torch names them.
 _LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+_MOMENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: Kind of optimizer -> the slots that each parameter must have, and those that it may have.
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+_SLOTS = {
+    "torch.AdamW": (_ADAM, {"max_exp_avg_sq"}),
+    "torch.Adam": (_ADAM, {"max_exp_avg_sq"}),
+    "torch.SGD": (set(), {"momentum_buffer"}),
+}
 _REMOVED, _DAMAGED = ".removed", ".damaged"
+
+
+@contextlib.contextmanager
+def only_warning(checkpoint: Path) -> Iterator[None]:
+    """Warn of an error of the file system that leaves a checkpoint as it is."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s is saved, but: %s", checkpoint, error)
 
 
 class CheckpointStore:
@@ -83,7 +103,10 @@ class CheckpointStore:
         old = self.folder / f".{final.name}{REPLACED}"
         try:
             remove(temporary)
-            temporary.mkdir(parents=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                sync(self.folder.parent)
+            temporary.mkdir()
             _write_files(temporary, step, state, files, trainer_state)
             if final.exists():  # a folder cannot be overwritten
                 remove(old)
@@ -95,9 +118,10 @@ class CheckpointStore:
                     os.replace(old, final)
                 remove(temporary)  # it takes the space that the next one needs
             raise
-        sync(self.folder)
-        self.link("last", final)
-        remove(old)
+        with only_warning(final):
+            sync(self.folder)
+            self.link("last", final)
+            remove(old)
         return final
 
     def link(self, name: str, target: Path) -> None:
@@ -109,7 +133,9 @@ class CheckpointStore:
             return
         path = self.folder / name
         if path.is_dir() and not path.is_symlink():  # the run was copied with its links followed
-            os.replace(path, self.folder / f"{name}_copied_{time.strftime('%Y%m%d-%H%M%S')}")
+            kept = _unused(self.folder / f"{name}_copied")
+            os.replace(path, kept)
+            logger.warning("%s was a copy of a checkpoint; it is kept as %s", path, kept)
         temporary = self.folder / f".{name}{WRITING}"
         remove(temporary)
         try:
@@ -250,7 +276,7 @@ def load_checkpoint(checkpoint: Path) -> Tuple[EngineState, Dict[str, Any]]:
         raise CheckpointError(f"{checkpoint}: {error}. Use another checkpoint.") from error
     rng = flat.pop(_RNG, None)
     optimizer = _unflatten(flat)
-    problem = next(_problems(weights, optimizer), None)
+    problem = next(_problems(weights, optimizer, state["optimizer_kind"]), None)
     if not (optimizer or problem) and _has_trained(state):
         problem = "the state of the optimizer is empty"
     if problem:
@@ -275,23 +301,41 @@ def _has_trained(state: Mapping[str, Any]) -> bool:
 
 
 def _problems(
-    weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]], kind: str
 ) -> Iterator[str]:
     """Yield what no engine writes: the model checks names and shapes of its weights itself."""
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
             yield f"the weight {name} is {weight.dtype}, not float32"
     for name, slots in optimizer.items():
-        if name not in weights and name != WHOLE:
+        if name == WHOLE and all(slot.startswith("ipu_") for slot in slots):
+            continue
+        if name not in weights:
             yield f"the optimizer has state of {name}, which is no weight"
             continue
+        own = torch_slots(slots).keys()
+        must, may = _SLOTS.get(kind, (set(), own))
+        if own and not must <= own <= must | may:
+            yield f"{kind} has other slots than {', '.join(sorted(own))}, the state of {name}"
         for slot, value in slots.items():
-            if slot in _LIKE_PARAMETER and value.shape != weights[name].shape:
-                yield f"{slot} of {name} is {list(value.shape)}, not {list(weights[name].shape)}"
-            elif slot in _LIKE_PARAMETER and not value.is_floating_point():
-                yield f"{slot} of {name} is {value.dtype}, not a floating-point type"
-            elif slot == "step" and value.numel() != 1:
-                yield f"step of {name} is {list(value.shape)}, not one number"
+            problem = _slot_problem(slot, value, weights[name])
+            if problem:
+                yield f"{slot} of {name} is {problem}"
+
+
+def _slot_problem(slot: str, value: Tensor, weight: Tensor) -> Optional[str]:
+    """Return what is wrong with a value of the optimizer, or None."""
+    if slot in _LIKE_PARAMETER:
+        if value.shape != weight.shape:
+            return f"{list(value.shape)}, not {list(weight.shape)}"
+        if value.dtype not in _MOMENT_DTYPES:
+            return f"{value.dtype}, not a floating-point type"
+    elif slot == "step":
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            return f"{list(value.shape)} of {value.dtype}, not one number"
+        if not 0 <= float(value) < math.inf:
+            return f"{float(value)}"
+    return None
 
 
 def _flatten(state: EngineState) -> Dict[str, Tensor]:

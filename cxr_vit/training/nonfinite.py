@@ -69,8 +69,12 @@ class NonFiniteGuard(Callback):
             text = f"the {what} is {float(value)} at step {step} (lr {outputs.lr:.3g})"
             if not self.skips or self._in_a_row == _MOST_SKIPPED:
                 self._stop(trainer, text, step, outputs.lr)
-            self.skipped += 1
-            logger.warning("%s; its update is left out, images: %s", text, _images(trainer, step))
+            if what == "loss" and len(bad) < len(values):
+                effect = "its gradient is finite and its update made"
+            else:
+                effect = "its update is left out"
+                self.skipped += 1
+            logger.warning("%s; %s, images: %s", text, effect, _images(trainer, step))
         if self.skipped > skipped:
             trainer.log_metrics({"train/skipped_updates": self.skipped})
 
@@ -86,12 +90,13 @@ class NonFiniteGuard(Callback):
         )
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the number of updates left out; nothing if there was none."""
-        return {"skipped": self.skipped} if self.skipped else {}
+        """Return the numbers of updates left out, in all and in a row; empty if there are none."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row} if self.skipped else {}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Restore the number of updates left out."""
-        self.skipped = _Skipped.model_validate(state_dict).skipped
+        """Restore the numbers of updates left out."""
+        state = _Skipped.model_validate(state_dict)
+        self.skipped, self._in_a_row = state.skipped, state.in_a_row
 
 
 class _Skipped(BaseModel):
@@ -100,6 +105,7 @@ class _Skipped(BaseModel):
     model_config = ConfigDict(strict=True)
 
     skipped: int
+    in_a_row: int
 
 
 def _images(trainer: Any, step: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import re
 import subprocess
@@ -28,17 +29,22 @@ from cxr_vit.checkpoint_files import (
     CHECKPOINTS,
     CONFIG,
     STATE,
+    WEIGHTS,
+    checkpoint_of,
     config_of,
     has_checkpoints,
     newest_whole,
     run_of_checkpoint,
+    step_of,
+    verify_checkpoint,
 )
 from cxr_vit.config import Config, check, dump_config, load_config, read_config
 from cxr_vit.config.schema import LISTS, RunSection
 from cxr_vit.data.text_files import write_csv
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
-from cxr_vit.files import Locked, is_lock_file, lock, write_text
+from cxr_vit.files import Locked, is_lock_file, lock, sync, write_text
+from cxr_vit.regular_files import read_bytes
 from cxr_vit.version import __version__
 
 if TYPE_CHECKING:
@@ -135,13 +141,18 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stack.callback(self.discard_if_empty)
             try:
-                stack.enter_context(lock(path, timeout_s=_LOCK_TIMEOUT_S))
+                stack.enter_context(lock(path, timeout_s=_LOCK_TIMEOUT_S, removes=True))
+            except OSError as error:
+                raise ConfigError(
+                    f"the run in {self.path} cannot be written: {path.name}:"
+                    f" {error.strerror or error}. Use the account that owns it, or make room; or"
+                    " choose another run.dir."
+                ) from error
             except Locked as other:
                 raise ConfigError(
                     f"another process is writing the run in {self.path}: {other}. Wait for it, or"
                     f" choose another run.dir. If it has ended for certain, remove {path}."
                 ) from other
-            stack.callback(path.unlink)
             yield
 
     def discard_if_empty(self) -> None:
@@ -194,18 +205,42 @@ class RunFolder:
 
 
 def is_unsaved(path: Path) -> bool:
-    """Whether a folder is that of a run that was killed before its first checkpoint."""
-    if not path.is_dir() or has_checkpoints(path):
+    """Whether a folder is that of a run that ended early: no checkpoint, and nothing to lose.
+
+    Metrics may be there if the run was killed, which its lock file tells; else their checkpoints
+    were deleted, or are on a disk that is not mounted.
+    """
+    if not path.is_dir() or has_checkpoints(path) or (path / WEIGHTS).exists():
         return False
-    with contextlib.suppress(OSError, ValueError):
-        if (path / CONFIG).read_text(encoding="utf-8").startswith(_HEADER):
-            return True
-    return is_lock_file(path / _LOCK)
+    checkpoints = path / CHECKPOINTS
+    if step_of(path) is not None or (os.path.lexists(checkpoints) and not checkpoints.exists()):
+        return False
+    if is_lock_file(path / _LOCK) or [file.name for file in path.iterdir()] == [_LOCK]:
+        return True
+    return _begins_with_header(path / CONFIG) and not _has_trained(path / "metrics.jsonl")
+
+
+def _begins_with_header(config: Path) -> bool:
+    try:
+        return read_bytes(config, limit=2**20).startswith(_HEADER.encode())
+    except OSError:
+        return False
+
+
+def _has_trained(metrics: Path) -> bool:
+    """Whether there are metrics of a step, or a file that cannot be read."""
+    try:
+        return re.search(rb'"step": *[1-9]', read_bytes(metrics, limit=2**26)) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _make(path: Path, setting: str) -> None:
     try:
         path.mkdir(parents=True)
+        sync(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -252,15 +287,21 @@ class FoundRun(NamedTuple):
     key: str = ""
 
 
-def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Launch) -> FoundRun:
-    """Find the run to continue, the same in all processes; nothing is created.
+def find_run(
+    run: RunSection,
+    ckpt_path: Optional[Union[str, Path]],
+    launch: Launch,
+    stack: contextlib.ExitStack,
+) -> FoundRun:
+    """Find the run to continue, the same in all processes, and lock it; nothing is created.
 
-    `ckpt_path` is that of `Trainer.fit`. Processes that torchrun restarted (`--max-restarts`) find
+    The lock is held by `stack`: what is found stays true. `ckpt_path` is that of `Trainer.fit`.
+    Processes that torchrun restarted (`--max-restarts`) find
     the run that they began. Raises ConfigError if a new run's `run.dir` is not empty,
     CheckpointError if there is nothing to resume.
     """
     if not launch.is_connected:
-        return _find(run, ckpt_path, writes=launch.is_main)
+        return _find(run, ckpt_path, stack, writes=launch.is_main)
     from cxr_vit.engines.process_group import coordinator
 
     processes = coordinator(launch)
@@ -269,9 +310,10 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
         begun = processes.load_across_restarts(key)
         if begun is not None and Path(begun).exists():  # else it failed before it wrote anything
             folder = RunFolder(Path(begun), writes=True)
+            stack.enter_context(folder.locked())
             found = FoundRun(folder, _newest_checkpoint(folder.path), restarted=True)
         else:
-            found = _find(run, ckpt_path, writes=True)
+            found = _find(run, ckpt_path, stack, writes=True)
         # Absolute: the working directories may differ.
         path = found.folder and str(found.folder.path.absolute())
         checkpoint = found.checkpoint and str(found.checkpoint.absolute())
@@ -287,19 +329,36 @@ def find_run(run: RunSection, ckpt_path: Optional[Union[str, Path]], launch: Lau
     )
 
 
-def _find(run: RunSection, ckpt_path: Optional[Union[str, Path]], *, writes: bool) -> FoundRun:
+def _find(
+    run: RunSection,
+    ckpt_path: Optional[Union[str, Path]],
+    stack: contextlib.ExitStack,
+    *,
+    writes: bool,
+) -> FoundRun:
     if ckpt_path is None:
         if writes:  # another process may have begun it already
             RunFolder.refuse_existing(run)
         return FoundRun(None, None)
-    path = newest_run(run) if ckpt_path == "last" else Path(ckpt_path)
+    path = newest_run(run) if ckpt_path == "last" else _named(Path(ckpt_path))
     if (path / STATE).is_file():
         return FoundRun(None, path)
     _check_resumable(path)
+    folder = RunFolder(path, writes=writes)
+    stack.enter_context(folder.locked())
     checkpoint = _newest_checkpoint(path)
     if checkpoint is None:
         logger.warning(_BEGUN, path)
-    return FoundRun(RunFolder(path, writes=writes), checkpoint)
+    return FoundRun(folder, checkpoint)
+
+
+def _named(path: Path) -> Path:
+    """Return what a path names: a run's folder, also by its `checkpoints`, or a checkpoint."""
+    if path.name == CHECKPOINTS and not (path / CONFIG).exists():
+        return path.parent
+    if path.parent.name == CHECKPOINTS and path.name in ("last", "best"):
+        return checkpoint_of(path)
+    return path
 
 
 def _newest_checkpoint(run: Path, *, warns: bool = True) -> Optional[Path]:
@@ -327,6 +386,12 @@ def _check_resumable(path: Path) -> None:
         hint = f"it is a file. {_RESUME_HINT}"
     elif not path.exists():
         hint = f"there is no such folder. {_RESUME_HINT}"
+    elif step_of(path) is not None or (path / WEIGHTS).exists():
+        hint = f"this checkpoint has no {STATE}: it is damaged. Name another one, or the run."
+    elif os.path.lexists(path / CHECKPOINTS) and not (path / CHECKPOINTS).exists():
+        hint = f"its {CHECKPOINTS} is a link that leads nowhere. Is a disk missing?"
+    elif _has_trained(path / "metrics.jsonl"):
+        hint = "it has metrics and no checkpoint. Restore its checkpoints, or start a new run."
     else:
         hint = f"it has no checkpoint. {_RESUME_HINT}"
     raise CheckpointError(f"nothing to resume: {path}: {hint}")
@@ -383,15 +448,24 @@ def read_run_config(
                 " are allowed), or leave the folder out to resume the newest run of --config."
             )
         path, checkpoint = _resumed(files, overrides, resume, launch)
-        files = [config_of(path) if (path / STATE).is_file() else path / CONFIG]
-        if not files[0].exists():
-            raise CheckpointError(
-                f"nothing to resume: {path} has no {CONFIG}. Start the run again with its --config"
-                f" and run.dir={path}."
-            )
+        files = [_config_file(path, checkpoint)]
     config = load_config(files, overrides)
     _check_same_settings(config, launch)
     return RunConfig(config, path, checkpoint)
+
+
+def _config_file(path: Path, checkpoint: Optional[Path]) -> Path:
+    """Return the configuration of what is resumed: the run's, else that of the checkpoint."""
+    if (path / CONFIG).exists() and path != checkpoint:
+        return path / CONFIG
+    if checkpoint is None:
+        raise CheckpointError(
+            f"nothing to resume: {path} has no {CONFIG}. Start the run again with its --config"
+            f" and run.dir={path}."
+        )
+    if path != checkpoint:
+        logger.warning("%s is missing: using that of %s", path / CONFIG, checkpoint)
+    return config_of(checkpoint)
 
 
 def _resumed(
@@ -400,8 +474,9 @@ def _resumed(
     """Return the run's folder or the checkpoint that is resumed, and the checkpoint to load."""
 
     def find() -> List[Optional[str]]:
-        path = Path(resume) if resume else newest_run(read_config(files, overrides).run)
+        path = _named(Path(resume)) if resume else newest_run(read_config(files, overrides).run)
         if (path / STATE).is_file():
+            verify_checkpoint(path)
             checkpoint: Optional[Path] = path
         else:
             _check_resumable(path)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
 from cxr_vit.training.callbacks import MONITOR
-from cxr_vit.training.checkpoint import RESERVED, check_json
+from cxr_vit.training.checkpoint import RESERVED, check_json, only_warning
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Saver:
         self.tried_step = 0
         self._tried_validation = 0
         self._error: Optional[str] = None
+        #: Score and step of the best checkpoint if that could not be written.
+        self._unsaved_best: Optional[Tuple[Optional[float], Optional[int]]] = None
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue after a checkpoint, given the content of its `trainer_state.json`."""
@@ -60,11 +63,14 @@ class Saver:
         # The main process decides: saving takes all of them.
         is_best = trainer.engine.any_process(is_best and trainer.is_global_zero)
         if (is_best or trainer.checkpoint_is_due) and self.save(is_best=is_best) is None:
+            self._unsaved_best = (self.best_score, self.best_step) if is_best else None
             self.best_score, self.best_step = before
 
     def _update_best(self, score: Optional[float]) -> bool:
         """Return whether the score is the best; as long as none is defined, every one is."""
         step = self.trainer.global_step
+        if score is not None and not math.isfinite(score):
+            score = None
         if score is None:  # no label of the validation split has both positives and negatives
             effect = "best follows the last one" if self.best_score is None else "best stays"
             logger.warning("val/%s is undefined at step %d: %s", MONITOR, step, effect)
@@ -73,7 +79,7 @@ class Saver:
             self.best_score, self.best_step = score, step
         return is_best
 
-    def save(self, *, is_best: bool) -> Optional[Path]:
+    def save(self, *, is_best: bool, is_end: bool = False) -> Optional[Path]:
         """Save the current step; see `Trainer.save_checkpoint`."""
         trainer = self.trainer
         store, step = trainer.checkpoints, trainer.global_step
@@ -90,18 +96,20 @@ class Saver:
         self.tried_step, self._tried_validation = step, trainer.evaluated_step
         try:
             path: Path = store.save(step, state, files=files, trainer_state=trainer_state)
+        except (OSError, SafetensorError) as error:
+            self._error = str(error)
+            if not is_end:
+                logger.warning(
+                    "the checkpoint of step %d cannot be written: %s. Training goes on and tries"
+                    " again with the next one. The last checkpoint is %s.",
+                    *(step, error, store.linked("last")),
+                )
+            return None
+        self._error = None
+        with only_warning(path):
             if is_best:
                 store.link("best", path)
             store.prune(trainer.config.train.keep_last)
-        except (OSError, SafetensorError) as error:
-            self._error = str(error)
-            logger.warning(
-                "the checkpoint of step %d cannot be written: %s. Training goes on and tries again"
-                " with the next one. The last checkpoint is %s.",
-                *(step, error, store.linked("last")),
-            )
-            return None
-        self._error = None
         return path
 
     def save_the_end(self) -> None:
@@ -110,7 +118,10 @@ class Saver:
         now = trainer.global_step, trainer.evaluated_step
         is_tried = (self.tried_step, self._tried_validation) == now
         if not is_tried or trainer.engine.any_process(self._error is not None):
-            self.save(is_best=False)
+            is_best = self._unsaved_best is not None and self._unsaved_best[1] == now[0]
+            if is_best and self._unsaved_best is not None:
+                self.best_score, self.best_step = self._unsaved_best
+            self.save(is_best=is_best, is_end=True)
         if self._error is not None:
             raise CheckpointError(
                 f"the last checkpoint, of step {now[0]}, cannot be written: {self._error}. Make"

@@ -174,26 +174,44 @@ class Trainer:
         self._reset()
         check_data_config(self.config, datamodule.config, trains=True)
         self._import_extensions()
-        found = find_run(self.config.run, ckpt_path, self.launch)
-        self.setup_data(datamodule, "fit")
-        self._open_module(module)
+        with contextlib.ExitStack() as stack:
+            found = find_run(self.config.run, ckpt_path, self.launch, stack)
+            self.setup_data(datamodule, "fit")
+            self._open_module(module)
+            self._open_splits(datamodule)
+            restored = None
+            if found.checkpoint:
+                restored = self._restore(found.checkpoint, found.restarted)
+            if found.folder:
+                self._use_run(found.folder)
+                if restored:
+                    self.saver.restore_folder()
+            if restored and self.is_complete:
+                module.model.load_weights(restored[0].weights)
+                self._print(
+                    f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to"
+                    " do. To train on, raise train.epochs or train.steps."
+                )
+                return
+            if not found.folder:
+                self.saver.forget_best()  # a new folder has none yet
+                self._use_run(create_run(self.config.run, self.launch, found.key))
+                stack.enter_context(self.run.locked())
+            self._fit_in_run(found, restored)
+        self._notify("teardown", "fit")
+        self._print(self.describe_end())
+
+    def _open_splits(self, datamodule: ChestXrayDataModule) -> None:
         self.train_data = datamodule.dataset("train", augmented=True)
         self.val_data = datamodule.dataset("val")
         self.durations = Durations.from_section(self.config.train, self.batch, len(self.train_data))
-        restored = self._restore(found.checkpoint, found.restarted) if found.checkpoint else None
-        if found.folder:
-            self._use_run(found.folder)
-        if restored and self.is_complete:
-            module.model.load_weights(restored[0].weights)
-            self._explain_completeness(found)
-            return
-        if not found.folder:
-            self.saver.forget_best()  # a new folder has none yet
-            self._use_run(create_run(self.config.run, self.launch, found.key))
-        with self.run.locked(), self._building_engine("fit"):
+
+    def _fit_in_run(
+        self, found: FoundRun, restored: Optional[Tuple[EngineState, Dict[str, Any]]]
+    ) -> None:
+        """Build the engine, restore its state and the callbacks', and train."""
+        with self._building_engine("fit"):
             if restored:
-                if found.folder:
-                    self.saver.restore_folder()
                 with explaining_out_of_memory(self.config, training=True):
                     self.engine.load_state_dict(restored[0])
                 restore_callbacks(self, restored[1])
@@ -202,31 +220,19 @@ class Trainer:
                 self._print(f"continues {found.checkpoint} in a folder of its own")
             with StopOnSignal(self.interrupt, quiet=self.launch.has_others):
                 self._fit()
-        self._notify("teardown", "fit")
-        self._print(self.describe_end())
-
-    def _explain_completeness(self, found: FoundRun) -> None:
-        """Say that nothing is left to do; finish what a killed process left in the folder."""
-        if found.folder:
-            with self.run.locked():
-                self.saver.restore_folder()
-        self._print(
-            f"{found.checkpoint} is at step {self.global_step}, the last one: nothing to do."
-            " To train on, raise train.epochs or train.steps."
-        )
 
     def _import_extensions(self) -> None:
         """Import the classes that the configuration names, and say which."""
         if self._has_extensions:
             return
         callbacks, loggers = self._given
-        self.callbacks = all_callbacks(self.config, callbacks, is_main=self.is_global_zero)
-        self.loggers = all_loggers(self.config, loggers) if self.is_global_zero else []
-        self._has_extensions = True
         named = [*self.config.callbacks, *(self.config.loggers if loggers is None else ())]
         classes = [str(item) for item in named if not isinstance(item, str)]
         if classes:
-            self._print(f"imported as the configuration says: {', '.join(classes)}")
+            self._print(f"importing what the configuration names: {', '.join(classes)}")
+        self.callbacks = all_callbacks(self.config, callbacks, is_main=self.is_global_zero)
+        self.loggers = all_loggers(self.config, loggers) if self.is_global_zero else []
+        self._has_extensions = True
 
     def validate(
         self,
@@ -394,9 +400,9 @@ class Trainer:
         """Print the run's folder and what runs in it; write the files that describe it."""
         self._print(str(self.run.path))
         data, engine = self.datamodule, self.engine
+        self.run.write_config(self.config)
         if is_new:
             self.run.write_environment(engine.describe(), engine.facts(), data.fingerprint())
-        self.run.write_config(self.config)
         self.run.write_skipped(data.skipped)
         self._print(data.describe(), engine.describe())
         self._print(*self.module.model.plan.describe(engine.place), *self.batch.describe())
@@ -584,11 +590,13 @@ class Trainer:
 
     def describe_end(self) -> str:
         """Describe in one line how the run ended and where its best checkpoint is."""
-        best = "best" if self.checkpoints.linked("best") else "last"
         ending = "finished"
         if not self.is_complete:
             ending = f"stopped at step {self.global_step}: {self.stop_reason}"
-        return f"{ending}; {best} checkpoint: {self.checkpoints.folder / best}"
+        names = [name for name in ("best", "last") if self.checkpoints.linked(name)]
+        if not names:
+            return f"{ending}; there is no checkpoint yet"
+        return f"{ending}; {names[0]} checkpoint: {self.checkpoints.folder / names[0]}"
 
     def save_checkpoint(self, *, is_best: bool = False) -> Optional[Path]:
         """Write a checkpoint of the current step, update the links, and delete old checkpoints.

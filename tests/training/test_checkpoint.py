@@ -16,7 +16,8 @@ from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 
 
 def state(value=1.0):
-    slots = {"exp_avg": torch.full((2,), value), "step": torch.tensor(3.0)}
+    moments = {name: torch.full((2,), value) for name in ("exp_avg", "exp_avg_sq")}
+    slots = {**moments, "step": torch.tensor(3.0)}
     weights = {"classifier.bias": torch.full((2,), value)}
     return EngineState(weights, {"classifier.bias": slots}, "torch.AdamW", {"updates": 3.0})
 
@@ -265,7 +266,12 @@ def test_resealed_checkpoint_is_read(store):
         ({"step": True}, "step: "),
         ({"step": 1.5}, "step: "),
         ({"step": 10**30}, "step: "),
+        ({"step": 2}, "it is of step 2"),
         ({"evaluated_step": None}, "evaluated_step: "),
+        ({"evaluated_step": 99}, "it was validated after its step"),
+        ({"best_score": float("nan")}, "best_score: "),
+        ({"scalars": {"updates": -1.0}}, "scalars.updates: "),
+        ({"scalars": {"updates": float("inf")}}, "scalars.updates: "),
         ({"best_score": "0.5"}, "best_score: "),
         ({"scalars": {"updates": "3"}}, "scalars.updates: "),
         ({"scalars": []}, "scalars: "),
@@ -308,6 +314,15 @@ def test_state_that_is_no_file_is_refused(store):
         ("classifier.bias/exp_avg", torch.zeros(3), r"exp_avg of classifier\.bias is \[3\]"),
         ("classifier.bias/exp_avg", torch.zeros(2, dtype=torch.int32), r"int32, not a floating"),
         ("classifier.bias/step", torch.zeros(2), r"step of classifier\.bias is \[2\]"),
+        ("classifier.bias/step", torch.tensor(-1.0), r"step of classifier\.bias is -1"),
+        ("classifier.bias/step", torch.tensor(float("nan")), r"step of classifier\.bias is nan"),
+        (
+            "classifier.bias/step",
+            torch.tensor(True),
+            r"step of classifier\.bias is \[\] of torch.b",
+        ),
+        ("classifier.bias/evil", torch.zeros(2), r"AdamW has other slots than evil, exp_avg"),
+        ("*/exp_avg", torch.zeros(2), r"has state of \*, which is no weight"),
         ("classifier.weight/exp_avg", torch.zeros(2), r"classifier\.weight, which is no weight"),
         ("a/b/c", torch.zeros(2), "has state of a, which is no weight"),
         ("exp_avg", torch.zeros(2), "has state of exp_avg, which is no weight"),

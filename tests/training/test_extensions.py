@@ -78,7 +78,7 @@ def test_callback_and_logger_of_the_configuration_are_used(
         f"run.dir={run}",
     )
     trainer = fitted(config)
-    said = "imported as the configuration says: my_extension.Count, my_extension.Lines\n"
+    said = "importing what the configuration names: my_extension.Count, my_extension.Lines\n"
     assert said in capsys.readouterr().out
     (count,) = [one for one in trainer.callbacks if type(one).__name__ == "Count"]
     assert count.count == 14

@@ -143,7 +143,7 @@ def test_resumed_run_leaves_out_the_same(make_config, tmp_path):
     trainer = Trainer(config)
     trainer.fit(Broken(config, data, updates=[0]), data, tmp_path / "b" / "run")
     assert_same_state(last_state(trainer)[0], last_state(whole)[0])
-    assert last_state(trainer)[1]["callbacks"]["nonfinite"] == {"skipped": 2}
+    assert last_state(trainer)[1]["callbacks"]["nonfinite"] == {"skipped": 2, "in_a_row": 0}
 
 
 def test_run_of_nothing_but_nan_ends(make_config, tmp_path):
@@ -185,3 +185,88 @@ def test_an_ipu_cannot_leave_an_update_out(make_config):
 
     with pytest.raises(ConfigError, match=r"on_nonfinite=skip_update.* Set stop"):
         check_ipu(make_config("train.on_nonfinite=skip_update"))
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip_update"])
+def test_finite_gradient_of_an_infinite_loss_is_told_as_such(make_config, tmp_path, caplog, mode):
+    class Infinite(ViTModule):
+        def loss(self, logits, labels):
+            return super().loss(logits, labels) + math.inf
+
+    config = make_config(f"run.dir={tmp_path / 'run'}", f"train.on_nonfinite={mode}")
+    data = ChestXrayDataModule(config)
+    trainer = Trainer(config)
+    if mode == "stop":
+        with pytest.raises(NonFiniteLoss, match="the loss is inf at step 0"):
+            trainer.fit(Infinite(config, data), data)
+        return
+    trainer.fit(Infinite(config, data), data)
+    assert trainer.is_complete
+    assert "its gradient is finite and its update made" in caplog.text
+    assert "left out" not in caplog.text
+
+
+def test_host_batch_ends_at_the_first_bad_update(make_config, tmp_path):
+    trainer, error = train(
+        make_config, tmp_path, "batch.device_iterations=2", "train.eval_every_steps=2", updates=[2]
+    )
+    assert "at step 2 (lr " in error
+    before, now = trainer.weights[2], trainer.module.model.weights()
+    assert all(torch.equal(before[name], now[name]) for name in now), "step 3 was not made either"
+
+
+class Scaler:
+    """A loss scaler of a GPU, which halves its scale where a gradient overflows."""
+
+    def __init__(self):
+        self.value = 4.0
+
+    def is_enabled(self):
+        return True
+
+    def scale(self, loss):
+        return loss * self.value
+
+    def unscale_(self, optimizer):
+        self.is_finite = all(
+            bool(weight.grad.isfinite().all())
+            for group in optimizer.param_groups
+            for weight in group["params"]
+            if weight.grad is not None
+        )
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.grad /= self.value
+
+    def step(self, optimizer):
+        if self.is_finite:
+            optimizer.step()
+
+    def update(self):
+        self.value *= 1 if self.is_finite else 0.5
+
+    def get_scale(self):
+        return self.value
+
+    def state_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize(("updates", "step"), [([1, 2], None), (range(1, 30), 4)])
+def test_gradient_that_overflows_at_any_scale_is_no_matter_of_the_scale(
+    make_config, tmp_path, updates, step
+):
+    class Scaled(Callback):
+        def setup(self, trainer, module, stage):
+            trainer.engine.scaler = Scaler()
+
+    overrides = ["train.steps=8", "train.eval_every_steps=8"]
+    trainer, error = train(
+        make_config, tmp_path, *overrides, callbacks=[Scaled()], updates=updates, value=math.inf
+    )
+    if step is None:
+        assert "gradient norm" not in error
+        assert "the loss is inf at step 1" in error
+    else:
+        assert trainer.global_step <= step + 1

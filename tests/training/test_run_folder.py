@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -301,7 +302,7 @@ def test_tenth_run_of_a_second_is_newer_than_the_ninth(root):
     for count in (2, 9, 10):
         save(root / f"demo-20240101-000000-{count}", 10)
         (root / f"demo-20240101-000000-{count}" / "config.yaml").touch()
-    assert find_run(RunSection(root=str(root), name="demo"), "last", Launch()).folder.path.name == (
+    assert find(RunSection(root=str(root), name="demo"), "last", Launch()).folder.path.name == (
         "demo-20240101-000000-10"
     )
 
@@ -343,7 +344,7 @@ def test_run_without_a_checkpoint_begins_again_in_its_folder(root):
     path = make_run(root, "demo-1", "optim.lr=0.5", saved=False)
     found = read_run_config([], [], str(path), Launch())
     assert (found.ckpt_path, found.checkpoint, found.config.optim.lr) == (path, None, 0.5)
-    run = find_run(RunSection(), path, Launch())
+    run = find(RunSection(), path)
     assert (run.folder.path, run.checkpoint) == (path, None)
 
 
@@ -367,7 +368,7 @@ def test_folder_of_something_else_is_not_begun_again(tmp_path, content):
     with pytest.raises(ConfigError, match="is not empty"):
         RunFolder.create(RunSection(dir=str(tmp_path)))
     with pytest.raises(CheckpointError, match="it has no checkpoint"):
-        find_run(RunSection(), tmp_path, Launch())
+        find(RunSection(), tmp_path)
 
 
 def test_run_dir_without_a_checkpoint_is_begun_again(root, caplog):
@@ -412,6 +413,11 @@ def test_resume_of_a_folder_refuses_a_config(tmp_path):
 # find_run: ckpt_path of Trainer.fit
 
 
+def find(run, ckpt_path, launch=None):
+    with contextlib.ExitStack() as stack:
+        return find_run(run, ckpt_path, launch or Launch(), stack)
+
+
 def step_folder(run, step=10):
     return run / "checkpoints" / f"step_{step:08d}"
 
@@ -428,7 +434,7 @@ def test_newest_whole_checkpoint_is_taken_and_others_are_named(root, caplog):
     save(path, 30)
     damage(step_folder(path, 30) / "model.safetensors")
     (step_folder(path, 20) / "optimizer.safetensors").unlink()
-    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path)
+    assert find(RunSection(), path).checkpoint == step_folder(path)
     words = "passing over a checkpoint: "
     assert f"{words}{step_folder(path, 30)}/model.safetensors is damaged" in caplog.text
     assert f"{words}{step_folder(path, 20)}/optimizer.safetensors is missing" in caplog.text
@@ -439,7 +445,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(root):
     path = make_run(root, "demo-1")
     damage(step_folder(path) / "trainer_state.json")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint.\n.*trainer_state.json"):
-        find_run(RunSection(), path, Launch())
+        find(RunSection(), path)
     assert not run_folder.is_unsaved(path), "it has trained: it is never begun again"
 
 
@@ -447,38 +453,38 @@ def test_checkpoint_of_a_newer_version_is_not_passed_over(root):
     path = make_run(root, "demo-1")
     (step_folder(path) / "trainer_state.json").write_text('{"format": 99}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="format 99 is of a newer version"):
-        find_run(RunSection(), path, Launch())
+        find(RunSection(), path)
 
 
 def test_links_are_not_needed_to_resume(root):
     path = make_run(root, "demo-1")
     save(path, 20)
     (path / "checkpoints" / "last").unlink()
-    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path, 20)
+    assert find(RunSection(), path).checkpoint == step_folder(path, 20)
 
 
 def test_step_decides_which_checkpoint_is_the_newest(root):
     path = make_run(root, "demo-1")
     save(path, 9)
     os.utime(str(step_folder(path, 9)), (2**31, 2**31))
-    assert find_run(RunSection(), path, Launch()).checkpoint == step_folder(path)
+    assert find(RunSection(), path).checkpoint == step_folder(path)
 
 
 def test_no_path_is_a_new_run(root):
     make_run(root, "run-20240101-000000")
-    assert find_run(RunSection(root=str(root)), None, Launch()) == FoundRun(None, None)
+    assert find(RunSection(root=str(root)), None, Launch()) == FoundRun(None, None)
 
 
 def test_new_run_in_a_folder_with_content_is_refused(root):
     path = make_run(root, "mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        find_run(RunSection(dir=str(path)), None, Launch())
+        find(RunSection(dir=str(path)), None, Launch())
 
 
 def test_last_is_the_newest_run(root):
     make_run(root, "demo-20240101-000000")
     path = make_run(root, "demo-20240101-000100")
-    found = find_run(RunSection(root=str(root), name="demo"), "last", Launch())
+    found = find(RunSection(root=str(root), name="demo"), "last", Launch())
     assert (found.folder.path, found.checkpoint) == (path, step_folder(path))
     assert not found.restarted
 
@@ -487,25 +493,25 @@ def test_last_is_run_dir_where_it_is_given(root):
     path = make_run(root, "elsewhere")
     make_run(root, "run-20240101-000100")
     section = RunSection(root=str(root), dir=str(path))
-    assert find_run(section, "last", Launch()).folder.path == path
+    assert find(section, "last").folder.path == path
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_folder_of_a_run_is_that_run(root, kind):
     path = make_run(root, "demo-1")
-    found = find_run(RunSection(root=str(root)), kind(path), Launch())
+    found = find(RunSection(root=str(root)), kind(path), Launch())
     assert (found.folder.path, found.checkpoint) == (path, step_folder(path))
 
 
 def test_another_checkpoint_begins_a_new_run(root):
     path = make_run(root, "demo-1") / "checkpoints" / "step_00000010"
-    found = find_run(RunSection(root=str(root)), path, Launch())
+    found = find(RunSection(root=str(root)), path, Launch())
     assert (found.folder, found.checkpoint) == (None, path)
 
 
 def test_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="it has no checkpoint"):
-        find_run(RunSection(), tmp_path, Launch())
+        find(RunSection(), tmp_path)
 
 
 # checkpoint_of and run_of_checkpoint
@@ -646,7 +652,7 @@ def test_main_process_of_several_creates_the_run(root):
 def test_other_process_finds_the_run_to_resume(root):
     run = make_run(root, "demo-20240101-000000", "run.name=demo")
     launch = Launch(rank=1, world_size=2, launcher="poprun")
-    folder = find_run(RunSection(), run, launch).folder
+    folder = find(RunSection(), run, launch).folder
     with folder.locked():
         assert folder.path == run
         assert not (run / ".lock").exists()

@@ -1,19 +1,26 @@
 """What a run does on a full disk, at a signal, and after a kill between saving and linking."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, ViTModule
-from cxr_vit.checkpoint_files import read_state, verify_checkpoint
+from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, ViTModule, checkpoint_files
+from cxr_vit.checkpoint_files import checkpoint_of, read_state, verify_checkpoint
 from cxr_vit.commands import evaluate
-from cxr_vit.errors import CheckpointError
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.training import checkpoint as store_module
-from runs import AtStart, Recorder, StopAt, assert_same_state, last_state
+from cxr_vit.training.checkpoint import CheckpointStore
+from cxr_vit.training.run_folder import read_run_config
+from runs import AtStart, Recorder, Run, StopAt, assert_same_state, last_state
 
 EVERY_STEP = ["train.checkpoint_every_steps=1", "train.eval_every_steps=3"]
 
@@ -214,8 +221,6 @@ def test_run_begins_again_in_the_folder_of_one_without_a_checkpoint(make):
     folder = make(loggers=[JsonlLogger()]).fit().run.path
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["step"] == 0
-    shutil.rmtree(str(folder / "checkpoints"))
-    assert make().resume().is_complete
 
 
 def test_checkpoint_that_was_copied_alone_is_scored(make, tmp_path):
@@ -258,3 +263,204 @@ def test_state_of_a_built_in_callback_is_checked(make):
     path.write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"state of early_stopping is wrong: since_best"):
         make().resume()
+
+
+def test_best_is_kept_in_a_relative_folder_without_links(make_config, tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        "run.dir=run", *EVERY_STEP, "train.eval_every_steps=1", "train.keep_last=1"
+    )
+    trainer = Run(config, [0.9, 0.5, 0.4, 0.3, 0.2, 0.1], (), ()).fit()
+    assert steps(trainer) == ["step_00000001", "step_00000006"]
+    assert checkpoint_of(trainer.run.path).name == "step_00000001"
+
+
+def test_copy_with_links_followed_keeps_its_best(make, tmp_path):
+    trainer = make(scores=[0.9], callbacks=[StopAt(4)]).fit()
+    folder, copy = trainer.checkpoints.folder, tmp_path / "copy"
+    (copy / "checkpoints").mkdir(parents=True)
+    for name in ("last", "best"):
+        shutil.copytree(str(folder / name), str(copy / "checkpoints" / name))
+    shutil.copy(str(trainer.run.config), str(copy))
+    resumed = make(scores=[0.5], folder="copy").resume()
+    assert read_state(checkpoint_of(resumed.run.path))["step"] == 3
+
+
+def test_best_score_of_a_last_step_that_is_saved_at_the_second_attempt(make, monkeypatch):
+    FullDisk(monkeypatch, 2)
+    trainer = make(scores=[0.5, 0.9]).fit()
+    assert trainer.checkpoints.linked("best").name == "step_00000006"
+    assert last_state(trainer)[1]["best_score"] == 0.9
+
+
+@pytest.mark.parametrize("method", ["prune", "link"])
+def test_error_after_the_save_does_not_undo_it(make, monkeypatch, caplog, method):
+    def fail(store, *arguments):
+        if arguments[0] != "last" and len(store.steps()) == 2:
+            raise OSError(39, "Directory not empty")
+        return original(store, *arguments)
+
+    original = getattr(CheckpointStore, method)
+    monkeypatch.setattr(CheckpointStore, method, fail)
+    trainer = make(scores=[0.5, 0.9]).fit()
+    assert "step_00000006 is saved, but: [Errno 39] Directory not empty" in caplog.text
+    assert checkpoint_of(trainer.run.path).resolve().name == "step_00000006"
+
+
+def test_score_that_is_not_a_number_is_undefined(make):
+    trainer = make(scores=[float("nan"), 0.5]).fit()
+    assert last_state(trainer)[1]["best_score"] == 0.5
+
+
+def test_run_whose_checkpoints_were_deleted_is_not_begun_again(make):
+    trainer = make(loggers=[JsonlLogger()]).fit()
+    shutil.rmtree(str(trainer.checkpoints.folder))
+    metrics = (trainer.run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="is not empty"):
+        make().fit()
+    with pytest.raises(CheckpointError, match="it has metrics and no checkpoint"):
+        make().resume()
+    trainer.checkpoints.folder.symlink_to("/mnt/absent")
+    with pytest.raises(CheckpointError, match="a link that leads nowhere"):
+        make().resume()
+    assert (trainer.run.path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_step_folder_without_its_state_is_no_run(make):
+    step = make().fit().checkpoints.folder / "step_00000006"
+    (step / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"this checkpoint has no trainer_state\.json"):
+        make(folder="other").fit(step)
+
+
+def test_what_is_resumed_is_found_under_the_lock(make, monkeypatch):
+    first = make(callbacks=[StopAt(3)]).fit()
+    late = make().trainer  # the process that still saves
+    path = first.checkpoints.folder / "step_00000003"
+    hidden = path.with_name(".late")
+    os.replace(path, hidden)
+
+    @contextlib.contextmanager
+    def wait_for_the_other(folder):
+        os.replace(hidden, path)
+        yield
+
+    monkeypatch.setattr("cxr_vit.training.run_folder.RunFolder.locked", wait_for_the_other)
+    (first.run.path / ".lock").write_text('{"host": "x", "pid": 1, "started": "1"}')
+    recorder = Recorder()
+    assert make(callbacks=[recorder]).resume().is_complete
+    assert recorder.of("step") == [4, 5, 6]
+    assert not list(path.parent.glob("*.damaged"))
+    assert late.global_step == 0
+
+
+def test_file_system_error_is_no_damage(make, monkeypatch):
+    folder = make().fit().checkpoints.folder
+    checkpoint_files._verified.clear()
+
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint_files, "sha256", stale)
+    with pytest.raises(CheckpointError, match=r"cannot be read: Stale file handle. Nothing was"):
+        make().resume()
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000003", "step_00000006"]
+
+
+@pytest.mark.parametrize("name", ["last", "best", "checkpoints"])
+def test_names_of_a_run_can_be_resumed(make, name):
+    folder = make("train.steps=3", scores=[0.5]).fit().checkpoints.folder
+    if name == "checkpoints":
+        assert make(scores=[0.6]).fit(folder).run.path == folder.parent
+        return
+    (folder / name).unlink()
+    (folder / name).write_text("step_00000003\n")
+    trainer = make(folder="other").fit(folder / name)
+    assert trainer.is_complete
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_links_in_a_circle_are_lost_links(make, name):
+    folder = make(scores=[0.7]).fit().checkpoints.folder
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    assert checkpoint_of(folder.parent).is_dir()
+    make().resume()
+    assert (folder / name).exists()
+
+
+def test_configuration_of_the_checkpoint_is_used_where_the_run_has_lost_its_own(make, caplog):
+    run = make().fit().run
+    run.config.unlink()
+    found = read_run_config([], [], str(run.path), Launch())
+    assert found.config.model.name == "vit-micro"
+    assert f"{run.config} is missing: using that of" in caplog.text
+
+
+def test_named_checkpoint_is_verified_before_its_configuration_is_read(make):
+    step = make().fit().checkpoints.folder / "step_00000006"
+    (step / "config.yaml").write_text("nonsense: 1\n")
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged"):
+        read_run_config([], [], str(step), Launch())
+
+
+def test_named_pipe_in_a_run_does_not_block(tmp_path):
+    os.mkfifo(str(tmp_path / "config.yaml"))
+    with pytest.raises(CheckpointError, match="it has no checkpoint"):
+        read_run_config([], [], str(tmp_path), Launch())
+
+
+def test_link_in_place_of_the_lock_is_not_followed(make, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = make("train.steps=3").fit().run.path
+    (folder / ".lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match=r"cannot be written: \.lock: "):
+        make().resume()
+    assert victim.read_text() == "mine"
+
+
+def test_removed_lock_is_no_error_at_the_end(make):
+    trainer = make(callbacks=[AtStart(lambda trainer: (trainer.run.path / ".lock").unlink())]).fit()
+    assert trainer.is_complete
+
+
+def test_checkpoint_below_the_root_is_scored(monkeypatch):
+    assert checkpoint_files.run_of_checkpoint(Path("/model")) is None
+
+
+TERMINAL = """
+import os, pty, signal, sys, time
+master, slave = pty.openpty()
+pid = os.fork()
+if pid == 0:
+    os.setsid()
+    import fcntl, termios
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for descriptor in (0, 1, 2):
+        os.dup2(slave, descriptor)
+    os.close(master)
+    os.execv(sys.executable, [sys.executable, "train.py", *sys.argv[1:]])
+os.close(slave)
+seen = b""
+while b"step 2/" not in seen and b"\\xe2" not in seen:
+    seen += os.read(master, 1000)
+    if b"Error" in seen:
+        break
+os.close(master)  # the window is closed
+_, status = os.waitpid(pid, 0)
+print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
+"""
+
+
+def test_closed_terminal_saves_the_run(repository, small_overrides, tmp_path):
+    run = tmp_path / "run"
+    words = [*small_overrides, "train.steps=4000", "train.log_every_steps=1", f"run.dir={run}"]
+    command = [sys.executable, "-c", TERMINAL, "--config", "configs/vit_demo.yaml", *words]
+    done = subprocess.run(command, cwd=str(repository), stdout=subprocess.PIPE, timeout=120)
+    assert done.stdout == b"75\n"
+    assert checkpoint_files.newest_whole(run).checkpoint is not None

@@ -92,8 +92,8 @@ class Commands:
 
             return train_step
 
-        def predict_dataset(engine: Engine, *arguments: Any) -> Any:
-            logits, labels = predict(engine, *arguments)
+        def predict_dataset(engine: Engine, *arguments: Any, **named: Any) -> Any:
+            logits, labels = predict(engine, *arguments, **named)
             if self._running:
                 self._running.logits.append(logits)
             return logits, labels
