@@ -1,7 +1,8 @@
-"""Read files that others wrote: regular files of a limited size only."""
+"""Open files in folders that others wrote: regular files only, to read of a limited size."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -16,6 +17,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
 }
 
 
@@ -42,6 +44,31 @@ def read_bytes(path: Union[str, Path], *, limit: int) -> bytes:
     return data
 
 
+def no_link(path: Union[str, Path], flags: int) -> int:
+    """Open a regular file at the path itself: the `opener` of files that are written.
+
+    Raises OSError with a readable reason in `strerror` for anything else. A link is not followed:
+    it may lead out of the folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _check_regular(os.lstat(path), path)
+    # The path may lead elsewhere by now: do not follow, and do not wait for a pipe's other end.
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    descriptor = os.open(path, flags | safe, 0o666)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def truncate(path: Path, size: int) -> None:
+    """Give a file a size, as `os.truncate` does, but follow no link."""
+    with open(path, "r+b", opener=no_link) as file:
+        file.truncate(size)
+
+
 def read_json(path: Union[str, Path], *, limit: int) -> Dict[str, Any]:
     """Return the object in a JSON file of at most `limit` bytes.
 
@@ -66,12 +93,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_regular(status: os.stat_result) -> None:
+def _check_regular(status: os.stat_result, path: Union[str, Path, None] = None) -> None:
     if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
-        raise OSError(errno.EINVAL, f"{kind}, not a regular file")
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", path)
 
 
 def _check_size(size: int, limit: int) -> None:

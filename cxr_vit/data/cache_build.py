@@ -54,6 +54,7 @@ from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.spawn import without_main_module
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
+from cxr_vit.regular_files import no_link, truncate
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +94,20 @@ def locked(path: Path) -> Iterator[None]:
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        with open(path, "ab", opener=no_link):
+            pass
     except OSError as error:
-        raise DataError(
-            f"the cache cannot be written to {folder} ({error.strerror}). Set data.cache_dir to a"
-            " writable folder, or data.cache=off to decode in every epoch."
-        ) from error
+        raise _cannot_write(path, error) from error
     waiting = f"another process builds the cache in {folder}: waiting for it"
     with lock(path, on_wait=partial(logger.info, waiting)):
         yield
+
+
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the cache cannot be written to {path.parent} ({path.name}: {error.strerror}). Set"
+        " data.cache_dir to a writable folder, or data.cache=off to decode in every epoch."
+    )
 
 
 def build_cache(
@@ -123,10 +129,10 @@ def build_cache(
     started = time.monotonic()
     decode = partial(decode_chunk, settings=settings, pixels=where.partial)
     decoding = in_parallel("decoding images", decode, chunks, workers=workers, done=done)
-    with where.journal.open("a", encoding="utf-8") as journal, contextlib.closing(decoding):
+    with contextlib.closing(decoding), open(where.journal, "ab", opener=no_link) as journal:
         for decoded in decoding:
             finished[decoded.first_row] = decoded
-            journal.write(json.dumps(decoded) + "\n")
+            journal.write(json.dumps(decoded).encode() + b"\n")
             journal.flush()
     in_order = [finished[first_row] for first_row in sorted(finished)]
     crc32 = [crc for decoded in in_order for crc in decoded.crc32]
@@ -160,22 +166,30 @@ def _plan(settings: CacheSettings, names: List[str], sizes: List[int]) -> str:
 def _resume(
     where: CachePaths, settings: CacheSettings, plan: str, num_images: int
 ) -> Dict[int, DecodedChunk]:
-    """Prepare the partial file and the journal; return the finished chunks by first row."""
+    """Prepare the partial file and the journal; return the finished chunks by first row.
+
+    Links at these paths are removed, not followed: they may lead to other files.
+    """
     total_bytes = num_images * settings.image_size**2
     lines: List[bytes] = []
-    if where.journal.is_file() and where.journal.stat().st_size <= MAX_INDEX_BYTES:
+    if _is_own_file(where.journal) and where.journal.stat().st_size <= MAX_INDEX_BYTES:
         lines = where.journal.read_bytes().splitlines(keepends=True)
-    if not where.partial.exists() and where.pixels.exists() and not where.index.exists():
+    has_partial = os.path.lexists(where.partial)
+    if not has_partial and _is_own_file(where.pixels) and not where.index.exists():
         where.pixels.replace(where.partial)  # killed before the index was written
-    if not where.partial.exists() or not lines or not _has_plan(lines[0], plan):
+    if not _is_own_file(where.partial) or not lines or not _has_plan(lines[0], plan):
         _start(where, plan, total_bytes)
         return {}
     complete = [line for line in lines if line.endswith(b"\n")]  # the last may be cut short
-    os.truncate(where.journal, sum(map(len, complete)))
-    os.truncate(where.partial, total_bytes)
+    truncate(where.journal, sum(map(len, complete)))
+    truncate(where.partial, total_bytes)
     with where.partial.open("rb") as pixels:
         parsed = [_parse(line, pixels, settings, num_images) for line in complete[1:]]
     return {decoded.first_row: decoded for decoded in parsed if decoded is not None}
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _has_plan(line: bytes, plan: str) -> bool:
@@ -188,8 +202,11 @@ def _has_plan(line: bytes, plan: str) -> bool:
 
 
 def _start(where: CachePaths, plan: str, total_bytes: int) -> None:
-    for path in (where.journal, where.partial):
-        path.unlink(missing_ok=True)
+    try:
+        where.journal.unlink(missing_ok=True)
+        where.partial.unlink(missing_ok=True)
+    except OSError as error:  # a folder of that name
+        raise _cannot_write(Path(error.filename), error) from error
     free = shutil.disk_usage(where.partial.parent).free
     if free < total_bytes:
         raise DataError(
@@ -197,9 +214,10 @@ def _start(where: CachePaths, plan: str, total_bytes: int) -> None:
             f" {free / 1e9:.2f} GB are free. Make room, or set data.cache_dir to another disk, or"
             " data.cache=off to decode in every epoch."
         )
-    with where.partial.open("wb") as file:
-        file.truncate(total_bytes)
-    where.journal.write_text(plan + "\n", encoding="utf-8")
+    with open(where.partial, "xb", opener=no_link) as pixels:
+        pixels.truncate(total_bytes)
+    with open(where.journal, "x", encoding="utf-8", opener=no_link) as journal:
+        journal.write(plan + "\n")
 
 
 def _parse(
@@ -245,7 +263,7 @@ def decode_chunk(chunk: Chunk, *, settings: CacheSettings, pixels: Optional[Path
         decoded.reasons.append(reason)
     if pixels is not None:
         try:
-            with pixels.open("r+b") as file:
+            with open(pixels, "r+b", opener=no_link) as file:
                 file.seek(chunk.first_row * size**2)
                 file.write(images.tobytes())
         except OSError as error:

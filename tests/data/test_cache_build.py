@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Callable, Dict, Iterator, NamedTuple, Tuple
@@ -351,10 +352,16 @@ def test_too_little_space_is_reported_before_decoding(
     assert not where.partial.exists() and not where.pixels.exists()
 
 
-def test_full_disk_is_reported_with_what_to_do(reference: Reference) -> None:
+def test_full_disk_is_reported_with_what_to_do(reference: Reference, where: CachePaths) -> None:
     chunk = Chunk(0, [reference.paths[name_of(0)]])
-    with pytest.raises(DataError, match=r"No space left on device.*the build resumes"):
-        cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=Path("/dev/full"))
+    where.partial.touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"File too large.*the build resumes"):
+            cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=where.partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -362,3 +369,87 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     lock = CachePaths.of(tmp_path / "file", SIDE).lock
     with pytest.raises(DataError, match=r"cannot be written to .*data\.cache_dir"), locked(lock):
         raise AssertionError("the lock was taken")
+
+
+# Links in a folder of others
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of the user's outside the folder of the cache, which keeps its content."""
+    path = tmp_path_factory.mktemp("elsewhere") / "precious"
+    path.write_text("precious\n" * 1000)
+    yield path
+    assert path.read_text() == "precious\n" * 1000
+    assert os.listdir(path.parent) == [path.name]
+
+
+def swap_for_link(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["journal", "partial"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_build_never_writes_through_a_link(
+    reference: Reference, where: CachePaths, elsewhere: Path, name: str, dangling: bool
+) -> None:
+    interrupt(where, reference.paths, after_chunks=2)
+    swap_for_link(getattr(where, name), elsewhere.parent / "new" if dangling else elsewhere)
+    assert build(where, reference.paths) == 0
+    assert_complete(where, reference)
+
+
+def test_link_to_a_journal_is_not_cut(
+    reference: Reference, where: CachePaths, tmp_path: Path
+) -> None:
+    interrupt(where, reference.paths, after_chunks=2)
+    other = tmp_path / "journal of another"
+    other.write_text(where.journal.read_text() + "cut short")
+    before = other.read_bytes()
+    swap_for_link(where.journal, other)
+    assert build(where, reference.paths) == 0
+    assert_complete(where, reference)
+    assert other.read_bytes() == before
+
+
+def test_pixels_that_are_a_link_are_replaced(
+    reference: Reference, where: CachePaths, elsewhere: Path
+) -> None:
+    interrupt_before_the_index(where, reference.paths)
+    swap_for_link(where.pixels, elsewhere)
+    assert build(where, reference.paths) == 0
+    assert_complete(where, reference)
+
+
+def test_partial_file_that_becomes_a_link_is_refused(
+    reference: Reference, where: CachePaths, elsewhere: Path
+) -> None:
+    where.partial.symlink_to(elsewhere)
+    chunk = Chunk(0, [reference.paths[name_of(0)]])
+    with pytest.raises(DataError, match=r"\.u8\.partial: a symbolic link, not a regular file"):
+        cache_build.decode_chunk(chunk, settings=SETTINGS, pixels=where.partial)
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_lock_that_is_a_link_is_refused(where: CachePaths, elsewhere: Path, dangling: bool) -> None:
+    where.lock.symlink_to(elsewhere.parent / "new" if dangling else elsewhere)
+    before = elsewhere.stat()
+    words = rf"{where.lock.name}: a symbolic link, not a regular file\)\. Set data\.cache_dir"
+    with pytest.raises(DataError, match=words), locked(where.lock):
+        raise AssertionError("the lock was taken")
+    assert elsewhere.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("name", ["journal", "partial"])
+def test_folder_in_place_of_a_file_is_refused(
+    reference: Reference, where: CachePaths, name: str
+) -> None:
+    path: Path = getattr(where, name)
+    path.mkdir()
+    with pytest.raises(
+        DataError, match=rf"cannot be written to .* \({path.name}: Is a dir"
+    ) as caught:
+        build(where, reference.paths)
+    assert "\n" not in str(caught.value)
+    assert path.is_dir()
