@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Iterator, Optional, Union
 
 from cxr_vit.files import replacing
+from cxr_vit.regular_files import no_link, truncate
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -82,7 +83,7 @@ class LogFile:
         except OSError as error:
             if self._whole is not None:  # readers find whole records only
                 with contextlib.suppress(OSError):
-                    os.truncate(self.path, self._whole)
+                    truncate(self.path, self._whole)
             if not self._fails:
                 text = "%s cannot be written (%s). Training goes on; the events are kept meanwhile."
                 logger.warning(text, self.path, error.strerror or error)
@@ -103,9 +104,7 @@ class LogFile:
             logger.warning("%s: the last %d events could not be written.", self.path, missing)
 
     def _write(self, record: bytes) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        # A named pipe that nobody reads does not block.
-        file = os.open(self.path, flags | os.O_NONBLOCK, 0o666)
+        file = no_link(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             size = os.fstat(file).st_size
             if self._whole is not None and size > self._whole:
@@ -129,22 +128,24 @@ def keep_lines(path: Path, keeps: Callable[[int, bytes], Optional[bool]]) -> Non
     """Drop the lines of a file, given with their index, for which `keeps` is not true.
 
     It is None for a line that cannot be read. These are counted in a warning, but for the last
-    line, which a killed process may have left incomplete. The file is not held in memory.
+    line, which a killed process may have left incomplete. The file is not held in memory. Raises
+    OSError if the path has no regular file of its own, but a link for example.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
-    with path.open("rb") as file:
+    with open(path, "rb", opener=no_link) as file:
         lines = enumerate(read_lines(file))
         if all(line.endswith(b"\n") and keeps(index, line) for index, line in lines):
             return  # nothing to do, which a full disk does not hinder
-    damaged = 0
-    with path.open("rb") as file, replacing(path) as temporary, temporary.open("wb") as kept:
-        for index, line in enumerate(read_lines(file)):
-            verdict = keeps(index, line)
-            if verdict:
-                kept.write(line.rstrip(b"\r\n") + b"\n")
-            is_whole = line.endswith(b"\n") or len(line) >= _LONGEST_LINE
-            damaged += verdict is None and is_whole
+        file.seek(0)
+        damaged = 0
+        with replacing(path) as temporary, temporary.open("wb") as kept:
+            for index, line in enumerate(read_lines(file)):
+                verdict = keeps(index, line)
+                if verdict:
+                    kept.write(line.rstrip(b"\r\n") + b"\n")
+                is_whole = line.endswith(b"\n") or len(line) >= _LONGEST_LINE
+                damaged += verdict is None and is_whole
     if damaged:
         logger.warning("%s: dropped %d lines that cannot be read.", path, damaged)
 

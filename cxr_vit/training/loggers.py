@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -18,7 +19,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Type
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Type
 
 from matplotlib.figure import Figure
 
@@ -26,7 +27,7 @@ from cxr_vit.config.schema import Config
 from cxr_vit.data.text_files import csv_line, original_text
 from cxr_vit.errors import ConfigError
 from cxr_vit.files import replacing, write_text
-from cxr_vit.regular_files import read_bytes
+from cxr_vit.regular_files import no_link, read_bytes
 from cxr_vit.training.log_files import EventFile, LogFile, keep_lines, read_lines
 
 logger = logging.getLogger(__name__)
@@ -149,12 +150,13 @@ class CsvLogger(Logger):
         self.path = Path("metrics.csv")
         self._file = LogFile(self.path)
         self._columns: List[str] = []
+        self._header_waits = False
 
     def setup(self, folder: Path, first_step: int) -> None:
         """Drop the rows after `first_step`: a resumed run repeats them."""
         self.path = folder / self.path.name
         self._file = LogFile(self.path)
-        self._columns = _header(self.path)
+        self._columns, self._header_waits = _header(self.path), False
         keeps = partial(_keeps_row, self._columns, first_step)
         self._file.change(partial(keep_lines, self.path, keeps))
 
@@ -162,10 +164,24 @@ class CsvLogger(Logger):
         """Append a row."""
         row = {"step": step, **{_column(tag): _finite(value) for tag, value in metrics.items()}}
         new = [tag for tag in row if tag not in self._columns]
-        if new or not self.path.exists():
+        if new or not (self._header_waits or self.path.exists()):
             self._columns = [*self._columns, *new]
-            self._file.change(partial(_widen, self.path, self._columns, len(new)))
+            self._header_waits = True
+            self._file.change(partial(self._widen, self._columns, len(new)))
         self._file.append(csv_line(row.get(tag) for tag in self._columns).encode())
+
+    def _widen(self, columns: Sequence[str], added: int) -> None:
+        """Write the table again with columns added at its end."""
+        with contextlib.ExitStack() as files:
+            rows: Iterator[bytes] = iter(())
+            if os.path.lexists(self.path):
+                rows = read_lines(files.enter_context(open(self.path, "rb", opener=no_link)))
+            temporary = files.enter_context(replacing(self.path))
+            wider = files.enter_context(temporary.open("wb"))
+            wider.write(csv_line(columns).encode())
+            for line in islice(rows, 1, None):
+                wider.write(line.rstrip(b"\r\n") + b"," * added + b"\n")
+        self._header_waits = False
 
     def finalize(self, status: str) -> None:
         """Write what waits for room on the disk."""
@@ -180,7 +196,7 @@ def _column(tag: str) -> str:
 def _header(path: Path) -> List[str]:
     """Return the columns of a table, none if it has no header that can be read."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=no_link) as file:
             line = next(read_lines(file), b"").decode()
         columns = [original_text(cell) for cell in next(csv.reader([line], strict=True), [])]
     except (OSError, ValueError, csv.Error):
@@ -202,16 +218,6 @@ def _keeps_row(columns: Sequence[str], last_step: int, index: int, line: bytes) 
     return numbers["step"] <= last_step
 
 
-def _widen(path: Path, columns: Sequence[str], added: int) -> None:
-    """Write a table again with columns added at its end."""
-    with replacing(path) as temporary, temporary.open("wb") as wider:
-        wider.write(csv_line(columns).encode())
-        if path.is_file():
-            with path.open("rb") as file:
-                for line in islice(read_lines(file), 1, None):
-                    wider.write(line.rstrip(b"\r\n") + b"," * added + b"\n")
-
-
 class TensorBoardLogger(Logger):
     """Write event files into the run's folder, so that TensorBoard shows the run by its name.
 
@@ -226,7 +232,8 @@ class TensorBoardLogger(Logger):
     def setup(self, folder: Path, first_step: int) -> None:
         """Open the event file; in a new run write the configuration."""
         earlier = folder / "tensorboard"  # where versions before 0.2 wrote
-        self._file = EventFile(earlier if earlier.is_dir() else folder)
+        is_there = earlier.is_dir() and not earlier.is_symlink()
+        self._file = EventFile(earlier if is_there else folder)
         self._file.purge(first_step + 1)  # also if a run was restarted in its folder
         self._file.add(_torch("summary").custom_scalars(_LAYOUT))
         config = folder / "config.yaml"

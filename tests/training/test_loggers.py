@@ -484,15 +484,6 @@ def test_disk_that_is_full_to_the_end_is_a_warning(run, caplog, capfd, kind):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_device_without_room_is_named(run, caplog):
-    (run / "metrics.jsonl").symlink_to("/dev/full")
-    logger = JsonlLogger()
-    with caplog.at_level(logging.WARNING, "cxr_vit"):
-        logger.setup(run, 0)
-        log_losses(logger, [1, 2])
-    assert caplog.text.count("No space left on device") == 1
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount a file system of 64 KiB."""
@@ -576,13 +567,70 @@ def test_waiting_events_take_limited_memory(run, caplog, monkeypatch):
     assert logged_losses(logger, run)[-1] == (21, 21.0)
 
 
-def test_pipe_of_the_name_does_not_block(run, caplog):
-    os.mkfifo(str(run / "metrics.jsonl"))
-    logger = JsonlLogger()
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+def test_pipe_of_the_name_does_not_block(run, caplog, kind):
+    logger = kind()
+    os.mkfifo(str(run / logger.path))
     logger.setup(run, 2)
     log_losses(logger, [3])
     logger.finalize("success")
-    assert "cannot be written" in caplog.text
+    assert f"{logger.path} cannot be written (a named pipe, not a regular file)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+@pytest.mark.parametrize("content", ["step,train/loss\n1,1.0\n9,9.0\n", '{"step": 9}\n', "x", None])
+def test_link_of_the_name_is_not_followed(run, tmp_path, caplog, kind, content):
+    precious, logger = tmp_path / "precious", kind()
+    if content is not None:
+        precious.write_text(content)
+    (run / logger.path).symlink_to(precious)
+    with caplog.at_level(logging.WARNING, "cxr_vit"):
+        logger.setup(run, 2)
+        log_losses(logger, [3])
+        logger.log_metrics({"val/loss": 2.0}, 4)
+        logger.finalize("success")
+    assert (precious.read_text() if precious.exists() else None) == content
+    assert logger.path.is_symlink()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{logger.path} cannot be written (a symbolic link, not a regular file)."
+        " Training goes on; the events are kept meanwhile.",
+        f"{logger.path}: the last 2 events could not be written.",
+    ]
+
+
+def test_event_file_that_becomes_a_link_is_not_followed(run, tmp_path, caplog):
+    logger, precious = TensorBoardLogger(), tmp_path / "precious"
+    logger.setup(run, 0)
+    (path,) = event_files(run)
+    path.rename(tmp_path / "moved")
+    precious.write_text("precious")
+    path.symlink_to(precious)
+    log_losses(logger, [1])
+    assert precious.read_text() == "precious"
+    assert "cannot be written (a symbolic link" in caplog.text
+
+
+def test_folder_of_events_that_is_a_link_is_not_followed(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    logger = TensorBoardLogger()
+    logger.setup(run, 0)
+    log_losses(logger, [1])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert losses(run) == [(1, 1.0)]
+
+
+def test_missing_table_is_begun_once_on_a_full_disk(run):
+    logger = CsvLogger()
+    logger.setup(run, 0)
+    with largest_file(0):
+        log_losses(logger, range(1, 50))
+        assert sum(map(callable, logger._file._waiting)) == 1
+    log_losses(logger, [50])
+    assert logged_losses(logger, run) == [(step, float(step)) for step in range(1, 51)]
+    logger.path.unlink()
+    log_losses(logger, [51])
+    assert logged_losses(logger, run) == [(51, 51.0)]
 
 
 # Damaged logs
