@@ -23,15 +23,15 @@ def main(argv: Sequence[str]) -> int:
 
     from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
     from cxr_vit.commands.callbacks import DescribeEngine
-    from cxr_vit.evaluation.report import print_table, write_report
+    from cxr_vit.evaluation.report import make_folder, print_table, write_report
 
     trainer, data = Trainer(config, callbacks=[DescribeEngine()]), ChestXrayDataModule(config)
     module = ViTModule.load_from_checkpoint(checkpoint, data, config=config)
     trainer.setup_data(data)
     split = arguments.split or data.default_split()
     records = data.dataset(split).records
-    out = arguments.out or report_folder(checkpoint, split, default=data.default_split())
-    out.mkdir(parents=True, exist_ok=True)  # now: scoring may take long
+    default = report_folder(checkpoint, split, default=data.default_split())
+    out = make_folder(arguments.out, default)  # now: scoring may take long
     origin = {"checkpoint": str(checkpoint), "step": state["step"], **data.fingerprint()}
     origin["changed_since_training"] = data.warn_if_changed(state)
     print(data.describe(), flush=True)

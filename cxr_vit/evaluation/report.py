@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,11 +15,40 @@ from rich.table import Table
 
 from cxr_vit.data.nih import Records
 from cxr_vit.data.text_files import write_csv
+from cxr_vit.errors import DataError
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import EvalOutputs, evaluate, probabilities
-from cxr_vit.files import write_text
+from cxr_vit.files import replacing, write_text
 
 NOTICE = "For research only; not a medical device."
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the report cannot be written to {folder} ({error.strerror or error}). Correct this,"
+            " or give another folder with --out."
+        ) from error
+
+
+def make_folder(given: Optional[Path], default: Path) -> Path:
+    """Make the folder of a report, that of the run if none is given, and write to it once.
+
+    Raises DataError if that is not possible, or if the run has a link there: it may lead anywhere.
+    """
+    folder = given or default
+    if given is None and folder.is_symlink():
+        raise DataError(
+            f"the report cannot be written to {folder} (a symbolic link). Remove it, or give the"
+            " folder with --out."
+        )
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def write_report(
@@ -31,20 +62,22 @@ def write_report(
     """Write the files of the report of a scored split; return the content of metrics.json.
 
     `records` are in the order of the outputs. `origin` are JSON-able facts to store with the
-    scores: checkpoint, step, data hashes.
+    scores: checkpoint, step, data hashes. Raises DataError if the folder cannot be written.
     """
     split, logits, labels = outputs.split, outputs.logits, outputs.labels
     assert len(records) == len(logits), "every image of the split is scored once"
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
-    folder.mkdir(parents=True, exist_ok=True)
     predictions = _predictions(records, split, names, probabilities(logits).numpy())
-    write_csv(folder / "predictions.csv", predictions)
     title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"roc.{suffix}", dpi=100)
-    # Written last: where it exists, the report is complete.
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "predictions.csv", predictions)
+        for suffix in ("png", "svg"):
+            with replacing(folder / f"roc.{suffix}") as temporary:
+                figure.savefig(temporary, format=suffix, dpi=100)
+        # Written last: where it exists, the report is complete.
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import resource
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,9 @@ from rich.console import Console
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.text_files import csv_line, original_text, write_csv
+from cxr_vit.errors import DataError
 from cxr_vit.evaluation.metrics import EvalOutputs
-from cxr_vit.evaluation.report import print_table, write_report
+from cxr_vit.evaluation.report import make_folder, print_table, write_report
 
 
 @pytest.fixture
@@ -130,3 +132,64 @@ def test_cells_of_a_csv_keep_their_meaning():
 def test_name_that_is_not_utf8_is_written_with_escapes(tmp_path):
     write_csv(tmp_path / "skipped.csv", pd.DataFrame({"image": ["\udcff.png"]}))
     assert (tmp_path / "skipped.csv").read_bytes() == b"image\n\\udcff.png\n"
+
+
+# Folders that cannot be written, and links
+
+
+def write(folder, dataset):
+    labels = torch.from_numpy(dataset.records.labels).float()
+    outputs = EvalOutputs("test", 12, 0.7, {}, torch.zeros(labels.shape), labels, 1.0)
+    return write_report(folder, dataset.records, outputs, names=FINDINGS, origin={})
+
+
+def test_report_replaces_links_and_does_not_follow_them(report, dataset, tmp_path):
+    folder, precious = report[0], tmp_path / "precious"
+    precious.write_text("precious")
+    names = [path.name for path in folder.iterdir()]
+    for name in names:
+        (folder / name).unlink()
+        (folder / name).symlink_to(precious)
+    write(folder, dataset)
+    assert precious.read_text() == "precious"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_folder_in_the_run_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "report"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=rf"written to {link} \(a symbolic link\).* --out"):
+        make_folder(None, link)
+    assert make_folder(link, tmp_path / "other") == link, "given with --out"
+
+
+def test_folder_that_cannot_be_made_is_one_line(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "report"):
+        for attempt in (lambda: make_folder(None, folder), lambda: write(folder, dataset)):  # noqa: B023
+            with pytest.raises(DataError, match=rf"written to {folder} \(.* --out") as raised:
+                attempt()
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_full_disk_is_one_line_and_leaves_no_partial_report(dataset, tmp_path, size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"written to .* \(File too large\).* --out"):
+            write(tmp_path / "report", dataset)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.json" not in {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_folder_without_permission_is_noticed_before_scoring(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied", "random name")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(DataError, match=rf"written to {tmp_path} \(Permission denied\).* --out"):
+        make_folder(tmp_path, tmp_path)
