@@ -186,7 +186,7 @@ class CacheFile:
         assert self._opened is not None
         if (status.st_size, status.st_mtime_ns) != self._opened[2:]:
             size, before = status.st_size, self._opened[2]
-            how = "was overwritten" if size >= before else f"was cut from {before} to {size} bytes"
+            how = "was changed" if size >= before else f"was cut from {before} to {size} bytes"
             raise self._problem(f"{how} while it was read")
 
     def _problem(self, what: str) -> DataError:

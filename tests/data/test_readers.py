@@ -276,11 +276,12 @@ def in_place(opened: CacheReader, change: Callable[[Path], None], *, later_ns: i
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (overwrite, "was overwritten while it was read"),
+        (overwrite, "was changed while it was read"),
         (lambda path: os.truncate(path, SIDE**2), "was cut from 4000 to 400 bytes while"),
-        (lambda path: os.truncate(path, 2**20), "was overwritten while it was read"),
+        (lambda path: os.truncate(path, 2**20), "was changed while it was read"),
+        (Path.touch, "was changed while it was read"),
     ],
-    ids=["other pixels", "truncated", "extended"],
+    ids=["other pixels", "truncated", "extended", "only the time"],
 )
 def test_store_that_is_changed_in_place_is_refused_at_the_next_batch(
     opened: CacheReader, change: Callable[[Path], None], words: str
