@@ -28,6 +28,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved: EX_TEMPFAIL of sysexits.h, "try again".
 EXIT_STOPPED = 75
+#: All but newlines, also those that reverse the direction of text or separate lines.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class Command(NamedTuple):
@@ -165,7 +167,9 @@ def _print_error(error: Exception) -> int:
     """Print a user-facing error; raise any other error again, for its traceback."""
     if not isinstance(error, (CxrVitError, OSError)):  # OSError: a full disk, a read-only folder
         raise error
-    for line in str(error).split("\n"):
+    # A message may quote text of a file, which must not give orders to the terminal.
+    text = _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(error))
+    for line in text.split("\n"):
         print(f"{type(error).__name__}: {line}", file=sys.stderr)
     return EXIT_USER_ERROR
 

@@ -259,6 +259,19 @@ def test_user_facing_error_is_printed_without_traceback(error, monkeypatch, caps
     ]
 
 
+def test_error_gives_no_orders_to_the_terminal(monkeypatch, capsys):
+    def fail(argv):
+        raise DataError("tensor \x1b]0;owned\x07\x9b2J\r\u202eé\tnot read\nsecond line")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        run(fail)
+    assert capsys.readouterr().err == (
+        "DataError: tensor \\x1b]0;owned\\x07\\x9b2J\\r\\u202eé\\tnot read\n"
+        "DataError: second line\n"
+    )
+
+
 def test_other_error_keeps_its_traceback(monkeypatch):
     def fail(argv):
         raise RuntimeError("a bug")
