@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Set, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Sequence, Set, Tuple, Union
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError
@@ -77,7 +78,7 @@ def find_csv(root: Path, given: Optional[str]) -> Path:
             " chest-xray-nihcc) to the NIH files, or write a synthetic data set:"
             " python -m cxr_vit sample --out data/sample"
         )
-    found = find_file(root, given, CSV_FILES, key="data.csv")
+    found = _find(root, given, CSV_FILES, key="data.csv")
     if found is None:
         raise DataError(
             f"no label CSV: looked for {', '.join(str(root / name) for name in CSV_FILES)}."
@@ -89,13 +90,30 @@ def find_csv(root: Path, given: Optional[str]) -> Path:
 def find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
     """Return the list files that exist, by key: those given, else those in the root.
 
-    Raises DataError if a given file does not exist.
+    Raises DataError if a given file does not exist, or if one in the root is no regular file.
     """
     found = {
-        key: find_file(root, getattr(data, key), names, key=f"data.{key}")
+        key: _find(root, getattr(data, key), names, key=f"data.{key}")
         for key, names in LIST_NAMES.items()
     }
     return {key: path for key, path in found.items() if path is not None}
+
+
+def _find(root: Path, given: Optional[str], names: Sequence[str], *, key: str) -> Optional[Path]:
+    """Return what `find_file` does; raise DataError where it passes over a file of a known name.
+
+    Without the error the next name would count, and the split would be another.
+    """
+    found = find_file(root, given, names, key=key)
+    for name in names if given is None else ():
+        if root / name == found:
+            break
+        if os.path.lexists(root / name):
+            raise DataError(
+                f"{root / name}: a folder, a special file or a link to none, not a regular file."
+                f" Put the file itself there, remove it, or set {key}."
+            )
+    return found
 
 
 def read_list(path: Path) -> Set[str]:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Dict, Optional
 
 import pytest
 
@@ -127,6 +127,36 @@ def test_an_incomplete_root_is_refused(tmp_path: Path, settings: dict, message: 
     }
     with pytest.raises(DataError, match=message):
         check_data_root(DataSection(**texts))
+
+
+SPECIAL: Dict[str, Callable[[Path], None]] = {
+    "a named pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to none": lambda path: path.symlink_to(path.parent / "absent"),
+    "a device": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize(
+    ("name", "later", "key"),
+    [
+        ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "csv"),
+        ("train_val_list.txt", "train_list.txt", "train_list"),
+        ("test_list.txt", None, "test_list"),
+    ],
+)
+def test_a_special_file_of_a_known_name_is_not_passed_over(
+    tmp_path: Path, kind: str, name: str, later: Optional[str], key: str
+) -> None:
+    SPECIAL[kind](tmp_path / name)
+    for other in filter(None, (later, "sample_labels.csv")):
+        (tmp_path / other).touch()
+    with pytest.raises(DataError, match=rf"/{name}: .*not a regular file.* or set data\.{key}\."):
+        check_data_root(DataSection(root=str(tmp_path)))
+    given = DataSection(root=str(tmp_path), **{key: str(tmp_path / "sample_labels.csv")})
+    check_data_root(given)
 
 
 def test_a_sample_may_be_written_later(tmp_path: Path) -> None:
