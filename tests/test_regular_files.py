@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vit.regular_files import read_bytes, read_json
+from cxr_vit.regular_files import no_link, read_bytes, read_json, truncate
 
 
 def reason(path: Path, limit: int = 100) -> str:
@@ -117,3 +117,31 @@ def test_what_is_no_strict_json_is_a_value_error(tmp_path: Path, text: str, word
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_json(tmp_path / "file", limit=100_000)
+
+
+@pytest.mark.parametrize("mode", ["rb", "r+b", "ab", "wb"])
+def test_file_is_opened_at_its_own_path_only(tmp_path: Path, mode: str) -> None:
+    path, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    path.write_bytes(b"content")
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    for other, words in ((link, "a symbolic link, not"), (pipe, "a named pipe, not")):
+        with pytest.raises(OSError, match=rf"{words} a regular file: '{other}'"):
+            open(other, mode, opener=no_link)
+    assert path.read_bytes() == b"content"
+    with open(path, mode, opener=no_link):
+        pass
+
+
+def test_path_that_becomes_a_link_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"content")
+    link.symlink_to(path)
+    monkeypatch.setattr(os, "lstat", os.stat)  # as if it were a file at that moment
+    with pytest.raises(OSError, match="symbolic links"):
+        open(link, "wb", opener=no_link)
+    with pytest.raises(OSError, match="symbolic links"):
+        truncate(link, 0)
+    assert path.read_bytes() == b"content"
