@@ -127,7 +127,7 @@ def test_file_is_opened_at_its_own_path_only(tmp_path: Path, mode: str) -> None:
     os.mkfifo(pipe)
     for other, words in ((link, "a symbolic link, not"), (pipe, "a named pipe, not")):
         with pytest.raises(OSError, match=rf"{words} a regular file: '{other}'"):
-            open(other, mode, opener=no_link)
+            open(other, mode, opener=no_link)  # noqa: SIM115
     assert path.read_bytes() == b"content"
     with open(path, mode, opener=no_link):
         pass
@@ -141,7 +141,7 @@ def test_path_that_becomes_a_link_is_not_followed(
     link.symlink_to(path)
     monkeypatch.setattr(os, "lstat", os.stat)  # as if it were a file at that moment
     with pytest.raises(OSError, match="symbolic links"):
-        open(link, "wb", opener=no_link)
+        open(link, "wb", opener=no_link)  # noqa: SIM115
     with pytest.raises(OSError, match="symbolic links"):
         truncate(link, 0)
     assert path.read_bytes() == b"content"

@@ -51,7 +51,9 @@ def test_finished_run_has_nothing_to_do(call, finished):
     result = call(train, "--resume", finished)
     assert (result.status, result.err) == (0, "")
     (line,) = result.out.splitlines()
-    assert line.startswith(f"{finished / 'checkpoints' / 'step_00000003'} is at step 3, the last one")
+    assert line.startswith(
+        f"{finished / 'checkpoints' / 'step_00000003'} is at step 3, the last one"
+    )
     assert "nothing to do" in line
     assert contents(finished) == before
 
