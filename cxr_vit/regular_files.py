@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Union
 
 #: By file type; everything else is a regular file or a folder.
 _KINDS = {
@@ -50,13 +50,14 @@ def no_link(path: Union[str, Path], flags: int) -> int:
     Raises OSError with a readable reason in `strerror` for anything else. A link is not followed:
     it may lead out of the folder.
     """
+    name = str(path)  # an error shows a Path as PosixPath(...)
     with contextlib.suppress(FileNotFoundError):
-        _check_regular(os.lstat(path), path)
+        _check_regular(os.lstat(path), name)
     # The path may lead elsewhere by now: do not follow, and do not wait for a pipe's other end.
     safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     descriptor = os.open(path, flags | safe, 0o666)
     try:
-        _check_regular(os.fstat(descriptor), path)
+        _check_regular(os.fstat(descriptor), name)
     except BaseException:
         os.close(descriptor)
         raise
@@ -93,12 +94,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_regular(status: os.stat_result, path: Union[str, Path, None] = None) -> None:
+def _check_regular(status: os.stat_result, name: Optional[str] = None) -> None:
     if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
-        raise OSError(errno.EINVAL, f"{kind}, not a regular file", path)
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", name)
 
 
 def _check_size(size: int, limit: int) -> None:
