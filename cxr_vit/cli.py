@@ -119,7 +119,9 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     A user-facing error is printed without a traceback, and the status is 2. With several processes
     only rank 0 prints output, and only the first rank that fails prints its error.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")  # to stderr, from WARNING on
+    handler = logging.StreamHandler()  # to stderr, from WARNING on
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("cxr_vit").setLevel(logging.INFO)
     launch = Launch.from_environment()
     if launch.is_connected:  # torch logs its whole schedule when a process is lost
@@ -167,11 +169,21 @@ def _print_error(error: Exception) -> int:
     """Print a user-facing error; raise any other error again, for its traceback."""
     if not isinstance(error, (CxrVitError, OSError)):  # OSError: a full disk, a read-only folder
         raise error
-    # A message may quote text of a file, which must not give orders to the terminal.
-    text = _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(error))
-    for line in text.split("\n"):
+    for line in printable(str(error)).split("\n"):
         print(f"{type(error).__name__}: {line}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def printable(text: str) -> str:
+    """Escape control characters: text quoted from a file must not give orders to the terminal."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+class _Formatter(logging.Formatter):
+    """Formats log messages without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class TrainArguments(NamedTuple):

@@ -502,3 +502,14 @@ def test_compile_only_refuses_resume():
     result = command("train.py", "--compile-only", "--resume")
     assert result.status == 2
     assert "--compile-only makes no run" in result.err
+
+
+def test_warnings_give_no_orders_to_the_terminal(repository):
+    code = (
+        "import logging\nfrom cxr_vit import cli\n"
+        "cli.run(lambda words: logging.getLogger('cxr_vit.x').warning('a\\x1b]0;b\\x07\\nc') or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=str(repository), stderr=subprocess.PIPE, check=True
+    )
+    assert done.stderr == b"WARNING: a\\x1b]0;b\\x07\nc\n"

@@ -380,6 +380,12 @@ def _newest_checkpoint(run: Path, *, warns: bool = True) -> Optional[Path]:
 
 def _check_resumable(path: Path) -> None:
     """Raise CheckpointError unless a path is a run's folder, with a checkpoint or without."""
+    checkpoints = path / CHECKPOINTS
+    if checkpoints.is_symlink() and (checkpoints.resolve().parent / CONFIG).exists():
+        raise CheckpointError(
+            f"nothing to resume: {checkpoints} is a link to those of another run,"
+            f" {checkpoints.resolve().parent}. Resume that one."
+        )
     if has_checkpoints(path) or is_unsaved(path):
         return
     if path.is_file():

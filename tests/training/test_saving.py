@@ -330,6 +330,16 @@ def test_run_whose_checkpoints_were_deleted_is_not_begun_again(make):
     assert (trainer.run.path / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_checkpoints_of_another_run_are_not_written(make):
+    folder = make().fit().checkpoints.folder
+    other = make("train.steps=3", folder="other").fit().run.path
+    shutil.rmtree(str(other / "checkpoints"))
+    (other / "checkpoints").symlink_to(folder)
+    with pytest.raises(CheckpointError, match=f"a link to those of another run, {folder.parent}"):
+        make(folder="other").resume()
+    assert len(list(folder.glob("step_*"))) == 2
+
+
 def test_step_folder_without_its_state_is_no_run(make):
     step = make().fit().checkpoints.folder / "step_00000006"
     (step / "trainer_state.json").unlink()
