@@ -215,7 +215,11 @@ def wait_for_step(process, run, step):
     raise AssertionError("the run made no progress")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    # tests/faults kills runs at many moments.
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.exhaustive)],
+)
 def test_killed_run_resumes_to_the_same_weights(
     repository, long_run, uninterrupted, tmp_path, number, status
 ):

@@ -147,6 +147,9 @@ def newest(run: Path) -> Optional[Path]:
 
 
 @pytest.mark.parametrize(
+    "every", [pytest.param(4, id="some"), pytest.param(1, id="all", marks=pytest.mark.faults)]
+)
+@pytest.mark.parametrize(
     ("before", "allowed"),
     [
         (nothing, [None, 7.0]),
@@ -155,14 +158,14 @@ def newest(run: Path) -> Optional[Path]:
     ],
     ids=["first", "another", "again"],
 )
-def test_store_keeps_a_whole_checkpoint(tmp_path, before, allowed):
+def test_store_keeps_a_whole_checkpoint(tmp_path, before, allowed, every):
     original = tmp_path / "original"
     original.mkdir()
     before(original)
     found: List[Optional[float]] = []
-    k, died = 0, True
+    k, died = 1 - every, True
     while died:
-        k += 1
+        k += every
         run = tmp_path / str(k)
         shutil.copytree(str(original), str(run), symlinks=True)
         died = dies_at(k, run, lambda run=run: save_link_and_prune(run))

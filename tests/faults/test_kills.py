@@ -261,7 +261,7 @@ def stop_and_resume(server: Server, words, folder: Path, whole: Whole, stop: Cal
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.faults] * (name != "SIGUSR1")) for name in SIGNALS],
+    [pytest.param(name, marks=pytest.mark.faults) for name in SIGNALS],
 )
 def test_signal_saves_and_the_resumed_run_ends_equal(server, given, tmp_path, whole, name):
     chance = random.Random(name)
@@ -276,7 +276,7 @@ def test_signal_saves_and_the_resumed_run_ends_equal(server, given, tmp_path, wh
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.faults] * (name != "SIGTERM")) for name in SIGNALS],
+    [pytest.param(name, marks=pytest.mark.faults) for name in SIGNALS],
 )
 def test_signal_within_a_validation_is_heeded_there(server, given, tmp_path, whole, name):
     seconds = []
