@@ -98,7 +98,8 @@ def dies_at(k: int, folder: Path, action: Callable[[], Any]) -> bool:
 
 def save(store: CheckpointStore, step: int, value: float) -> Path:
     weights = {"classifier.bias": torch.full((2,), value)}
-    slots = {"classifier.bias": {"exp_avg": torch.full((2,), value)}}
+    moments = {name: torch.full((2,), value) for name in ("exp_avg", "exp_avg_sq")}
+    slots = {"classifier.bias": {**moments, "step": torch.tensor(3.0)}}
     state = EngineState(weights, slots, "torch.AdamW", {"updates": 3.0})
     # What a resume relies on; other keys are the trainer's.
     known = {"labels": ["a", "b"], "csv_sha256": "", "split_sha256": "", "split_kind": "official"}
