@@ -80,15 +80,15 @@ def lock(
     path: Path,
     *,
     timeout_s: Optional[float] = None,
-    removes: bool = False,
+    removes: Optional[Callable[[], bool]] = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is created if missing and names its owner.
 
     The operating system releases the lock when the process ends, however it ends. On a file system
     without locks the owner in the file counts, unless it is a process of this host that has ended.
-    With `removes` the file is removed at the end. `on_wait` is called once if another process holds
-    the lock. Raises Locked if it still does after `timeout_s` seconds (None: wait without limit),
+    At the end the file names no owner; `removes` may say to remove it, or to leave it as it is.
+    `on_wait` is called once if another process holds the lock. Raises Locked if it still does after `timeout_s` seconds (None: wait without limit),
     OSError if the file cannot be created or is no regular file.
     """
     started = time.monotonic()
@@ -100,7 +100,7 @@ def lock(
                 try:
                     yield
                 finally:
-                    _release(file, path if removes else None)
+                    _release(file, path, removes)
                 return
             other = _describe_owner(path)
         if timeout_s is not None and time.monotonic() - started > timeout_s:
@@ -121,11 +121,13 @@ def _open_lock(path: Path) -> IO[bytes]:
     return file
 
 
-def _release(file: IO[bytes], path: Optional[Path]) -> None:
-    """Name no owner any more, and remove the file unless it is another one by now."""
+def _release(file: IO[bytes], path: Path, removes: Optional[Callable[[], bool]]) -> None:
+    """Leave the file, or name no owner any more and remove it unless it is another one by now."""
     with contextlib.suppress(OSError):
-        file.truncate(0)
-        if path is not None and _is_at(file, path):
+        is_removed = removes is not None and removes()
+        if removes is None or is_removed:
+            file.truncate(0)
+        if is_removed and _is_at(file, path):
             path.unlink()
 
 

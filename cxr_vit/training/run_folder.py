@@ -141,7 +141,9 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stack.callback(self.discard_if_empty)
             try:
-                stack.enter_context(lock(path, timeout_s=_LOCK_TIMEOUT_S, removes=True))
+                stack.enter_context(
+                    lock(path, timeout_s=_LOCK_TIMEOUT_S, removes=self._needs_no_mark)
+                )
             except OSError as error:
                 raise ConfigError(
                     f"the run in {self.path} cannot be written: {path.name}:"
@@ -154,6 +156,10 @@ class RunFolder:
                     f" choose another run.dir. If it has ended for certain, remove {path}."
                 ) from other
             yield
+
+    def _needs_no_mark(self) -> bool:
+        """Whether the lock file may go: else it marks a run that ended before a checkpoint."""
+        return has_checkpoints(self.path) or [file.name for file in self.path.iterdir()] == [_LOCK]
 
     def discard_if_empty(self) -> None:
         """Delete the folder of a run that failed before it wrote anything."""
@@ -207,8 +213,8 @@ class RunFolder:
 def is_unsaved(path: Path) -> bool:
     """Whether a folder is that of a run that ended early: no checkpoint, and nothing to lose.
 
-    Metrics may be there if the run was killed, which its lock file tells; else their checkpoints
-    were deleted, or are on a disk that is not mounted.
+    Metrics may be there if the run left its lock file. Else their checkpoints were deleted, or are
+    on a disk that is not mounted.
     """
     if not path.is_dir() or has_checkpoints(path) or (path / WEIGHTS).exists():
         return False

@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -199,7 +200,23 @@ def test_run_is_locked_by_one_process_at_a_time(folder, tmp_path, monkeypatch):
         pass
     with folder.locked():
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+    assert {path.name for path in tmp_path.iterdir()} == {"note", ".lock"}
+    save(tmp_path, 1)
+    with folder.locked():
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"note", "checkpoints"}
+
+
+def test_run_that_ends_without_a_checkpoint_can_begin_again(tmp_path):
+    folder = RunFolder.create(RunSection(dir=str(tmp_path / "run")))
+    with folder.locked():
+        folder.write_config(Config())
+        (folder.path / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
+    assert run_folder.is_unsaved(folder.path)
+    with folder.locked():
+        save(folder.path, 5)
+    shutil.rmtree(str(folder.checkpoints))
+    assert not run_folder.is_unsaved(folder.path), "it had a checkpoint"
 
 
 def test_locked_run_without_content_is_deleted_at_the_end(tmp_path):
