@@ -88,8 +88,9 @@ def lock(
     The operating system releases the lock when the process ends, however it ends. On a file system
     without locks the owner in the file counts, unless it is a process of this host that has ended.
     At the end the file names no owner; `removes` may say to remove it, or to leave it as it is.
-    `on_wait` is called once if another process holds the lock. Raises Locked if it still does after `timeout_s` seconds (None: wait without limit),
-    OSError if the file cannot be created or is no regular file.
+    `on_wait` is called once if another process holds the lock. Raises Locked if it still does after
+    `timeout_s` seconds (None: wait without limit), OSError if the file cannot be created or is no
+    regular file.
     """
     started = time.monotonic()
     waits = False
