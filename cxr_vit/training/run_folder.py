@@ -123,10 +123,12 @@ class RunFolder:
         if is_unsaved(path):
             logger.warning(_BEGUN, path)
             return
-        raise ConfigError(
-            f"run.dir={run.dir} exists and is not empty. Choose another run.dir, or resume the"
-            f" run in it: --resume {run.dir}"
-        )
+        raise _not_empty(path)
+
+    def refuse_saved(self) -> None:
+        """Raise ConfigError if another process has saved a checkpoint before the lock was free."""
+        if self.writes and has_checkpoints(self.path):
+            raise _not_empty(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -208,6 +210,13 @@ class RunFolder:
         """Write skipped.csv, the images left out and the reasons, if there are any."""
         if self.writes and len(skipped):
             write_csv(self.path / "skipped.csv", skipped)
+
+
+def _not_empty(path: Path) -> ConfigError:
+    return ConfigError(
+        f"run.dir={path} exists and is not empty. Choose another run.dir, or resume the run in it:"
+        f" --resume {path}"
+    )
 
 
 def is_unsaved(path: Path) -> bool:

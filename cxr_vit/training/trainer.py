@@ -197,6 +197,7 @@ class Trainer:
                 self.saver.forget_best()  # a new folder has none yet
                 self._use_run(create_run(self.config.run, self.launch, found.key))
                 stack.enter_context(self.run.locked())
+                self.run.refuse_saved()
             self._fit_in_run(found, restored)
         self._notify("teardown", "fit")
         self._print(self.describe_end())

@@ -368,6 +368,24 @@ def test_what_is_resumed_is_found_under_the_lock(make, monkeypatch):
     assert late.global_step == 0
 
 
+def test_new_run_is_not_begun_over_one_that_was_saved_meanwhile(make, monkeypatch):
+    first = make("train.steps=3").fit()
+    hidden = first.run.path.with_name("late")
+    os.replace(first.checkpoints.folder, hidden)
+    (first.run.path / ".lock").write_text('{"host": "x", "pid": 1, "started": "1"}')
+
+    @contextlib.contextmanager
+    def wait_for_the_other(folder):
+        os.replace(hidden, first.checkpoints.folder)
+        yield
+
+    monkeypatch.setattr("cxr_vit.training.run_folder.RunFolder.locked", wait_for_the_other)
+    config = first.run.config.read_bytes()
+    with pytest.raises(ConfigError, match="is not empty"):
+        make("optim.lr=0.5").fit()
+    assert first.run.config.read_bytes() == config
+
+
 def test_file_system_error_is_no_damage(make, monkeypatch):
     folder = make().fit().checkpoints.folder
     checkpoint_files._verified.clear()
