@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from datetime import timedelta
@@ -175,6 +176,8 @@ class FigureLogging(Callback):
             scored: EvalOutputs = trainer.validation_outputs
             figure = roc_overview(scored.logits, scored.labels, module.names)
             trainer.log_figures({"val/roc": figure})
+            del figure
+            gc.collect()  # a figure is a circle of references, which would stay for long
 
 
 class ProgressDisplay(Callback):
