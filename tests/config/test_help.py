@@ -45,7 +45,7 @@ def test_every_field_has_a_one_line_description(section, key):
 
 
 def test_optional_field_allows_null():
-    assert allowed(SECTIONS["train"].model_fields["steps"]) == "integer >= 1 or null"
+    assert allowed(SECTIONS["batch"].model_fields["global_batch_size"]) == "integer >= 1 or null"
 
 
 def test_choices_are_listed():
