@@ -474,11 +474,9 @@ if pid == 0:
     os.close(master)
     os.execv(sys.executable, [sys.executable, "train.py", *sys.argv[1:]])
 os.close(slave)
-seen = b""
-while b"step 2/" not in seen and b"\\xe2" not in seen:
-    seen += os.read(master, 1000)
-    if b"Error" in seen:
-        break
+log = os.path.join(os.environ["RUN"], "metrics.jsonl")
+while not (os.path.exists(log) and "train/loss" in open(log).read()):
+    os.read(master, 1000)  # fails if the process ends
 os.close(master)  # the window is closed
 _, status = os.waitpid(pid, 0)
 print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
@@ -489,6 +487,9 @@ def test_closed_terminal_saves_the_run(repository, small_overrides, tmp_path):
     run = tmp_path / "run"
     words = [*small_overrides, "train.steps=4000", "train.log_every_steps=1", f"run.dir={run}"]
     command = [sys.executable, "-c", TERMINAL, "--config", "configs/vit_demo.yaml", *words]
-    done = subprocess.run(command, cwd=str(repository), stdout=subprocess.PIPE, timeout=120)
+    environment = {**os.environ, "RUN": str(run)}
+    done = subprocess.run(
+        command, cwd=str(repository), env=environment, stdout=subprocess.PIPE, timeout=200
+    )
     assert done.stdout == b"75\n"
     assert checkpoint_files.newest_whole(run).checkpoint is not None
