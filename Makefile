@@ -2,7 +2,7 @@
 # make setup       install what development needs into .venv
 # make test        the test suite on this Python (3.9 or later)
 # make test-all    the same with the cases marked exhaustive: ten minutes more
-# make test-faults the tests of faults in full: half an hour; FAULTS_EXAMPLES=500 is shorter
+# make test-faults the tests of faults in full: about an hour; FAULTS_EXAMPLES=500 is shorter
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
 # make lint        formatter, linter, types, spelling
 # make docs        the documentation, into site/; a warning is an error
