@@ -326,14 +326,14 @@ def test_training_images_are_augmented_and_validation_images_are_not(sample_root
 
 
 def test_killed_loader_process_is_reported_in_two_lines(monkeypatch, capsys):
-    from cxr_vit.engines.workers import with_user_errors
+    from cxr_vit.engines.workers import LoaderWatch, with_user_errors
 
     def loader():
         raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
         yield
 
     def main(words):
-        return len(list(with_user_errors(loader())))
+        return len(list(with_user_errors(loader(), LoaderWatch(), training=True)))
 
     with pytest.raises(SystemExit) as ended:
         cli.run(main)

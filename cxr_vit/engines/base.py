@@ -113,9 +113,8 @@ class Engine(ABC):
             error = error or late
             if self.watch.dead_worker(late) is None:
                 raise
-        dead_worker = self.watch.dead_worker(
-            error
-        )  # torch's handler of SIGCHLD raises it in any line
+        # torch's handler of SIGCHLD raises it in any line.
+        dead_worker = self.watch.dead_worker(error)
         if dead_worker is not None:
             raise dead_worker from error
 

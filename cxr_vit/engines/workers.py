@@ -21,7 +21,7 @@ from cxr_vit.errors import DataError
 _END_S = 5.0
 
 
-def leave_signal_group(worker: int = 0) -> None:
+def leave_signal_group() -> None:
     """Keep a signal to the whole group (Ctrl-C, `timeout`) from a loader worker.
 
     The main process saves the run and then ends its workers. Ignoring signals here would also
@@ -118,10 +118,9 @@ def _start_worker(entries: Tensor, number: int) -> None:
 
 
 def with_user_errors(
-    loader: Iterable[Batch], watch: Optional[LoaderWatch] = None, *, training: bool = True
+    loader: Iterable[Batch], watch: LoaderWatch, *, training: bool
 ) -> Iterator[Batch]:
     """Yield the batches; raise a failure of a loader worker as a short DataError."""
-    watch = watch or LoaderWatch()
     try:
         yield from loader
     except DataError as error:
