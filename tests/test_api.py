@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
-from fakes import loading
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from ten_lines import ListLogger, Recorder, Result, WeightedFocalViT, head_only
 from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup
 
 import cxr_vit
+from conftest import ROOT, SMALL
 from cxr_vit.commands import evaluate
 from cxr_vit.errors import CheckpointError, DataError
 from cxr_vit.training.callback import TrainOutputs
+from fakes import loading
+from ten_lines import ListLogger, Recorder, Result, WeightedFocalViT, head_only
 
 STEPS, WARMUP, LR, DECAY, NORM = 5, 2, 2e-3, 0.1, 0.5
 #: An epoch has six steps.

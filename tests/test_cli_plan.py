@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 from PIL import Image
 
 import train
+from conftest import SMALL
 from cxr_vit.cli import main
 from cxr_vit.config import read_config
 from cxr_vit.errors import ConfigError

@@ -13,13 +13,13 @@ from typing import ClassVar, List, NamedTuple
 
 import pytest
 import torch
-from conftest import SMALL
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTForImageClassification
 
 import evaluate
 import train
+from conftest import SMALL
 from cxr_vit import cli
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS

@@ -11,10 +11,10 @@ from typing import Iterator, List, Set
 
 import pytest
 import yaml
-from pages import DOCS, NEEDS, PAGES, ROOT, blocks, command_of, commands
 
 from cxr_vit.cli import COMMANDS, evaluate_arguments, main, train_arguments
 from cxr_vit.config import Config, load_config
+from pages import DOCS, NEEDS, PAGES, ROOT, blocks, command_of, commands
 
 ALL = commands()
 

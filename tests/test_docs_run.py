@@ -16,9 +16,9 @@ from typing import Any, Iterator, List
 import pytest
 import torch
 import yaml
-from pages import DOCS, ROOT, Command, blocks, commands
 
 from cxr_vit import cli
+from pages import DOCS, ROOT, Command, blocks, commands
 
 #: Replaces values of the configurations on synthetic images, if they are there.
 SMALL = {

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import List, NamedTuple, Set
 
 import pytest
-from conftest import SMALL
 
 import cxr_vit
+from conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What a checkout holds besides the repository's files.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 import pytest
+
 from pages import ROOT
 
 pytest.importorskip("mkdocs")

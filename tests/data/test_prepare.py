@@ -16,9 +16,9 @@ from typing import Callable, Dict, List
 
 import numpy as np
 import pytest
-from conftest import SMALL
 from PIL import Image
 
+from conftest import SMALL
 from cxr_vit.cli import main
 from cxr_vit.data.cache import CachePaths, CacheSettings
 from cxr_vit.data.cache_build import Chunk, build_cache, in_parallel

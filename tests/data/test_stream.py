@@ -6,8 +6,8 @@ from typing import Callable, List
 
 import pytest
 import torch
-from conftest import engine_of, module_of
 
+from conftest import engine_of, module_of
 from cxr_vit.config import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset

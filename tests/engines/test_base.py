@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import engine_of, module_of
 from torch.utils.data import get_worker_info
 
+from conftest import engine_of, module_of
 from cxr_vit.commands import train
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import engine_of, module_of
 
+from conftest import engine_of, module_of
 from cxr_vit.engines import process_group
 from cxr_vit.engines.choice import choose_engine
 from cxr_vit.engines.processes import Launch

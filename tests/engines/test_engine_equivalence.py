@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import engine_of, module_of
 from transformers import ViTConfig, ViTForImageClassification
 
+from conftest import engine_of, module_of
 from cxr_vit.config import BatchPlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.sampler import TrainingSampler

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import engine_of, module_of
 from torch import nn
 
+from conftest import engine_of, module_of
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.engines.base import EngineState

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, SMALL
 
 #: Runs each command line in the same process, which may not open a connection.

@@ -6,16 +6,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, engine_of
-from fakes import loading
 from torch import nn
 
 import cxr_vit
+from conftest import SMALL, engine_of
 from cxr_vit import Callback, ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config import load_config
 from cxr_vit.data.dataset import Batch
 from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.training.checkpoint import load_checkpoint
+from fakes import loading
 
 #: What the stand-in and the front end need: an accumulation for two stages.
 IPU = (

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import module_of
 from torch import nn
 
+from conftest import module_of
 from cxr_vit.config.schema import OptimSection
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.optim import (

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import module_of
 from transformers import ViTConfig, ViTForImageClassification
 
+from conftest import module_of
 from cxr_vit.config import read_config
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.errors import ConfigError

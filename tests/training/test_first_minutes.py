@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SMALL
 
+from conftest import SMALL
 from cxr_vit import cli
 from cxr_vit.commands import evaluate, train
 from cxr_vit.engines.torch_engine import TorchEngine

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import pytest
-from conftest import module_of
 from torch import Tensor
 
+from conftest import module_of
 from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.base import Engine

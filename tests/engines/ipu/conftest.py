@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 
 import pytest
 import torch
+
 from fakes import loading
 
 from .commands import ROOT, TORCH, Commands, Run

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import module_of
 from torch import nn
 
+from conftest import module_of
 from cxr_vit.engines.ipu.graphs import cast_weights_to_input, set_compute_dtype
 
 HALF = torch.bfloat16  # the 16-bit dtype in which torch 2.0.1 computes on a CPU

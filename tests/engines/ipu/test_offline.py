@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import loading
 
 from cxr_vit.errors import ConfigError, DeviceError, EngineUnavailable
+from fakes import loading
 
 from .commands import SMALL, compiled, messages
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import loading
 
 from cxr_vit.config import BatchPlan
 from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError
+from fakes import loading
 
 from .commands import Run, make_engine
 from .launch import start

@@ -7,15 +7,15 @@ import math
 
 import pytest
 import torch
-from conftest import engine_of, module_of
-from fakes import loading
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
+from conftest import engine_of, module_of
 from cxr_vit.config import read_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CheckpointError
+from fakes import loading
 
 from .commands import IPU, TORCH, compiled, make_engine
 from .test_graphs import example

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Dict, List
 
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from cxr_vit.data.synthetic.dataset import write_sample
 
 from .launch import (

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
-from conftest import engine_of, module_of
 from torch import Tensor
 
+from conftest import engine_of, module_of
 from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
