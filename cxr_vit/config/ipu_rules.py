@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Union
 
 from cxr_vit.config.plans import BatchPlan, empty_stage_problem, given_accumulation
 from cxr_vit.config.schema import Config
@@ -65,6 +65,12 @@ def reserved_ipus(stages: int, replicas: int) -> int:
 def eval_layers(config: Config) -> List[int]:
     """Return the encoder layers of each stage in evaluation."""
     return config.pipeline.eval_layers_per_stage or config.pipeline.layers_per_stage
+
+
+def eval_proportion(config: Config) -> Union[float, List[float], None]:
+    """Return the memory proportion, or one per stage, in evaluation."""
+    own = config.pipeline.eval_available_memory_proportion
+    return config.pipeline.available_memory_proportion if own is None else own
 
 
 def _pipeline_problems(config: Config) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ step                  one weight update; counters, schedules and all `*_steps` k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config.schema import BatchSection
 from cxr_vit.errors import Problem
@@ -31,6 +31,7 @@ class BatchPlan:
     device_iterations: int
     eval_micro_batch_size: int
     eval_device_iterations: int
+    eval_replicas: int
 
     @classmethod
     def from_section(cls, batch: BatchSection) -> BatchPlan:
@@ -40,7 +41,9 @@ class BatchPlan:
             assert batch.global_batch_size is not None
             accumulation = batch.global_batch_size // (batch.micro_batch_size * batch.replicas)
         sizes = batch.model_dump(exclude={"global_batch_size"})
-        return cls(**{**sizes, "gradient_accumulation": accumulation})
+        sizes["gradient_accumulation"] = accumulation
+        sizes["eval_replicas"] = batch.eval_replicas or batch.replicas
+        return cls(**sizes)
 
     @property
     def global_batch_size(self) -> int:
@@ -55,7 +58,7 @@ class BatchPlan:
     @property
     def eval_host_batch_size(self) -> int:
         """Samples per host call in evaluation."""
-        return self.eval_micro_batch_size * self.replicas * self.eval_device_iterations
+        return self.eval_micro_batch_size * self.eval_replicas * self.eval_device_iterations
 
     def describe(self) -> List[str]:
         """Return the arithmetic with its numbers, as lines of text."""
@@ -67,7 +70,7 @@ class BatchPlan:
             f" = {self.global_batch_size} global batch"
             f" x {self.device_iterations} device iterations",
             f"evaluation      {self.eval_host_batch_size} samples per host call"
-            f" = {self.eval_micro_batch_size} micro-batch x {self.replicas} replicas"
+            f" = {self.eval_micro_batch_size} micro-batch x {self.eval_replicas} replicas"
             f" x {self.eval_device_iterations} device iterations",
         ]
 
@@ -79,6 +82,16 @@ def given_accumulation(section: BatchSection, accumulation: int) -> str:
     return (
         f"batch.global_batch_size={section.global_batch_size}, an accumulation of {accumulation},"
     )
+
+
+class Kept(NamedTuple):
+    """Layers of a stage, counted over the whole model, with outputs kept for the backward pass.
+
+    `attentions` are those of which also the output of the attention is kept.
+    """
+
+    layers: List[int]
+    attentions: List[int]
 
 
 @dataclass(frozen=True)
@@ -120,20 +133,22 @@ class StagePlan:
         """Whether the output of `stage` is the logits."""
         return stage == self.num_stages - 1
 
-    def kept_layers(
+    def kept_outputs(
         self, recompute: Union[str, Sequence[Union[str, Sequence[int]]]]
-    ) -> List[List[int]]:
-        """Return for each stage the layers whose output is kept for the backward pass.
+    ) -> List[Kept]:
+        """Return what each stage keeps for the backward pass, by `pipeline.recompute`.
 
-        `recompute` is `pipeline.recompute`; layers are counted over the whole model.
+        With ``"none"`` nothing is recomputed, and no output is marked.
         """
         choices = [recompute] * self.num_stages if isinstance(recompute, str) else recompute
-        return [
-            (list(self.layers(stage)) if choice == "every_layer" else [])
-            if isinstance(choice, str)
-            else list(choice)
-            for stage, choice in enumerate(choices)
-        ]
+        return [self._kept(stage, choice) for stage, choice in enumerate(choices)]
+
+    def _kept(self, stage: int, choice: Union[str, Sequence[int]]) -> Kept:
+        if not isinstance(choice, str):
+            return Kept(list(choice), [])
+        every = list(self.layers(stage))
+        layers = every if choice in ("every_layer", "attention_mlp") else []
+        return Kept(layers, every if choice == "attention_mlp" else [])
 
     def allocation(self) -> List[Tuple[str, int]]:
         """Return the parts of the model in order, each with its stage."""
@@ -145,6 +160,27 @@ class StagePlan:
     def describe(self, place: str = "stage") -> List[str]:
         """Return one line of text per part; `place` names what a stage runs on."""
         return [f"{part:<12} --> {place} {stage}" for part, stage in self.allocation()]
+
+
+#: In a list of layers per stage: the layers that are left.
+REST = -1
+
+
+def fill_rest(layers_per_stage: Sequence[int], depth: int) -> List[int]:
+    """Replace each -1 by its share of the layers that are left, the last with the remainder.
+
+    So does optimum-graphcore (modeling_utils.py, _expand_layers_per_ipu_wildcard). The result may
+    not add up to `depth` if too few layers are left.
+    """
+    filled = list(layers_per_stage)
+    stages = [stage for stage, layers in enumerate(filled) if layers == REST]
+    if not stages:
+        return filled
+    left = max(0, depth - sum(layers for layers in filled if layers != REST))
+    for stage in stages:
+        filled[stage] = left // len(stages)
+    filled[stages[-1]] += left % len(stages)
+    return filled
 
 
 def empty_stage_problem(

@@ -10,13 +10,24 @@ from typing import Iterator, Optional, Sequence
 from cxr_vit.config.architectures import SIZES, known_depth
 from cxr_vit.config.help import one_line
 from cxr_vit.config.ipu_rules import ipu_problems
-from cxr_vit.config.plans import BatchPlan, StagePlan, empty_stage_problem, given_accumulation
+from cxr_vit.config.plans import (
+    REST,
+    BatchPlan,
+    StagePlan,
+    empty_stage_problem,
+    fill_rest,
+    given_accumulation,
+)
 from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config, PipelineSection
 from cxr_vit.errors import ConfigError, Problem, suggestion
 
 
 def check(config: Config) -> Config:
-    """Return the configuration unchanged; raise ConfigError with every broken rule."""
+    """Return the configuration with every -1 in its cuts filled in.
+
+    Raises ConfigError with every broken rule.
+    """
+    config = _filled(config)
     problems = [
         *_model_problems(config),
         *_recompute_problems(config.pipeline),
@@ -29,6 +40,27 @@ def check(config: Config) -> Config:
     if problems:
         raise ConfigError("\n".join(one_line(str(problem)) for problem in problems))
     return config
+
+
+def _filled(config: Config) -> Config:
+    """Replace -1 in the lists of layers, which needs the model's depth."""
+    given = {
+        key: layers
+        for key in ("layers_per_stage", "eval_layers_per_stage")
+        for layers in [getattr(config.pipeline, key)]
+        if layers and REST in layers
+    }
+    if not given:
+        return config
+    depth = known_depth(config.model.name)
+    if depth is None:
+        key, layers = next(iter(given.items()))
+        raise ConfigError(
+            f"pipeline.{key}={layers}: model.name={config.model.name!r} does not imply how many"
+            " layers are left. Write the numbers."
+        )
+    filled = {key: fill_rest(layers, depth) for key, layers in given.items()}
+    return config.changed(pipeline=filled)
 
 
 def depth_problem(layers_per_stage: Sequence[int], depth: int) -> Optional[Problem]:

@@ -69,8 +69,13 @@ InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 FloatType = Literal["fp32", "fp16"]
 OnProblem = Literal["error", "skip"]
 Execution = Literal["pipelined", "sharded"]
-LayerCounts = Annotated[List[NonNegativeInt], Field(min_length=1)]
-RecomputeWord = Literal["every_layer", "stage_inputs"]
+LayerCounts = Annotated[
+    List[Annotated[int, Field(ge=-1)]],
+    Field(min_length=1),
+    Words("a list of integers >= 0, or -1 for the layers that are left"),
+]
+RecomputeWord = Literal["stage_inputs", "every_layer", "attention_mlp"]
+Proportions = Optional[Union[Proportion, List[Proportion]]]
 
 
 class Section(BaseModel):
@@ -248,7 +253,16 @@ class ModelSection(Section):
         None, "branch, tag or commit of a hub name; null: main"
     )
     patch_size: int = option(16, "side of a patch, pixels (random weights only)", ge=2, le=128)
-    dropout: Fraction = option(0.0, "dropout after embeddings, attention and MLP")
+    dropout: Fraction = option(0.0, "dropout of hidden states and of attention")
+    hidden_dropout: Optional[Fraction] = option(
+        None, "dropout after embeddings, attention and MLP; null: dropout"
+    )
+    attention_dropout: Optional[Fraction] = option(
+        None, "dropout of the attention's probabilities; null: dropout"
+    )
+    layer_norm_eps: Optional[PositiveFloat] = option(
+        None, "added to the variance in layer norms; null: as in the weights' config.json, or 1e-12"
+    )
     hidden_act: Optional[Literal["gelu", "gelu_pytorch_tanh"]] = option(
         None,
         "activation of the MLP: exact GELU or its tanh form, the only one of an IPU; null: as in"
@@ -287,20 +301,24 @@ class PipelineSection(Section):
         " several stages per process (pipeline engine)",
     )
     recompute: Annotated[
-        Union[RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]],
+        Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]],
         Words(
-            "every_layer, stage_inputs, or a list with one item per stage: one of these words, or"
-            " a list of layers, integers >= 0"
+            "none, stage_inputs, every_layer, attention_mlp, or a list with one item per stage: one"
+            " of the last three, or a list of layers, integers >= 0"
         ),
     ] = option(
         "every_layer",
-        "pipelined: layers whose output is kept for the backward pass, which recomputes the rest"
-        " from there; the inputs of a stage are always kept (IPU)",
+        "pipelined: what is kept for the backward pass, which recomputes the rest from there: the"
+        " inputs of a stage (always), the outputs of its layers or of some, also those of"
+        " attention, or everything (none: nothing is recomputed) (IPU)",
     )
-    available_memory_proportion: Optional[Union[Proportion, List[Proportion]]] = option(
+    available_memory_proportion: Proportions = option(
         None,
         "fraction of an IPU's memory that a matrix product may use as working memory, or one"
         " number per stage; null: PopLibs' default (IPU)",
+    )
+    eval_available_memory_proportion: Proportions = option(
+        None, "the same in evaluation; null: as in training (IPU)"
     )
 
 
@@ -319,6 +337,9 @@ class BatchSection(Section):
     device_iterations: Count = option(1, "weight updates per host call in training")
     eval_micro_batch_size: Count = option(1, "samples in one forward pass of evaluation")
     eval_device_iterations: Count = option(1, "micro-batches per host call in evaluation")
+    eval_replicas: Optional[Count] = option(
+        None, "replicas in evaluation; null: as in training (IPU)"
+    )
 
 
 class OptimSection(Section):
@@ -341,6 +362,13 @@ class OptimSection(Section):
         1.0,
         "factor on the loss that keeps fp16 gradients from underflow, removed before the update;"
         " auto: adjusted by PopART (IPU; the torch engine has its own scaler)",
+    )
+    bias_correction: bool = option(True, "correct the moments' bias towards 0 (lamb)")
+    max_weight_norm: Optional[PositiveFloat] = option(
+        None, "largest norm of a weight that scales its update; null: 65,500 (lamb)"
+    )
+    use_combined_accum: bool = option(
+        False, "one tensor for accumulated gradients and velocity, to save memory (sgd, IPU)"
     )
     accumulator: FloatType = option("fp32", "dtype of the accumulated gradients (IPU)")
     first_moment: FloatType = option("fp32", "dtype of the first moment or sgd's velocity (IPU)")
@@ -430,6 +458,19 @@ class EngineSection(Section):
         "where host batches of training are assembled: in the main process, ahead of time in"
         " another one, or there from smaller pieces (IPU)",
     )
+    loader_buffer_size: Count = option(
+        3, "host batches that an asynchronous loader holds in shared memory (IPU)"
+    )
+    loader_early_preload: bool = option(
+        False,
+        "start an asynchronous loader's reading when it is made, not at the first batch (IPU)",
+    )
+    rebatched_worker_size: Optional[Count] = option(
+        None,
+        "samples that a worker reads at a time for async_rebatched; null: a host batch divided by"
+        " data.num_workers (IPU)",
+    )
+    eval_output: FloatType = option("fp32", "dtype of the logits that evaluation returns (IPU)")
     prefetch_depth: Count = option(1, "host batches streamed to the device ahead of use (IPU)")
     executable_cache: Optional[PathText] = option(
         "${POPTORCH_CACHE_DIR:-exe_cache}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ def build_engine(
     if choice.is_ipu:
         _check_poprun(config, launch)
         return PopTorchEngine(module, config, batch, launch, reason=choice.reason, offline=offline)
+    batch = replace(batch, eval_replicas=batch.replicas)  # the others are for IPUs
     device = choose_device(config.engine, launch)
     _check_same_device(choice, device, launch)
     device = device._replace(reason=f"{choice.reason}; {device.reason}")

@@ -129,6 +129,11 @@ class StagedViT(nn.Module):
         return self._stages[index]
 
     @property
+    def attentions(self) -> List[nn.Module]:
+        """The attention of each of `layers`; a layer adds its output to its input."""
+        return [layer.get_submodule("attention") for layer in self.layers]
+
+    @property
     def hidden_shape(self) -> Tuple[int, int]:
         """Number of tokens and width of the hidden states between two stages."""
         patches = (self.config.image_size // self.config.patch_size) ** 2

@@ -150,6 +150,7 @@ def _settings(
     the same function from the checkpoint.
     """
     hidden_act = model.hidden_act or hidden_act
+    hidden, attention = model.hidden_dropout, model.attention_dropout
     if for_ipu and hidden_act == "gelu":
         logger.info("using the tanh form of GELU, as the IPU does; checkpoints record it")
         hidden_act = "gelu_pytorch_tanh"
@@ -159,8 +160,9 @@ def _settings(
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         "problem_type": "multi_label_classification",
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
+        "hidden_dropout_prob": model.dropout if hidden is None else hidden,
+        "attention_probs_dropout_prob": model.dropout if attention is None else attention,
+        **({} if model.layer_norm_eps is None else {"layer_norm_eps": model.layer_norm_eps}),
     }
 
 

@@ -176,16 +176,16 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
     if problem:
         raise ConfigError(str(problem))
     # PopTorch sets autoRecomputation for pipelines of several IPUs (Compiler.cpp:571).
-    recomputes = schedule == "lockstep" and len(layers) > 1
+    recomputes = schedule == "lockstep" and len(layers) > 1 and config.pipeline.recompute != "none"
     plan = StagePlan.from_list(layers)
-    kept = plan.kept_layers(config.pipeline.recompute) if recomputes else [[]] * len(layers)
+    kept = plan.kept_outputs(config.pipeline.recompute)
     costs = tuple(
         stage_cost(
             shape,
             num_layers=number,
             is_first=plan.has_embedding(stage),
             is_last=plan.has_head(stage),
-            kept=[layer - plan.layers(stage).start for layer in kept[stage]],
+            kept=[layer - plan.layers(stage).start for layer in kept[stage].layers],
             recomputes=recomputes,
         )
         for stage, number in enumerate(layers)

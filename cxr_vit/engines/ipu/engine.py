@@ -36,7 +36,7 @@ from cxr_vit.engines.ipu.optimizer import (
     optimizer_kind,
     to_poptorch,
 )
-from cxr_vit.engines.ipu.options import graph_options
+from cxr_vit.engines.ipu.options import DTYPES, graph_options
 from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.module import ViTModule
@@ -83,7 +83,10 @@ class PopTorchEngine(Engine):
         self.launch = launch if by_poprun else Launch()
         self.is_main = self.launch.is_main
         self.own_replicas = self.launch.own(batch.replicas)
-        self.local_batch = replace(batch, replicas=len(self.own_replicas))
+        self.own_eval_replicas = self.launch.own(batch.eval_replicas)
+        self.local_batch = replace(
+            batch, replicas=len(self.own_replicas), eval_replicas=len(self.own_eval_replicas)
+        )
         self.model = module.model
         if config.engine.weights == "fp16":
             self.model.half()
@@ -109,14 +112,17 @@ class PopTorchEngine(Engine):
             offline=offline,
             by_poprun=by_poprun,
         )
-        kept = [] if pipeline.execution == "sharded" else plan.kept_layers(pipeline.recompute)
+        kept = [] if pipeline.execution == "sharded" else plan.kept_outputs(pipeline.recompute)
+        layers = [self.model.layers[i] for stage in kept for i in stage.layers]
+        attentions = [self.model.attentions[i] for stage in kept for i in stage.attentions]
         return IpuGraphs(
             module=self.module,
             eval_model=self.model.recut(StagePlan.from_list(eval_layers(config))),
             optimizer=self.optimizer,
             training_options=training_options,
             inference_options=inference_options,
-            kept_layers=[layer for layers in kept for layer in layers],
+            kept=[*layers, *attentions],
+            eval_output=DTYPES[config.engine.eval_output],
             cache=cache,
             offline=offline,
         )
@@ -158,10 +164,9 @@ class PopTorchEngine(Engine):
             dataset,
             sampler,
             self.batch,
-            self.own_replicas,
+            self.own_replicas if training else self.own_eval_replicas,
             num_workers=self.config.data.num_workers,
-            # An asynchronous loader's process takes longer to start than a validation to run.
-            mode=self.config.engine.loader_mode if training else "sync",
+            engine=self.config.engine,
             watch=self.watch,
             timeout_s=self.config.data.worker_timeout_s,
         )
@@ -184,11 +189,13 @@ class PopTorchEngine(Engine):
         for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
             group["lr"] = lr * ratio
         executor.setOptimizer(self.optimizer)
-        losses = guarded("training", executor, batch.images, batch.labels)
+        losses = guarded("training", executor, batch.images, batch.labels).float()
         iterations = self.batch.device_iterations
         self.updates += iterations
-        # One loss per micro-batch: [device iteration][accumulation][replica].
-        means = losses.float().reshape(iterations, -1).mean(dim=1)
+        if iterations == 1:  # OutputMode.Sum: one sum over the micro-batches for each replica
+            losses = losses / self.batch.gradient_accumulation
+        # Otherwise one loss per micro-batch: [device iteration][accumulation][replica].
+        means = losses.reshape(iterations, -1).mean(dim=1)
         (all_means,) = self.gather(means.unsqueeze(0))
         num_samples = len(batch.images) * self.launch.world_size
         return StepOutput(all_means.mean(dim=0), None, num_samples)

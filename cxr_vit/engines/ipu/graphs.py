@@ -10,7 +10,19 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, Type
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+)
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +117,9 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
         name: list(parameter.shape) for name, parameter in model.hub_parameters()
     }
     shape["image_size"] = config.data.image_size
-    shape["hidden_act"] = model.config.hidden_act
-    shape["dropout"] = config.model.dropout
+    for name in ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        shape[name] = getattr(model.config, name)
+    shape["layer_norm_eps"] = model.config.layer_norm_eps
     return shape
 
 
@@ -236,18 +249,20 @@ class InferenceGraph(nn.Module):
     PopTorch's wrapped training model would send the weights twice after every attach.
     """
 
-    def __init__(self, model: StagedViT) -> None:
+    def __init__(self, model: StagedViT, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 ``[B, 1, H, W]`` to float32 ``[B, C]``."""
-        return self.model(images).float()
+        """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]`` of `dtype`."""
+        logits: Tensor = self.model(images).to(self.dtype)
+        return logits
 
 
 @contextlib.contextmanager
-def placed_on_ipus(model: StagedViT, kept_layers: List[int]) -> Iterator[None]:
-    """Within the context, make stage i begin the block on IPU i and keep outputs of layers."""
+def placed_on_ipus(model: StagedViT, kept: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context, make stage i begin the block on IPU i and keep outputs of modules."""
     import poptorch
 
     def checkpoint(layer: nn.Module, inputs: Any, output: Any) -> Any:
@@ -257,7 +272,7 @@ def placed_on_ipus(model: StagedViT, kept_layers: List[int]) -> Iterator[None]:
 
     for index, stage in enumerate(model.stages):
         poptorch.BeginBlock(stage, user_id=f"stage{index}", ipu_id=index)
-    hooks = [model.layers[index].register_forward_hook(checkpoint) for index in kept_layers]
+    hooks = [module.register_forward_hook(checkpoint) for module in kept]
     try:
         yield
     finally:
@@ -278,8 +293,10 @@ class IpuGraphs:
     module, eval_model
         The module with its model cut for training, and the model cut for evaluation; the weights
         are shared.
-    kept_layers
-        Layers whose output is kept for the backward pass.
+    kept
+        Modules whose output is kept for the backward pass.
+    eval_output
+        Dtype of the logits that evaluation returns.
     offline
         Compile only, without attaching to IPUs.
     training_executor, inference_executor
@@ -291,7 +308,8 @@ class IpuGraphs:
     optimizer: poptorch.optim.Optimizer
     training_options: poptorch.Options
     inference_options: poptorch.Options
-    kept_layers: List[int]
+    kept: Sequence[nn.Module]
+    eval_output: torch.dtype
     cache: ExecutableCache
     offline: bool
     training_executor: Optional[poptorch.PoplarExecutor] = field(default=None, init=False)
@@ -306,7 +324,7 @@ class IpuGraphs:
         if self.training_executor is None:
             graph = TrainingGraph(self.module).train()
             executor = poptorch.trainingModel(graph, self.training_options, self.optimizer)
-            self._compile("training", executor, self.module.model, self.kept_layers, images, labels)
+            self._compile("training", executor, self.module.model, images, labels)
             self.training_executor = executor
             self.rng_state = self._rng_state
         self._attach(self.training_executor)
@@ -317,9 +335,9 @@ class IpuGraphs:
         import poptorch
 
         if self.inference_executor is None:
-            graph = InferenceGraph(self.eval_model).eval()
+            graph = InferenceGraph(self.eval_model, self.eval_output).eval()
             executor = poptorch.inferenceModel(graph, self.inference_options)
-            self._compile("inference", executor, self.eval_model, [], images)
+            self._compile("inference", executor, self.eval_model, images)
             self.inference_executor = executor
         self._attach(self.inference_executor)
         return self.inference_executor
@@ -343,18 +361,24 @@ class IpuGraphs:
         name: str,
         executor: poptorch.PoplarExecutor,
         model: StagedViT,
-        kept_layers: List[int],
         *inputs: Tensor,
     ) -> None:
         self.detach()
-        logger.info("compiling the %s graph for %d IPUs", name, model.plan.num_stages)
+        is_training = name == "training"
+        options = self.training_options if is_training else self.inference_options
+        replicas, stages = options.replication_factor, model.plan.num_stages
+        logger.info(
+            "compiling the %s graph for %d IPUs (%d x %d stages)",
+            *(name, replicas * stages, replicas, stages),
+        )
         before = self.cache.files()
         start = time.perf_counter()
-        with placed_on_ipus(model, kept_layers):
+        with placed_on_ipus(model, self.kept if is_training else []):
             guarded(f"compiling the {name} graph", executor.compile, *inputs)
         seconds = time.perf_counter() - start
         logger.info("%s graph: %.1f s, %s", name, seconds, self.cache.outcome(before))
-        if not self.offline:
+        # With poptorch.ConnectionType.OnDemand a compiled graph is not attached yet.
+        if not self.offline and executor.isAttachedToDevice():
             self._attached = executor
 
     def _attach(self, executor: poptorch.PoplarExecutor) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Seque
 from torch.utils.data import Dataset
 
 from cxr_vit.config.plans import BatchPlan
+from cxr_vit.config.schema import EngineSection
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, Sample, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.data.spawn import without_main_module
@@ -39,8 +40,8 @@ class HostBatchLoader:
         Yields host batches of all replicas.
     own
         The replicas of this process.
-    mode
-        `engine.loader_mode`.
+    engine
+        How training batches are loaded; those of evaluation are assembled in this process.
     watch
         Explains a loader process that hangs or dies.
     timeout_s
@@ -61,14 +62,15 @@ class HostBatchLoader:
         own: range,
         *,
         num_workers: int,
-        mode: str,
+        engine: EngineSection,
         watch: LoaderWatch,
         timeout_s: Optional[float],
     ) -> None:
         import poptorch
 
-        self.mode = mode
         self._training = isinstance(sampler, TrainingSampler)
+        # An asynchronous loader's process takes longer to start than a validation to run.
+        self.mode = mode = engine.loader_mode if self._training else "sync"
         self._watch = watch
         self._timeout_s = timeout_s
         self._timed_out = False
@@ -78,12 +80,13 @@ class HostBatchLoader:
             micro_batch, host_batch = batch.micro_batch_size, batch.host_batch_size
         else:
             micro_batch, host_batch = batch.eval_micro_batch_size, batch.eval_host_batch_size
-        own_host_batch = host_batch // batch.replicas * len(own)
+        replicas = batch.replicas if self._training else batch.eval_replicas
+        own_host_batch = host_batch // replicas * len(own)
         draws = ReplicaSampler(
             sampler,
             host_batch_size=host_batch,
             micro_batch_size=micro_batch,
-            replicas=batch.replicas,
+            replicas=replicas,
             own=own,
         )
         # The process of an asynchronous loader reports after its workers.
@@ -100,7 +103,7 @@ class HostBatchLoader:
             collate_fn=collate,
             worker_init_fn=start,
             auto_distributed_partitioning=False,
-            **self._mode_settings(num_workers, own_host_batch),
+            **self._mode_settings(engine, num_workers, own_host_batch),
         )
         self.is_open = False
         try:
@@ -111,7 +114,9 @@ class HostBatchLoader:
         self.is_open = True
         self._num_workers = num_workers
 
-    def _mode_settings(self, num_workers: int, own_host_batch: int) -> Dict[str, Any]:
+    def _mode_settings(
+        self, engine: EngineSection, num_workers: int, own_host_batch: int
+    ) -> Dict[str, Any]:
         import poptorch
 
         modes = {
@@ -125,13 +130,19 @@ class HostBatchLoader:
         if self.mode != "sync":
             with without_main_module():
                 _start_fork_server()
-            # Otherwise the process would read the data once more after its end.
-            settings["async_options"] = {"load_indefinitely": False}
+            settings["async_options"] = {
+                "buffer_size": engine.loader_buffer_size,
+                "early_preload": engine.loader_early_preload,
+                # Otherwise the process would read the data once more after its end.
+                "load_indefinitely": False,
+            }
             if num_workers > 0:
                 # With a fork server the workers would outlive the loader's process.
                 settings["multiprocessing_context"] = "fork"
         if self.mode == "async_rebatched":
-            settings["rebatched_worker_size"] = -(-own_host_batch // max(1, num_workers))
+            settings["rebatched_worker_size"] = engine.rebatched_worker_size or -(
+                -own_host_batch // max(1, num_workers)
+            )
         return settings
 
     def __iter__(self) -> Iterator[Batch]:

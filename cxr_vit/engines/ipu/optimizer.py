@@ -104,7 +104,7 @@ def poptorch_optimizer(
             groups,
             momentum=optim.momentum,
             velocity_accum_type=_DTYPES[optim.first_moment],
-            use_combined_accum=False,
+            use_combined_accum=optim.use_combined_accum,
             **shared,
         )
     shared["betas"] = (optim.beta1, optim.beta2)
@@ -112,7 +112,12 @@ def poptorch_optimizer(
     shared["first_order_momentum_accum_type"] = _DTYPES[optim.first_moment]
     shared["second_order_momentum_accum_type"] = _DTYPES[optim.second_moment]
     if optim.name == "lamb":
-        return poptorch_optim.LAMB(groups, **shared)
+        return poptorch_optim.LAMB(
+            groups,
+            bias_correction=optim.bias_correction,
+            max_weight_norm=optim.max_weight_norm,
+            **shared,
+        )
     clip = float("inf") if optim.max_grad_norm is None else optim.max_grad_norm
     return poptorch_optim.AdamW(groups, max_grad_norm=clip, **shared)
 

@@ -7,11 +7,16 @@ docs/ipu.md, section 4, explains every entry.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 
-from cxr_vit.config.ipu_rules import eval_layers, process_problem, reserved_ipus
+from cxr_vit.config.ipu_rules import (
+    eval_layers,
+    eval_proportion,
+    process_problem,
+    reserved_ipus,
+)
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import Problem
@@ -20,10 +25,12 @@ if TYPE_CHECKING:
     import poptorch
 
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _IPU_VERSIONS = {"mk2": 2, "c600": 21}
 #: popart::AccumulateOuterFragmentSchedule::OverlapMemoryOptimized
 _OVERLAP_MEMORY_OPTIMIZED = 3
+#: popart::RecomputationType::None
+_NO_RECOMPUTATION = 0
 #: popart::SubgraphCopyingStrategy::JustInTime
 _JUST_IN_TIME = 1
 
@@ -107,9 +114,12 @@ def graph_options(
         Whether poprun started this process.
     """
     both = []
-    for layers in (config.pipeline.layers_per_stage, eval_layers(config)):
-        options = _new_options(batch.replicas, stages=len(layers), by_poprun=by_poprun)
-        _set_common(options, config, layers, precision)
+    for stages, replicas in (
+        (len(config.pipeline.layers_per_stage), batch.replicas),
+        (len(eval_layers(config)), batch.eval_replicas),
+    ):
+        options = _new_options(replicas, stages=stages, by_poprun=by_poprun)
+        _set_common(options, config, precision)
         if cache is not None or os.environ.get("POPTORCH_CACHE_DIR"):  # PopTorch reads it too
             options.enableExecutableCaching(cache)
         if offline:
@@ -136,28 +146,17 @@ def _new_options(replicas: int, *, stages: int, by_poprun: bool) -> poptorch.Opt
     return options
 
 
-def _set_common(
-    options: poptorch.Options, config: Config, layers: List[int], precision: str
-) -> None:
-    import poptorch
+def _set_common(options: poptorch.Options, config: Config, precision: str) -> None:
 
     engine = config.engine
     options.autoRoundNumIPUs(True)
     options.randomSeed(config.run.seed)
-    # Every micro-batch's result, a loss of 4 bytes in training. Final would return that of one.
-    options.outputMode(poptorch.OutputMode.All)
     partials = engine.partials if precision == "fp16" else "fp32"
-    options.Precision.setPartialsType(_DTYPES[partials])
+    options.Precision.setPartialsType(DTYPES[partials])
     options.Precision.enableFloatingPointExceptions(engine.floating_point_exceptions)
-    given = config.pipeline.available_memory_proportion
-    if given is not None:
-        proportions = given if isinstance(given, list) else [given] * len(layers)
-        options.setAvailableMemoryProportion(
-            {f"IPU{ipu}": float(proportions[ipu]) for ipu in range(len(layers))}
-        )
     options.logCycleCount(engine.log_cycles)
     options.enableSyntheticData(engine.synthetic_data)
-    options._Popart.set("defaultPrefetchBufferingDepth", engine.prefetch_depth)
+    options._Popart.set("defaultBufferingDepth", engine.prefetch_depth)
     options._Popart.set("subgraphCopyingStrategy", _JUST_IN_TIME)
     _add_to_mapping(
         options,
@@ -175,6 +174,13 @@ def _set_training(
 
     engine, popart = config.engine, options._Popart
     options.deviceIterations(batch.device_iterations)
+    # The loss of an update is the mean over its micro-batches: their sum comes back, or, as it
+    # would add up over device iterations, each of them. Final would return that of one.
+    one_update = batch.device_iterations == 1
+    options.outputMode(poptorch.OutputMode.Sum if one_update else poptorch.OutputMode.All)
+    _set_memory_proportion(
+        options, config.pipeline.available_memory_proportion, config.pipeline.layers_per_stage
+    )
     options.Training.gradientAccumulation(batch.gradient_accumulation)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     options.Training.setAutomaticLossScaling(config.optim.loss_scaling == "auto")
@@ -186,6 +192,8 @@ def _set_training(
     options.TensorLocations.setOptimizerLocation(moments)
     # As in Graphcore's ViT: overlap the update with the exchange, copy late, free early.
     popart.set("disableGradAccumulationTensorStreams", True)
+    if config.pipeline.recompute == "none":  # otherwise PopTorch selects that of a pipeline
+        popart.set("autoRecomputation", _NO_RECOMPUTATION)
     if config.optim.max_grad_norm is None:  # otherwise PopTorch selects one that supports clipping
         popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
         popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
@@ -193,9 +201,27 @@ def _set_training(
 
 
 def _set_inference(options: poptorch.Options, config: Config, batch: BatchPlan) -> None:
+    import poptorch
+
+    pipeline = config.pipeline
     options.deviceIterations(batch.eval_device_iterations)
-    options.setExecutionStrategy(_strategy(config.pipeline.eval_execution))
+    options.outputMode(poptorch.OutputMode.All)  # the logits of every image
+    _set_memory_proportion(options, eval_proportion(config), eval_layers(config))
+    options.setExecutionStrategy(_strategy(pipeline.eval_execution))
     options.Precision.enableStochasticRounding(False)  # scores must be deterministic
+
+
+def _set_memory_proportion(
+    options: poptorch.Options,
+    given: Union[float, Sequence[float], None],
+    layers: Sequence[int],
+) -> None:
+    if given is None:
+        return
+    proportions = [given] * len(layers) if isinstance(given, float) else given
+    options.setAvailableMemoryProportion(
+        {f"IPU{ipu}": float(proportions[ipu]) for ipu in range(len(layers))}
+    )
 
 
 def _strategy(execution: str) -> Any:
