@@ -6,7 +6,7 @@ from typing import Sequence
 
 from cxr_vit.cli import COMMANDS, config_parser, files_and_overrides
 from cxr_vit.config import BatchPlan, StagePlan, dump_config, load_config
-from cxr_vit.config.ipu_rules import ipu_problems
+from cxr_vit.config.ipu_rules import ipu_problems, ipu_warnings
 from cxr_vit.config.rules import describe_processes
 from cxr_vit.planner.estimate import describe_memory, preflight
 
@@ -22,6 +22,8 @@ def check(argv: Sequence[str]) -> int:
     refused = ipu_problems(config)
     verdict = "refused by PopTorch:" if refused else "nothing here that PopTorch would refuse"
     print(f"on IPUs      {verdict}", *refused, sep="\n  ")
+    for warning in ipu_warnings(config):
+        print(f"on IPUs      warning: {warning}")
     print(f"on IPUs      {describe_memory(config)}")
     if config.planner.strict:
         preflight(config, config.engine.name)

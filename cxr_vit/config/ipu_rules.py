@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator, List, Optional, Union
+from typing import Iterator, List, Optional, Tuple, Union
 
+from cxr_vit.config.architectures import known_architecture
 from cxr_vit.config.plans import BatchPlan, empty_stage_problem, given_accumulation
 from cxr_vit.config.schema import Config
 from cxr_vit.errors import ConfigError, Problem
 
+#: Least `optim.eps` beside a second moment in fp16.
+LEAST_FP16_EPS = 6e-8
 #: PopTorch's limit for one process.
 MOST_IPUS = 64
 #: Tiles that may be reserved for input and output (TensorLocations.numIOTiles).
@@ -18,17 +21,19 @@ LEAST_IO_TILES, MOST_IO_TILES = 32, 192
 def ipu_problems(config: Config, *, replicas: Optional[int] = None) -> List[Problem]:
     """Return everything that PopTorch refuses in a configuration.
 
-    `replicas` is the number of one process; None means `batch.replicas`, which holds without
-    poprun.
+    `replicas` are those of one process under poprun; None means `batch.replicas` and
+    `batch.eval_replicas`.
     """
     problems = [
         *_pipeline_problems(config),
         *_engine_problems(config),
+        *_loader_problems(config),
         *_training_problems(config),
         *_proportion_problems(config),
         *_arithmetic_problems(config),
+        *_optimizer_problems(config),
     ]
-    of_process = process_problem(config, config.batch.replicas if replicas is None else replicas)
+    of_process = process_problem(config, replicas)
     return [*problems, of_process] if of_process else problems
 
 
@@ -39,9 +44,12 @@ def check_ipu(config: Config, hint: str = "", *, replicas: Optional[int] = None)
         raise ConfigError("\n".join(map(str, problems)) + hint)
 
 
-def process_problem(config: Config, replicas: int) -> Optional[Problem]:
-    """Return the problem of a process with more IPUs than PopTorch allows, or None."""
-    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
+def process_problem(config: Config, replicas: Optional[int] = None) -> Optional[Problem]:
+    """Return the problem of a process with more IPUs than PopTorch allows, or None.
+
+    `replicas` is as for `ipu_problems`.
+    """
+    stages, replicas = max(pipelines(config, replicas), key=math.prod)
     if stages * replicas <= MOST_IPUS:
         return None
     advice = f"Cut the model into {MOST_IPUS} stages or fewer."
@@ -55,6 +63,18 @@ def process_problem(config: Config, replicas: int) -> Optional[Problem]:
         f"are {stages * replicas} IPUs, and one process has at most {MOST_IPUS}.",
         advice=advice,
     )
+
+
+def pipelines(config: Config, replicas: Optional[int] = None) -> List[Tuple[int, int]]:
+    """Return the stages and replicas of the training graph, then of the inference graph.
+
+    `replicas` are those of a process under poprun, for both graphs.
+    """
+    batch = BatchPlan.from_section(config.batch)
+    return [
+        (len(config.pipeline.layers_per_stage), replicas or batch.replicas),
+        (len(eval_layers(config)), replicas or batch.eval_replicas),
+    ]
 
 
 def reserved_ipus(stages: int, replicas: int) -> int:
@@ -136,6 +156,17 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
         )
 
 
+def _loader_problems(config: Config) -> Iterator[Problem]:
+    engine, batch = config.engine, BatchPlan.from_section(config.batch)
+    size, most = engine.rebatched_worker_size, batch.host_batch_size
+    if engine.loader_mode == "async_rebatched" and size is not None and size > most:
+        yield Problem(
+            f"engine.rebatched_worker_size={size}",
+            f"is more than the {most} samples of a host batch.",
+            f"Nearest legal value: {most}.",
+        )
+
+
 def _training_problems(config: Config) -> Iterator[Problem]:
     if config.train.on_nonfinite == "skip_update":
         yield Problem(
@@ -147,22 +178,23 @@ def _training_problems(config: Config) -> Iterator[Problem]:
 
 
 def _proportion_problems(config: Config) -> Iterator[Problem]:
-    given = config.pipeline.available_memory_proportion
-    training, evaluation = len(config.pipeline.layers_per_stage), len(eval_layers(config))
-    if not isinstance(given, list):
-        return
-    if len(given) != training:
+    pipeline, key = config.pipeline, "available_memory_proportion"
+    stages, eval_stages = len(pipeline.layers_per_stage), len(eval_layers(config))
+    given, own = pipeline.available_memory_proportion, pipeline.eval_available_memory_proportion
+    for name, numbers, count in ((key, given, stages), (f"eval_{key}", own, eval_stages)):
+        if isinstance(numbers, list) and len(numbers) != count:
+            yield Problem(
+                f"pipeline.{name}={numbers}",
+                f"has {len(numbers)} numbers; there are {count} stages.",
+                "Give one number per stage, or a single number for all.",
+            )
+            return
+    if own is None and isinstance(given, list) and eval_stages > stages:
         yield Problem(
-            f"pipeline.available_memory_proportion={given}",
-            f"has {len(given)} numbers; there are {training} stages.",
-            "Give one number per stage, or a single number for all.",
-        )
-    elif evaluation > training:
-        yield Problem(
-            f"pipeline.available_memory_proportion={given}",
-            f"has one number for each of the {training} stages of training, but evaluation has"
-            f" {evaluation}.",
-            "Give a single number for all.",
+            f"pipeline.{key}={given}",
+            f"has one number for each of the {stages} stages of training, but evaluation has"
+            f" {eval_stages}.",
+            f"Give a single number for all, or pipeline.eval_{key}.",
         )
 
 
@@ -174,16 +206,95 @@ def _arithmetic_problems(config: Config) -> Iterator[Problem]:
             "an IPU computes GELU in its tanh form only.",
             "Set gelu_pytorch_tanh, or leave it null.",
         )
-    if optim.max_grad_norm is not None and optim.name != "adamw":
-        what = "does not clip" if optim.name == "lamb" else "clips the velocity, not the gradient,"
-        yield Problem(
-            f"optim.max_grad_norm={optim.max_grad_norm} with optim.name={optim.name}:",
-            f"PopART {what} there.",
-            advice="Set optim.max_grad_norm=null, or optim.name=adamw.",
-        )
     if optim.loss_scaling == "auto" and config.engine.precision == "fp32":
         yield Problem(
             "optim.loss_scaling=auto",
             "watches fp16 gradients, and engine.precision=fp32 has none.",
             advice="Set optim.loss_scaling=1.0.",
+        )
+
+
+def _optimizer_problems(config: Config) -> Iterator[Problem]:
+    """Yield what PopTorch's optimizers refuse, ignore or compute wrongly."""
+    optim, weights = config.optim, config.engine.weights
+    if optim.max_grad_norm is not None and optim.name != "adamw":
+        what = (
+            "PopTorch's LAMB has no such argument."
+            if optim.name == "lamb"
+            else "PopART clips the velocity there, not the gradient."
+        )
+        yield Problem(
+            f"optim.max_grad_norm={optim.max_grad_norm} with optim.name={optim.name}:",
+            what,
+            advice="Set optim.max_grad_norm=null, or optim.name=adamw.",
+        )
+    if optim.second_moment == "fp16" and optim.name != "sgd" and optim.eps < LEAST_FP16_EPS:
+        yield Problem(
+            f"optim.second_moment=fp16 with optim.eps={optim.eps:g}:",
+            "PopART divides by sqrt(v) + eps in fp16 (adamupdaterx.cpp), where both are 0 for"
+            " gradients below 0.005: the update is infinite.",
+            "Set optim.second_moment=fp32.",
+            f"(Or optim.eps={LEAST_FP16_EPS:g} or more, which makes the update of such gradients"
+            " proportional to them, as in SGD.)",
+        )
+    if optim.loss_scaling == "auto" and optim.accumulator == "fp32":
+        yield Problem(
+            "optim.loss_scaling=auto with optim.accumulator=fp32:",
+            "automatic loss scaling expects gradients accumulated in fp16 (Graphcore's ViT example,"
+            " ipu_options.py).",
+            "Set optim.accumulator=fp16, or a number for optim.loss_scaling.",
+        )
+    if optim.use_combined_accum and {optim.accumulator, optim.first_moment} != {weights}:
+        yield Problem(
+            f"optim.use_combined_accum=true with optim.accumulator={optim.accumulator} and"
+            f" optim.first_moment={optim.first_moment}:",
+            f"the tensor has the dtype of the weights, engine.weights={weights} (CompilerImpl.cpp,"
+            " getPopartOptimizer).",
+            f"Set both to {weights}.",
+        )
+
+
+def ipu_warnings(config: Config) -> List[Problem]:
+    """Return what PopTorch accepts and a person should know before a run."""
+    return [*_fp16_warnings(config), *_size_warnings(config)]
+
+
+def _fp16_warnings(config: Config) -> Iterator[Problem]:
+    optim, engine = config.optim, config.engine
+    if engine.precision == "fp32":
+        return
+    scaled = optim.loss_scaling == "auto" or optim.loss_scaling > 1
+    if optim.accumulator == optim.first_moment == "fp16" and optim.name != "sgd" and scaled:
+        yield Problem(
+            "optim.accumulator=fp16 with optim.first_moment=fp16:",
+            "PopART then divides the loss scaling out in fp16 (adamdecompose.cpp), where small"
+            " gradients become 0 again.",
+            advice="optim.first_moment=fp32 keeps them.",
+        )
+    if engine.weights == "fp16" and not engine.stochastic_rounding:
+        yield Problem(
+            "engine.weights=fp16 with engine.stochastic_rounding=false:",
+            "an update below 1/2048 of a weight is lost.",
+            advice="Set engine.stochastic_rounding=true, or engine.weights=fp32.",
+        )
+
+
+#: Bytes of a serialised protobuf message at most; PopTorch passes the graph in one.
+_PROTOBUF_LIMIT = 2**31
+
+
+def _size_warnings(config: Config) -> Iterator[Problem]:
+    known = known_architecture(config.model.name)
+    if known is None:
+        return
+    # Four matrices of attention and two of the MLP: nearly all parameters.
+    each = 4 * known.hidden_size**2 + 2 * known.hidden_size * known.mlp_size
+    size = (2 if config.engine.weights == "fp16" else 4) * known.num_layers * each
+    if size > _PROTOBUF_LIMIT:
+        yield Problem(
+            f"model.name={config.model.name} in {config.engine.weights}:",
+            f"its weights are {size / 2**30:.1f} GiB, and the graph with them may exceed"
+            " protobuf's limit of 2 GiB.",
+            advice="Set engine.weights=fp16, or saveInitializersToFile: <file> in _Popart.set of"
+            " engine.poptorch_options (docs/ipu.md).",
         )

@@ -32,6 +32,7 @@ def check(config: Config) -> Config:
         *_model_problems(config),
         *_recompute_problems(config.pipeline),
         *_engine_problems(config),
+        *_optimizer_problems(config),
         *_multiple_problems(config),
     ]
     if config.engine.name == "poptorch" and not problems:  # its rules presuppose the others
@@ -135,6 +136,32 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
     empty = empty_stage_problem(config.pipeline.layers_per_stage)
     if engine == "pipeline" and empty:
         yield empty
+
+
+def _optimizer_problems(config: Config) -> Iterator[Problem]:
+    """Yield settings of another optimizer, which would be ignored."""
+    optim = config.optim
+    default = type(optim).model_fields
+    for key, name in (
+        ("bias_correction", "lamb"),
+        ("max_weight_norm", "lamb"),
+        ("use_combined_accum", "sgd"),
+    ):
+        value = getattr(optim, key)
+        if value == default[key].default or optim.name == name:
+            continue
+        rule = f"is for {name}."
+        if key == "bias_correction" and optim.name == "adamw":
+            rule = (
+                "is for lamb: torch's AdamW always corrects it, and PopTorch's corrects it whatever"
+                " it is passed (CompilerImpl.cpp, getPopartOptimizer)."
+            )
+        given = str(value).lower() if isinstance(value, bool) else value
+        yield Problem(
+            f"optim.{key}={given} with optim.name={optim.name}",
+            rule,
+            advice=f"Leave it out, or set optim.name={name}.",
+        )
 
 
 def _multiple_problems(config: Config) -> Iterator[Problem]:

@@ -69,11 +69,7 @@ InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 FloatType = Literal["fp32", "fp16"]
 OnProblem = Literal["error", "skip"]
 Execution = Literal["pipelined", "sharded"]
-LayerCounts = Annotated[
-    List[Annotated[int, Field(ge=-1)]],
-    Field(min_length=1),
-    Words("a list of integers >= 0, or -1 for the layers that are left"),
-]
+LayerCounts = Annotated[List[Annotated[int, Field(ge=-1)]], Field(min_length=1)]
 RecomputeWord = Literal["stage_inputs", "every_layer", "attention_mlp"]
 Proportions = Optional[Union[Proportion, List[Proportion]]]
 
@@ -284,7 +280,9 @@ class PipelineSection(Section):
     """The cut of the model into stages, and how stages run."""
 
     layers_per_stage: LayerCounts = option(
-        [3, 3, 3, 3], "encoder layers of each stage; embedding on the first, head on the last"
+        [3, 3, 3, 3],
+        "encoder layers of each stage (-1: those that are left, divided among all -1); embedding"
+        " on the first, head on the last",
     )
     eval_layers_per_stage: Optional[LayerCounts] = option(
         None, "layers per stage in evaluation; null: as in training (IPU)"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from cxr_vit.config.ipu_rules import check_ipu, eval_layers
+from cxr_vit.config.ipu_rules import check_ipu, eval_layers, ipu_warnings
 from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import Config
@@ -20,6 +21,8 @@ from cxr_vit.engines.processes import Launch
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import ConfigError, EngineUnavailable
 from cxr_vit.model.module import ViTModule
+
+logger = logging.getLogger(__name__)
 
 #: The oldest torch for the pipeline engine: 2.6 does not wait for all that 1F1B sends over gloo,
 #: and 2.8 cannot score several stages per process.
@@ -78,6 +81,9 @@ def _choose(config: Config, launch: Launch, offline: bool) -> EngineChoice:
         hint = " (IPUs answer here; engine.name=torch leaves them alone.)"
         hint = hint if engine.name == "auto" and not offline else ""
         check_ipu(config, hint, replicas=local_replicas)
+        if launch.is_main:
+            for warning in ipu_warnings(config):
+                logger.warning("%s", warning)
         why = "IPUs answer" if engine.name == "auto" else "engine.name=poptorch"
         return EngineChoice("poptorch", "--compile-only" if offline else why)
     if engine.name == "poptorch" or offline:
@@ -129,6 +135,12 @@ def _check_poprun(config: Config, launch: Launch) -> None:
             f"batch.replicas={config.batch.replicas}, but poprun started {count} instances"
             f" x {local} replicas. Give the same number to both: poprun"
             f" --num-replicas {config.batch.replicas}."
+        )
+    own = config.batch.eval_replicas
+    if own not in (None, config.batch.replicas):
+        raise ConfigError(
+            f"batch.eval_replicas={own}, but poprun fixes the replicas of both graphs. Leave it"
+            f" out, or set batch.replicas={own} and poprun --num-replicas {own}."
         )
     stages, eval_stages = config.pipeline.layers_per_stage, eval_layers(config)
     if len(stages) != len(eval_stages):

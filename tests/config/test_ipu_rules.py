@@ -7,7 +7,7 @@ from typing import List
 import pytest
 
 from cxr_vit.config import load_config, read_config
-from cxr_vit.config.ipu_rules import check_ipu, ipu_problems, reserved_ipus
+from cxr_vit.config.ipu_rules import check_ipu, ipu_problems, ipu_warnings, reserved_ipus
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
 
@@ -99,7 +99,35 @@ def test_inner_stage_without_layers_is_refused(key):
         (["model.hidden_act=gelu"], "model.hidden_act=gelu"),
         (["optim.name=lamb", "optim.max_grad_norm=1"], "optim.max_grad_norm=1.0"),
         (["optim.name=sgd", "optim.max_grad_norm=1"], "optim.max_grad_norm=1.0"),
-        (["optim.loss_scaling=auto", "engine.precision=fp32"], "optim.loss_scaling=auto"),
+        (
+            ["optim.loss_scaling=auto", "optim.accumulator=fp16", "engine.precision=fp32"],
+            "optim.loss_scaling=auto watches fp16 gradients",
+        ),
+        (
+            ["optim.loss_scaling=auto"],
+            "optim.loss_scaling=auto with optim.accumulator=fp32: automatic loss scaling expects",
+        ),
+        (["optim.second_moment=fp16"], "optim.second_moment=fp16 with optim.eps=1e-08: PopART"),
+        (
+            ["optim.name=lamb", "optim.second_moment=fp16", "optim.eps=1e-7"],
+            "optim.second_moment=fp16 with optim.eps=1e-07: PopART",
+        ),
+        (
+            ["optim.name=sgd", "optim.use_combined_accum=true", "engine.weights=fp16"],
+            "optim.use_combined_accum=true with optim.accumulator=fp32 and optim.first_moment=fp32",
+        ),
+        (
+            [
+                "engine.loader_mode=async_rebatched",
+                "engine.rebatched_worker_size=8",
+                "batch.gradient_accumulation=7",
+            ],
+            "engine.rebatched_worker_size=8 is more than the 7 samples of a host batch.",
+        ),
+        (
+            ["pipeline.eval_available_memory_proportion=[0.1, 0.2]"],
+            "pipeline.eval_available_memory_proportion=[0.1, 0.2] has 2 numbers; there are 4",
+        ),
     ],
 )
 def test_rule(overrides, start):
@@ -113,8 +141,16 @@ def test_rule(overrides, start):
         ["engine.weights=fp16"],
         ["model.hidden_act=gelu_pytorch_tanh"],
         ["optim.max_grad_norm=1"],
-        ["optim.loss_scaling=auto"],
+        ["optim.loss_scaling=auto", "optim.accumulator=fp16"],
         ["pipeline.available_memory_proportion=[0.1, 0.2, 0.3, 1]"],
+        ["optim.second_moment=fp16", "optim.eps=1e-3"],
+        ["optim.name=sgd", "optim.second_moment=fp16"],
+        ["optim.name=sgd", "optim.use_combined_accum=true"],
+        ["engine.loader_mode=async", "engine.rebatched_worker_size=8"],
+        [
+            "pipeline.eval_layers_per_stage=[6, 6]",
+            "pipeline.eval_available_memory_proportion=[0.1, 0.2]",
+        ],
     ],
 )
 def test_allowed_values(overrides):
@@ -173,3 +209,57 @@ def test_replica_must_fit_one_process():
         *("batch.gradient_accumulation=200", "batch.eval_device_iterations=65"),
     )
     assert message.endswith("Cut the model into 64 stages or fewer.")
+
+
+def warnings(*overrides):
+    return [str(problem) for problem in ipu_warnings(read_config([], [*VALID, *overrides]))]
+
+
+FP16_MOMENTS = ("optim.accumulator=fp16", "optim.first_moment=fp16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (
+            [*FP16_MOMENTS, "optim.loss_scaling=1024"],
+            "optim.accumulator=fp16 with optim.first_moment=fp16:",
+        ),
+        (
+            [*FP16_MOMENTS, "optim.loss_scaling=auto"],
+            "optim.accumulator=fp16 with optim.first_moment=fp16:",
+        ),
+        (
+            ["engine.weights=fp16", "engine.stochastic_rounding=false"],
+            "engine.weights=fp16 with engine.stochastic_rounding=false:",
+        ),
+        (
+            ["model.name=vit-huge", "pipeline.layers_per_stage=[8, 8, 8, 8]"],
+            "model.name=vit-huge in fp32: its weights are 2.3 GiB",
+        ),
+    ],
+)
+def test_warning(overrides, start):
+    (found,) = warnings(*overrides)
+    assert found.startswith(start)
+    assert problems(*overrides) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        FP16_MOMENTS,
+        ["optim.accumulator=fp16", "optim.loss_scaling=1024"],
+        [*FP16_MOMENTS, "optim.loss_scaling=1024", "engine.precision=fp32"],
+        ["engine.weights=fp16"],
+        ["model.name=vit-huge", "pipeline.layers_per_stage=[8, 8, 8, 8]", "engine.weights=fp16"],
+    ],
+)
+def test_no_warning(overrides):
+    assert warnings(*overrides) == []
+
+
+def test_largest_pipeline_counts():
+    """Evaluation may use more IPUs than training."""
+    message = only_problem("batch.eval_replicas=17")
+    assert message.startswith("4 stages x 17 replicas are 68 IPUs")

@@ -3,7 +3,7 @@
 import pytest
 
 from cxr_vit.config import BatchPlan, StagePlan, check, load_config, read_config
-from cxr_vit.config.plans import empty_stage_problem
+from cxr_vit.config.plans import empty_stage_problem, fill_rest
 from cxr_vit.errors import ConfigError
 
 
@@ -155,10 +155,31 @@ def test_only_inner_stages_need_layers(layers, empty):
 @pytest.mark.parametrize(
     ("recompute", "kept"),
     [
-        ("every_layer", [[0], [1, 2]]),
-        ("stage_inputs", [[], []]),
-        (["stage_inputs", [2]], [[], [2]]),
+        ("every_layer", [([0], []), ([1, 2], [])]),
+        ("stage_inputs", [([], []), ([], [])]),
+        ("none", [([], []), ([], [])]),
+        ("attention_mlp", [([0], [0]), ([1, 2], [1, 2])]),
+        (["stage_inputs", [2]], [([], []), ([2], [])]),
+        (["attention_mlp", "every_layer"], [([0], [0]), ([1, 2], [])]),
     ],
 )
-def test_kept_layers(recompute, kept):
-    assert StagePlan.from_list([1, 2]).kept_layers(recompute) == kept
+def test_kept_outputs(recompute, kept):
+    assert StagePlan.from_list([1, 2]).kept_outputs(recompute) == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "depth", "filled"),
+    [
+        ([3, 3, 3, 3], 12, [3, 3, 3, 3]),
+        ([2, -1, -1, 2], 12, [2, 4, 4, 2]),
+        ([-1], 12, [12]),
+        ([-1, -1, -1, -1], 9, [2, 2, 2, 3]),
+        ([-1, 4, -1], 9, [2, 4, 3]),
+        ([0, -1], 12, [0, 12]),
+        ([10, -1, 2], 12, [10, 0, 2]),
+        ([10, -1, 5], 12, [10, 0, 5]),
+    ],
+)
+def test_rest_of_the_layers(given, depth, filled):
+    """As optimum-graphcore divides them: evenly, the last with the remainder."""
+    assert fill_rest(given, depth) == filled

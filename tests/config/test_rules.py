@@ -313,3 +313,38 @@ def test_inner_stage_without_layers_is_refused():
 def test_pipeline_engine_refuses_lamb():
     with pytest.raises(ConfigError, match=r"engine\.name=pipeline has adamw and sgd"):
         config_of("optim.name=lamb")
+
+
+def test_rest_of_the_layers_is_filled_in():
+    cuts = ["pipeline.layers_per_stage=[1, -1, -1]", "pipeline.eval_layers_per_stage=[-1]"]
+    config = load_config([], [*VALID, *cuts])
+    assert config.pipeline.layers_per_stage == [1, 1, 2]
+    assert config.pipeline.eval_layers_per_stage == [4]
+
+
+def test_rest_needs_a_known_depth():
+    problem = only_problem("model.name=someone/model", "pipeline.layers_per_stage=[3, -1]")
+    assert problem == (
+        "pipeline.layers_per_stage=[3, -1]: model.name='someone/model' does not imply how many"
+        " layers are left. Write the numbers."
+    )
+
+
+def test_no_layers_left():
+    problem = only_problem("pipeline.layers_per_stage=[3, -1, 3]")
+    assert problem.startswith("pipeline.layers_per_stage=[3, 0, 3] places 6 layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "rule"),
+    [
+        ("adamw", "bias_correction=false", "is for lamb: torch's AdamW always corrects it"),
+        ("sgd", "bias_correction=false", "is for lamb. Leave it out, or set optim.name=lamb."),
+        ("adamw", "max_weight_norm=5", "is for lamb."),
+        ("adamw", "use_combined_accum=true", "is for sgd."),
+    ],
+)
+def test_setting_of_another_optimizer(name, setting, rule):
+    problem = only_problem(f"optim.name={name}", f"optim.{setting}")
+    assert problem.startswith(f"optim.{setting}")
+    assert f"with optim.name={name} {rule}" in problem

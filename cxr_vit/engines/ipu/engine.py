@@ -7,6 +7,7 @@ lists what has been verified and what only hardware can show.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any, Dict, Iterable, List, Tuple, Union
@@ -14,7 +15,7 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 import torch
 from torch import Tensor
 
-from cxr_vit.config.ipu_rules import eval_layers, reserved_ipus
+from cxr_vit.config.ipu_rules import eval_layers, pipelines, reserved_ipus
 from cxr_vit.config.plans import BatchPlan, StagePlan
 from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
@@ -129,8 +130,8 @@ class PopTorchEngine(Engine):
 
     def describe(self) -> str:
         """Return a line about the IPUs, the precision and the reason for both."""
-        replicas, processes = self.batch.replicas, self.launch.world_size
-        stages = max(self.model.plan.num_stages, len(eval_layers(self.config)))
+        processes = self.launch.world_size
+        stages, replicas = max(pipelines(self.config), key=math.prod)
         return (
             f"poptorch engine on {stages * replicas} IPUs ({replicas} x {stages} stages"
             f"{f' by {processes} processes' if processes > 1 else ''},"

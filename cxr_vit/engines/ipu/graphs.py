@@ -74,6 +74,17 @@ _ADVICE: Tuple[Tuple[str, Type[CxrVitError], str], ...] = (
         "This SDK does not know an entry of engine.popart_options. Leave it out.",
     ),
 )
+#: `poptorch.RecoverableError.recovery_action` -> what it asks for.
+_RECOVERY = {
+    "IPU_RESET": "Reset the IPUs (gc-reset), or start again, which loads their memory again.",
+    "LINK_RESET": "Reset the IPU-Links (a system without a Pod).",
+    "PARTITION_RESET": "Reset the partition: vipu reset partition <name>.",
+    "FULL_RESET": "Power cycle the system.",
+}
+_UNRECOVERABLE = (
+    "The error is unrecoverable and likely to persist: have the system analysed and repaired."
+)
+_THEN_RESUME = "The last checkpoint is intact: go on from it with --resume."
 _OTHER_ADVICE = (
     "If it occurs again, run with POPTORCH_LOG_LEVEL=DEBUG and see docs/ipu.md; the last checkpoint"
     " is intact (--resume)."
@@ -82,7 +93,15 @@ _OTHER_ADVICE = (
 
 def explained(error: Exception, doing: str) -> CxrVitError:
     """Convert a `poptorch.Error` to a user-facing one with advice; `doing` is what failed."""
+    import poptorch
+
     text = str(error).strip()
+    if isinstance(error, poptorch.RecoverableError):
+        action = error.recovery_action
+        advice = f"Recovery action {action}. {_RECOVERY.get(action, '')}".strip()
+        return DeviceError(f"{doing}: PopTorch says: {text}\n{advice} {_THEN_RESUME}")
+    if isinstance(error, poptorch.UnrecoverableError):
+        return DeviceError(f"{doing}: PopTorch says: {text}\n{_UNRECOVERABLE} {_THEN_RESUME}")
     for pattern, kind, advice in _ADVICE:
         if re.search(pattern, text, flags=re.IGNORECASE):
             return kind(f"{doing}: PopTorch says: {text}\n{advice}")

@@ -131,6 +131,10 @@ def optimizer_kind(optimizer: poptorch.optim.Optimizer, optim: OptimSection) -> 
         # which a module's own optimizer may have set.
         scale = "auto" if optim.loss_scaling == "auto" else optimizer.loss_scaling
         kind += f" with loss scaling {scale}"
+    if getattr(optimizer, "use_combined_accum", False):
+        kind += ", combined accumulator"
+    if not getattr(optimizer, "bias_correction", True):  # has no step
+        kind += ", no bias correction"
     return kind
 
 

@@ -6,6 +6,7 @@ docs/ipu.md, section 4, explains every entry.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
 
@@ -14,6 +15,7 @@ import torch
 from cxr_vit.config.ipu_rules import (
     eval_layers,
     eval_proportion,
+    pipelines,
     process_problem,
     reserved_ipus,
 )
@@ -60,9 +62,8 @@ def poptorch_problem(
             "Engine 'poptorch' needs the Poplar SDK's PopTorch (3.3 or 3.4).",
             f"Enable the SDK with source <sdk>/enable (docs/ipu.md), or {alternative}.",
         )
-    stages = max(len(config.pipeline.layers_per_stage), len(eval_layers(config)))
-    replicas = local_replicas or config.batch.replicas
-    too_many = process_problem(config, replicas)
+    stages, replicas = max(pipelines(config, local_replicas), key=math.prod)
+    too_many = process_problem(config, local_replicas)
     if too_many or offline:
         return too_many
     if os.environ.get("POPTORCH_IPU_MODEL", "0") not in ("", "0"):

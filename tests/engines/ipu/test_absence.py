@@ -144,12 +144,46 @@ def test_unavailable_ipus_leave_no_run_folder(no_poptorch, commands):
         ("something that nobody has seen", DeviceError, "POPTORCH_LOG_LEVEL=DEBUG"),
     ],
 )
-def test_error_message_has_the_action_poptorchs_text_and_advice(text, kind, advice):
+def test_error_message_has_the_action_poptorchs_text_and_advice(ipu, text, kind, advice):
     error = explained(RuntimeError(f"{text}\n"), "compiling the training graph")
     assert type(error) is kind
     first, *rest = str(error).split("\n")
     assert first == f"compiling the training graph: PopTorch says: {text}"
     assert advice in "\n".join(rest)
+
+
+@pytest.mark.parametrize(
+    ("action", "advice"),
+    [
+        ("IPU_RESET", "Recovery action IPU_RESET. Reset the IPUs (gc-reset)"),
+        ("LINK_RESET", "Recovery action LINK_RESET. Reset the IPU-Links"),
+        ("PARTITION_RESET", "vipu reset partition"),
+        ("FULL_RESET", "Power cycle the system."),
+        ("ANOTHER", "Recovery action ANOTHER. The last checkpoint is intact"),
+    ],
+)
+def test_recoverable_error_names_its_recovery_action(ipu, commands, monkeypatch, action, advice):
+    """PopTorch sets the attribute (poptorch.cpp, setRecoveryAction)."""
+    poptorch, _ = ipu
+    error = poptorch.RecoverableError("out of memory on the fabric")
+    error.recovery_action = action
+
+    def fail(executor, *inputs):
+        raise error
+
+    monkeypatch.setattr(poptorch.PoplarExecutor, "__call__", fail)
+    with pytest.raises(DeviceError) as raised:
+        commands.train()
+    assert str(raised.value).startswith("training: PopTorch says: out of memory on the fabric\n")
+    assert advice in str(raised.value)
+    assert "--resume" in str(raised.value)
+
+
+def test_unrecoverable_error_is_said_to_be(ipu):
+    poptorch, _ = ipu
+    error = explained(poptorch.UnrecoverableError("memory parity error"), "training")
+    assert type(error) is DeviceError
+    assert "unrecoverable and likely to persist" in str(error)
 
 
 def test_ipus_held_by_others_are_a_user_error(ipu, commands, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from .commands import TORCH
 
@@ -92,11 +93,46 @@ def test_evaluation_equals_the_torch_engines(ipu, commands):
         "engine.optimizer_state_on_chip=false",
         "optim.loss_scaling=1024",
         "optim.decay_all=true",
+        "pipeline.recompute=none",
+        "pipeline.recompute=attention_mlp",
+        "pipeline.recompute=[attention_mlp, stage_inputs, [2], every_layer]",
+        "pipeline.layers_per_stage=[0, -1, -1, 1]",
+        "pipeline.eval_layers_per_stage=[-1, 2]",
+        "pipeline.eval_available_memory_proportion=0.5",
+        "batch.eval_replicas=2",
+        "batch.device_iterations=2",
+        "engine.prefetch_depth=4",
     ],
 )
 def test_placement_settings_change_no_loss(ipu, commands, torch_run, setting):
     run, expected = commands.train(setting), torch_run("train.steps=4", "run.seed=0")
     if setting == "optim.decay_all=true":
         expected = torch_run(setting)
+    if setting == "batch.device_iterations=2":  # the rate of a host call's first step
+        expected = torch_run(setting)
     assert run.losses == near(expected.losses)
     assert run.logits[0].tolist() == [near(row) for row in expected.logits[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.layer_norm_eps=0.01",
+        "optim={name: sgd, lr: 0.1, use_combined_accum: true}",
+        "optim={name: sgd, lr: 0.1}",
+    ],
+)
+def test_settings_of_model_and_optimizer_mean_the_same(ipu, commands, torch_run, setting):
+    shared = (setting, "schedule.warmup_ratio=0", "schedule.name=constant")
+    run, expected = commands.train(*shared), torch_run(*shared)
+    assert run.losses == near(expected.losses)
+    assert run.losses != near(torch_run(*shared[1:]).losses)
+
+
+def test_logits_may_be_returned_in_fp16(ipu, commands, torch_run):
+    run, expected = commands.train("engine.eval_output=fp16"), torch_run("train.steps=4")
+    assert run.losses == near(expected.losses)
+    for ours, theirs in zip(run.logits[0], expected.logits[0]):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert ours.half().float().tolist() == ours.tolist(), "rounded on the device"
+        assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-3, abs=1e-5)

@@ -27,7 +27,7 @@ SHARED = {
     "cachePath": "cache",
     "connection_type": 0,  # Always
     "convolutionOptions": {"partialsType": "half"},
-    "defaultPrefetchBufferingDepth": 2,
+    "defaultBufferingDepth": 2,
     "device_iterations": 1,
     "distributed_process_id": 0,
     "enableEngineCaching": True,
@@ -44,7 +44,7 @@ SHARED = {
     "max_repeat_logs": 4,
     "meanAccumulationAndReplicationReductionStrategy": 1,  # Post
     "num_distributed_processes": 1,
-    "output_mode": 2,  # All
+    "output_mode": 3,  # Sum
     "output_return_period": 1,
     "partialsTypeMatMuls": "half",
     "random_seed": 1337,
@@ -67,6 +67,7 @@ INFERENCE = {
     **SHARED,
     "device_iterations": 4,
     "gradient_accumulation": 1,
+    "output_mode": 2,  # All
     "enableStochasticRounding": False,
 }
 
@@ -125,11 +126,12 @@ def test_options_of_vit_pod4_reach_the_compiler(ipu, commands):
 #: Override -> changed options of vit_pod4, in training and in inference.
 BOTH, ONLY_TRAINING, ONLY_INFERENCE = (True, True), (True, False), (False, True)
 CHANGES = [
-    ("batch.device_iterations=4", ONLY_TRAINING, {"device_iterations": 4}),
+    ("batch.device_iterations=4", ONLY_TRAINING, {"device_iterations": 4, "output_mode": 2}),
     ("batch.eval_device_iterations=9", ONLY_INFERENCE, {"device_iterations": 9}),
     ("batch.gradient_accumulation=16", ONLY_TRAINING, {"gradient_accumulation": 16}),
     ("batch.global_batch_size=64", ONLY_TRAINING, {"gradient_accumulation": 64}),
     ("batch.replicas=2", BOTH, {"replication_factor": 2}),
+    ("batch.eval_replicas=2", ONLY_INFERENCE, {"replication_factor": 2}),
     ("batch.micro_batch_size=2", (False, False), {}),
     ("run.seed=0", BOTH, {"random_seed": 0}),
     ("pipeline.execution=sharded", ONLY_TRAINING, {"execution_mode": 1}),
@@ -140,6 +142,18 @@ CHANGES = [
         {"available_memory_proportion": {0: 0.1, 1: 0.2, 2: 0.3, 3: 1.0}},
     ),
     ("pipeline.available_memory_proportion=null", BOTH, {"available_memory_proportion": {}}),
+    (
+        "pipeline.eval_available_memory_proportion=0.6",
+        ONLY_INFERENCE,
+        {"available_memory_proportion": {0: 0.6, 1: 0.6, 2: 0.6, 3: 0.6}},
+    ),
+    (
+        "pipeline.eval_available_memory_proportion=[0.1, 0.2, 0.3, 1]",
+        ONLY_INFERENCE,
+        {"available_memory_proportion": {0: 0.1, 1: 0.2, 2: 0.3, 3: 1.0}},
+    ),
+    ("pipeline.recompute=none", ONLY_TRAINING, {"autoRecomputation": 0}),
+    ("pipeline.recompute=attention_mlp", (False, False), {}),
     (
         "pipeline.eval_layers_per_stage=[6, 6]",
         ONLY_INFERENCE,
@@ -157,7 +171,7 @@ CHANGES = [
         ONLY_TRAINING,
         {"location_optimizer": {"onChip": 0, "useReplicatedTensorSharding": 0}},
     ),
-    ("engine.prefetch_depth=5", BOTH, {"defaultPrefetchBufferingDepth": 5}),
+    ("engine.prefetch_depth=5", BOTH, {"defaultBufferingDepth": 5}),
     ("engine.synthetic_data=true", BOTH, {"syntheticDataMode": 2}),
     ("engine.log_cycles=true", BOTH, {"instrumentWithHardwareCycleCounter": True}),
     ("engine.loader_mode=sync", (False, False), {}),
@@ -368,14 +382,14 @@ def test_values_of_adamw_are_variable(ipu, commands):
 )
 def test_each_dtype_of_the_optimizer_has_a_key(ipu, commands, key, entry, runs):
     types = {"accumType", "firstOrderMomentumAccumType", "secondOrderMomentumAccumType"}
-    given, running = optimizer_dictionary(ipu, commands, f"optim.{key}=fp16")
+    given, running = optimizer_dictionary(ipu, commands, f"optim.{key}=fp16", "optim.eps=1e-3")
     assert {name for name in types if given[name]} == {entry}
     assert running == runs, "an fp16 accumulator holds a running mean, so that it does not overflow"
 
 
 def test_values_of_lamb_and_sgd_are_variable(ipu, commands):
     lamb, _ = optimizer_dictionary(
-        ipu, commands, "optim.name=lamb", "optim.max_grad_norm=null", "optim.second_moment=fp16"
+        ipu, commands, "optim.name=lamb", "optim.second_moment=fp16", "optim.eps=1e-3"
     )
     assert lamb["optimizer_type"].name == "LAMB"
     assert lamb["secondOrderMomentumAccumType"]
@@ -393,6 +407,26 @@ def test_values_of_lamb_and_sgd_are_variable(ipu, commands):
         assert given["defaults"]["lossScaling"] == (1.0, False)
 
 
+def test_lambs_bias_correction_and_largest_norm(ipu, commands):
+    given, _ = optimizer_dictionary(
+        ipu,
+        commands,
+        *("optim.name=lamb", "optim.bias_correction=false", "optim.max_weight_norm=5"),
+    )
+    assert given["optimizer_type"].name == "LAMB_NO_BIAS"
+    assert [group["maxWeightNorm"] for group in given["groups"]] == [(5.0, False)] * 2
+    given, _ = optimizer_dictionary(ipu, commands, "optim.name=lamb")
+    assert given["optimizer_type"].name == "LAMB"
+    assert [group["maxWeightNorm"] for group in given["groups"]] == [(65500.0, True)] * 2
+
+
+def test_combined_accumulator_of_sgd(ipu, commands):
+    given, _ = optimizer_dictionary(
+        ipu, commands, "optim.name=sgd", "optim.use_combined_accum=true"
+    )
+    assert given["optimizer_type"].name == "SGD1"
+
+
 def test_no_clipping_is_an_infinite_norm(ipu, commands):
     given, _ = optimizer_dictionary(ipu, commands, "optim.max_grad_norm=null")
     assert given["maxGradNorm"] == float("inf")
@@ -400,6 +434,8 @@ def test_no_clipping_is_an_infinite_norm(ipu, commands):
 
 def test_automatic_loss_scaling_starts_at_one(ipu, commands):
     given, _ = optimizer_dictionary(
-        ipu, commands, "optim.loss_scaling=auto", "engine.precision=fp16"
+        ipu,
+        commands,
+        *("optim.loss_scaling=auto", "optim.accumulator=fp16", "engine.precision=fp16"),
     )
     assert given["defaults"]["lossScaling"] == (1.0, False)
