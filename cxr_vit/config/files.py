@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List, Mapping, Sequence
+
+import yaml
 
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError, suggestion
@@ -45,3 +47,19 @@ def _advice(path: Path, name: str, packaged: List[str]) -> str:
     here = [str(file) for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
     near = suggestion(str(path), here) or suggestion(name, packaged)
     return f"{near} The package has {', '.join(packaged)}."
+
+
+def overlay_text(overlay: Mapping[str, Any], comment: Sequence[str]) -> str:
+    """Return sections and keys as the text of a configuration file, under comment lines."""
+    text = "".join(f"# {line}".rstrip() + "\n" for line in comment)
+    return text + str(yaml.safe_dump(overlay, sort_keys=False, default_flow_style=None))
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a configuration file; raise ConfigError if there is one already, or it cannot be."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        advice = "Name a new file, in a folder you may write to."
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}. {advice}") from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 from pydantic import ValidationError
@@ -127,6 +127,24 @@ def dump_config(config: Config) -> str:
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None))
 
 
+def read_yaml(file: Path) -> Tuple[Path, Optional[yaml.Node]]:
+    """Return the file that `find_config` finds and its root, None if it is empty.
+
+    Raises ConfigError if the file cannot be read, is no YAML, or is too large or too deep.
+    """
+    try:
+        file = find_config(file)
+        text = read_bytes(file, limit=_MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{file}: cannot read the configuration: {reason}.") from error
+    try:
+        return file, _compose(text)
+    except _NotYaml as error:
+        line = "" if error.line is None else f":{error.line}"
+        raise ConfigError(one_line(f"{file}{line}: not valid YAML: {error}")) from error
+
+
 class _Reader:
     """Reads files and overrides as layers: section -> key -> dicts, lists, text and None."""
 
@@ -139,18 +157,7 @@ class _Reader:
         self._text = 0
 
     def read_file(self, file: Path) -> Dict[str, Any]:
-        try:
-            file = find_config(file)
-            text = read_bytes(file, limit=_MOST_BYTES).decode("utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{file}: cannot read the configuration: {reason}.") from error
-        try:
-            node = _compose(text)
-        except _NotYaml as error:
-            line = "" if error.line is None else f":{error.line}"
-            problem = one_line(f"{file}{line}: not valid YAML: {error}")
-            raise ConfigError(problem) from error
+        file, node = read_yaml(file)
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
@@ -202,7 +209,7 @@ class _Reader:
             raise ConfigError(f"{place(node)}: {problem}")
         if isinstance(node, yaml.ScalarNode):
             self._check(node, place)
-            return _scalar(node, is_typed=path.split(".")[:2] in _ARGS)
+            return scalar(node, is_typed=path.split(".")[:2] in _ARGS)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, path, place, level + 1) for item in node.value]
         mapping: Dict[str, Any] = {}
@@ -280,7 +287,7 @@ def _compose(text: str) -> Optional[yaml.Node]:
     return node
 
 
-def _scalar(node: yaml.ScalarNode, *, is_typed: bool) -> Any:
+def scalar(node: yaml.ScalarNode, *, is_typed: bool) -> Any:
     """Return text or None; with `is_typed`, also booleans and numbers. Quotes make text."""
     if node.style is None and node.value in _NULL:
         return None

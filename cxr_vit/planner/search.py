@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import yaml
 
 from cxr_vit.config import BatchPlan, Config
+from cxr_vit.config.files import overlay_text, write_new
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
@@ -93,15 +93,7 @@ class Layout(NamedTuple):
 
     def write(self, path: Path, *, on_ipus: bool, comment: Sequence[str]) -> None:
         """Write the layout, under comment lines, as a new file of overrides."""
-        text = "".join(f"# {line}".rstrip() + "\n" for line in comment)
-        overlay = self.overlay(on_ipus=on_ipus)
-        text += yaml.safe_dump(overlay, sort_keys=False, default_flow_style=None)
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            advice = "Name a new file, in a folder you may write to."
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}. {advice}") from error
+        write_new(path, overlay_text(self.overlay(on_ipus=on_ipus), comment))
 
 
 def all_cuts(num_layers: int, stages: int) -> np.ndarray:
