@@ -51,6 +51,11 @@ COMMANDS = {
         " device and no data",
         "plan:plan",
     ),
+    "import-ipu-config": Command(
+        "convert Graphcore's files, an IPUConfig or an entry of a configs.yml, to a configuration"
+        " overlay; say what each key becomes and why",
+        "import_ipu_config:import_ipu_config",
+    ),
     "prepare": Command(
         "decode and resize all images once, into the cache that training reads", "data:prepare"
     ),
@@ -90,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<12} {command.summary}\n" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {command.summary}\n" for name, command in COMMANDS.items()]
     program = _program()
     return (
         f"usage: {program} COMMAND ...\n       {program} --version\n\ncommands:\n{''.join(lines)}"

@@ -231,7 +231,7 @@ def test_help_of_a_command_lists_its_options(name, capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: {program(name)} ")
-    assert ("--config FILE" in out) == (name not in ("sample", "evaluate"))
+    assert ("--config FILE" in out) == (name not in ("sample", "evaluate", "import-ipu-config"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

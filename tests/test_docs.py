@@ -45,7 +45,7 @@ def test_commands_are_found():
 def test_train_command_is_a_valid_configuration(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = train_arguments(words)
-    written_by_a_command = ("<name>", "best.yaml")
+    written_by_a_command = ("<name>", "best.yaml", "my_ipus.yaml")
     files = [
         file for file in arguments.files if not any(w in str(file) for w in written_by_a_command)
     ]
@@ -120,17 +120,18 @@ def test_workflow_runs_the_parts_of_the_ci_script():
     assert steps == set(re.findall(r"make [\w-]+", script))
 
 
-PLANS = [
+QUOTED = [
     (page.name, *found)
     for page in PAGES
     for found in re.findall(
-        r"```\n\$ python -m cxr_vit (plan .*)\n((?:.*\n)+?)```", page.read_text(encoding="utf-8")
+        r"```\n\$ python -m cxr_vit ((?:plan|import-ipu-config) .*)\n((?:.*\n)+?)```",
+        page.read_text(encoding="utf-8"),
     )
 ]
 
 
-@pytest.mark.parametrize(("page", "command", "quoted"), PLANS)
-def test_quoted_plan_is_the_real_output(page, command, quoted, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "command", "quoted"), QUOTED)
+def test_quoted_output_is_the_real_one(page, command, quoted, monkeypatch, capsys):
     """Every quoted line but `...` is in the real output, in this order."""
     monkeypatch.chdir(ROOT)
     assert main(command.split()) == 0
@@ -141,7 +142,7 @@ def test_quoted_plan_is_the_real_output(page, command, quoted, monkeypatch, caps
 
 
 def test_a_plan_and_a_search_are_quoted():
-    assert {"--search" in command for _, command, _ in PLANS} == {True, False}
+    assert {"--search" in command for _, command, _ in QUOTED} == {True, False}
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("yaml")])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
+from cxr_vit import ChestXrayDataModule, Trainer, ViTModule, cli
 from cxr_vit.config import load_config, read_config
 from cxr_vit.config.schema import DataSection, ModelSection
 from cxr_vit.data.image_source import open_image_source
@@ -80,6 +80,49 @@ def overrides(folder: Path) -> Reader:
     word = st.builds("{}={}".format, key, inputs.yaml_text())
     words_of_a_line = st.lists(word | st.text(max_size=20), min_size=1, max_size=3)
     return Reader(words_of_a_line, lambda given: load_config([], given))
+
+
+_IPU_CONFIG: Dict[str, Any] = {
+    "layers_per_ipu": [3, 3, -1, -1],
+    "ipus_per_replica": 4,
+    "replication_factor": {"pod4": 1, "default": 2},
+    "matmul_proportion": [0.1, 0.2, 0.3, 0.4],
+    "inference_layers_per_ipu": [6, 6],
+    "optimizer_state_offchip": True,
+    "executable_cache_dir": "./cache",
+    "seed": 3,
+}
+_EXAMPLE: Dict[str, Any] = {
+    "a": {
+        "layers_per_ipu": [3, 3, 3, 3],
+        "precision": "16.16",
+        "adam_betas": [0.9, 0.99],
+        "training_steps": 100,
+        "device_iterations": 2,
+        "patches_size": [16, 16],
+        "layer_norm_eps": 1e-6,
+        "pretrain": True,
+        "recompute_mid_layers": [1, 4],
+        "recompute_checkpoint_every_layer": True,
+        "<<": {"optimizer": "LAMB", "max_norm": 1.5},
+    }
+}
+
+
+def ipu_configs(folder: Path) -> Reader:
+    path = folder / "ipu_config.json"
+    words = ["import-ipu-config", str(path)]
+    return Reader(
+        inputs.damaged_json([_IPU_CONFIG]), lambda data: (_write(path, data), cli.main(words))
+    )
+
+
+def example_entries(folder: Path) -> Reader:
+    path = folder / "configs.yml"
+    words = ["import-ipu-config", str(path), "--entry", "a"]
+    return Reader(
+        inputs.damaged_yaml([_EXAMPLE]), lambda data: (_write(path, data), cli.main(words))
+    )
 
 
 # Tables
@@ -405,6 +448,8 @@ def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callabl
     return {
         "config files": own(config_files),
         "overrides": own(overrides),
+        "IPUConfigs": own(ipu_configs),
+        "entries of Graphcore's example": own(example_entries),
         "NIH's CSV": own(nih_csv),
         "lists": own(lists),
         "boxes": own(boxes),
