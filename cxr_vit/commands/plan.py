@@ -17,7 +17,7 @@ from cxr_vit.cli import (
 from cxr_vit.config import Config, check, load_config
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.calibrate import calibrate, calibration_lines, config_of_run
-from cxr_vit.planner.estimate import Plan, make_plan
+from cxr_vit.planner.estimate import Plan, make_plan, plan_evaluation
 from cxr_vit.planner.hardware import Target, find_target
 from cxr_vit.planner.report import describe_result, plan_lines, search_lines, source_lines
 from cxr_vit.planner.search import search
@@ -49,7 +49,8 @@ def plan(argv: Sequence[str]) -> int:
         _search(arguments, config, target, model, files, overrides)
         return 0
     predicted = make_plan(config, target=target, model=model, images=arguments.images)
-    print(*plan_lines(config, predicted), sep="\n")
+    evaluation = plan_evaluation(config, target=target, model=model)
+    print(*plan_lines(config, predicted, evaluation), sep="\n")
     if arguments.figures:
         _draw(predicted, arguments.figures)
     return 0

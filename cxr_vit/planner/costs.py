@@ -7,10 +7,11 @@ that a layer's backward pass needs besides is estimated.
 from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.architectures import known_architecture
+from cxr_vit.config.ipu_rules import eval_layers, eval_proportion
 from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.hardware import ESTIMATES, MEMORY_UNCERTAINTY, Ipu, Target
@@ -95,15 +96,42 @@ class ModelShape(NamedTuple):
         tokens, width = self.tokens, self.hidden_size
         return _MULTIPLY_ADD * 2 * tokens * width * (2 * width + tokens + self.mlp_size)
 
-    def layer_activations(self) -> int:
-        """Return the elements that the backward pass of an encoder layer needs, plain attention.
+    def attention_activations(self) -> int:
+        """Return the elements that the backward pass of a layer's attention needs, plain attention.
 
-        With s tokens, width h, MLP m and a heads: input and output of both layer norms, query, key,
-        value, context (8 sh), both sides of the activation (2 sm) and the attention's probabilities
-        (a s^2). torch saves as many (tests/planner/test_costs.py).
+        With s tokens, width h and a heads: input and output of the layer norm, query, key, value,
+        context (6 sh) and the probabilities (a s^2).
         """
-        attention = self.num_heads * self.tokens**2
-        return 8 * self.hidden_elements + 2 * self.tokens * self.mlp_size + attention
+        return 6 * self.hidden_elements + self.num_heads * self.tokens**2
+
+    def mlp_activations(self) -> int:
+        """Return the elements that the backward pass of a layer's MLP needs.
+
+        With an MLP of m: input and output of the layer norm (2 sh), both sides of the activation
+        (2 sm).
+        """
+        return 2 * self.hidden_elements + 2 * self.tokens * self.mlp_size
+
+    def layer_activations(self) -> int:
+        """Return the elements that the backward pass of an encoder layer needs.
+
+        torch saves as many (tests/planner/test_costs.py).
+        """
+        return self.attention_activations() + self.mlp_activations()
+
+    def forward_activations(self) -> int:
+        """Return the elements that exist at once in the forward pass of an encoder layer.
+
+        The residual stream, query, key, value and both sides of the softmax (4 sh + 2 a s^2), or
+        the residual stream and both sides of the MLP's activation (sh + 2 sm).
+        """
+        scores = self.num_heads * self.tokens**2
+        mlp = self.hidden_elements + 2 * self.tokens * self.mlp_size
+        return max(4 * self.hidden_elements + 2 * scores, mlp)
+
+    def product_weights(self) -> int:
+        """Return the elements of the weights of a layer's products."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.mlp_size
 
     def layer_gradients(self) -> int:
         """Return the elements of a layer's gradients at the peak: residual stream, MLP's inside."""
@@ -111,12 +139,13 @@ class ModelShape(NamedTuple):
 
 
 class StageCost(NamedTuple):
-    """Costs of one stage; all but the parameters are per image.
+    """Costs of one stage; all but parameters and weights are per image.
 
     `tensors` are the elements of each parameter. A pipeline keeps `kept` elements of each
-    micro-batch in flight, without the stage's input. At most `live` elements exist at once while
-    the stage is differentiated. `passed` elements are sent to or received from the neighbours,
-    gradients included. The first stage has the embedding, the last the head.
+    micro-batch in flight, without the stage's input, and `kept_weights` whatever its size. At most
+    `live` elements exist at once while the stage is differentiated. `passed` elements are sent to
+    or received from the neighbours, gradients included. The first stage has the embedding, the last
+    the head.
     """
 
     num_layers: int
@@ -125,6 +154,7 @@ class StageCost(NamedTuple):
     recompute_flops: int
     backward_flops: int
     kept: int
+    kept_weights: int
     is_first: bool
     is_last: bool
     live: int
@@ -148,13 +178,27 @@ def stage_cost(
     is_first: bool,
     is_last: bool,
     kept: Sequence[int] = (),
+    attentions: bool = False,
     recomputes: bool = True,
+    stashes: bool = False,
 ) -> StageCost:
     """Count the costs of a stage.
 
-    `kept` are the layers, counted from the stage's first, whose output is kept. With `recomputes`
-    all but these and the stage's input is computed again for the backward pass. On the last stage
-    PopART does so only up to the last kept output (pipeline.cpp, setFinalFwdStageRecomputation).
+    Parameters
+    ----------
+    kept
+        Layers, counted from the stage's first, whose output is kept.
+    attentions
+        Whether the outputs of their attention are kept, too.
+    recomputes
+        Whether all but these and the stage's input is computed again for the backward pass. On the
+        last stage PopART does so only up to the last kept output (pipeline.cpp,
+        setFinalFwdStageRecomputation).
+    stashes
+        Whether micro-batches overlap. A stage that recomputes nothing then keeps of each what its
+        backward pass reads, with the cast or transposed weights of its products, which PopART takes
+        for activations (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows
+        forward, and nothing is kept.
     """
     tensors = shape.embedding_tensors() if is_first else []
     tensors += shape.layer_tensors() * num_layers
@@ -163,19 +207,26 @@ def stage_cost(
     embedding = shape.embedding_flops() if is_first else 0
     head = _MULTIPLY_ADD * shape.hidden_size * shape.num_labels if is_last else 0
     hidden = shape.hidden_elements
-    recomputed, span = 0, num_layers
+    # What backward needs of the embedding's products.
+    pixels = shape.num_channels * shape.image_size**2 if is_first else 0
+    recomputed, parts = 0, _parts(shape, num_layers, kept, attentions)
     if recomputes:
         again = num_layers if not is_last else max(kept, default=-1) + 1
         recomputed = again * shape.layer_flops()
         if again or not is_last:
             recomputed += embedding
-        borders = [-1, *sorted(kept), num_layers - 1]
-        span = max(end - start for start, end in zip(borders, borders[1:]))
-    # An output that only the next stage reads is not kept here.
-    outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
-    live = span * shape.layer_activations() + (shape.layer_gradients() if num_layers else hidden)
+        # An output that only the next stage reads is not kept here.
+        outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
+        elements, weights = (len(outputs) + attentions * len(kept)) * hidden, 0
+    else:
+        parts = [sum(parts)]
+        is_stashed = stashes and not is_last
+        own_input = 0 if is_first or not num_layers else hidden  # is kept anyway
+        elements = is_stashed * (parts[0] + pixels - own_input)
+        weights = is_stashed * num_layers * shape.product_weights()
+    live = max(parts) + (shape.layer_gradients() if num_layers else hidden)
     if is_first:
-        live += shape.num_channels * shape.image_size**2 + hidden
+        live += pixels + hidden
     neighbours = [is_first, is_last].count(False)
     return StageCost(
         num_layers=num_layers,
@@ -184,12 +235,41 @@ def stage_cost(
         recompute_flops=recomputed,
         # Gradients of weights and of inputs; the images need none.
         backward_flops=embedding + 2 * (layers + head),
-        kept=len(outputs) * hidden,
+        kept=elements,
+        kept_weights=weights,
         is_first=is_first,
         is_last=is_last,
         live=live,
         passed=2 * neighbours * hidden,
     )
+
+
+def _parts(
+    shape: ModelShape, num_layers: int, kept: Sequence[int], attentions: bool
+) -> List[int]:
+    """Return the activations of a stage between two kept outputs, elements."""
+    parts = [0]
+    for layer in range(num_layers):
+        parts[-1] += shape.attention_activations()
+        if attentions and layer in kept:
+            parts.append(0)
+        parts[-1] += shape.mlp_activations()
+        if layer in kept:
+            parts.append(0)
+    return parts
+
+
+def inference_cost(
+    shape: ModelShape, *, num_layers: int, is_first: bool, is_last: bool
+) -> StageCost:
+    """Count the costs of a stage that is not differentiated: only one layer's tensors are live."""
+    cost = stage_cost(
+        shape, num_layers=num_layers, is_first=is_first, is_last=is_last, recomputes=False
+    )
+    live = shape.forward_activations() if num_layers else shape.hidden_elements
+    if is_first:
+        live = max(live, shape.num_channels * shape.image_size**2 + shape.hidden_elements)
+    return cost._replace(backward_flops=0, live=live, passed=cost.passed // 2)
 
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -221,7 +301,8 @@ class Formats(NamedTuple):
 
     `shards` replicas share the optimizer state: those of one process (PopTorch, Compiler.cpp:740).
     `accumulates` if gradients are added up over several micro-batches. `proportion` of each stage's
-    memory may be a product's working data; None for PopLibs' own.
+    memory may be a product's working data; None for PopLibs' own. `result` is that of the labels,
+    or in evaluation of the logits.
     """
 
     activation: float
@@ -233,6 +314,8 @@ class Formats(NamedTuple):
     shards: int
     accumulates: bool
     proportion: Optional[Tuple[float, ...]]
+    result: int = 4
+    is_training: bool = True
 
     @classmethod
     def from_config(
@@ -248,11 +331,6 @@ class Formats(NamedTuple):
         moments = _BYTES[optim.first_moment] if has_momentum else 0
         if optim.name != "sgd":
             moments += _BYTES[optim.second_moment]
-        proportion = config.pipeline.available_memory_proportion
-        if isinstance(proportion, list):  # one that is too short is refused elsewhere
-            proportion = (proportion + proportion[-1:] * stages)[:stages]
-        elif proportion is not None:
-            proportion = [proportion] * stages
         return cls(
             activation=_BYTES[target.precision],
             weight=_BYTES[engine.weights],
@@ -262,8 +340,28 @@ class Formats(NamedTuple):
             on_chip=engine.optimizer_state_on_chip,
             shards=(local_replicas or batch.replicas) if engine.replicated_tensor_sharding else 1,
             accumulates=batch.gradient_accumulation > 1,
-            proportion=None if proportion is None else tuple(proportion),
+            proportion=_proportions(config.pipeline.available_memory_proportion, stages),
         )
+
+    def in_evaluation(self, config: Config) -> Formats:
+        """Return the formats of the inference graph of an IPU: weights, no state of training."""
+        return self._replace(
+            moments=0,
+            accumulates=False,
+            proportion=_proportions(eval_proportion(config), len(eval_layers(config))),
+            result=_BYTES[config.engine.eval_output],
+            is_training=False,
+        )
+
+
+def _proportions(
+    given: Union[float, List[float], None], stages: int
+) -> Optional[Tuple[float, ...]]:
+    """Return the proportion of each stage; a list that is too short is refused elsewhere."""
+    if given is None:
+        return None
+    each = given if isinstance(given, list) else [given]
+    return tuple((each + each[-1:] * stages)[:stages])
 
 
 class StageMemory(NamedTuple):
@@ -326,14 +424,15 @@ def stage_memory(
     size = formats.activation
     own_input: float = shape.image_bytes if cost.is_first else shape.hidden_elements * size
     images = shape.image_bytes if cost.is_first else 0
-    labels = 4 * shape.num_labels if cost.is_last else 0
+    results = formats.result * shape.num_labels if cost.is_last else 0
     memory = StageMemory(
         weights=formats.weight * cost.parameters,
         accumulators=formats.accumulator * cost.parameters if formats.accumulates else 0,
         optimizer=_optimizer_bytes(cost, formats),
-        stash=depth * micro_batch_size * (own_input + cost.kept * size),
+        stash=depth
+        * (micro_batch_size * (own_input + cost.kept * size) + cost.kept_weights * size),
         live=micro_batch_size * cost.live * size,
-        io=micro_batch_size * (images + labels + cost.passed * size),
+        io=micro_batch_size * (images + results + cost.passed * size),
         limit=math.inf if target.memory_bytes is None else target.memory_bytes,
     )
     if target.ipu is None:
@@ -346,7 +445,8 @@ def stage_memory(
             temporaries=2.0 * cost.parameters if size < formats.weight else 0.0,  # cast weights
         )
     temporaries = _temporary_bytes(cost, shape, formats, target.ipu, stage, micro_batch_size)
-    memory = memory._replace(temporaries=temporaries, code=ESTIMATES["code_bytes"].value)
+    code = ESTIMATES["code_bytes" if formats.is_training else "eval_code_bytes"].value
+    memory = memory._replace(temporaries=temporaries, code=code)
     return memory._replace(imbalance=(ESTIMATES["imbalance"].value - 1) * memory.total)
 
 

@@ -14,13 +14,20 @@ from cxr_vit.data.text_files import find_lists, read_list
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.planner.costs import StageCost, StageMemory
 from cxr_vit.planner.hardware import Target, find_target
-from cxr_vit.planner.speed import RELATIVE, SpeedModel, Workload, published_model, workload
+from cxr_vit.planner.speed import (
+    RELATIVE,
+    SpeedModel,
+    Workload,
+    inference_workload,
+    published_model,
+    workload,
+)
 from cxr_vit.planner.timeline import StageTime, Timeline, simulate
 
 logger = logging.getLogger(__name__)
 
-#: NIH's official training list, from which the validation images are drawn; all images.
-_NIH_TRAINING, _NIH_ALL = 86_524, 112_120
+#: NIH's official lists; validation images are drawn from that of training.
+_NIH_TRAINING, _NIH_TEST = 86_524, 25_596
 #: Share of test images in the synthetic sample (cxr_vit/data/synthetic/dataset.py).
 _SAMPLE_TEST_SHARE = 0.25
 
@@ -94,9 +101,10 @@ class Plan(NamedTuple):
 
     @property
     def timeline(self) -> Timeline:
-        """One weight update, laid out in time."""
-        times = [stage.time for stage in self.stages]
-        return simulate(self.work.schedule, times, self.work.batch.gradient_accumulation)
+        """One weight update, or host call of evaluation, laid out in time."""
+        work, times = self.work, [stage.time for stage in self.stages]
+        accumulation = work.batch.gradient_accumulation
+        return simulate(work.schedule, times, accumulation, work.is_training)
 
     @property
     def fullest(self) -> StagePrediction:
@@ -111,6 +119,36 @@ class Plan(NamedTuple):
     def by_speed(self) -> List[StagePrediction]:
         """Return the stages, the slowest first."""
         return sorted(self.stages, key=lambda stage: -stage.time.micro_batch_s)
+
+
+class Evaluation(NamedTuple):
+    """Prediction for the inference graph, whose "update" is a host call, and the splits it scores.
+
+    `plan.images` are those of the validation split.
+    """
+
+    plan: Plan
+    test_images: int
+
+    @property
+    def images_per_call(self) -> int:
+        """Images of a host call."""
+        return self.plan.work.batch.global_batch_size
+
+    def calls(self, images: int) -> int:
+        """Return the host calls of a split; the last is filled up."""
+        return -(-images // self.images_per_call)
+
+    @property
+    def longest_call_s(self) -> float:
+        """Seconds of a host call at the lower end of the speed's range."""
+        return self.plan.model.range_s(self.plan.work)[1]
+
+    @property
+    def splits_s(self) -> float:
+        """Seconds to score both splits once."""
+        calls = self.calls(self.plan.images) + self.calls(self.test_images)
+        return calls * self.plan.seconds
 
 
 def speed_of(target: Target) -> SpeedModel:
@@ -147,33 +185,73 @@ def make_plan(
     if image_bytes is not None:
         work = work._replace(shape=work.shape._replace(image_bytes=image_bytes))
     model = model or speed_of(target)
-    number, source = (images, "--images") if images else _training_images(config.data)
+    splits = _split_images(config.data)
+    number, source = (images, "--images") if images else (splits.training, splits.source)
+    return _plan_of(work, model, number, source)
+
+
+def _plan_of(work: Workload, model: SpeedModel, images: int, source: str) -> Plan:
     stages = []
     for stage, (cost, depth) in enumerate(zip(work.costs, work.depths)):
         memory, time = work.memory(stage, cost, depth), work.stage_time(cost, model.constants)
         stages.append(StagePrediction(stage, cost, depth, memory, time))
-    return Plan(work, tuple(stages), model, work.seconds(model.constants), number, source)
+    return Plan(work, tuple(stages), model, work.seconds(model.constants), images, source)
 
 
-def _training_images(data: DataSection) -> Tuple[int, str]:
-    """Count the training images from the lists; without them assume NIH's."""
-    kept = 1 - data.val_fraction
+def plan_evaluation(
+    config: Config, *, target: Optional[Target] = None, model: Optional[SpeedModel] = None
+) -> Optional[Evaluation]:
+    """Predict memory and speed of the inference graph on IPUs; None for other devices.
+
+    `model` holds the constants of training; None for `speed_of`. Raises ConfigError as `make_plan`.
+    """
+    target = target or find_target(config)
+    if target.ipu is None:
+        return None
+    work, splits = inference_workload(config, target), _split_images(config.data)
+    own = (model or speed_of(target)).of_inference()
+    plan = _plan_of(work, own, splits.validation, splits.source)
+    return Evaluation(plan, splits.test)
+
+
+class _Splits(NamedTuple):
+    """Images of each split, and where the numbers are from."""
+
+    training: int
+    validation: int
+    test: int
+    source: str
+
+
+def _split_images(data: DataSection) -> _Splits:
+    """Count the images of the splits from the lists; without them assume NIH's."""
     if data.sample_images and not Path(data.root).exists():
-        number = math.floor(data.sample_images * (1 - _SAMPLE_TEST_SHARE) * kept)
-        return number, "of the synthetic sample"
+        test = math.ceil(data.sample_images * _SAMPLE_TEST_SHARE)
+        return _drawn(data, data.sample_images - test, test, "of the synthetic sample")
     if data.split not in ("auto", "official"):
-        return math.floor(_NIH_ALL * (kept - data.test_fraction)), "of NIH's"
-    nih = math.floor(_NIH_TRAINING * kept), "NIH's official list"
+        every = _NIH_TRAINING + _NIH_TEST
+        training = math.floor(every * (1 - data.val_fraction - data.test_fraction))
+        validation = math.ceil(every * data.val_fraction)
+        return _Splits(training, validation, max(0, every - training - validation), "of NIH's")
+    nih = _drawn(data, _NIH_TRAINING, _NIH_TEST, "NIH's official list")
     try:
         lists = find_lists(Path(data.root), data)
         if not {"train_list", "test_list"} <= set(lists):
             return nih
-        names = read_list(lists["train_list"])
+        names, test = read_list(lists["train_list"]), len(read_list(lists["test_list"]))
+        source = f"of {lists['train_list']}"
         if "val_list" in lists:
-            return len(names - read_list(lists["val_list"])), f"of {lists['train_list']}"
+            validation = read_list(lists["val_list"])
+            return _Splits(len(names - validation), len(validation), test, source)
     except DataError:  # training reports it
         return nih
-    return math.floor(len(names) * kept), f"of {lists['train_list']}"
+    return _drawn(data, len(names), test, source)
+
+
+def _drawn(data: DataSection, images: int, test: int, source: str) -> _Splits:
+    """Return the splits if the validation images are drawn from the training list."""
+    training = math.floor(images * (1 - data.val_fraction))
+    return _Splits(training, images - training, test, source)
 
 
 def preflight(config: Config, engine: str, local_replicas: Optional[int] = None) -> None:
@@ -190,12 +268,12 @@ def preflight(config: Config, engine: str, local_replicas: Optional[int] = None)
         if config.planner.strict:
             logger.warning("memory is not predicted: %s", error)
         return
-    if plan.fits:
-        return
-    message = _describe(config, plan, local_replicas)
-    if config.planner.strict:
-        raise ConfigError(f"{message} (planner.strict=true stops here.)")
-    logger.warning("%s", message)
+    messages = [] if plan.fits else [_describe(config, plan, local_replicas)]
+    messages += _describe_evaluation(config)
+    if messages and config.planner.strict:
+        raise ConfigError("\n".join(messages) + " (planner.strict=true stops here.)")
+    for message in messages:
+        logger.warning("%s", message)
 
 
 def describe_memory(config: Config) -> str:
@@ -220,13 +298,34 @@ def _plan_on_ipus(config: Config, local_replicas: Optional[int] = None) -> Plan:
     return make_plan(config, target=target, local_replicas=local_replicas)
 
 
-def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
+def _describe_fullest(plan: Plan) -> str:
     memory, place = plan.fullest.memory, f"{plan.target.place} {plan.fullest.stage}"
-    text = (
+    return (
         f"predicted memory of {place}, the fullest: {memory.total / 1e6:,.0f} of"
         f" {memory.limit / 1e6:,.0f} MB, {100 * memory.share:.0f} %: {memory.verdict}."
     )
-    if memory.fits:
+
+
+def _describe_evaluation(config: Config) -> List[str]:
+    """Describe an inference graph that is not predicted to fit, and the micro-batch that would."""
+    target = find_target(config, "poptorch")
+    found = plan_evaluation(config, target=target)
+    if found is None or found.plan.fits:
+        return []
+    for size in range(config.batch.eval_micro_batch_size - 1, 0, -1):
+        smaller = config.changed(batch={"eval_micro_batch_size": size})
+        less = plan_evaluation(smaller, target=target)
+        if less is not None and less.plan.fits:
+            advice = f"Predicted to fit: batch.eval_micro_batch_size={size}."
+            break
+    else:
+        advice = "Cut the model into more stages (pipeline.eval_layers_per_stage)."
+    return [f"evaluation: {_describe_fullest(found.plan)} {advice}"]
+
+
+def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
+    text = _describe_fullest(plan)
+    if plan.fits:
         return text
     enough, less = _remedies(config, plan, local_replicas)
     if enough:

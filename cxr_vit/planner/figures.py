@@ -14,7 +14,13 @@ from matplotlib.patches import Patch
 from cxr_vit.console import count
 from cxr_vit.planner.costs import CATEGORIES
 from cxr_vit.planner.estimate import Plan
-from cxr_vit.planner.timeline import Slot, Timeline, num_cycles, phases
+from cxr_vit.planner.timeline import (
+    Slot,
+    Timeline,
+    num_cycles,
+    num_pipeline_stages,
+    phases,
+)
 
 #: Okabe and Ito's palette, which the colour-blind can distinguish.
 _WORK = {"forward": "#56B4E9", "recompute": "#F0E442", "backward": "#009E73", "update": "#CC79A7"}
@@ -137,7 +143,7 @@ def _title(plan: Plan) -> str:
         return f"{head}, one stage at a time" if stages > 1 else head
     how = work.schedule
     if work.schedule == "lockstep":
-        fill, _, drain = phases(stages, accumulation)
+        fill, _, drain = phases(num_pipeline_stages(stages), accumulation)
         cycles = num_cycles(stages, accumulation)
         how = f"{cycles} pipeline cycles, {fill} to fill and {drain} to drain"
     return f"{head}, {how}; bubble {100 * plan.bubble:.1f} %"
@@ -155,7 +161,7 @@ def _spans(timeline: Timeline, size: Size) -> List[Tuple[float, float]]:
 
 def _phases(timeline: Timeline) -> List[Tuple[str, float, float]]:
     """Return the phases of IPUs in lockstep, each with its begin and end, seconds."""
-    fill, steady, _ = phases(timeline.num_stages, timeline.micro_batches)
+    fill, steady, _ = phases(num_pipeline_stages(timeline.num_stages), timeline.micro_batches)
     if timeline.schedule != "lockstep" or not fill or not steady:
         return []
     fill_s, drain_s = fill * timeline.cycle_s, timeline.micro_batches * timeline.cycle_s

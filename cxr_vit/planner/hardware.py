@@ -19,8 +19,8 @@ class Sourced(NamedTuple):
 class Ipu(NamedTuple):
     """Numbers of an IPU: bytes, hertz, operations per second and bytes per second.
 
-    Each of the `tiles` has its own part of the memory. `streaming_bandwidth` is that of the memory
-    beside the chip, which may hold the moments.
+    Each of the `tiles` has its own part of the memory. `exchange_bandwidth` is that between tiles,
+    `streaming_bandwidth` that of the memory beside the chip, which may hold the moments.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Ipu(NamedTuple):
     fp16_flops: Sourced
     fp32_flops: Sourced
     memory_bandwidth: Sourced
+    exchange_bandwidth: Sourced
     link_bandwidth: Sourced
     host_bandwidth: Sourced
     streaming_bandwidth: Sourced
@@ -59,6 +60,7 @@ _MK2 = Ipu(
     fp16_flops=Sourced(250e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
     fp32_flops=Sourced(62.5e12, "cambrian-ai.com, Graphcore's second generation IPU, 2020"),
     memory_bandwidth=Sourced(47.5e12, "thecharlieblake.co.uk/ipus: In-Processor-Memory, 47.5 TB/s"),
+    exchange_bandwidth=Sourced(8e12, "thecharlieblake.co.uk/ipus: IPU-Exchange, 8 TB/s"),
     link_bandwidth=Sourced(320e9, "thecharlieblake.co.uk/ipus: IPU-Links, 320 GB/s per IPU"),
     host_bandwidth=Sourced(
         12.5e9, "Bow-2000 datasheet: 100 Gb/s RoCEv2 NIC, shared by its four IPUs"
@@ -70,6 +72,7 @@ _BOW = _MK2._replace(
     clock_hz=Sourced(1.85e9, _CLOCK),
     fp16_flops=Sourced(350e12, "Bow-2000 datasheet: 1.4 petaFLOPS FP16.16 on four IPUs"),
     fp32_flops=Sourced(87.5e12, "the Mk2's, by the ratio of the fp16 peaks"),
+    exchange_bandwidth=Sourced(11.17e12, "the Mk2's, by the ratio of the clocks"),
 )
 #: `planner.hardware` -> IPU.
 IPUS = {"mk2": _MK2, "bow": _BOW}
@@ -266,6 +269,10 @@ ESTIMATES = {
         "estimated, 50 to 90 MB: graphcore/popliner, tests/test_popart_bert_inf.py, has 50 to 55 MB"
         " for BERT in inference; a repeated layer is outlined, so the code hardly grows with their"
         " number",
+    ),
+    "eval_code_bytes": Sourced(
+        55e6,
+        "graphcore/popliner, tests/test_popart_bert_inf.py: 50 to 55 MB for BERT in inference",
     ),
     # Memory of the fullest tile over the mean of what is counted.
     "imbalance": Sourced(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
-from cxr_vit.config import Config, read_config
+from cxr_vit.config import BatchPlan, Config, read_config
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.console import columns, count, percent, prose, signed_percent
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import CATEGORIES
-from cxr_vit.planner.estimate import Plan, StagePrediction, make_plan
+from cxr_vit.planner.estimate import Evaluation, Plan, StagePrediction, make_plan
 from cxr_vit.planner.hardware import (
     ESTIMATES,
     IPUS_PER_MACHINE,
@@ -22,7 +22,7 @@ from cxr_vit.planner.hardware import (
     Target,
 )
 from cxr_vit.planner.search import Candidate, Found
-from cxr_vit.planner.speed import Workload, published_workload
+from cxr_vit.planner.speed import FORWARD_PART, Workload, published_workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
 #: Side of the images that the cache's speed was measured with.
@@ -35,9 +35,11 @@ _UNKNOWN_OVERHEAD = (
 _UNKNOWN_MEMORY = "memory of the device is unknown: set planner.device_memory_gib"
 
 
-def plan_lines(config: Config, plan: Plan) -> List[str]:
-    """Describe the prediction for a configuration."""
-    lines = [*_heading(config, plan), "", *_memory(plan), "", *_times(plan), ""]
+def plan_lines(
+    config: Config, plan: Plan, evaluation: Optional[Evaluation] = None
+) -> List[str]:
+    """Describe the prediction for a configuration, and for its evaluation."""
+    lines = [*_heading(config, plan, evaluation), "", *_memory(plan), "", *_times(plan), ""]
     lines += prose("update", _update(config, plan))
     if not plan.has_time:
         unknown = (
@@ -51,13 +53,15 @@ def plan_lines(config: Config, plan: Plan) -> List[str]:
         f" {plan.images:,} images ({plan.images_source}) takes {plan.epoch_minutes:,.1f} min"
     )
     lines += prose("speed", speed)
-    return [*lines, *_host(config, plan), *_basis(plan), *_tutorial(plan)]
+    lines += [*_host(config, plan), *_basis(plan), *_uncounted(plan), *_tutorial(plan)]
+    return [*lines, *_evaluation(config, plan, evaluation)] if evaluation else lines
 
 
-def _heading(config: Config, plan: Plan) -> List[str]:
+def _heading(config: Config, plan: Plan, evaluation: Optional[Evaluation]) -> List[str]:
     stages, batch, target = len(plan.stages), plan.work.batch, plan.target
     used = stages * batch.replicas
-    reserved = "" if plan.devices == used else f", {plan.devices} reserved"
+    devices = max(plan.devices, evaluation.plan.devices if evaluation else 0)
+    reserved = "" if devices == used else f", {devices} reserved"
     lines = [
         f"{target.of(used)}{reserved}: {count(batch.replicas, 'replica')} of"
         f" {count(stages, 'stage')}",
@@ -84,7 +88,8 @@ def _heading(config: Config, plan: Plan) -> List[str]:
 
 
 def _memory(plan: Plan) -> List[str]:
-    target, limit, head = plan.target, plan.target.memory_bytes, "memory, MB"
+    target, limit = plan.target, plan.target.memory_bytes
+    head = "memory, MB" if plan.work.is_training else "memory of evaluation, MB"
     if limit is not None:
         has = f"{limit / 1e6:.1f}, or {limit / 2**20:,.0f} MiB"
         head += f" ({'an' if target.ipu else 'a'} {target.place} has {has})"
@@ -104,6 +109,7 @@ def _memory(plan: Plan) -> List[str]:
         formats = plan.work.formats
         names["optimizer"] += ", on chip" if formats.on_chip else ", off chip"
         names["optimizer"] += f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
+        names["live"] = names["live"] if formats.is_training else "live in forward"
     for category, name in names.items():
         if any(getattr(stage.memory, category) for stage in plan.stages):
             rows.append(megabytes(name, category))
@@ -115,7 +121,8 @@ def _memory(plan: Plan) -> List[str]:
             megabytes("headroom", "headroom"),
             row(verdict, lambda stage: stage.memory.verdict),
         ]
-    rows.append(row("micro-batches held at a time", lambda stage: str(stage.depth)))
+    if plan.work.is_training:
+        rows.append(row("micro-batches held at a time", lambda stage: str(stage.depth)))
     lines = columns(rows)
     if limit is None:
         lines.append(_UNKNOWN_MEMORY)
@@ -152,7 +159,10 @@ def _times(plan: Plan) -> List[str]:
 
 
 def _update(config: Config, plan: Plan) -> str:
-    """Describe the time of an update, and how its micro-batches go through the stages."""
+    """Describe the time of an update, and how its micro-batches go through the stages.
+
+    Of evaluation it is that of a host call.
+    """
     work, stages, bubble = plan.work, len(plan.stages), percent(plan.bubble)
     accumulation = work.batch.gradient_accumulation
     micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
@@ -166,12 +176,13 @@ def _update(config: Config, plan: Plan) -> str:
             planned = " (interleaved_1f1b is planned as 1f1b, with one stage per device)"
         source = "" if plan.has_time else ", from the stages' operations alone"
         return f"{time}{work.schedule}{planned} with {micro_batches}; bubble {bubble}{source}"
-    cycles = num_cycles(stages, accumulation)
-    fill, steady, drain = phases(stages, accumulation)
+    cycles = num_cycles(stages, accumulation, work.is_training)
+    ends = num_pipeline_stages(stages, work.is_training)
+    fill, steady, drain = phases(ends, accumulation)
     parts = f" ({fill} fill, {steady} steady, {drain} drain)" if steady and fill else ""
     return (
-        f"{time}{cycles} pipeline cycles = {accumulation} micro-batches +"
-        f" {num_pipeline_stages(stages)} pipeline stages - 1{parts}; used"
+        f"{time}{cycles} pipeline cycles = {micro_batches} +"
+        f" {ends} pipeline stages - 1{parts}; used"
         f" {accumulation}/{cycles}, bubble {bubble}"
     )
 
@@ -213,6 +224,72 @@ def _basis(plan: Plan) -> List[str]:
     if constants.overhead_s == 0:
         text += f". {_UNKNOWN_OVERHEAD} The range covers no overhead and nothing but overhead"
     return prose("basis", text)
+
+
+def _uncounted(plan: Plan) -> List[str]:
+    """Say what the plan leaves out, or has from PopART's sources alone, and how much it is."""
+    work = plan.work
+    if plan.target.ipu is None:
+        return []
+    lines = []
+    if work.formats.activation < work.formats.weight:
+        slowest = plan.by_speed()[0]
+        passes = ["forward", *(["recomputation"] if slowest.cost.recompute_flops else [])]
+        casts_s = work.casts_s(slowest.cost)
+        lines += prose(
+            "casts",
+            f"not in these times: engine.weights=fp32 casts the weights of every product and lays"
+            f" them out again, in {', '.join([*passes, 'backward'])}, for each micro-batch. By the"
+            f" bandwidth of tiles and exchange it takes {1e3 * casts_s:.3f} ms of"
+            f" {plan.target.place} {slowest.stage} or more,"
+            f" {percent(casts_s / slowest.time.micro_batch_s)} of a micro-batch. The published runs"
+            " had fp16 weights (engine.weights=fp16)",
+        )
+    weights = [stage.depth * stage.cost.kept_weights for stage in plan.stages]
+    if any(weights):
+        most = max(plan.stages, key=lambda stage: weights[stage.stage])
+        size = weights[most.stage] * work.formats.activation
+        lines += prose(
+            "stash",
+            f"{size / 1e6:,.1f} MB of that of {plan.target.place} {most.stage} are weights: without"
+            " recomputation PopART keeps every tensor that forward makes and backward reads, and so"
+            " the cast or transposed weights of each product, for each micro-batch held (read in"
+            " its pipeline.cpp, not measured)",
+        )
+    return lines
+
+
+def _evaluation(config: Config, training: Plan, evaluation: Evaluation) -> List[str]:
+    """Describe the inference graph, which holds the IPUs while the training graph does not."""
+    plan = evaluation.plan
+    lines = ["", *_memory(plan), ""]
+    stages = [stage.cost.num_layers for stage in plan.stages]
+    if stages != [stage.cost.num_layers for stage in training.stages]:
+        lines += prose("layers", f"{_list(stages)} in evaluation")
+    what = BatchPlan.from_section(config.batch).describe()[2].split(maxsplit=1)[1]
+    lines += prose("calls", f"{what}{_calls(evaluation)}")
+    lines += prose("call", _update(config, plan))
+    low, high = plan.speed_range
+    lines += prose(
+        "speed",
+        f"{plan.samples_per_s:,.0f} samples/s ({low:,.0f} to {high:,.0f}) in evaluation, predicted:"
+        f" {percent(FORWARD_PART)} of the overhead of a training micro-batch is assumed, and all"
+        " of it at the lower end; no speed of evaluation is published. The time of the host between"
+        " two calls is not counted",
+    )
+    return lines
+
+
+def _calls(evaluation: Evaluation) -> str:
+    """Count the host calls of each split."""
+    plan, parts = evaluation.plan, []
+    for name, images in (("validation", plan.images), ("test", evaluation.test_images)):
+        calls = evaluation.calls(images)
+        parts.append(
+            f"{count(calls, 'call')}, {calls * plan.seconds:,.1f} s, for the {images:,} {name}"
+            " images"
+        )
+    return f". {' and '.join(parts)} ({plan.images_source})"
 
 
 def _tutorial(plan: Plan) -> List[str]:

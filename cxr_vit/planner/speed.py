@@ -7,11 +7,13 @@ matrix products at a constant rate.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, read_config
+from cxr_vit.config.ipu_rules import eval_layers
 from cxr_vit.config.plans import empty_stage_problem
 from cxr_vit.console import count
 from cxr_vit.errors import ConfigError
@@ -20,6 +22,7 @@ from cxr_vit.planner.costs import (
     ModelShape,
     StageCost,
     StageMemory,
+    inference_cost,
     stage_cost,
     stage_memory,
 )
@@ -36,6 +39,9 @@ from cxr_vit.planner.timeline import StageTime, in_flight, num_cycles, simulate
 
 #: Micro-batches after which every further one of a process pipeline takes equally long.
 _STEADY = 512
+#: Part of the overhead of a training micro-batch that a forward pass is assumed to have: the
+#: published runs have four passes (forward, recomputation, and backward for two).
+FORWARD_PART = 0.25
 #: The published runs are of this IPU.
 _PUBLISHED_IPU = IPUS["bow"]
 
@@ -64,6 +70,16 @@ class SpeedModel(NamedTuple):
         slowest_s = every[0] / (1 - self.error) if self.error < 1 else math.inf
         return min(*every, every[0] / (1 + self.error)), max(*every, slowest_s)
 
+    def of_inference(self) -> SpeedModel:
+        """Return the model of a forward pass.
+
+        The overhead was measured in training only. A forward pass is assumed to have its part of
+        it, and may have all.
+        """
+        every = (self.constants, *self.others)
+        own, *others = (each._replace(overhead_s=each.overhead_s * FORWARD_PART) for each in every)
+        return self._replace(constants=own, others=(*others, *every))
+
 
 #: Constants for a device without measurements: its times are operations, and only their ratios mean
 #: something. The overhead is unknown: it may be nothing or everything.
@@ -71,10 +87,10 @@ RELATIVE = SpeedModel(Constants(0.0, 1.0), (Constants(1.0, math.inf),), 0.0, "")
 
 
 class Workload(NamedTuple):
-    """Work of one replica in one weight update.
+    """Work of one replica in one weight update, or in one host call of evaluation.
 
     `schedule` is that of `timeline.simulate`. With `recomputes` the stages compute again what they
-    do not keep.
+    do not keep. In evaluation the accumulation of `batch` is the number of device iterations.
     """
 
     target: Target
@@ -86,9 +102,20 @@ class Workload(NamedTuple):
     costs: Tuple[StageCost, ...]
 
     @property
+    def is_training(self) -> bool:
+        """Whether the stages are differentiated."""
+        return self.formats.is_training
+
+    @property
     def depths(self) -> Tuple[int, ...]:
-        """Most micro-batches that each stage holds at once."""
+        """Most micro-batches of which each stage keeps activations; none in evaluation.
+
+        There every tensor is read in the pipeline stage that made it, and PopART stashes none
+        (pipeline.cpp, getStashCandidateTensors).
+        """
         stages, accumulation = len(self.costs), self.batch.gradient_accumulation
+        if not self.is_training:
+            return (0,) * stages
         return tuple(in_flight(self.schedule, i, stages, accumulation) for i in range(stages))
 
     @property
@@ -104,7 +131,7 @@ class Workload(NamedTuple):
         the update.
         """
         ipu, formats, replicas = self.target.ipu, self.formats, self.batch.replicas
-        if ipu is None:
+        if ipu is None or not self.is_training:
             return 0.0
         touched = 2 * formats.weight + formats.accumulator
         if formats.on_chip:
@@ -117,6 +144,23 @@ class Workload(NamedTuple):
             update_s += streamed / ipu.streaming_bandwidth.value
         return update_s
 
+    def casts_s(self, cost: StageCost) -> float:
+        """Return the least time in which a stage casts fp32 weights to fp16 for a micro-batch.
+
+        PopART's Cast takes over the layout of its input and passes none on (castx.cpp; opx.cpp,
+        canUnwind), so that the exchange brings the weights to the tiles of each product, and their
+        gradients, cast to fp32, back. It is not part of the other times.
+        """
+        ipu, formats = self.target.ipu, self.formats
+        if ipu is None or formats.weight <= formats.activation:
+            return 0.0
+        cast = formats.weight + formats.activation  # bytes read and written
+        times = 1 + bool(cost.recompute_flops) + (formats.is_training)
+        in_products = cost.num_layers * self.shape.product_weights()
+        laid_out = (times * formats.activation) + formats.is_training * formats.weight
+        seconds = times * cast / ipu.memory_bandwidth.value
+        return in_products * (seconds + laid_out / ipu.exchange_bandwidth.value)
+
     def memory(self, stage: int, cost: StageCost, depth: int) -> StageMemory:
         """Predict the memory of a stage with these costs."""
         images = self.batch.micro_batch_size
@@ -127,7 +171,7 @@ class Workload(NamedTuple):
         images = self.batch.micro_batch_size
         whole_s = constants.overhead_s + images * cost.flops / constants.flops_per_s
         forward, again = cost.forward_flops / cost.flops, cost.recompute_flops / cost.flops
-        backward, update_s = 1 - forward - again, self._update_s(cost)
+        backward, update_s = cost.backward_flops / cost.flops, self._update_s(cost)
         return StageTime(whole_s * forward, whole_s * again, whole_s * backward, update_s)
 
     def seconds(self, constants: Constants) -> float:
@@ -138,7 +182,7 @@ class Workload(NamedTuple):
         """Return the time of an update's micro-batches."""
         times = [self.stage_time(cost, constants) for cost in self.costs]
         if self.schedule == "lockstep":
-            cycles = num_cycles(len(times), micro_batches)
+            cycles = num_cycles(len(times), micro_batches, self.is_training)
             return cycles * max(time.micro_batch_s for time in times)
         if self.schedule == "in_order":
             return micro_batches * sum(time.micro_batch_s for time in times)
@@ -176,7 +220,8 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
     if problem:
         raise ConfigError(str(problem))
     # PopTorch sets autoRecomputation for pipelines of several IPUs (Compiler.cpp:571).
-    recomputes = schedule == "lockstep" and len(layers) > 1 and config.pipeline.recompute != "none"
+    stashes = schedule == "lockstep" and len(layers) > 1
+    recomputes = stashes and config.pipeline.recompute != "none"
     plan = StagePlan.from_list(layers)
     kept = plan.kept_outputs(config.pipeline.recompute)
     costs = tuple(
@@ -186,11 +231,41 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
             is_first=plan.has_embedding(stage),
             is_last=plan.has_head(stage),
             kept=[layer - plan.layers(stage).start for layer in kept[stage].layers],
+            attentions=bool(kept[stage].attentions),
             recomputes=recomputes,
+            stashes=stashes,
         )
         for stage, number in enumerate(layers)
     )
     return Workload(target, shape, batch, formats, schedule, recomputes, costs)
+
+
+def inference_workload(config: Config, target: Target) -> Workload:
+    """Return the work of a host call of evaluation on IPUs; ConfigError as in `workload`."""
+    shape, batch = ModelShape.from_config(config), BatchPlan.from_section(config.batch)
+    formats = Formats.from_config(config, target, batch).in_evaluation(config)
+    call = replace(
+        batch,
+        micro_batch_size=batch.eval_micro_batch_size,
+        gradient_accumulation=batch.eval_device_iterations,
+        replicas=batch.eval_replicas,
+        device_iterations=1,
+    )
+    plan = StagePlan.from_list(eval_layers(config))
+    problem = empty_stage_problem(plan.layers_per_stage, key="eval_layers_per_stage")
+    if problem:
+        raise ConfigError(str(problem))
+    costs = tuple(
+        inference_cost(
+            shape,
+            num_layers=number,
+            is_first=plan.has_embedding(stage),
+            is_last=plan.has_head(stage),
+        )
+        for stage, number in enumerate(plan.layers_per_stage)
+    )
+    schedule = "in_order" if config.pipeline.eval_execution == "sharded" else "lockstep"
+    return Workload(target, shape, call, formats, schedule, False, costs)
 
 
 class Measured(NamedTuple):

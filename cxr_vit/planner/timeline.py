@@ -34,19 +34,24 @@ class Slot(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """One weight update; `slots` are in no order, and `cycle_s` is 0 unless in lockstep."""
+    """One weight update, or a host call of evaluation, whose stages only have forward passes.
+
+    `slots` are in no order, and `cycle_s` is 0 unless in lockstep.
+    """
 
     schedule: str
     num_stages: int
     micro_batches: int
     slots: List[Slot]
     cycle_s: float
+    is_training: bool = True
 
     @property
     def work_s(self) -> float:
         """When the last micro-batch is done and the weights can be updated."""
         if self.schedule == "lockstep":
-            return num_cycles(self.num_stages, self.micro_batches) * self.cycle_s
+            cycles = num_cycles(self.num_stages, self.micro_batches, self.is_training)
+            return cycles * self.cycle_s
         return max(slot.end_s for slot in self.slots if slot.kind != "update")
 
     @property
@@ -55,19 +60,22 @@ class Timeline(NamedTuple):
         return max(slot.end_s for slot in self.slots)
 
 
-def num_pipeline_stages(num_ipus: int) -> int:
-    """Return PopART's pipeline stages in training: forward and backward of the last IPU are one."""
-    return 2 * num_ipus - 1
+def num_pipeline_stages(num_ipus: int, is_training: bool = True) -> int:
+    """Return PopART's pipeline stages: in training forward and backward, of the last IPU as one."""
+    return 2 * num_ipus - 1 if is_training else num_ipus
 
 
-def num_cycles(num_ipus: int, micro_batches: int) -> int:
-    """Return the pipeline cycles per update: accumulation + stages - 1 (pipelining.md)."""
-    return micro_batches + num_pipeline_stages(num_ipus) - 1
+def num_cycles(num_ipus: int, micro_batches: int, is_training: bool = True) -> int:
+    """Return the pipeline cycles of some micro-batches: their number + stages - 1 (pipelining.md).
+
+    They are those of a weight update, or in evaluation of a host call.
+    """
+    return micro_batches + num_pipeline_stages(num_ipus, is_training) - 1
 
 
-def phases(num_ipus: int, micro_batches: int) -> Tuple[int, int, int]:
+def phases(pipeline_stages: int, micro_batches: int) -> Tuple[int, int, int]:
     """Return how many pipeline cycles fill, run steadily and drain; 0 steady if too few."""
-    ends = num_pipeline_stages(num_ipus) - 1
+    ends = pipeline_stages - 1
     return ends, max(0, micro_batches - ends), ends
 
 
@@ -86,17 +94,23 @@ def in_flight(schedule: str, stage: int, num_stages: int, micro_batches: int) ->
     return min(micro_batches, deepest)
 
 
-def simulate(schedule: str, times: Sequence[StageTime], micro_batches: int) -> Timeline:
+def simulate(
+    schedule: str, times: Sequence[StageTime], micro_batches: int, is_training: bool = True
+) -> Timeline:
     """Lay out one weight update in time, from the times of each stage.
 
     `schedule` is ``"lockstep"``, a pipeline of IPUs; ``"1f1b"`` or ``"gpipe"``, a pipeline of
-    processes with torch's schedules; or ``"in_order"``, one stage after the other.
+    processes with torch's schedules; or ``"in_order"``, one stage after the other. Without
+    `is_training` the stages have forward passes only.
     """
     cycle_s = max(time.micro_batch_s for time in times) if schedule == "lockstep" else 0.0
     if schedule == "lockstep":
         slots = _lockstep(times, micro_batches, cycle_s)
     else:
         slots = _in_turn(schedule, times, micro_batches)
+    if not is_training:
+        slots = [slot for slot in slots if slot.kind == "forward"]
+        return Timeline(schedule, len(times), micro_batches, slots, cycle_s, is_training)
     timeline = Timeline(schedule, len(times), micro_batches, slots, cycle_s)
     begin_s = timeline.work_s
     for stage, time in enumerate(times):
