@@ -15,6 +15,7 @@ from cxr_vit.cli import (
     split_overrides,
 )
 from cxr_vit.config import Config, check, load_config
+from cxr_vit.config.files import overlay_text, write_new
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.calibrate import calibrate, calibration_lines, config_of_run
 from cxr_vit.planner.estimate import Plan, make_plan, plan_evaluation
@@ -123,13 +124,12 @@ def _search(
         raise ConfigError(f"{wanted} was not written: the search found nothing.")
     if not wanted:
         return
-    layout, best = found.best[0]
+    best = found.best[0].plan
     if arguments.write:
-        on_ipus = target.ipu is not None
-        overlay = layout.overlay(on_ipus=on_ipus)
+        overlay = found.overlay(on_ipus=target.ipu is not None)
         command = _train_command([*files, arguments.write], overrides, overlay)
         result = f"Found by {program('plan')} --search {describe_result(best)}."
-        layout.write(arguments.write, on_ipus=on_ipus, comment=[command, "", result])
+        write_new(arguments.write, overlay_text(overlay, [command, "", result]))
         print(f"written: {arguments.write}")
     if arguments.figures:
         _draw(best, arguments.figures)

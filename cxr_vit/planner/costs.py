@@ -244,9 +244,7 @@ def stage_cost(
     )
 
 
-def _parts(
-    shape: ModelShape, num_layers: int, kept: Sequence[int], attentions: bool
-) -> List[int]:
+def _parts(shape: ModelShape, num_layers: int, kept: Sequence[int], attentions: bool) -> List[int]:
     """Return the activations of a stage between two kept outputs, elements."""
     parts = [0]
     for layer in range(num_layers):

@@ -185,7 +185,7 @@ def make_plan(
     if image_bytes is not None:
         work = work._replace(shape=work.shape._replace(image_bytes=image_bytes))
     model = model or speed_of(target)
-    splits = _split_images(config.data)
+    splits = split_images(config.data)
     number, source = (images, "--images") if images else (splits.training, splits.source)
     return _plan_of(work, model, number, source)
 
@@ -199,22 +199,27 @@ def _plan_of(work: Workload, model: SpeedModel, images: int, source: str) -> Pla
 
 
 def plan_evaluation(
-    config: Config, *, target: Optional[Target] = None, model: Optional[SpeedModel] = None
+    config: Config,
+    *,
+    target: Optional[Target] = None,
+    model: Optional[SpeedModel] = None,
+    splits: Optional[Splits] = None,
 ) -> Optional[Evaluation]:
     """Predict memory and speed of the inference graph on IPUs; None for other devices.
 
-    `model` holds the constants of training; None for `speed_of`. Raises ConfigError as `make_plan`.
+    `model` holds the constants of training; None for `speed_of`. Without `splits` their images are
+    counted. Raises ConfigError as `make_plan`.
     """
     target = target or find_target(config)
     if target.ipu is None:
         return None
-    work, splits = inference_workload(config, target), _split_images(config.data)
+    work, splits = inference_workload(config, target), splits or split_images(config.data)
     own = (model or speed_of(target)).of_inference()
     plan = _plan_of(work, own, splits.validation, splits.source)
     return Evaluation(plan, splits.test)
 
 
-class _Splits(NamedTuple):
+class Splits(NamedTuple):
     """Images of each split, and where the numbers are from."""
 
     training: int
@@ -223,7 +228,7 @@ class _Splits(NamedTuple):
     source: str
 
 
-def _split_images(data: DataSection) -> _Splits:
+def split_images(data: DataSection) -> Splits:
     """Count the images of the splits from the lists; without them assume NIH's."""
     if data.sample_images and not Path(data.root).exists():
         test = math.ceil(data.sample_images * _SAMPLE_TEST_SHARE)
@@ -232,7 +237,7 @@ def _split_images(data: DataSection) -> _Splits:
         every = _NIH_TRAINING + _NIH_TEST
         training = math.floor(every * (1 - data.val_fraction - data.test_fraction))
         validation = math.ceil(every * data.val_fraction)
-        return _Splits(training, validation, max(0, every - training - validation), "of NIH's")
+        return Splits(training, validation, max(0, every - training - validation), "of NIH's")
     nih = _drawn(data, _NIH_TRAINING, _NIH_TEST, "NIH's official list")
     try:
         lists = find_lists(Path(data.root), data)
@@ -241,17 +246,17 @@ def _split_images(data: DataSection) -> _Splits:
         names, test = read_list(lists["train_list"]), len(read_list(lists["test_list"]))
         source = f"of {lists['train_list']}"
         if "val_list" in lists:
-            validation = read_list(lists["val_list"])
-            return _Splits(len(names - validation), len(validation), test, source)
+            held_out = read_list(lists["val_list"])
+            return Splits(len(names - held_out), len(held_out), test, source)
     except DataError:  # training reports it
         return nih
     return _drawn(data, len(names), test, source)
 
 
-def _drawn(data: DataSection, images: int, test: int, source: str) -> _Splits:
+def _drawn(data: DataSection, images: int, test: int, source: str) -> Splits:
     """Return the splits if the validation images are drawn from the training list."""
     training = math.floor(images * (1 - data.val_fraction))
-    return _Splits(training, images - training, test, source)
+    return Splits(training, images - training, test, source)
 
 
 def preflight(config: Config, engine: str, local_replicas: Optional[int] = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, read_config
 from cxr_vit.config.ipu_rules import ipu_problems
@@ -21,7 +21,14 @@ from cxr_vit.planner.hardware import (
     Sourced,
     Target,
 )
-from cxr_vit.planner.search import Candidate, Found
+from cxr_vit.planner.search import (
+    AS_FAST,
+    FEWEST_CALLS,
+    LONGEST_CALL_S,
+    Candidate,
+    EvaluationCandidate,
+    Found,
+)
 from cxr_vit.planner.speed import FORWARD_PART, Workload, published_workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages, phases
 
@@ -35,9 +42,7 @@ _UNKNOWN_OVERHEAD = (
 _UNKNOWN_MEMORY = "memory of the device is unknown: set planner.device_memory_gib"
 
 
-def plan_lines(
-    config: Config, plan: Plan, evaluation: Optional[Evaluation] = None
-) -> List[str]:
+def plan_lines(config: Config, plan: Plan, evaluation: Optional[Evaluation] = None) -> List[str]:
     """Describe the prediction for a configuration, and for its evaluation."""
     lines = [*_heading(config, plan, evaluation), "", *_memory(plan), "", *_times(plan), ""]
     lines += prose("update", _update(config, plan))
@@ -104,13 +109,7 @@ def _memory(plan: Plan) -> List[str]:
         row(head, lambda stage: f"{target.place} {stage.stage}"),
         row("parameters, millions", lambda stage: f"{stage.cost.parameters / 1e6:.2f}"),
     ]
-    names = dict(CATEGORIES)
-    if target.ipu:
-        formats = plan.work.formats
-        names["optimizer"] += ", on chip" if formats.on_chip else ", off chip"
-        names["optimizer"] += f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
-        names["live"] = names["live"] if formats.is_training else "live in forward"
-    for category, name in names.items():
+    for category, name in _categories(plan).items():
         if any(getattr(stage.memory, category) for stage in plan.stages):
             rows.append(megabytes(name, category))
     rows.append(megabytes("total", "total"))
@@ -129,6 +128,17 @@ def _memory(plan: Plan) -> List[str]:
     elif not target.ipu:
         lines.append(f"memory of the device: {target.memory_source}")
     return lines
+
+
+def _categories(plan: Plan) -> Dict[str, str]:
+    """Name the categories of memory, as `CATEGORIES`."""
+    names, formats = dict(CATEGORIES), plan.work.formats
+    if not formats.is_training:
+        names["live"] = "live in forward"
+    elif plan.target.ipu:
+        names["optimizer"] += ", on chip" if formats.on_chip else ", off chip"
+        names["optimizer"] += f", 1/{formats.shards} per replica" if formats.shards > 1 else ""
+    return names
 
 
 def _times(plan: Plan) -> List[str]:
@@ -273,9 +283,9 @@ def _evaluation(config: Config, training: Plan, evaluation: Evaluation) -> List[
     lines += prose(
         "speed",
         f"{plan.samples_per_s:,.0f} samples/s ({low:,.0f} to {high:,.0f}) in evaluation, predicted:"
-        f" {percent(FORWARD_PART)} of the overhead of a training micro-batch is assumed, and all"
-        " of it at the lower end; no speed of evaluation is published. The time of the host between"
-        " two calls is not counted",
+        f" a forward pass is assumed to have {percent(FORWARD_PART)} of the overhead of a training"
+        " micro-batch, and all of it at the lower end; no published speed of evaluation shows it."
+        " The time of the host between two calls is not counted",
     )
     return lines
 
@@ -285,11 +295,8 @@ def _calls(evaluation: Evaluation) -> str:
     plan, parts = evaluation.plan, []
     for name, images in (("validation", plan.images), ("test", evaluation.test_images)):
         calls = evaluation.calls(images)
-        parts.append(
-            f"{count(calls, 'call')}, {calls * plan.seconds:,.1f} s, for the {images:,} {name}"
-            " images"
-        )
-    return f". {' and '.join(parts)} ({plan.images_source})"
+        parts.append(f"{calls:,}, {calls * plan.seconds:,.1f} s, for the {images:,} {name} images")
+    return f". Calls: {' and '.join(parts)} ({plan.images_source})"
 
 
 def _tutorial(plan: Plan) -> List[str]:
@@ -317,7 +324,8 @@ def search_lines(config: Config, found: Found, target: Target) -> List[str]:
     """List the results of a search around a configuration, and why the first is the fastest."""
     stages = len(config.pipeline.layers_per_stage)
     devices = target.of(stages * config.batch.replicas)
-    lines = [f"{devices}: {found.tried:,} cuts x batches x placements tried"]
+    tried = "cuts x batches x placements" + (" x recomputation" if target.ipu else "")
+    lines = [f"{devices}: {found.tried:,} {tried} tried"]
     if found.refused:
         counts = ", ".join(map(str, found.refused))
         lines += prose("refused", f"accumulation {counts}: {list(found.refused.values())[-1]}")
@@ -326,7 +334,8 @@ def search_lines(config: Config, found: Found, target: Target) -> List[str]:
     if found.too_large is not None:
         lines += prose("memory", f"micro-batch {found.too_large} and larger: fit in no cut")
     if found.best:
-        return [*lines, *_table(found.best), *prose("why", _why(config, found.best))]
+        lines += [*_table(found.best), *prose("why", _why(config, found.best))]
+        return lines + _evaluation_table(found.evaluations) if target.ipu else lines
     advice = "is left: give other --accumulations, or smaller --micro-batches."
     if found.too_large is not None:
         formats = ", engine.weights=fp16, optim.accumulator=fp16" if target.ipu else ""
@@ -353,7 +362,7 @@ def _table(best: Sequence[Candidate]) -> List[str]:
         ]
         if on_ipus:
             moments = "on chip" if layout.placement.on_chip else "off chip"
-            row.append(_kept_text(layout.recompute) if plan.work.recomputes else "all")
+            row.append(_kept_text(layout.recompute) if plan.work.recomputes else "everything")
             row.append(f"{moments}, sharded" if layout.placement.sharded else moments)
         relative = percent(plan.samples_per_s / first.samples_per_s)
         row.append(f"{plan.samples_per_s:,.0f}" if plan.has_time else relative)
@@ -363,13 +372,44 @@ def _table(best: Sequence[Candidate]) -> List[str]:
     return columns(rows)
 
 
+def _evaluation_table(found: Sequence[EvaluationCandidate]) -> List[str]:
+    if not found:
+        text = "no layout of evaluation fits, or each is refused: plan the best one to see why"
+        return ["", *prose("nothing", text)]
+    heads = ["", "evaluation", "micro-batch", "iterations", "images", "ms per call", "bubble"]
+    rows = [[*heads, "samples/s", "both splits, s", "fullest"]]
+    for rank, (layout, evaluation) in enumerate(found, 1):
+        plan, memory = evaluation.plan, evaluation.plan.fullest.memory
+        row = [
+            str(rank),
+            _list([stage.cost.num_layers for stage in plan.stages]),
+            str(layout.micro_batch_size),
+            str(layout.device_iterations),
+            str(evaluation.images_per_call),
+            f"{1e3 * plan.seconds:,.1f}",
+            percent(plan.bubble),
+            f"{plan.samples_per_s:,.0f}",
+            f"{evaluation.splits_s:,.2f}",
+            f"{plan.target.place} {plan.fullest.stage} {percent(memory.share)}",
+        ]
+        rows.append(row)
+    first = found[0].evaluation
+    rule = (
+        f"the smallest host call that scores the {first.plan.images:,} validation and"
+        f" {first.test_images:,} test images within {percent(AS_FAST)} of the fastest time, among"
+        f" calls of {LONGEST_CALL_S:.0f} s at most, also at the lower end of the speed, of which a"
+        f" validation needs {FEWEST_CALLS} or more, so that filling up the last costs little"
+    )
+    return ["", *columns(rows), *prose("why", f"1 is {rule}.")]
+
+
 def _list(values: Sequence[object]) -> str:
     return str(list(values)).replace(" ", "")
 
 
 def _kept_text(recompute: Sequence[Any]) -> str:
     """Shorten `pipeline.recompute` to what each stage keeps besides its input."""
-    short = {"stage_inputs": "-", "every_layer": "all"}
+    short = {"stage_inputs": "-", "every_layer": "all", "attention_mlp": "halves"}
     return " ".join(short[own] if isinstance(own, str) else _list(own) for own in recompute)
 
 

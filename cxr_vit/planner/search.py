@@ -1,4 +1,4 @@
-"""Search for the fastest layout of a model on a number of devices."""
+"""Search for the fastest layout of a model on a number of devices, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -6,26 +6,48 @@ import math
 from dataclasses import replace
 from heapq import merge
 from itertools import chain, combinations, product
-from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 
 from cxr_vit.config import BatchPlan, Config
-from cxr_vit.config.files import overlay_text, write_new
-from cxr_vit.config.ipu_rules import ipu_problems
+from cxr_vit.config.ipu_rules import eval_layers, ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import stage_cost
-from cxr_vit.planner.estimate import Plan, make_plan, speed_of
+from cxr_vit.planner.costs import ModelShape, inference_cost, stage_cost
+from cxr_vit.planner.estimate import (
+    Evaluation,
+    Plan,
+    Splits,
+    make_plan,
+    plan_evaluation,
+    speed_of,
+    split_images,
+)
 from cxr_vit.planner.hardware import Target, find_target
 from cxr_vit.planner.speed import Constants, SpeedModel, Workload, workload
 from cxr_vit.planner.timeline import num_cycles, num_pipeline_stages
 
 #: More cuts than this take too much time and memory.
 _MOST_CUTS = 2_000_000
-#: Number of layouts that are returned.
-_TOP = 10
+#: Number of layouts that are returned, of training and of evaluation.
+_TOP, _TOP_EVALUATIONS = 10, 3
+#: A searched host call of evaluation takes a second at most, and a validation several calls, so
+#: that filling up the last costs little. Of layouts that are about as fast the smallest is best.
+LONGEST_CALL_S, FEWEST_CALLS, AS_FAST = 1.0, 8, 0.02
+#: Micro-batches and device iterations of evaluation are searched below two to this power.
+_MOST_POWERS = 12
 
 
 class StatePlacement(NamedTuple):
@@ -35,38 +57,47 @@ class StatePlacement(NamedTuple):
     sharded: bool
 
 
+class Outputs(NamedTuple):
+    """Layers of a stage, counted from its first, whose output is kept, and that of attention."""
+
+    layers: Tuple[int, ...]
+    attentions: bool = False
+
+
 class Layout(NamedTuple):
     """A searched layout; `recompute` is `pipeline.recompute`."""
 
     layers_per_stage: List[int]
     micro_batch_size: int
     gradient_accumulation: int
-    recompute: List[Any]
+    recompute: Union[str, List[Any]]
     placement: StatePlacement
 
     @classmethod
     def of_stages(
         cls,
         layers: Sequence[int],
-        kept: Sequence[Sequence[int]],
+        kept: Optional[Sequence[Outputs]],
         batch: BatchPlan,
         placement: StatePlacement,
     ) -> Layout:
-        """Make a layout; `kept` are the layers of each stage, counted from its first."""
+        """Make a layout that keeps outputs of each stage, or with None recomputes nothing."""
         recompute: List[Any] = []
         start = 0
-        for stage, (count, own) in enumerate(zip(layers, kept)):
+        for stage, (count, own) in enumerate(zip(layers, kept or ())):
             # The next stage keeps the output of this one's last layer.
             whole = count if stage == len(layers) - 1 else count - 1
-            if not own:
+            if own.attentions:
+                recompute.append("attention_mlp")
+            elif not own.layers:
                 recompute.append("stage_inputs")
-            elif len(own) >= whole:
+            elif len(own.layers) >= whole:
                 recompute.append("every_layer")
             else:
-                recompute.append([start + layer for layer in own])
+                recompute.append([start + layer for layer in own.layers])
             start += count
         sizes = batch.micro_batch_size, batch.gradient_accumulation
-        return cls(list(layers), *sizes, recompute, placement)
+        return cls(list(layers), *sizes, "none" if kept is None else recompute, placement)
 
     def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
         """Return the layout as sections and keys of a configuration."""
@@ -91,9 +122,23 @@ class Layout(NamedTuple):
         overlay["batch"]["global_batch_size"] = None
         return config.changed(**overlay)
 
-    def write(self, path: Path, *, on_ipus: bool, comment: Sequence[str]) -> None:
-        """Write the layout, under comment lines, as a new file of overrides."""
-        write_new(path, overlay_text(self.overlay(on_ipus=on_ipus), comment))
+
+class EvaluationLayout(NamedTuple):
+    """A searched layout of evaluation; None for the layers of training."""
+
+    layers_per_stage: Optional[List[int]]
+    micro_batch_size: int
+    device_iterations: int
+
+    def overlay(self) -> Dict[str, Dict[str, Any]]:
+        """Return the layout as sections and keys of a configuration."""
+        return {
+            "pipeline": {"eval_layers_per_stage": self.layers_per_stage},
+            "batch": {
+                "eval_micro_batch_size": self.micro_batch_size,
+                "eval_device_iterations": self.device_iterations,
+            },
+        }
 
 
 def all_cuts(num_layers: int, stages: int) -> np.ndarray:
@@ -133,10 +178,10 @@ class _Choice(NamedTuple):
     seconds: float
     memory: float
     update_s: float
-    kept: Tuple[int, ...]
+    kept: Outputs
 
 
-_UNFIT = _Choice(math.inf, math.inf, 0.0, ())
+_UNFIT = _Choice(math.inf, math.inf, 0.0, Outputs(()))
 
 
 def _choices(
@@ -147,10 +192,21 @@ def _choices(
     if layers == 0 and not own.is_first and not own.is_last:
         return []  # in no cut
     choices = []
-    for kept in kept_choices(layers) if work.recomputes else [()]:
-        ends = {"is_first": own.is_first, "is_last": own.is_last}
-        recomputes = work.recomputes
-        cost = stage_cost(work.shape, num_layers=layers, kept=kept, recomputes=recomputes, **ends)
+    kept_outputs = [Outputs(())]
+    if work.recomputes:
+        kept_outputs = [Outputs(kept) for kept in kept_choices(layers)]
+        kept_outputs += [Outputs(tuple(range(layers)), attentions=True)] * (layers > 0)
+    for kept in kept_outputs:
+        cost = stage_cost(
+            work.shape,
+            num_layers=layers,
+            is_first=own.is_first,
+            is_last=own.is_last,
+            kept=kept.layers,
+            attentions=kept.attentions,
+            recomputes=work.recomputes,
+            stashes=work.schedule == "lockstep",
+        )
         memory = work.memory(stage, cost, depth)
         if memory.fits:
             time = work.stage_time(cost, constants)
@@ -165,17 +221,34 @@ class Candidate(NamedTuple):
     plan: Plan
 
 
+class EvaluationCandidate(NamedTuple):
+    """A layout of evaluation that fits, and its plan."""
+
+    layout: EvaluationLayout
+    evaluation: Evaluation
+
+
 class Found(NamedTuple):
     """Result of a search: the best layouts, the fastest first, of the `tried` combinations.
 
     `refused` holds refused accumulations with the reason, `too_large` the smallest micro-batch that
-    fits in no cut.
+    fits in no cut. `evaluations` has the layouts of evaluation on IPUs for the first of `best`, the
+    best first.
     """
 
     best: List[Candidate]
     tried: int
     refused: Dict[int, str]
     too_large: Optional[int]
+    evaluations: List[EvaluationCandidate]
+
+    def overlay(self, *, on_ipus: bool) -> Dict[str, Dict[str, Any]]:
+        """Return the best layouts as sections and keys of a configuration."""
+        overlay = self.best[0].layout.overlay(on_ipus=on_ipus)
+        for found in self.evaluations[:1]:
+            for section, keys in found.layout.overlay().items():
+                overlay[section].update(keys)
+        return overlay
 
 
 class _Ranked(NamedTuple):
@@ -196,6 +269,8 @@ def search(
     model: Optional[SpeedModel] = None,
 ) -> Found:
     """Find the fastest layouts with a configuration's number of stages and replicas.
+
+    On IPUs every cut is tried with and without recomputation, and evaluation is searched, too.
 
     Without `micro_batches` all that divide the global batch are tried. If the overhead of a
     micro-batch is unknown, only the configuration's own is: small ones would look too fast. Without
@@ -226,20 +301,24 @@ def search(
         if count not in refused
     ]
     placements = _placements(config, target)
-    ranked = _rank(work, cuts, placements, legal, model.constants)
+    # Whether to recompute is a choice for all stages together (PopART, autoRecomputation).
+    works = [work, work._replace(recomputes=False)] if work.recomputes else [work]
+    ranked = _rank(works, cuts, placements, legal, model.constants)
     fitting = {size for size, _ in ranked}
     unfit = [own.micro_batch_size for own in legal if own.micro_batch_size not in fitting]
     best_first = merge(*(rows for _, rows in ranked), key=lambda row: row[:3])
+    best = _best(config, best_first, target, model)
     return Found(
-        best=_best(config, best_first, target, model),
-        tried=len(cuts) * len(pairs) * len(placements),
+        best=best,
+        tried=len(works) * len(cuts) * len(pairs) * len(placements),
         refused=refused,
         too_large=min(unfit, default=None),
+        evaluations=_search_evaluation(config, best, target, model),
     )
 
 
 def _rank(
-    work: Workload,
+    works: Sequence[Workload],
     cuts: np.ndarray,
     placements: Sequence[StatePlacement],
     batches: Sequence[BatchPlan],
@@ -248,10 +327,10 @@ def _rank(
     """Return the micro-batch size and the ranked cuts of each placement and batch that fits."""
     tables: Dict[Tuple[object, ...], _Table] = {}
     ranked = []
-    for (preference, placement), batch in product(enumerate(placements), batches):
+    for (preference, placement), work, batch in product(enumerate(placements), works, batches):
         placed = _placed(work._replace(batch=batch), placement)
         # Everything that a table depends on; the depths stop growing with the accumulation.
-        key = (placed.formats, batch.micro_batch_size, placed.depths)
+        key = (placed.formats, placed.recomputes, batch.micro_batch_size, placed.depths)
         if key not in tables:
             tables[key] = _Table(placed, cuts, constants)
         if np.isfinite(tables[key].memory).any():
@@ -261,11 +340,19 @@ def _rank(
 
 
 def _neutral(config: Config) -> Config:
-    """Return the configuration with a cut, accumulation and placement that no rule refuses."""
+    """Return the configuration with cuts, batches and placement that no rule refuses."""
     stages = len(config.pipeline.layers_per_stage)
     return config.changed(
-        pipeline={"layers_per_stage": [1] * stages, "recompute": "every_layer"},
-        batch={"gradient_accumulation": num_pipeline_stages(stages), "global_batch_size": None},
+        pipeline={
+            "layers_per_stage": [1] * stages,
+            "eval_layers_per_stage": [1] * len(eval_layers(config)),
+            "recompute": "every_layer",
+        },
+        batch={
+            "gradient_accumulation": num_pipeline_stages(stages),
+            "global_batch_size": None,
+            "eval_device_iterations": len(eval_layers(config)),
+        },
         engine={"optimizer_state_on_chip": True, "replicated_tensor_sharding": False},
     )
 
@@ -357,7 +444,10 @@ class _Table:
             chosen = self._chosen(work, layers, float(self.slowest_s[row]))
             per_image_s = round(float(least_s[row]) / work.batch.global_batch_size, 12)
             memory = max(choice.memory for choice in chosen)
-            layout = Layout.of_stages(layers, [own.kept for own in chosen], work.batch, state)
+            # Stages in order keep everything anyway.
+            keeps_all = work.schedule == "lockstep" and not work.recomputes
+            kept = None if keeps_all else [own.kept for own in chosen]
+            layout = Layout.of_stages(layers, kept, work.batch, state)
             yield _Ranked(per_image_s, preference, memory, layout)
 
     def _least_s(self, work: Workload) -> np.ndarray:
@@ -388,6 +478,8 @@ def _best(
 ) -> List[Candidate]:
     """Plan the most promising combinations until no other can be among the best."""
     on_ipus = target.ipu is not None
+    # What is refused of evaluation is searched later.
+    evaluated = _neutral(config)
     best: List[Candidate] = []
     seen = set()
     for row in ranked:
@@ -397,10 +489,95 @@ def _best(
         key = (tuple(layout.layers_per_stage), layout[1:3])
         if key in seen:  # no faster with the optimizer state elsewhere
             continue
-        laid_out = layout.applied_to(config, on_ipus=on_ipus)
+        laid_out = layout.applied_to(evaluated, on_ipus=on_ipus)
         plan = make_plan(laid_out, target=target, model=model)
         if plan.fits and not (on_ipus and ipu_problems(laid_out)):
             seen.add(key)
             best.append(Candidate(layout, plan))
             best.sort(key=lambda candidate: -candidate.plan.samples_per_s)
     return best[:_TOP]
+
+
+def _search_evaluation(
+    config: Config, best: Sequence[Candidate], target: Target, model: SpeedModel
+) -> List[EvaluationCandidate]:
+    """Find the best layouts of evaluation on IPUs beside the best of training."""
+    if not target.ipu or not best:
+        return []
+    laid_out = best[0].layout.applied_to(config, on_ipus=True)
+    fastest: List[EvaluationCandidate] = []
+    splits = split_images(config.data)
+    for cut in _evaluation_cuts(laid_out):
+        found = _evaluations(laid_out, cut, target, model, splits)
+        # Another cut than that of training must be worth it.
+        if not fastest or (found and _least_s_of(found) < (1 - AS_FAST) * _least_s_of(fastest)):
+            fastest = found
+    quick = [
+        own for own in fastest if own.evaluation.splits_s <= _least_s_of(fastest) * (1 + AS_FAST)
+    ]
+    first = min(quick, key=lambda own: own.evaluation.images_per_call, default=None)
+    others = sorted(fastest, key=lambda own: own.evaluation.splits_s)
+    return ([first] if first else []) + [own for own in others if own is not first][
+        : _TOP_EVALUATIONS - 1
+    ]
+
+
+def _evaluation_cuts(config: Config) -> List[Optional[List[int]]]:
+    """Return the cuts of evaluation to try: that of training, as None, and the most even one."""
+    training, stages = config.pipeline.layers_per_stage, len(eval_layers(config))
+    shape = ModelShape.from_config(config)
+    cuts = all_cuts(shape.num_layers, stages)
+    flops = [
+        [
+            inference_cost(
+                shape, num_layers=layers, is_first=stage == 0, is_last=stage == stages - 1
+            ).forward_flops
+            for layers in range(shape.num_layers + 1)
+        ]
+        for stage in range(stages)
+    ]
+    slowest = np.array(flops)[np.arange(stages), cuts].max(axis=1)
+    even: List[int] = cuts[slowest.argmin()].tolist()
+    if stages != len(training):
+        return [even]
+    is_sharded = config.pipeline.eval_execution == "sharded"  # any cut takes as long
+    return [None] if is_sharded or even == training else [None, even]
+
+
+def _evaluations(
+    config: Config, cut: Optional[List[int]], target: Target, model: SpeedModel, splits: Splits
+) -> List[EvaluationCandidate]:
+    """Plan micro-batches and device iterations, powers of two, for a cut of evaluation.
+
+    Without one that keeps the limits of a host call the smallest is returned.
+    """
+    least = len(cut or config.pipeline.layers_per_stage)
+    if config.pipeline.eval_execution == "sharded":
+        least = 1
+    found: List[EvaluationCandidate] = []
+    for size in (1 << power for power in range(_MOST_POWERS)):
+        before = len(found)
+        for iterations in (1 << power for power in range(_MOST_POWERS)):
+            if iterations < least:
+                continue
+            layout = EvaluationLayout(cut, size, iterations)
+            laid_out = config.changed(**layout.overlay())
+            evaluation = plan_evaluation(laid_out, target=target, model=model, splits=splits)
+            if evaluation is None or not evaluation.plan.fits or ipu_problems(laid_out):
+                break
+            is_short = (
+                evaluation.longest_call_s <= LONGEST_CALL_S
+                and evaluation.calls(splits.validation) >= FEWEST_CALLS
+            )
+            if is_short or not found:
+                found.append(EvaluationCandidate(layout, evaluation))
+            if not is_short:
+                break
+        if len(found) == before:
+            break
+    return found
+
+
+def _least_s_of(found: Sequence[EvaluationCandidate]) -> float:
+    """Return the shortest time to score both splits."""
+    return min((own.evaluation.splits_s for own in found), default=math.inf)

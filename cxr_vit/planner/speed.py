@@ -14,7 +14,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.config import BatchPlan, Config, StagePlan, read_config
 from cxr_vit.config.ipu_rules import eval_layers
-from cxr_vit.config.plans import empty_stage_problem
+from cxr_vit.config.plans import Kept, empty_stage_problem
 from cxr_vit.console import count
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import (
@@ -223,7 +223,8 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
     stashes = schedule == "lockstep" and len(layers) > 1
     recomputes = stashes and config.pipeline.recompute != "none"
     plan = StagePlan.from_list(layers)
-    kept = plan.kept_outputs(config.pipeline.recompute)
+    nothing = [Kept([], [])] * len(layers)
+    kept = plan.kept_outputs(config.pipeline.recompute) if recomputes else nothing
     costs = tuple(
         stage_cost(
             shape,

@@ -105,7 +105,7 @@ def test_devices_are_named():
 def test_every_number_has_a_source():
     for ipu in IPUS.values():
         numbers = [value for value in ipu if isinstance(value, Sourced)]
-        assert len(numbers) == 9
+        assert len(numbers) == 10
         assert all(len(number.source) > 10 and number.value > 0 for number in numbers)
     assert all(len(number.source) > 10 for number in ESTIMATES.values())
     assert all(run.source and run.hardware in IPUS for run in PUBLISHED)

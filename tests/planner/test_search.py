@@ -8,12 +8,22 @@ import yaml
 from transformers import ViTConfig
 
 from cxr_vit.config import BatchPlan, load_config, read_config
+from cxr_vit.config.files import overlay_text, write_new
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.rules import schedule_problem
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.estimate import make_plan, plan_evaluation
 from cxr_vit.planner.hardware import find_target
-from cxr_vit.planner.search import Layout, StatePlacement, all_cuts, kept_choices, search
+from cxr_vit.planner.search import (
+    FEWEST_CALLS,
+    LONGEST_CALL_S,
+    Layout,
+    Outputs,
+    StatePlacement,
+    all_cuts,
+    kept_choices,
+    search,
+)
 from cxr_vit.planner.speed import Constants, SpeedModel
 
 from .shapes import DEMO, POD4, ROOT, gpu4, pod4
@@ -43,6 +53,12 @@ def test_kept_outputs_are_evenly_spaced():
     assert kept_choices(3) == [(), (1,), (0, 1), (0, 1, 2)]
 
 
+def outputs_to_keep(layers):
+    """List what a stage of some layers may keep."""
+    halves = [Outputs(tuple(range(layers)), attentions=True)] * (layers > 0)
+    return [*map(Outputs, kept_choices(layers)), *halves]
+
+
 def one_by_one(config, sizes, counts):
     """Plan every combination; return the best speed of each cut and batch that fits."""
     best = {}
@@ -50,9 +66,9 @@ def one_by_one(config, sizes, counts):
     layers, stages = sum(config.pipeline.layers_per_stage), len(config.pipeline.layers_per_stage)
     on_ipus = find_target(config).ipu is not None
     for cut in all_cuts(layers, stages).tolist():
-        keeps = [kept_choices(own) if on_ipus else [()] for own in cut]
+        keeps = [None, *product(*map(outputs_to_keep, cut))] if on_ipus else [None]
         for size, count in product(sizes, counts):
-            for on_chip, *kept in product((True, False) if on_ipus else (True,), *keeps):
+            for on_chip, kept in product((True, False) if on_ipus else (True,), keeps):
                 own = replace(batch, micro_batch_size=size, gradient_accumulation=count)
                 layout = Layout.of_stages(cut, kept, own, StatePlacement(on_chip, sharded=False))
                 laid_out = layout.applied_to(config, on_ipus=on_ipus)
@@ -171,7 +187,7 @@ def test_replicas_share_the_batch_and_may_shard_the_moments():
     config = read_config([POD16])
     found = search(config)
     assert all(row.plan.work.batch.global_batch_size == 128 for row in found.best)
-    assert found.tried == 286 * 6 * 4
+    assert found.tried == 286 * 6 * 4 * 2
     assert all(row.layout.placement.sharded for row in found.best), (
         "as in the configuration, and no slower"
     )
@@ -188,13 +204,16 @@ def test_faster_stages_take_the_least_memory():
 
 
 def test_written_layout_overrides_a_configuration(tmp_path):
-    found = search(pod4()).best[0]
-    path = tmp_path / "best.yaml"
-    found.layout.write(path, on_ipus=True, comment=["how it was found"])
+    found = search(pod4())
+    best, path = found.best[0], tmp_path / "best.yaml"
+    write_new(path, overlay_text(found.overlay(on_ipus=True), ["how it was found"]))
     config = load_config([POD4, path], ["engine.name=poptorch"])
-    assert config.pipeline.layers_per_stage == found.layout.layers_per_stage
+    assert ipu_problems(config) == []
+    assert config.pipeline.layers_per_stage == best.layout.layers_per_stage
     assert config.batch.global_batch_size is None
-    assert make_plan(config).seconds == pytest.approx(found.plan.seconds)
+    assert make_plan(config).seconds == pytest.approx(best.plan.seconds)
+    evaluation = found.evaluations[0].evaluation
+    assert plan_evaluation(config).plan.seconds == pytest.approx(evaluation.plan.seconds)
     assert path.read_text().startswith("# how it was found\n")
     assert set(yaml.safe_load(path.read_text())) == {"pipeline", "batch", "engine"}
 
@@ -203,7 +222,7 @@ def test_existing_file_is_not_overwritten(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
-        search(pod4()).best[0].layout.write(path, on_ipus=True, comment=[])
+        write_new(path, overlay_text(search(pod4()).overlay(on_ipus=True), []))
     assert path.read_text() == "mine"
 
 
@@ -227,8 +246,86 @@ def test_one_device_has_nothing_to_search():
 
 
 def test_configuration_that_poptorch_refuses_with_any_layout_is_refused():
-    with pytest.raises(ConfigError, match="eval_device_iterations=1"):
-        search(pod4("batch.eval_device_iterations=1"))
+    with pytest.raises(ConfigError, match="precision=bf16"):
+        search(pod4("engine.precision=bf16"))
+
+
+def test_refused_evaluation_is_replaced_by_one_that_is_not():
+    assert search(pod4("batch.eval_device_iterations=1")).overlay(on_ipus=True) == search(
+        pod4()
+    ).overlay(on_ipus=True)
+
+
+#: Little memory, and products that need little: recomputation costs more than what it saves.
+ROOMY = ("model.name=vit-tiny", "pipeline.recompute=every_layer")
+
+
+def test_search_recomputes_nothing_where_everything_fits():
+    found = search(pod4(*ROOMY, "engine.weights=fp16"))
+    first = found.best[0]
+    assert first.layout.recompute == "none"
+    assert all(stage.cost.recompute_flops == 0 for stage in first.plan.stages)
+    assert found.overlay(on_ipus=True)["pipeline"]["recompute"] == "none"
+
+
+def test_search_keeps_outputs_of_attention_where_half_a_layer_is_less():
+    recompute = search(pod4()).best[0].layout.recompute
+    # The last IPU holds one micro-batch: an output of each attention is less than an MLP.
+    assert recompute[-1] == "attention_mlp"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["batch.replicas=4"],
+        ["pipeline.layers_per_stage=[6,6]", "pipeline.recompute=every_layer"],
+        ["pipeline.eval_execution=sharded"],
+        ["pipeline.eval_layers_per_stage=[6,6]", "batch.eval_replicas=2"],
+        ["planner.hardware=bow", "engine.weights=fp16"],
+    ],
+)
+def test_evaluation_is_the_smallest_call_that_is_about_as_fast_as_the_fastest(overrides):
+    config = pod4(*overrides)
+    found = search(config)
+    first = found.evaluations[0].evaluation
+    laid_out = config.changed(**found.overlay(on_ipus=True))
+    times = {}
+    for size, iterations in product((1 << power for power in range(10)), repeat=2):
+        own = laid_out.changed(
+            batch={"eval_micro_batch_size": size, "eval_device_iterations": iterations}
+        )
+        planned = plan_evaluation(own)
+        is_allowed = (
+            planned.plan.fits
+            and not ipu_problems(own)
+            and planned.longest_call_s <= LONGEST_CALL_S
+            and planned.calls(4327) >= FEWEST_CALLS
+        )
+        if is_allowed:
+            times[size, iterations] = (planned.splits_s, planned.images_per_call)
+    fastest_s = min(seconds for seconds, _ in times.values())
+    quick = [images for seconds, images in times.values() if seconds <= 1.02 * fastest_s]
+    assert first.splits_s <= 1.02 * fastest_s
+    assert first.images_per_call == min(quick)
+
+
+def test_evaluation_of_an_uneven_cut_has_its_own(tmp_path):
+    found = search(read_config([POD16]))
+    assert found.best[0].layout.layers_per_stage == [2, 3, 3, 4], "the last recomputes less"
+    assert found.overlay(on_ipus=True)["pipeline"]["eval_layers_per_stage"] == [3, 3, 3, 3]
+
+
+def test_evaluation_of_few_images_is_the_smallest_that_is_legal():
+    few = pod4("data.root=nowhere", "data.sample_images=40")
+    layout = search(few).evaluations[0].layout
+    assert (layout.micro_batch_size, layout.device_iterations) == (1, 4)
+
+
+def test_other_devices_have_no_evaluation_to_search():
+    found = search(gpu4())
+    assert found.evaluations == []
+    assert set(found.overlay(on_ipus=False)) == {"pipeline", "batch"}
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
