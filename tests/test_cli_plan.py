@@ -109,6 +109,42 @@ def test_all_predictions_are_printed(plan):
         assert words in text
 
 
+def test_evaluation_is_planned_with_its_calls_cycles_and_memory(plan):
+    lines = plan("batch.eval_micro_batch_size=8", "batch.eval_device_iterations=16")
+    start = next(row for row, line in enumerate(lines) if line.startswith("memory of evaluation"))
+    evaluation = lines[start:]
+    assert cells(evaluation, "verdict (+- 10 %)") == ["fits"] * 4
+    assert not any(line.startswith(("activation stash", "optimizer")) for line in evaluation)
+    text = " ".join(" ".join(evaluation).split())
+    for words in (
+        "128 samples per host call = 8 micro-batch x 1 replicas x 16 device iterations",
+        "Calls: 34, 1.0 s, for the 4,327 validation images and 200, 5.6 s, for the 25,596 test",
+        "19 pipeline cycles = 16 micro-batches + 4 pipeline stages - 1 (3 fill, 13 steady, 3 drain)"
+        "; used 16/19, bubble 15.8 %",
+        "in evaluation, predicted: a forward pass is assumed to have 25.0 % of the overhead",
+    ):
+        assert words in text
+
+
+def test_cut_and_reserved_ipus_of_evaluation_are_named(plan, text):
+    printed = text("pipeline.eval_layers_per_stage=[6,6]", "batch.eval_replicas=4")
+    assert "layers [6,6] in evaluation" in printed
+    assert plan("pipeline.eval_layers_per_stage=[6,6]", "batch.eval_replicas=4")[0] == (
+        "4 x Mk2 IPU (GC200), 8 reserved: 1 replica of 4 stages"
+    )
+    assert "in evaluation" not in text(config=GPU4)
+
+
+def test_what_is_not_counted_or_not_measured_is_said(text):
+    fp32 = text()
+    assert "casts not in these times: engine.weights=fp32 casts the weights" in fp32
+    assert "0.035 ms of IPU 0 or more, 1.7 % of a micro-batch" in fp32
+    fp16 = text("engine.weights=fp16", "pipeline.recompute=none")
+    assert "casts" not in fp16
+    assert "297.3 MB of that of IPU 0 are weights: without recomputation" in fp16
+    assert "recompute " not in fp16
+
+
 def test_the_tutorial_is_compared_with_its_own_batch_and_split(text):
     tutorial = text()
     assert "Graphcore's tutorial printed 307.7 samples/s" in tutorial
@@ -218,16 +254,18 @@ def test_a_cpu_has_its_own_memory(plan):
 
 def test_search_prints_ten_and_why_the_first_is_the_fastest(plan):
     lines = plan("--search")
-    ranks = [line.split()[0] for line in lines if line[:2].strip().isdigit() and "chip" in line]
-    assert ranks == [str(rank) for rank in range(1, 11)]
+    ranks = [line.split()[0] for line in lines[1:] if line[:2].strip().isdigit()]
+    assert ranks == [str(rank) for rank in (*range(1, 11), *range(1, 4))], "and of evaluation"
     text = " ".join(" ".join(lines).split())
     for words in (
-        "4,576 cuts x batches x placements tried",
+        "9,152 cuts x batches x placements x recomputation tried",
         "refused accumulation 1, 2, 4: batch.gradient_accumulation=4 is less than the 7",
         "memory micro-batch 16 and larger: fit in no cut",
         "why 1 is the fastest, with",
         "1 is 2.08 times as fast",
         "fits closely",
+        "1 [3,3,3,3] 16 32 512",
+        "1 is the smallest host call that scores the 4,327 validation and 25,596 test images",
     ):
         assert words in text
 
@@ -247,6 +285,8 @@ def test_best_result_is_written_as_overrides(plan, tmp_path):
     assert lines[-1] == f"written: {out}"
     config = read_config([POD4, out])
     assert config.batch.micro_batch_size == 8
+    batch = config.batch
+    assert (batch.eval_micro_batch_size, batch.eval_device_iterations) == (16, 32)
     assert out.read_text().startswith(f"# python train.py --config {POD4} {out}\n")
     assert make_plan(config).samples_per_s > 900
 
@@ -296,7 +336,7 @@ def test_search_that_finds_nothing_writes_nothing(plan, tmp_path):
 
 def test_grid_of_the_search_can_be_given(plan):
     lines = plan("--search", "--micro-batches", "1,4", "--accumulations", "8,16,64")
-    tried = f"{286 * 6 * 2:,} cuts x batches x placements tried"
+    tried = f"{286 * 6 * 2 * 2:,} cuts x batches x placements x recomputation tried"
     assert lines[0] == f"4 x Mk2 IPU (GC200): {tried}"
 
 

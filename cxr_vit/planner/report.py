@@ -287,7 +287,7 @@ def _evaluation(config: Config, training: Plan, evaluation: Evaluation) -> List[
         " micro-batch, and all of it at the lower end; no published speed of evaluation shows it."
         " The time of the host between two calls is not counted",
     )
-    return lines
+    return lines + _host(config, plan)
 
 
 def _calls(evaluation: Evaluation) -> str:

@@ -11,7 +11,7 @@ from conftest import module_of
 from cxr_vit.config import read_config
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.costs import ModelShape, stage_cost
+from cxr_vit.planner.costs import ModelShape, inference_cost, stage_cost
 
 from .shapes import base_shape, pod4, quarters
 
@@ -83,8 +83,8 @@ def test_operations_are_those_that_torch_counts(name, layers):
     assert backward.get_total_flops() == pytest.approx(cost.backward_flops, rel=1e-3)
 
 
-def saved_bytes(depth, *, images, attention, autocast=False):
-    """Return the bytes that torch saves for a ViT-Ti/16's backward pass, without parameters."""
+def tiny_model(depth, attention):
+    """Return Hugging Face's ViT-Ti/16 with random weights."""
     config = ViTConfig(
         num_hidden_layers=depth,
         hidden_size=192,
@@ -94,7 +94,12 @@ def saved_bytes(depth, *, images, attention, autocast=False):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = ViTForImageClassification(config).train()
+    return ViTForImageClassification(config).train()
+
+
+def saved_bytes(depth, *, images, attention, autocast=False):
+    """Return the bytes that torch saves for a ViT-Ti/16's backward pass, without parameters."""
+    model = tiny_model(depth, attention)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -134,6 +139,103 @@ needs_transformers_5 = pytest.mark.skipif(
 def test_activations_of_a_layer_are_those_that_torch_saves():
     saved = saved_of_a_layer(images=2, attention="eager")
     assert saved == pytest.approx(2 * 4 * TINY.layer_activations(), rel=0.01)
+
+
+def saved_by_norm(images):
+    """Return the bytes that torch saves after each layer norm of the second of three layers."""
+    model, part = tiny_model(3, "eager"), [""]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, found = {}, {}
+
+    def enter(name):
+        return lambda module, inputs: part.__setitem__(0, name)
+
+    for name, module in model.named_modules():
+        if name.endswith(("layernorm_before", "layernorm_after")):
+            module.register_forward_pre_hook(enter(name))
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in {*own, *kept}:
+            kept[storage.data_ptr()] = tensor  # kept alive: no address is reused
+            found[part[0]] = found.get(part[0], 0) + storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(pixel_values=torch.zeros(images, 3, 224, 224))
+    return [size for name, size in found.items() if ".1." in name]
+
+
+@needs_transformers_5
+def test_halves_of_a_layer_are_those_that_torch_saves():
+    attention, mlp = saved_by_norm(images=2)
+    assert attention == pytest.approx(2 * 4 * TINY.attention_activations(), rel=0.01)
+    assert mlp == pytest.approx(2 * 4 * TINY.mlp_activations(), rel=0.01)
+
+
+@needs_transformers_5
+def test_a_stage_that_recomputes_nothing_keeps_what_torch_saves():
+    saved = saved_of_a_layer(images=2, attention="eager")
+    cost = stage_cost(
+        TINY, num_layers=3, is_first=False, is_last=False, recomputes=False, stashes=True
+    )
+    kept = cost.kept + TINY.hidden_elements  # the stage's input is kept anyway
+    assert 3 * saved == pytest.approx(2 * 4 * kept, rel=0.01)
+    assert cost.recompute_flops == 0
+
+
+def test_weights_that_are_kept_are_those_that_torch_reads_in_backward():
+    def read_in_backward(depth):
+        model, found = tiny_model(depth, "eager"), {}
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() in weights and tensor.dim() == 2:
+                found[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(pixel_values=torch.zeros(1, 3, 224, 224))
+        return sum(found.values())
+
+    cost = stage_cost(
+        TINY, num_layers=2, is_first=False, is_last=False, recomputes=False, stashes=True
+    )
+    assert cost.kept_weights == read_in_backward(3) - read_in_backward(1)
+
+
+@pytest.mark.parametrize("stashes", [True, False])
+def test_nothing_is_stashed_where_backward_follows_forward(stashes):
+    last = stage_cost(
+        TINY, num_layers=3, is_first=False, is_last=True, recomputes=False, stashes=stashes
+    )
+    assert (last.kept, last.kept_weights) == (0, 0)
+    assert last.live == 3 * TINY.layer_activations() + TINY.layer_gradients()
+
+
+def test_kept_outputs_of_attention_halve_what_is_live():
+    shape = base_shape()
+    whole = {"num_layers": 3, "is_first": False, "kept": (0, 1, 2)}
+    for is_last, outputs in ((False, 2), (True, 3)):
+        layers = stage_cost(shape, **whole, is_last=is_last)
+        halves = stage_cost(shape, **whole, is_last=is_last, attentions=True)
+        assert layers.kept == outputs * shape.hidden_elements
+        assert halves.kept == layers.kept + 3 * shape.hidden_elements, "one per layer"
+        larger = max(shape.attention_activations(), shape.mlp_activations())
+        assert halves.live == larger + shape.layer_gradients()
+        assert halves.recompute_flops == layers.recompute_flops
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_stage_of_evaluation_is_the_forward_pass_of_training(is_first, is_last):
+    ends = {"num_layers": 3, "is_first": is_first, "is_last": is_last}
+    training, evaluation = stage_cost(TINY, **ends), inference_cost(TINY, **ends)
+    assert evaluation.flops == evaluation.forward_flops == training.forward_flops
+    assert evaluation.tensors == training.tensors
+    assert (evaluation.kept, evaluation.kept_weights) == (0, 0)
+    assert evaluation.live < TINY.layer_activations()
+    assert 2 * evaluation.passed == training.passed, "no gradients come back"
 
 
 @needs_transformers_5

@@ -6,7 +6,7 @@ from cxr_vit.config import read_config
 from cxr_vit.data.synthetic.dataset import TEST_SHARE
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner import estimate
-from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.estimate import make_plan, plan_evaluation
 from cxr_vit.planner.hardware import find_target
 from cxr_vit.planner.speed import RELATIVE
 from cxr_vit.planner.timeline import simulate
@@ -147,3 +147,101 @@ def test_images_of_the_synthetic_sample_leave_out_its_test_images():
 def test_host_sends_gray_bytes_and_labels():
     plan = make_plan(pod4())
     assert plan.host_bytes_per_s == pytest.approx(plan.samples_per_s * (224 * 224 + 4 * 14))
+
+
+def evaluated(*overrides):
+    """Plan evaluation of 8 images x 16 device iterations."""
+    batch = ("batch.eval_micro_batch_size=8", "batch.eval_device_iterations=16")
+    return plan_evaluation(pod4(*batch, *overrides))
+
+
+@pytest.mark.parametrize("ipus", [1, 2, 4])
+@pytest.mark.parametrize("iterations", [4, 16, 64])
+def test_bubble_of_evaluation_is_that_of_the_simulated_timeline(ipus, iterations):
+    cut = str([12 // ipus] * ipus).replace(" ", "")
+    plan = evaluated(
+        f"pipeline.eval_layers_per_stage={cut}", f"batch.eval_device_iterations={iterations}"
+    ).plan
+    timeline = plan.timeline
+    assert plan.seconds == pytest.approx(timeline.work_s)
+    slowest = max(range(ipus), key=lambda stage: plan.stages[stage].time.forward_s)
+    busy_s = sum(slot.end_s - slot.start_s for slot in timeline.slots if slot.stage == slowest)
+    assert len(timeline.slots) == ipus * iterations
+    assert plan.bubble == pytest.approx(1 - busy_s / timeline.work_s)
+    assert plan.bubble == pytest.approx((ipus - 1) / (iterations + ipus - 1))
+
+
+def test_evaluation_keeps_no_state_of_training():
+    training, evaluation = make_plan(pod4()), evaluated("batch.eval_micro_batch_size=1").plan
+    for stage, own in zip(training.stages, evaluation.stages):
+        memory = own.memory
+        assert memory.weights == stage.memory.weights
+        assert memory.accumulators == memory.optimizer == memory.stash == 0
+        assert 0 < memory.live < stage.memory.live
+        assert memory.total < stage.memory.total / 2
+
+
+def test_memory_of_evaluation_follows_its_own_settings():
+    def stage(index, *overrides):
+        return evaluated(*overrides).plan.stages[index].memory
+
+    proportion = "pipeline.eval_available_memory_proportion=0.05"
+    assert stage(0, proportion).temporaries < stage(0).temporaries
+    assert make_plan(pod4(proportion)).stages == make_plan(pod4()).stages
+    assert stage(3).io - stage(3, "engine.eval_output=fp16").io == 8 * 14 * 2
+    large = stage(0, "batch.eval_micro_batch_size=16")
+    assert large.live == 2 * stage(0).live and large.weights == stage(0).weights
+    other = evaluated("pipeline.eval_layers_per_stage=[6,6]").plan
+    assert [own.cost.num_layers for own in other.stages] == [6, 6]
+    assert other.devices == 2
+
+
+def test_replicas_of_evaluation_are_its_own():
+    one, two = evaluated(), evaluated("batch.eval_replicas=2")
+    assert two.images_per_call == 2 * one.images_per_call == 256
+    assert two.plan.seconds == one.plan.seconds
+    assert two.plan.devices == 2 * one.plan.devices
+    assert evaluated("batch.replicas=2").plan.devices == 8, "as in training"
+
+
+def test_sharded_evaluation_adds_up_its_stages():
+    plan = evaluated("pipeline.eval_execution=sharded").plan
+    assert plan.seconds == pytest.approx(16 * sum(own.time.forward_s for own in plan.stages))
+    assert plan.seconds > 2 * evaluated().plan.seconds
+
+
+def test_a_call_of_evaluation_is_between_part_of_the_overhead_and_all():
+    plan, training = evaluated().plan, make_plan(pod4())
+    whole_s, part_s = (model.constants.overhead_s for model in (training.model, plan.model))
+    assert part_s == pytest.approx(whole_s / 4)
+    low, high = plan.speed_range
+    cycle_s = plan.seconds / 19
+    assert low <= 128 / (19 * (cycle_s + whole_s - part_s)) < plan.samples_per_s < high
+
+
+def test_host_calls_of_the_splits():
+    found = evaluated()
+    assert (found.plan.images, found.test_images) == (4327, 25596)
+    assert [found.calls(images) for images in (1, 128, 129, 4327, 25596)] == [1, 1, 2, 34, 200]
+    assert found.splits_s == pytest.approx(234 * found.plan.seconds)
+
+
+def test_images_of_evaluation_are_those_of_the_lists(tmp_path):
+    write_names(tmp_path / "train_val_list.txt", range(200))
+    write_names(tmp_path / "test_list.txt", range(200, 300))
+
+    def images(*overrides):
+        found = plan_evaluation(read_config([POD4], [f"data.root={tmp_path}", *overrides]))
+        return found.plan.images, found.test_images
+
+    assert images("data.val_fraction=0.1") == (20, 100)
+    write_names(tmp_path / "val_list.txt", range(150, 200))
+    assert images() == (50, 100)
+    assert images("data.split=random", "data.test_fraction=0") == (5606, 0)
+    sample = ("data.root=nowhere", "data.sample_images=1000", "data.val_fraction=0.1")
+    assert images(*sample) == (75, 250)
+
+
+def test_other_devices_have_no_plan_of_evaluation():
+    assert plan_evaluation(gpu4()) is None
+    assert plan_evaluation(read_config([DEMO])) is None

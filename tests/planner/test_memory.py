@@ -106,6 +106,20 @@ def test_total_is_the_sum_with_the_tile_imbalance():
     assert found.headroom == pytest.approx(MK2.ipu.memory_bytes - found.total)
 
 
+def test_without_recomputation_each_micro_batch_held_keeps_its_activations_and_weights():
+    every, none = (make_plan(pod4(f"pipeline.recompute={own}")) for own in ("every_layer", "none"))
+    shape = base_shape()
+    activations, weights = (
+        2 * 3 * elements for elements in (shape.layer_activations(), shape.product_weights())
+    )
+    for stage, depth in zip(none.stages[1:3], (5, 3)):
+        assert stage.memory.stash == depth * (activations + weights)
+    assert none.stages[0].memory.stash > 7 * (activations + weights)
+    assert none.stages[3].memory.stash == 2 * shape.hidden_elements
+    assert none.fullest.memory.verdict == "does not fit", "each IPU has room for its weights once"
+    assert none.seconds < every.seconds
+
+
 FINE_TUNING = PUBLISHED[0]
 
 

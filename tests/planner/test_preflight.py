@@ -7,7 +7,13 @@ import pytest
 
 from cxr_vit.config import check, read_config
 from cxr_vit.errors import ConfigError
-from cxr_vit.planner.estimate import describe_memory, make_plan, plan_of_run, preflight
+from cxr_vit.planner.estimate import (
+    describe_memory,
+    make_plan,
+    plan_evaluation,
+    plan_of_run,
+    preflight,
+)
 from cxr_vit.planner.hardware import find_target
 
 from .shapes import DEMO, ROOT, pod4
@@ -35,6 +41,18 @@ def test_strict_plan_that_does_not_fit_stops():
     with pytest.raises(ConfigError, match=r"does not fit.*planner.strict=true stops here"):
         preflight(pod4(TOO_LARGE, "planner.strict=true"), "poptorch")
     preflight(pod4("planner.strict=true"), "poptorch")
+
+
+def test_evaluation_that_does_not_fit_is_a_warning(caplog):
+    large = "batch.eval_micro_batch_size=100"
+    preflight(pod4(large), "poptorch")
+    (message,) = caplog.messages
+    assert message.startswith("evaluation: predicted memory of IPU")
+    (size,) = re.findall(r"Predicted to fit: batch\.eval_micro_batch_size=(\d+)\.", message)
+    assert plan_evaluation(pod4(f"batch.eval_micro_batch_size={size}")).plan.fits
+    assert not plan_evaluation(pod4(f"batch.eval_micro_batch_size={int(size) + 1}")).plan.fits
+    with pytest.raises(ConfigError, match=r"evaluation: .*planner.strict=true stops here"):
+        preflight(pod4(large, "planner.strict=true"), "poptorch")
 
 
 def advised(config):

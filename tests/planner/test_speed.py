@@ -161,3 +161,20 @@ def test_fp32_is_slower_by_the_ratio_of_the_peaks():
     fp32 = published_model(MK2.ipu, "fp32").constants
     assert MK2_MODEL.constants.flops_per_s == pytest.approx(4 * fp32.flops_per_s)
     assert fp32.overhead_s == MK2_MODEL.constants.overhead_s
+
+
+def test_casts_of_weights_are_bytes_over_bandwidth():
+    def casts_s(*overrides):
+        work = make_plan(pod4("pipeline.recompute=every_layer", *overrides)).work
+        return work.casts_s(work.costs[1])
+
+    weights = 3 * (4 * 768**2 + 2 * 768 * 3072)
+    # Three casts, fp32 on one side and fp16 on the other; three times fp16 and once fp32 to the
+    # tiles: forward, recomputation, backward, and the gradient.
+    expected = weights * (3 * 6 / 47.5e12 + (3 * 2 + 4) / 8e12)
+    assert casts_s() == pytest.approx(expected)
+    # Without recomputation PopART keeps the cast weights.
+    assert casts_s("pipeline.recompute=none") == pytest.approx(
+        weights * (2 * 6 / 47.5e12 + (2 * 2 + 4) / 8e12)
+    )
+    assert casts_s("engine.weights=fp16") == casts_s("engine.precision=fp32") == 0

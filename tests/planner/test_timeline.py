@@ -207,3 +207,44 @@ def test_weights_are_updated_after_the_last_micro_batch():
         assert [slot.stage for slot in updates] == [0, 1, 2]
         assert {slot.start_s for slot in updates} == {timeline.work_s}
         assert timeline.end_s == pytest.approx(timeline.work_s + 0.3)
+
+
+def forward_events(times, micro_batches):
+    """Deliver at the end of each cycle; (stage, micro-batch) -> (begin, end), and the end of all.
+
+    A cycle is as long as the slowest stage, also while the pipeline fills and drains.
+    """
+    length, now, spans = max(time.forward_s for time in times), 0.0, {}
+    queues = [list(range(micro_batches)), *([] for _ in times[1:]), []]
+    while len(queues[-1]) < micro_batches:
+        arriving = []
+        for stage, time in enumerate(times):
+            if queues[stage]:
+                micro_batch = queues[stage].pop(0)
+                spans[stage, micro_batch] = (now, now + time.forward_s)
+                arriving.append((stage + 1, micro_batch))
+        for stage, micro_batch in arriving:
+            queues[stage].append(micro_batch)
+        now += length
+    return spans, now
+
+
+@pytest.mark.parametrize("micro_batches", [4, 7, 32])
+@pytest.mark.parametrize("times", [EVEN, UNEVEN, EVEN[:1]], ids=["even", "uneven", "alone"])
+def test_evaluation_is_scheduled_as_in_the_simulation(times, micro_batches):
+    forward = [StageTime(time.forward_s, 0.0, 0.0) for time in times]
+    timeline = simulate("lockstep", forward, micro_batches, is_training=False)
+    spans, end_s = forward_events(forward, micro_batches)
+    found = {(slot.stage, slot.micro_batch): (slot.start_s, slot.end_s) for slot in timeline.slots}
+    assert {slot.kind for slot in timeline.slots} == {"forward"}
+    assert found.keys() == spans.keys()
+    assert all(found[work] == pytest.approx(span) for work, span in spans.items())
+    assert timeline.work_s == pytest.approx(end_s)
+    assert num_cycles(len(times), micro_batches, False) == micro_batches + len(times) - 1
+
+
+def test_sharded_evaluation_runs_one_stage_at_a_time():
+    forward = [StageTime(time.forward_s, 0.0, 0.0) for time in UNEVEN]
+    timeline = simulate("in_order", forward, 5, is_training=False)
+    assert len(timeline.slots) == 5 * len(UNEVEN)
+    assert timeline.work_s == pytest.approx(5 * sum(time.forward_s for time in UNEVEN))
