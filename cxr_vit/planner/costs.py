@@ -184,50 +184,39 @@ def stage_cost(
 ) -> StageCost:
     """Count the costs of a stage.
 
-    Parameters
-    ----------
-    kept
-        Layers, counted from the stage's first, whose output is kept.
-    attentions
-        Whether the outputs of their attention are kept, too.
-    recomputes
-        Whether all but these and the stage's input is computed again for the backward pass. On the
-        last stage PopART does so only up to the last kept output (pipeline.cpp,
-        setFinalFwdStageRecomputation).
-    stashes
-        Whether micro-batches overlap. A stage that recomputes nothing then keeps of each what its
-        backward pass reads, with the cast or transposed weights of its products, which PopART takes
-        for activations (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows
-        forward, and nothing is kept.
+    `kept` are the layers, counted from the stage's first, whose output is kept, with `attentions`
+    also that of their attention. With `recomputes` all but these and the stage's input is computed
+    again for the backward pass. On the last stage PopART does so only up to the last kept output
+    (pipeline.cpp, setFinalFwdStageRecomputation).
+
+    Without, a stage that `stashes`, as micro-batches overlap, keeps what its backward pass reads
+    and the cast or transposed weights of its products, which PopART takes for activations
+    (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows forward.
     """
-    tensors = shape.embedding_tensors() if is_first else []
-    tensors += shape.layer_tensors() * num_layers
-    tensors += shape.head_tensors() if is_last else []
+    tensors = shape.embedding_tensors() * is_first + shape.layer_tensors() * num_layers
+    tensors += shape.head_tensors() * is_last
     layers = num_layers * shape.layer_flops()
     embedding = shape.embedding_flops() if is_first else 0
     head = _MULTIPLY_ADD * shape.hidden_size * shape.num_labels if is_last else 0
     hidden = shape.hidden_elements
     # What backward needs of the embedding's products.
     pixels = shape.num_channels * shape.image_size**2 if is_first else 0
-    recomputed, parts = 0, _parts(shape, num_layers, kept, attentions)
+    parts = _parts(shape, num_layers, kept, attentions)
+    recomputed = elements = weights = 0
     if recomputes:
         again = num_layers if not is_last else max(kept, default=-1) + 1
-        recomputed = again * shape.layer_flops()
-        if again or not is_last:
-            recomputed += embedding
+        recomputed = again * shape.layer_flops() + (embedding if again or not is_last else 0)
         # An output that only the next stage reads is not kept here.
         outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
-        elements, weights = (len(outputs) + attentions * len(kept)) * hidden, 0
-    else:
-        parts = [sum(parts)]
-        is_stashed = stashes and not is_last
-        own_input = 0 if is_first or not num_layers else hidden  # is kept anyway
-        elements = is_stashed * (parts[0] + pixels - own_input)
-        weights = is_stashed * num_layers * shape.product_weights()
-    live = max(parts) + (shape.layer_gradients() if num_layers else hidden)
+        elements = (len(outputs) + attentions * len(kept)) * hidden
+    elif stashes and not is_last:
+        elements = sum(parts) + pixels
+        elements -= 0 if is_first or not num_layers else hidden  # the input is kept anyway
+        weights = num_layers * shape.product_weights()
+    live = max(parts) if recomputes else sum(parts)
+    live += shape.layer_gradients() if num_layers else hidden
     if is_first:
         live += pixels + hidden
-    neighbours = [is_first, is_last].count(False)
     return StageCost(
         num_layers=num_layers,
         tensors=tuple(tensors),
@@ -240,7 +229,7 @@ def stage_cost(
         is_first=is_first,
         is_last=is_last,
         live=live,
-        passed=2 * neighbours * hidden,
+        passed=2 * [is_first, is_last].count(False) * hidden,
     )
 
 

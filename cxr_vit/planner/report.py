@@ -378,19 +378,19 @@ def _evaluation_table(found: Sequence[EvaluationCandidate]) -> List[str]:
         return ["", *prose("nothing", text)]
     heads = ["", "evaluation", "micro-batch", "iterations", "images", "ms per call", "bubble"]
     rows = [[*heads, "samples/s", "both splits, s", "fullest"]]
-    for rank, (layout, evaluation) in enumerate(found, 1):
-        plan, memory = evaluation.plan, evaluation.plan.fullest.memory
+    for rank, (_, evaluation) in enumerate(found, 1):
+        plan, batch = evaluation.plan, evaluation.plan.work.batch
         row = [
             str(rank),
             _list([stage.cost.num_layers for stage in plan.stages]),
-            str(layout.micro_batch_size),
-            str(layout.device_iterations),
+            str(batch.micro_batch_size),
+            str(batch.gradient_accumulation),
             str(evaluation.images_per_call),
             f"{1e3 * plan.seconds:,.1f}",
             percent(plan.bubble),
             f"{plan.samples_per_s:,.0f}",
             f"{evaluation.splits_s:,.2f}",
-            f"{plan.target.place} {plan.fullest.stage} {percent(memory.share)}",
+            f"{plan.target.place} {plan.fullest.stage} {percent(plan.fullest.memory.share)}",
         ]
         rows.append(row)
     first = found[0].evaluation

@@ -123,24 +123,6 @@ class Layout(NamedTuple):
         return config.changed(**overlay)
 
 
-class EvaluationLayout(NamedTuple):
-    """A searched layout of evaluation; None for the layers of training."""
-
-    layers_per_stage: Optional[List[int]]
-    micro_batch_size: int
-    device_iterations: int
-
-    def overlay(self) -> Dict[str, Dict[str, Any]]:
-        """Return the layout as sections and keys of a configuration."""
-        return {
-            "pipeline": {"eval_layers_per_stage": self.layers_per_stage},
-            "batch": {
-                "eval_micro_batch_size": self.micro_batch_size,
-                "eval_device_iterations": self.device_iterations,
-            },
-        }
-
-
 def all_cuts(num_layers: int, stages: int) -> np.ndarray:
     """Return all cuts, int16 ``[cuts, stages]``; only the first and last may have no layers."""
     free = num_layers - max(0, stages - 2)
@@ -222,9 +204,9 @@ class Candidate(NamedTuple):
 
 
 class EvaluationCandidate(NamedTuple):
-    """A layout of evaluation that fits, and its plan."""
+    """A layout of evaluation that fits, as sections and keys of a configuration, and its plan."""
 
-    layout: EvaluationLayout
+    overlay: Dict[str, Dict[str, Any]]
     evaluation: Evaluation
 
 
@@ -246,7 +228,7 @@ class Found(NamedTuple):
         """Return the best layouts as sections and keys of a configuration."""
         overlay = self.best[0].layout.overlay(on_ipus=on_ipus)
         for found in self.evaluations[:1]:
-            for section, keys in found.layout.overlay().items():
+            for section, keys in found.overlay.items():
                 overlay[section].update(keys)
         return overlay
 
@@ -547,7 +529,7 @@ def _evaluation_cuts(config: Config) -> List[Optional[List[int]]]:
 def _evaluations(
     config: Config, cut: Optional[List[int]], target: Target, model: SpeedModel, splits: Splits
 ) -> List[EvaluationCandidate]:
-    """Plan micro-batches and device iterations, powers of two, for a cut of evaluation.
+    """Plan micro-batches and device iterations, powers of two, for a cut as above.
 
     Without one that keeps the limits of a host call the smallest is returned.
     """
@@ -560,8 +542,12 @@ def _evaluations(
         for iterations in (1 << power for power in range(_MOST_POWERS)):
             if iterations < least:
                 continue
-            layout = EvaluationLayout(cut, size, iterations)
-            laid_out = config.changed(**layout.overlay())
+            batch = {"eval_micro_batch_size": size, "eval_device_iterations": iterations}
+            overlay: Dict[str, Dict[str, Any]] = {
+                "pipeline": {"eval_layers_per_stage": cut},
+                "batch": batch,
+            }
+            laid_out = config.changed(**overlay)
             evaluation = plan_evaluation(laid_out, target=target, model=model, splits=splits)
             if evaluation is None or not evaluation.plan.fits or ipu_problems(laid_out):
                 break
@@ -570,7 +556,7 @@ def _evaluations(
                 and evaluation.calls(splits.validation) >= FEWEST_CALLS
             )
             if is_short or not found:
-                found.append(EvaluationCandidate(layout, evaluation))
+                found.append(EvaluationCandidate(overlay, evaluation))
             if not is_short:
                 break
         if len(found) == before:

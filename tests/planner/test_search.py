@@ -320,8 +320,8 @@ def test_evaluation_of_an_uneven_cut_has_its_own(tmp_path):
 
 def test_evaluation_of_few_images_is_the_smallest_that_is_legal():
     few = pod4("data.root=nowhere", "data.sample_images=40")
-    layout = search(few).evaluations[0].layout
-    assert (layout.micro_batch_size, layout.device_iterations) == (1, 4)
+    batch = search(few).overlay(on_ipus=True)["batch"]
+    assert (batch["eval_micro_batch_size"], batch["eval_device_iterations"]) == (1, 4)
 
 
 def test_other_devices_have_no_evaluation_to_search():
