@@ -401,6 +401,10 @@ class _Table:
             [_choices(work, constants, stage, layers, depth) for layers in counts]
             for stage, depth in enumerate(work.depths)
         ]
+        most = [max((n for n in counts if choices[n]), default=-1) for choices in self.choices]
+        if sum(most) < work.shape.num_layers:  # no cut fits
+            self.memory = np.array([math.inf])
+            return
         fastest = np.array(
             [[(choices or [_UNFIT])[0][:3] for choices in stage] for stage in self.choices]
         )
