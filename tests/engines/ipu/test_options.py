@@ -65,7 +65,7 @@ TRAINING = {
 }
 INFERENCE = {
     **SHARED,
-    "device_iterations": 4,
+    "device_iterations": 32,
     "gradient_accumulation": 1,
     "output_mode": 2,  # All
     "enableStochasticRounding": False,
