@@ -94,6 +94,31 @@ _CLASSES = {
     "optim.VariableAttributes": "__init__ isConstant markAsConstant markAsVariable",
 }
 
+# What a user sets by a call: group of names -> path in poptorch of the object with the setters.
+_SETTERS = {
+    "": "Options()",
+    "Distributed.": "Options().Distributed",
+    "Jit.": "Options().Jit",
+    "Precision.": "Options().Precision",
+    "TensorLocationSettings.": "TensorLocationSettings",
+    "TensorLocations.": "Options().TensorLocations",
+    "Training.": "Options().Training",
+    "VariableAttributes.": "optim.VariableAttributes",
+    "_Popart.": "Options()._Popart",
+}
+# Public methods of these objects that set nothing.
+_READERS = {"checkIsFrozen", "clone", "defaultOutputMode", "isConstant", "toDict"}
+
+
+def setters(poptorch: Any) -> Dict[str, str]:
+    """Return the parameters of every setter of PopTorch's options, by its dotted name."""
+    return {
+        f"{group}{name}": _signature(member)
+        for group, path in _SETTERS.items()
+        for name, member in vars(_class_of(poptorch, path)).items()
+        if inspect.isfunction(member) and not name.startswith("_") and name not in _READERS
+    }
+
 
 def describe(poptorch: Any) -> Dict[str, Any]:
     """Return the surface of a poptorch module in the form of api.json."""
@@ -109,15 +134,19 @@ def describe(poptorch: Any) -> Dict[str, Any]:
 
 
 def _class(poptorch: Any, path: str, names: List[str]) -> Dict[str, str]:
-    value = poptorch
-    for part in path.split("."):
-        value = getattr(value, part[:-2])() if part.endswith("()") else getattr(value, part)
-    cls = value if inspect.isclass(value) else type(value)
+    cls = _class_of(poptorch, path)
     members = {name: inspect.getattr_static(cls, name) for name in names}
     return {
         name: _property(member) if isinstance(member, property) else _signature(member)
         for name, member in members.items()
     }
+
+
+def _class_of(poptorch: Any, path: str) -> Any:
+    value = poptorch
+    for part in path.split("."):
+        value = getattr(value, part[:-2])() if part.endswith("()") else getattr(value, part)
+    return value if inspect.isclass(value) else type(value)
 
 
 def _property(member: property) -> str:
@@ -165,7 +194,7 @@ def main() -> None:
     if reason is not None:
         raise SystemExit(f"record_api.py: {reason}")
     with loading.frontend() as (poptorch, _):
-        api = as_text(describe(poptorch))
+        api = as_text({**describe(poptorch), "setters": setters(poptorch)})
     if "--print" in sys.argv:
         sys.stdout.write(api)
         return

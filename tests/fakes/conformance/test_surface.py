@@ -21,7 +21,11 @@ from .models import Net
 def test_surface_equals_the_recording(fake: Tuple[Any, Any]) -> None:
     poptorch, _ = fake
     recorded = json.loads(record_api.API_FILE.read_text(encoding="utf-8"))
+    setters = recorded.pop("setters")
     assert json.loads(record_api.as_text(record_api.describe(poptorch))) == recorded
+    ours = record_api.setters(poptorch)
+    assert len(ours) > 40
+    assert {name: setters.get(name) for name in ours} == ours
 
 
 def _run(script: str, *arguments: str) -> str:

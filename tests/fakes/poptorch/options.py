@@ -37,6 +37,10 @@ class ProgressBar:
         pass
 
 
+class JitOptions(OptionValues):
+    """Nothing is left of PopTorch's options of the JIT compiler."""
+
+
 class Options(OptionValues):
     """All options. Setters return the options themselves."""
 
@@ -48,6 +52,11 @@ class Options(OptionValues):
         self._tensor_locations = TensorLocationOptions()
         self._execution_strategy = PipelinedExecution()
         self._progress_bar = ProgressBar()
+        self._source_location_excludes = [
+            "install/poptorch",
+            "site-packages/torch",
+            "site-packages/poptorch",
+        ]
         self._relax_optimizer_checks = False
         self._show_compilation_progress_bar = True
         self._module_namescope_enabled = True
@@ -71,6 +80,10 @@ class Options(OptionValues):
             self.enableExecutableCaching(os.environ["POPTORCH_CACHE_DIR"])
 
     @property
+    def Jit(self) -> JitOptions:
+        return JitOptions()
+
+    @property
     def TensorLocations(self) -> TensorLocationOptions:
         return self._tensor_locations
 
@@ -89,6 +102,14 @@ class Options(OptionValues):
     @property
     def _Popart(self) -> PopartOptions:
         return self._popart
+
+    def sourceLocationExcludes(self, excludes: List[str]) -> Options:
+        self._source_location_excludes = excludes
+        return self
+
+    def appendToLocationExcludes(self, *excludes: str) -> Options:
+        self._source_location_excludes += excludes
+        return self
 
     def showCompilationProgressBar(self, show: bool = True) -> Options:
         self._show_compilation_progress_bar = show
@@ -138,6 +159,10 @@ class Options(OptionValues):
 
     def logDir(self, log_dir: str) -> Options:
         self.set(log_dir=log_dir)
+        return self
+
+    def maxRepeatLogs(self, max_lines: Optional[int]) -> Options:
+        self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
         return self
 
     def modelName(self, name: str) -> Options:
