@@ -187,7 +187,7 @@ def test_layers_of_inference(values, expected, tmp_path):
             {
                 "engine.poptorch_options": {
                     "inference": {"_Popart.set": {"enableExplicitIR": True}},
-                    "both": {"_Popart.set": {"decomposeGradSum": True}},
+                    "training": {"_Popart.set": {"decomposeGradSum": True}},
                 }
             },
         ),

@@ -255,7 +255,7 @@ def _cache(value: Any, given: Given) -> Ours:
 
 
 def _option(graph: str, name: str) -> Callable[[Any, Given], Ours]:
-    """Make a flag one of PopART's session options, for one graph or both."""
+    """Make a flag one of PopART's session options, for one graph."""
     options = {graph: {"_Popart.set": {name: True}}}
     return lambda value, given: {"engine.poptorch_options": options} if value else {}
 
@@ -383,7 +383,7 @@ IPU_CONFIG: Dict[str, Rule] = {
         _FLAG, _option("inference", "enableExplicitIR"), "a session option of PopART"
     ),
     "decompose_grad_sum": Rule(
-        _FLAG, _option("both", "decomposeGradSum"), "older; a session option of PopART"
+        _FLAG, _option("training", "decomposeGradSum"), "older; a session option of PopART"
     ),
     "enable_half_first_order_momentum": Rule(
         _FLAG,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from cxr_vit.config.architectures import known_architecture
 from cxr_vit.config.plans import BatchPlan, empty_stage_problem, given_accumulation
-from cxr_vit.config.schema import Config
+from cxr_vit.config.poptorch_options import (
+    CONSTANTS,
+    MARK_CONSTANT,
+    MEAN_STRATEGY,
+    is_location,
+    options_of,
+)
+from cxr_vit.config.schema import Config, OptimSection
 from cxr_vit.errors import ConfigError, Problem
 
 #: Least `optim.eps` beside a second moment in fp16.
 LEAST_FP16_EPS = 6e-8
 #: PopTorch's limit for one process.
 MOST_IPUS = 64
-#: Tiles that may be reserved for input and output (TensorLocations.numIOTiles).
-LEAST_IO_TILES, MOST_IO_TILES = 32, 192
 
 
 def ipu_problems(config: Config, *, replicas: Optional[int] = None) -> List[Problem]:
@@ -125,15 +130,7 @@ def _pipeline_problems(config: Config) -> Iterator[Problem]:
 
 def _engine_problems(config: Config) -> Iterator[Problem]:
     engine = config.engine
-    tiles = engine.popart_options.get("numIOTiles")
-    if tiles and (tiles % 2 or not LEAST_IO_TILES <= tiles <= MOST_IO_TILES):
-        nearest = min(max(tiles // 2 * 2, LEAST_IO_TILES), MOST_IO_TILES)
-        legal = f"{nearest} or {nearest + 2}" if nearest < tiles < MOST_IO_TILES else nearest
-        yield Problem(
-            f"engine.popart_options.numIOTiles={tiles}",
-            f"is not an even number from {LEAST_IO_TILES} to {MOST_IO_TILES}.",
-            f"Nearest legal values: {legal}.",
-        )
+    yield from _option_problems(config)
     if engine.replicated_tensor_sharding and config.batch.replicas == 1:
         yield Problem(
             "engine.replicated_tensor_sharding=true",
@@ -153,6 +150,86 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "engine.weights=fp16 with engine.precision=fp32:",
             "fp16 weights compute in fp16.",
             "Set engine.precision=fp16 or engine.weights=fp32.",
+        )
+
+
+def _option_problems(config: Config) -> Iterator[Problem]:
+    """Yield options of `engine.poptorch_options` that contradict other keys, or each other."""
+    key, given = "engine.poptorch_options", config.engine.poptorch_options
+    options = options_of(given, "training")
+    yield from _constant_problems(config.optim, options.get(MARK_CONSTANT, []))
+    half = config.optim.accumulator == "fp16" and not config.optim.use_combined_accum
+    if half and options.get(MEAN_STRATEGY) == "Post":
+        yield Problem(
+            f"{key}.training.{MEAN_STRATEGY}=Post",
+            "has no effect with optim.accumulator=fp16: PopTorch then sets Running.",
+            advice="Leave it out, or set optim.accumulator=fp32.",
+        )
+    yield from _schedule_problems(config, options.get("_Popart.set", {}))
+    explicit = given["inference"].get("_Popart.set", {}).get("enableExplicitIR")
+    if explicit and config.pipeline.eval_execution == "pipelined" and len(eval_layers(config)) > 1:
+        yield Problem(
+            f"{key}.inference._Popart.set: enableExplicitIR=true",
+            "makes the pipeline explicit, which PopTorch 3.4 does not support (Compiler.cpp:715).",
+            "Set pipeline.eval_execution=sharded.",
+        )
+    for graph in ("training", "inference"):
+        options = options_of(given, graph)
+        tiles = [
+            f"{setter}: {name}"
+            for setter in filter(is_location, options)
+            for name in options[setter]
+            if "IOTiles" in name
+        ]
+        if tiles and "TensorLocations.numIOTiles" not in options:
+            yield Problem(
+                f"{key}.{graph}.{tiles[0]}",
+                "has no effect without I/O tiles.",
+                "Set TensorLocations.numIOTiles to an even number from 32 to 192.",
+            )
+
+
+def _constant_problems(optim: OptimSection, marked: List[str]) -> Iterator[Problem]:
+    known = list(CONSTANTS[optim.name])
+    if optim.loss_scaling == "auto":
+        known.remove("loss_scaling")
+    for name in marked:
+        if name not in known:
+            yield Problem(
+                f"engine.poptorch_options.training.{MARK_CONSTANT}: {name}",
+                "cannot be constant with optim.loss_scaling=auto, which changes it."
+                if name == "loss_scaling"
+                else f"is no value of optim.name={optim.name}.",
+                f"Legal values: {', '.join(known)}.",
+            )
+
+
+def _schedule_problems(config: Config, popart: Dict[str, Any]) -> Iterator[Problem]:
+    """Yield combinations of PopART's options that PopART refuses in training."""
+    place, clip = "engine.poptorch_options.training._Popart.set", config.optim.max_grad_norm
+    schedule, batches = "accumulateOuterFragmentSettings.schedule", "batchSerializationSettings."
+    collect = "replicatedCollectivesSettings.prepareScheduleForMergingCollectives"
+    # With clipping the engine sets none, and PopTorch replaces PopART's own, Serial, in a pipeline.
+    pipelined = config.pipeline.execution == "pipelined"
+    serial = popart.get(schedule, 1 if clip is not None and not pipelined else 0) == 1
+    if serial and clip is not None and pipelined:
+        yield Problem(
+            f"{place}: {schedule}=1 (Serial)",
+            f"cannot clip gradients, optim.max_grad_norm={clip} (PopART's"
+            " clipweightgradientsbynorm.cpp:490).",
+            "Legal values: 0, 2, 3.",
+        )
+    if serial and popart.get(collect):
+        yield Problem(
+            f"{place}: {collect}=true",
+            "cannot have the Serial schedule (PopART's contiguatecollectivesformerging.cpp:45).",
+            f"Set {schedule} to 0, 2 or 3.",
+        )
+    if popart.get(f"{batches}method") == 2 and not popart.get(f"{batches}transformContext"):
+        yield Problem(
+            f"{place}: {batches}method=2 (Loop)",
+            "needs the backward pass (PopART's ir.cpp:774).",
+            f"Set {batches}transformContext=1.",
         )
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from typing_extensions import Annotated, Literal
 
-from cxr_vit.config.popart_options import typed_options
+from cxr_vit.config.poptorch_options import SCOPES, typed_options, with_popart_options
 
 #: Legal values of `data.image_size`, pixels.
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
@@ -485,11 +485,24 @@ class EngineSection(Section):
         "generate the input on the device, to time it without the host; losses and scores are then"
         " meaningless (IPU)",
     )
-    popart_options: Annotated[
+    poptorch_options: Annotated[
         Dict[str, Any],
         AfterValidator(typed_options),
-        Words("PopART session options, name: value"),
-    ] = option({}, "set last, after the options of the keys above (IPU)")
+        Words("a mapping of both, training, inference: options of PopTorch, name: arguments"),
+    ] = option(
+        {scope: {} for scope in SCOPES},
+        "options of both graphs or of one, set last, after those of the keys above (IPU)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_key(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "popart_options" not in data:
+            return data
+        data = dict(data)
+        old = data.pop("popart_options")
+        data["poptorch_options"] = with_popart_options(data.get("poptorch_options"), old)
+        return data
 
 
 class PlannerSection(Section):

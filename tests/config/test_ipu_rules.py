@@ -178,20 +178,6 @@ def test_ipus_are_reserved_in_powers_of_two(ipus, reserved):
     assert reserved_ipus(ipus, 1) == reserved
 
 
-@pytest.mark.parametrize(
-    ("given", "legal"), [(30, "32."), (33, "32 or 34."), (191, "190 or 192."), (500, "192.")]
-)
-def test_io_tiles_must_be_even_and_in_range(given, legal):
-    message = only_problem(f"engine.popart_options={{numIOTiles: {given}}}")
-    assert f"numIOTiles={given}" in message
-    assert message.endswith(f"Nearest legal values: {legal}")
-
-
-@pytest.mark.parametrize("given", [0, 32, 64, 192])
-def test_legal_io_tiles_pass(given):
-    assert problems(f"engine.popart_options={{numIOTiles: {given}}}") == []
-
-
 def test_process_has_at_most_64_ipus():
     many = ["batch.replicas=17"]
     message = only_problem(*many)

@@ -57,7 +57,7 @@ _CONFIG: Dict[str, Any] = {
     "pipeline": {"layers_per_stage": [1, 1, 2], "recompute": ["every_layer", [0, 1], []]},
     "batch": {"micro_batch_size": 4, "global_batch_size": 32},
     "optim": {"lr": 1e-3, "loss_scaling": "auto"},
-    "engine": {"popart_options": {"a": 1}, "name": "torch"},
+    "engine": {"poptorch_options": {"both": {"a": 1}}, "name": "torch"},
     "callbacks": [{"class": "a.B", "args": {"x": 1, "y": [1e-3, {"z": None}]}}],
     "loggers": ["jsonl", {"class": "c.D", "args": {}}],
 }
@@ -75,7 +75,7 @@ def overrides(folder: Path) -> Reader:
 
     keys = [key for section in _CONFIG if isinstance(_CONFIG[section], dict) for key in [section]]
     fields = [f"{key}.{field}" for key in keys for field in _CONFIG[key]]
-    words = [*keys, *fields, "callbacks", "loggers", "engine.popart_options.a", ".", "", "a.b"]
+    words = [*keys, *fields, "callbacks", "loggers", "engine.popart_options", ".", "", "a.b"]
     key = st.one_of(st.sampled_from(words), st.text(max_size=8))
     word = st.builds("{}={}".format, key, inputs.yaml_text())
     words_of_a_line = st.lists(word | st.text(max_size=20), min_size=1, max_size=3)

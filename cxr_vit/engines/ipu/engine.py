@@ -32,6 +32,7 @@ from cxr_vit.engines.ipu.graphs import (
 from cxr_vit.engines.ipu.loader import HostBatchLoader
 from cxr_vit.engines.ipu.optimizer import (
     from_poptorch,
+    mark_constants,
     module_optimizer,
     moment_dtypes,
     optimizer_kind,
@@ -94,6 +95,7 @@ class PopTorchEngine(Engine):
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
         self.optimizer = module_optimizer(module, config.optim)
+        mark_constants(self.optimizer, config.engine.poptorch_options["training"])
         self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)

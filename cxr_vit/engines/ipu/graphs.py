@@ -71,7 +71,7 @@ _ADVICE: Tuple[Tuple[str, Type[CxrVitError], str], ...] = (
     (
         r"Unknown [\w /]*option",
         DeviceError,
-        "This SDK does not know an entry of engine.popart_options. Leave it out.",
+        "This SDK does not know an entry of engine.poptorch_options. Leave it out.",
     ),
 )
 #: `poptorch.RecoverableError.recovery_action` -> what it asks for.

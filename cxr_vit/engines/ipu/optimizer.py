@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 import torch
 from torch import Tensor
 
+from cxr_vit.config.poptorch_options import MARK_CONSTANT
 from cxr_vit.config.schema import OptimSection
 from cxr_vit.engines.optim import NO_STATE, WHOLE
 from cxr_vit.errors import ConfigError
@@ -59,6 +60,18 @@ def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.O
         )
     _check_settings(own, optim)
     return own
+
+
+def mark_constants(optimizer: poptorch.optim.Optimizer, options: Mapping[str, Any]) -> None:
+    """Have values compiled in that the options of training name; they then cannot change."""
+    try:
+        for name in options.get(MARK_CONSTANT, []):
+            optimizer.variable_attrs.markAsConstant(name)
+    except AssertionError as error:  # the module's own optimizer may not have it
+        raise ConfigError(
+            f"{MARK_CONSTANT}: {name}: the optimizer of configure_optimizers"
+            f" ({type(optimizer).__name__}) has no such value. Leave it out."
+        ) from error
 
 
 def _check_settings(own: poptorch.optim.Optimizer, optim: OptimSection) -> None:

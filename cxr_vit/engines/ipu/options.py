@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -20,8 +20,9 @@ from cxr_vit.config.ipu_rules import (
     reserved_ipus,
 )
 from cxr_vit.config.plans import BatchPlan
+from cxr_vit.config.poptorch_options import ENUMS, MARK_CONSTANT, options_of
 from cxr_vit.config.schema import Config
-from cxr_vit.errors import Problem
+from cxr_vit.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import poptorch
@@ -35,6 +36,8 @@ _OVERLAP_MEMORY_OPTIMIZED = 3
 _NO_RECOMPUTATION = 0
 #: popart::SubgraphCopyingStrategy::JustInTime
 _JUST_IN_TIME = 1
+#: Options about a device, which --compile-only has not.
+_DEVICE = ("connectionType", "useIpuId")
 
 
 def poptorch_problem(
@@ -129,8 +132,10 @@ def graph_options(
     training, inference = both
     _set_training(training, config, batch, precision)
     _set_inference(inference, config, batch)
-    for options in both:
-        _set_popart_options(options, config.engine.popart_options)
+    for graph, options in (("training", training), ("inference", inference)):
+        for name, value in options_of(config.engine.poptorch_options, graph).items():
+            if not offline or name not in _DEVICE:
+                _set_users(options, name, value)
     return training, inference
 
 
@@ -239,8 +244,39 @@ def _strategy(execution: str) -> Any:
     return poptorch.PipelinedExecution(same)
 
 
-def _set_popart_options(options: poptorch.Options, given: Dict[str, Any]) -> None:
-    """Set the user's own options, which win; mappings are merged entry by entry."""
+def _set_users(options: poptorch.Options, name: str, value: Any) -> None:
+    """Set an option of the user, which wins; mappings are merged entry by entry."""
+    import poptorch
+
+    if name in _OWN_WAY:
+        _OWN_WAY[name](options, value)
+        return
+    group, _, setter = name.rpartition(".")
+    owner = getattr(options, group) if group else options
+    if isinstance(value, dict):
+        value = _location(owner, setter, value)
+    elif name in ENUMS:
+        value = getattr(getattr(poptorch, ENUMS[name]), value)
+    try:
+        getattr(owner, setter)(value)
+    except RuntimeError as error:  # popdist refuses what differs between processes
+        raise ConfigError(f"engine.poptorch_options: {name}={value}: {error}.") from error
+
+
+def _location(owner: Any, setter: str, given: Dict[str, Any]) -> poptorch.TensorLocationSettings:
+    """Return the location of a kind of tensor so far, with the settings given."""
+    import poptorch
+
+    settings = poptorch.TensorLocationSettings()
+    entry = f"location_{setter[len('set') : -len('Location')].lower()}"
+    if owner.exists(entry):
+        settings.createOrSet(**getattr(owner, entry))
+    for name, value in given.items():
+        getattr(settings, name)(value)
+    return settings
+
+
+def _set_popart(options: poptorch.Options, given: Dict[str, Any]) -> None:
     for name, value in given.items():
         if isinstance(value, dict):
             _add_to_mapping(options, name, value)
@@ -248,5 +284,35 @@ def _set_popart_options(options: poptorch.Options, given: Dict[str, Any]) -> Non
             options._Popart.set(name, value)
 
 
+def _set_patterns(options: poptorch.Options, given: Dict[str, Any]) -> None:
+    patterns = {name: value for name, value in given.items() if name != "level"}
+    level = {"level": given["level"]} if "level" in given else {}
+    options._Popart.setPatterns(patterns, **level)
+
+
+def _set_dithering(options: poptorch.Options, use: bool) -> None:
+    # PopTorch's setter would take our partials type away, and writes "1" for PopLibs' "true".
+    _add_to_mapping(options, "convolutionOptions", {"enableConvDithering": str(use).lower()})
+
+
+def _disable_namescope(options: poptorch.Options, disable: bool) -> None:
+    if disable:
+        options.disableModuleNamescope()
+
+
 def _add_to_mapping(options: poptorch.Options, name: str, entries: Dict[str, str]) -> None:
     options._Popart.set(name, {**options._Popart.options.get(name, {}), **entries})
+
+
+#: Setters that are not called with the value as it is.
+_OWN_WAY: Dict[str, Callable[[Any, Any], Any]] = {
+    "Training.setConvolutionDithering": _set_dithering,
+    "_Popart.set": _set_popart,
+    "_Popart.setEngineOptions": lambda options, given: _add_to_mapping(
+        options, "engineOptions", given
+    ),
+    "_Popart.setPatterns": _set_patterns,
+    "appendToLocationExcludes": lambda options, given: options.appendToLocationExcludes(*given),
+    "disableModuleNamescope": _disable_namescope,
+    MARK_CONSTANT: lambda options, names: None,  # of the optimizer: mark_constants
+}

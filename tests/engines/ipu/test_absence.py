@@ -140,7 +140,7 @@ def test_unavailable_ipus_leave_no_run_folder(no_poptorch, commands):
         ("popart_exception: Out of memory on tile 7", DeviceError, "batch.micro_batch_size=1"),
         ("Memory allocation error", DeviceError, "engine.profile_dir"),
         ("Unsupported ops found in compiled model: [aten::foo]", DeviceError, "requirements-sdk34"),
-        ("Unknown bool option enableFoo", DeviceError, "engine.popart_options"),
+        ("Unknown bool option enableFoo", DeviceError, "engine.poptorch_options"),
         ("something that nobody has seen", DeviceError, "POPTORCH_LOG_LEVEL=DEBUG"),
     ],
 )

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from cxr_vit.config import BatchPlan, load_config
-from cxr_vit.config.popart_options import KINDS, OWN_KEYS
+from cxr_vit.config import BatchPlan, load_config, read_config
+from cxr_vit.config.poptorch_options import MARK_CONSTANT, TABLES
 from cxr_vit.data.dataset import Batch
+from cxr_vit.engines.ipu.optimizer import mark_constants
 from cxr_vit.engines.ipu.options import graph_options
 from cxr_vit.errors import ConfigError
 
@@ -86,11 +89,16 @@ def plain(options):
 
 
 def both(*overrides, offline=False, precision="fp16", cache="cache", files=(POD4,)):
+    """Return the options of training and inference as dictionaries."""
+    given = graphs(*overrides, offline=offline, precision=precision, cache=cache, files=files)
+    return [plain(options.toDict()) for options in given]
+
+
+def graphs(*overrides, offline=False, precision="fp16", cache="cache", files=(POD4,)):
     """Return the options of training and inference."""
     config = load_config([Path(file) for file in files], overrides)
     batch = BatchPlan.from_section(config.batch)
-    graphs = graph_options(config, batch, precision=precision, cache=cache, offline=offline)
-    return [plain(options.toDict()) for options in graphs]
+    return graph_options(config, batch, precision=precision, cache=cache, offline=offline)
 
 
 def test_options_of_vit_pod4(ipu):
@@ -176,13 +184,6 @@ CHANGES = [
     ("engine.log_cycles=true", BOTH, {"instrumentWithHardwareCycleCounter": True}),
     ("engine.loader_mode=sync", (False, False), {}),
     ("optim.loss_scaling=auto", ONLY_TRAINING, {"automaticLossScalingSettings.enabled": True}),
-    ("engine.popart_options.numIOTiles=64", BOTH, {"numIOTiles": 64}),
-    ("engine.popart_options.timeLimitScheduler=2", BOTH, {"timeLimitScheduler": 2.0}),
-    (
-        "engine.popart_options.accumulateOuterFragmentSettings.schedule=1",
-        BOTH,
-        {"accumulateOuterFragmentSettings.schedule": 1},
-    ),
 ]
 
 
@@ -197,10 +198,6 @@ def changed(before, after):
 
 @pytest.mark.parametrize(("override", "where", "expected"), CHANGES, ids=[c[0] for c in CHANGES])
 def test_key_changes_only_its_own_entries(ipu, override, where, expected):
-    name, _, value = override.partition("=")
-    if name.startswith("engine.popart_options."):
-        option = name.split(".", 2)[2]
-        override = f"engine.popart_options={{{option}: {value}}}"
     before, after = both(), both(override)
     for one, other, is_there in zip(before, after, where):
         given = changed(one, other)
@@ -254,12 +251,156 @@ def test_offline_options_name_the_target(ipu):
             assert changed(one, other) == {"connection_type": 2, "ipu_version": number}
 
 
-def test_profiling_popart_options_and_defaults_are_merged(ipu):
-    for options in both(
-        "engine.profile_dir=/tmp/profile",
-        "engine.popart_options={engineOptions: {debug.instrument: true},"
-        " convolutionOptions: {availableMemoryProportion: 0.2}}",
+#: Option of the user -> its argument and the entries of PopTorch's dictionary that it changes.
+LOCATION = {"onChip": 0, "minElementsForOffChip": 8, "useReplicatedTensorSharding": 1}
+USERS = {
+    "TensorLocations.numIOTiles": ("64", {"numIOTiles": 64}),
+    "TensorLocations.setAccumulatorLocation": (
+        "{useOnChipStorage: false, minElementsForOffChip: 8, useReplicatedTensorSharding: true}",
+        {"location_accumulator": LOCATION},
+    ),
+    "TensorLocations.setActivationLocation": (
+        "{useOnChipStorage: false, minElementsForReplicatedTensorSharding: 9}",
+        {"location_activation": {"onChip": 0, "minElementsForReplicatedTensorSharding": 9}},
+    ),
+    "TensorLocations.setOptimizerLocation": (
+        "{minElementsForOffChip: 8}",  # beside those that keys of their own set
+        {
+            "location_optimizer": {
+                "onChip": 1,
+                "useReplicatedTensorSharding": 0,
+                "minElementsForOffChip": 8,
+            }
+        },
+    ),
+    "TensorLocations.setWeightLocation": (
+        "{useIOTilesToLoad: true, useIOTilesToStore: false}",
+        {"location_weight": {"useIOTilesToLoad": 1, "useIOTilesToStore": 0}},
+    ),
+    "Training.setConvolutionDithering": (
+        "true",
+        {"convolutionOptions": {"partialsType": "half", "enableConvDithering": "true"}},
+    ),
+    "Training.setMeanAccumulationAndReplicationReductionStrategy": (
+        "Running",
+        {"meanAccumulationAndReplicationReductionStrategy": 0},
+    ),
+    "_Popart.set": (
+        "{timeLimitScheduler: 2, subgraphCopyingStrategy: 0, kahnTieBreaker: FIFO}",
+        {"timeLimitScheduler": 2.0, "subgraphCopyingStrategy": 0, "kahnTieBreaker": "fifo"},
+    ),
+    "_Popart.setEngineOptions": (
+        "{opt.useAutoloader: false}",
+        {
+            "engineOptions": {
+                "opt.useAutoloader": "false",
+                "target.syncReplicasIndependently": "true",
+            }
+        },
+    ),
+    "_Popart.setPatterns": (
+        "{TiedGather: true, SplitGather: false}",
+        {"patterns": {"TiedGather": True, "SplitGather": False}, "patterns_level": 2},
+    ),
+    "broadcastBuffers": ("false", {"broadcast_buffers": False}),
+    "connectionType": ("OnDemand", {"connection_type": 1}),
+    "enableStableNorm": ("true", {"enableStableNorm": True}),
+    "logDir": ("logs", {"log_dir": "logs"}),
+    "maxRepeatLogs": ("null", {"max_repeat_logs": 2**64 - 1}),
+    "modelName": ("mine", {"model_name": "mine"}),
+    "syncPattern": ("ReplicaAndLadder", {"sync_pattern": 2}),
+    "updatableNamedBuffers": ("[a, b]", {"updatableNamedBuffers": ["a", "b"]}),
+    "useIpuId": ("5", {"ipu_id": 5}),
+    # PopTorch keeps these to itself; MARKS has where.
+    "VariableAttributes.markAsConstant": ("[betas]", {}),
+    "appendToLocationExcludes": ("[a, b]", {}),
+    "disableModuleNamescope": ("true", {}),
+    "relaxOptimizerAttributesChecks": ("true", {}),
+    "showCompilationProgressBar": ("false", {}),
+    "sourceLocationExcludes": ("[c]", {}),
+}
+#: Option that is not in the dictionary -> attribute of PopTorch's options, its value before, after.
+EXCLUDES = ["install/poptorch", "site-packages/torch", "site-packages/poptorch"]
+MARKS = {
+    "appendToLocationExcludes": ("_source_location_excludes", EXCLUDES, [*EXCLUDES, "a", "b"]),
+    "disableModuleNamescope": ("_module_namescope_enabled", True, False),
+    "relaxOptimizerAttributesChecks": ("_relax_optimizer_checks", False, True),
+    "showCompilationProgressBar": ("_show_compilation_progress_bar", True, False),
+    "sourceLocationExcludes": ("_source_location_excludes", EXCLUDES, ["c"]),
+}
+
+
+def users(scope, **options):
+    """Return the override that gives options of the user, `__` for a dot."""
+    given = ", ".join(f"{name.replace('__', '.')}: {value}" for name, value in options.items())
+    return f"engine.poptorch_options={{{scope}: {{{given}}}}}"
+
+
+def scopes_of(name):
+    """Return the scopes that take an option, and the graphs that each of them means."""
+    for scope, where in (
+        ("both", BOTH),
+        ("training", ONLY_TRAINING),
+        ("inference", ONLY_INFERENCE),
     ):
+        try:
+            read_config([], [users(scope, **{name: USERS[name][0]})])
+        except ConfigError:
+            continue
+        yield scope, where
+
+
+def test_there_is_an_example_of_each_option():
+    assert set(USERS) == set(TABLES[""].allowed)
+
+
+@pytest.mark.parametrize("name", sorted(USERS))
+def test_option_changes_only_its_own_entries_of_its_graphs(ipu, name):
+    argument, expected = USERS[name]
+    before = both()
+    given_under = []
+    for scope, where in scopes_of(name):
+        given_under.append(scope)
+        for one, other, is_there in zip(before, both(users(scope, **{name: argument})), where):
+            assert changed(one, other) == (expected if is_there else {})
+            assert types_of(changed(one, other)) == types_of(expected if is_there else {})
+    assert "training" in given_under
+
+
+@pytest.mark.parametrize("name", sorted(MARKS))
+def test_option_that_poptorch_keeps_to_itself_is_set_in_its_graphs(ipu, name):
+    attribute, before, after = MARKS[name]
+    for scope, where in scopes_of(name):
+        for options, is_there in zip(graphs(users(scope, **{name: USERS[name][0]})), where):
+            assert getattr(options, attribute) == (after if is_there else before)
+
+
+def test_users_options_reach_the_compiler(ipu, commands):
+    """All that fit one machine at once."""
+    _, inspection = ipu
+    # Without the name of a device and of a buffer, and what the next one replaces.
+    apart = {"useIpuId", "updatableNamedBuffers", "appendToLocationExcludes"}
+    names = [name for name in USERS if name not in apart]
+    given = ", ".join(f"{name}: {USERS[name][0]}" for name in names)
+    override = f"engine.poptorch_options={{training: {{{given}}}, inference: {{logDir: mine}}}}"
+    with make_engine(commands.config(override, "engine.precision=fp16")) as engine:
+        batch = Batch.zeros(engine.local_batch.host_batch_size, image_size=32, num_classes=14)
+        engine.compile(batch)
+        inference, training = compiled(inspection)
+        for name in names:
+            for key, value in USERS[name][1].items():
+                assert training.options[key] == value, name
+                assert key == "log_dir" or inference.options.get(key) != value, name
+        assert inference.options["log_dir"] == "mine"
+        options = engine.graphs.training(batch.images, batch.labels).options
+        for attribute, _, after in (MARKS[name] for name in names if name in MARKS):
+            assert getattr(options, attribute) == after
+        assert training.optimizer.dict["defaults"]["beta1"] == (0.9, True)
+
+
+def test_profiling_users_options_and_defaults_are_merged(ipu):
+    given = "{engineOptions: {debug.instrument: true}, convolutionOptions: {planConstraints: a}}"
+    for options in both("engine.profile_dir=/tmp/profile", users("both", _Popart__set=given)):
         assert options["engineOptions"] == {
             "opt.useAutoloader": "true",
             "target.syncReplicasIndependently": "true",
@@ -268,71 +409,51 @@ def test_profiling_popart_options_and_defaults_are_merged(ipu):
             "autoReport.all": "true",
             "debug.instrument": "true",
         }
-        assert options["convolutionOptions"] == {
-            "partialsType": "half",
-            "availableMemoryProportion": "0.2",
-        }
+        assert options["convolutionOptions"] == {"partialsType": "half", "planConstraints": "a"}
 
 
-def test_users_entry_of_a_mapping_wins(ipu):
-    for options in both("engine.popart_options={engineOptions: {opt.useAutoloader: false}}"):
-        assert options["engineOptions"]["opt.useAutoloader"] == "false"
-        assert options["engineOptions"]["target.syncReplicasIndependently"] == "true"
+def test_options_about_a_device_do_not_reach_an_offline_target(ipu):
+    online = users("both", connectionType="OnDemand", useIpuId="5", syncPattern="SinglePipeline")
+    for one, other in zip(both(offline=True), both(online, offline=True)):
+        assert changed(one, other) == {"sync_pattern": 1}
+        assert other["connection_type"] == 2
 
 
-@pytest.mark.parametrize(
-    ("given", "typed"),
-    [
-        ("decomposeGradSum: true", True),
-        ("autoRecomputation: 3", 3),
-        ("outlineThreshold: 2", 2.0),
-        ("kahnTieBreaker: fifo", "fifo"),
-        ("hardwareInstrumentations: [outer]", ["outer"]),
-        ("matmulOptions: {a: 1, b: true}", {"a": "1", "b": "true"}),
-    ],
-)
-def test_popart_options_have_the_types_that_poptorch_looks_up(ipu, given, typed):
-    for options in both(f"engine.popart_options={{{given}}}"):
-        name = given.split(":")[0]
-        assert options[name] == typed
-        assert type(options[name]) is type(typed)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("decomposeGradSum: 1", "decomposeGradSum=1 must be true or false"),
-        ("autoRecomputation: true", "autoRecomputation=true must be an integer >= 0"),
-        ("autoRecomputation: -1", "autoRecomputation=-1 must be an integer >= 0"),
-        ("autoRecomputation: 1.5", "autoRecomputation=1.5 must be an integer >= 0"),
-        ("hardwareInstrumentations: outer", "hardwareInstrumentations=outer must be a list"),
-        ("engineOptions: [a]", r"engineOptions=\['a'\] must be a mapping"),
-        ("kahnTieBreaker: [fifo]", r"kahnTieBreaker=\['fifo'\] must be text"),
-        ("decomposeGradsum: true", "Did you mean 'decomposeGradSum'"),
-        ("enableStochasticRounding: true", "is set by engine.stochastic_rounding"),
-        ("cachePath: x", "is set by engine.executable_cache"),
-    ],
-)
-def test_invalid_popart_options_are_refused(given, message):
-    with pytest.raises(ConfigError, match=message):
-        both(f"engine.popart_options={{{given}}}")
-
-
-def test_known_popart_options_are_those_poptorch_registers():
+def test_popart_options_have_the_types_that_poptorch_looks_up(ipu):
     """The stand-in's table is recorded from SessionOptions.cpp (conformance/record_api.py)."""
-    text = (ROOT / "tests" / "fakes" / "poptorch" / "session_options.json").read_text()
-    recorded = json.loads(text)
-    tables = {
-        "true or false": "bool",
-        "an integer >= 0": "uint64",
-        "a number": "double",
-        "text": "string",
-        "a list": "container",
-        "a mapping": "container",
+    examples = {
+        "true or false": True,
+        "a number": 2,
+        "text": "a",
+        "greedy, fifo or random": "random",
+        "a list of text": "[a]",
+        "a mapping of text": "{a: 1}",
+        "a list of 0 and 1": "[1]",
+        "a list of integers >= 0": "[2]",
     }
-    for name, kind in KINDS.items():
-        assert tables[kind] in recorded[name], name
-    assert not set(OWN_KEYS) & set(KINDS)
+    recorded = json.loads((ROOT / "tests/fakes/poptorch/session_options.json").read_text())
+    allowed = {**TABLES["_Popart.set"].allowed}
+    del allowed["enableExplicitIR"]  # of inference only, and true or false as many others
+    given = ", ".join(f"{name}: {examples.get(kind, 1)}" for name, kind in allowed.items())
+    training, _ = both(users("training", _Popart__set=f"{{{given}}}"), "optim.max_grad_norm=null")
+    kinds = {bool: "bool", int: "uint64", float: "double", str: "string"}
+    for name in allowed:
+        assert kinds.get(type(training[name]), "container") in recorded[name], name
+
+
+def test_useipuid_is_refused_under_poprun(ipu, monkeypatch):
+    """popdist gives each process its own device."""
+    poptorch, _ = ipu
+
+    def refuse(self, ipu_id):
+        raise RuntimeError("Cannot call `useIpuId` with popdist.poptorch.Options")
+
+    monkeypatch.setattr(poptorch.Options, "useIpuId", refuse)
+    with pytest.raises(ConfigError, match="useIpuId=5: Cannot call `useIpuId` with popdist"):
+        both(users("both", useIpuId="5"))
+
+
+UNCLIPPED = ("optim.max_grad_norm=null", "optim.loss_scaling=64", "optim.weight_decay=0.1")
 
 
 def optimizer_dictionary(ipu, commands, *overrides):
@@ -439,3 +560,69 @@ def test_automatic_loss_scaling_starts_at_one(ipu, commands):
         *("optim.loss_scaling=auto", "optim.accumulator=fp16", "engine.precision=fp16"),
     )
     assert given["defaults"]["lossScaling"] == (1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "constant", "entries"),
+    [
+        ("adamw", "betas, eps, weight_decay, loss_scaling", "beta1 beta2 eps weightDecay"),
+        ("lamb", "betas, max_weight_norm", "beta1 beta2 maxWeightNorm"),
+        ("sgd", "momentum, weight_decay", "momentum weightDecay"),
+    ],
+)
+def test_values_that_the_user_marks_are_constant(ipu, commands, optimizer, constant, entries):
+    before, _ = optimizer_dictionary(ipu, commands, f"optim.name={optimizer}", *UNCLIPPED)
+    marks = users("training", VariableAttributes__markAsConstant=f"[{constant}]")
+    given, _ = optimizer_dictionary(ipu, commands, f"optim.name={optimizer}", marks, *UNCLIPPED)
+    for one, other in zip(
+        [before["defaults"], *before["groups"]], [given["defaults"], *given["groups"]]
+    ):
+        for name, (value, is_constant) in other.items():
+            marked = name in entries.split() or (name, optimizer) == ("lossScaling", "adamw")
+            assert value == one[name][0]
+            assert is_constant == (marked or one[name][1]), name
+        assert other["learningRate"][1] is False
+
+
+def test_modules_own_optimizer_must_have_what_the_user_marks(ipu):
+    poptorch, _ = ipu
+    weight = torch.nn.Parameter(torch.zeros(2))
+    mark_constants(poptorch.optim.AdamW([weight], lr=0.1), {MARK_CONSTANT: ["betas"]})
+    with pytest.raises(ConfigError, match=r"momentum: the optimizer .*AdamW\) has no such value"):
+        mark_constants(poptorch.optim.AdamW([weight], lr=0.1), {MARK_CONSTANT: ["momentum"]})
+
+
+def test_run_with_users_options_has_the_same_losses_and_resumes(front_end, commands):
+    """Attaching on demand, constant values, and a checkpoint from before they were constant."""
+    once = ("engine.precision=fp32", "optim.weight_decay=0.1", "train.checkpoint_every_steps=2")
+    given = users(
+        "training",
+        connectionType="OnDemand",
+        syncPattern="SinglePipeline",
+        VariableAttributes__markAsConstant="[betas, eps, weight_decay, loss_scaling]",
+        TensorLocations__setWeightLocation="{useOnChipStorage: false}",
+    )
+    run = commands.train("train.eval_every_steps=2", *once, given)
+    variable = commands.train("train.eval_every_steps=2", *once)
+    assert run.losses == variable.losses
+    assert commands.resume_at(run, 2).losses == run.losses[2:]
+    for start, override in ((variable, given), (run, "engine.poptorch_options={}")):
+        resumed = commands.resume_at(start, 2, override)
+        assert resumed.losses == pytest.approx(run.losses[2:], abs=1e-6)
+
+
+def test_run_of_an_older_version_resumes(ipu, commands):
+    """Its config.yaml has the former key."""
+    run = commands.train("engine.precision=fp32", "train.steps=2", "train.checkpoint_every_steps=1")
+    file = run.path / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del config["engine"]["poptorch_options"]
+    name = "automaticLossScalingSettings.updatePeriod"
+    config["engine"]["popart_options"] = {"outlineThreshold": 10, name: 2}
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    ipu[1].log().clear()
+    assert commands.resume_at(run, 1).losses == run.losses[1:]
+    inference, training = compiled(ipu[1])
+    for executable in (inference, training):
+        assert executable.options["outlineThreshold"] == 10.0
+        assert executable.options.get(name) == (2 if executable is training else None)
