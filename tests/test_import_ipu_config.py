@@ -198,15 +198,12 @@ def test_value_of_ipu_config(values, expected, tmp_path):
     assert {key: overlay[key] for key in expected} == expected
 
 
-@pytest.mark.skipif(
-    "poptorch_options" not in SECTIONS["engine"].model_fields,
-    reason="engine.poptorch_options is not there yet",
-)
 def test_session_options_are_accepted_for_their_graph(tmp_path):
     path, out = ipu_config(tmp_path, explicit_ir_inference=True), tmp_path / "my.yaml"
     assert main(["import-ipu-config", str(path), "--write", str(out)]) == 0
     options = load_config([POD4, out]).engine.model_dump()["poptorch_options"]
     assert options["inference"] == {"_Popart.set": {"enableExplicitIR": True}}
+    assert load_config([POD4, out]).pipeline.eval_execution == "sharded"
     assert not options.get("training") and not options.get("both")
 
 

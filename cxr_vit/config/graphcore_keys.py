@@ -232,7 +232,9 @@ def _eval_replicas(value: Any, given: Given) -> Ours:
 
 
 def _eval_iterations(value: Any, given: Given) -> Ours:
-    is_sharded = given.get("sharded_execution_for_inference") or value < len(_eval_cut(given))
+    is_sharded = value < len(_eval_cut(given))
+    for key in ("sharded_execution_for_inference", "explicit_ir_inference"):
+        is_sharded |= bool(given.get(key))  # an explicit pipeline is refused
     execution = "sharded" if is_sharded else "pipelined"
     return {"batch.eval_device_iterations": value, "pipeline.eval_execution": execution}
 
