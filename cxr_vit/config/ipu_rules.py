@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
-from cxr_vit.config.architectures import known_architecture
 from cxr_vit.config.plans import BatchPlan, empty_stage_problem, given_accumulation
 from cxr_vit.config.poptorch_options import (
     CONSTANTS,
@@ -17,6 +16,7 @@ from cxr_vit.config.poptorch_options import (
 from cxr_vit.config.schema import Config, OptimSection
 from cxr_vit.errors import ConfigError, Problem
 
+_IO_TILES = "TensorLocations.numIOTiles"
 #: Least `optim.eps` beside a second moment in fp16.
 LEAST_FP16_EPS = 6e-8
 #: PopTorch's limit for one process.
@@ -181,7 +181,7 @@ def _option_problems(config: Config) -> Iterator[Problem]:
             for name in options[setter]
             if "IOTiles" in name
         ]
-        if tiles and "TensorLocations.numIOTiles" not in options:
+        if tiles and _IO_TILES not in options:
             yield Problem(
                 f"{key}.{graph}.{tiles[0]}",
                 "has no effect without I/O tiles.",
@@ -333,7 +333,20 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
 
 def ipu_warnings(config: Config) -> List[Problem]:
     """Return what PopTorch accepts and a person should know before a run."""
-    return [*_fp16_warnings(config), *_size_warnings(config)]
+    return [*_fp16_warnings(config), *_tile_warnings(config)]
+
+
+def _tile_warnings(config: Config) -> Iterator[Problem]:
+    for graph in ("training", "inference"):
+        options = options_of(config.engine.poptorch_options, graph)
+        tiles = options.get(_IO_TILES)
+        if tiles and not any(map(is_location, options)):
+            yield Problem(
+                f"engine.poptorch_options.{graph}.{_IO_TILES}={tiles}",
+                "takes these tiles away from computing and memory, and nothing uses them: a"
+                " pipeline has no overlapped input and output.",
+                advice="Leave it out.",
+            )
 
 
 def _fp16_warnings(config: Config) -> Iterator[Problem]:
@@ -353,25 +366,4 @@ def _fp16_warnings(config: Config) -> Iterator[Problem]:
             "engine.weights=fp16 with engine.stochastic_rounding=false:",
             "an update below 1/2048 of a weight is lost.",
             advice="Set engine.stochastic_rounding=true, or engine.weights=fp32.",
-        )
-
-
-#: Bytes of a serialised protobuf message at most; PopTorch passes the graph in one.
-_PROTOBUF_LIMIT = 2**31
-
-
-def _size_warnings(config: Config) -> Iterator[Problem]:
-    known = known_architecture(config.model.name)
-    if known is None:
-        return
-    # Four matrices of attention and two of the MLP: nearly all parameters.
-    each = 4 * known.hidden_size**2 + 2 * known.hidden_size * known.mlp_size
-    size = (2 if config.engine.weights == "fp16" else 4) * known.num_layers * each
-    if size > _PROTOBUF_LIMIT:
-        yield Problem(
-            f"model.name={config.model.name} in {config.engine.weights}:",
-            f"its weights are {size / 2**30:.1f} GiB, and the graph with them may exceed"
-            " protobuf's limit of 2 GiB.",
-            advice="Set engine.weights=fp16, or saveInitializersToFile: <file> in _Popart.set of"
-            " engine.poptorch_options (docs/ipu.md).",
         )

@@ -255,7 +255,7 @@ _POPART = Table(
                 automaticLossScalingSettings.thresholdUpperCountProportion outlineSequenceBreakCost
                 outlineThreshold timeLimitScheduler
             """,
-            "text": "saveInitializersToFile serializedPoprithmsShiftGraphsDir",
+            "text": "serializedPoprithmsShiftGraphsDir",
             "greedy, fifo or random": "kahnTieBreaker",
             "a list of text": "dotChecks updatableNamedBuffers",
             "a list of 0 and 1": "hardwareInstrumentations",
@@ -310,6 +310,8 @@ _POPART = Table(
         "explicitRecomputation": _EXPLICIT,
         "globalReplicaOffset": _BY_POPRUN,
         "globalReplicationFactor": _BY_POPRUN,
+        "saveInitializersToFile": "overwrites the file it names; the engine sets it for weights of"
+        " over 2 GiB",
         "useHostCopyOps": _EXPLICIT,
     },
 )
@@ -405,7 +407,6 @@ _INFERENCE_ONLY = {
 #: Why a name belongs under one graph, whichever.
 _ONE_GRAPH = {
     "modelName": "names a graph: two graphs of one name share a folder of reports",
-    "saveInitializersToFile": "names the file of one graph's weights",
 }
 
 

@@ -220,8 +220,8 @@ FP16_MOMENTS = ("optim.accumulator=fp16", "optim.first_moment=fp16")
             "engine.weights=fp16 with engine.stochastic_rounding=false:",
         ),
         (
-            ["model.name=vit-huge", "pipeline.layers_per_stage=[8, 8, 8, 8]"],
-            "model.name=vit-huge in fp32: its weights are 2.3 GiB",
+            ["engine.poptorch_options={training: {TensorLocations.numIOTiles: 32}}"],
+            "engine.poptorch_options.training.TensorLocations.numIOTiles=32 takes these tiles",
         ),
     ],
 )
@@ -238,7 +238,6 @@ def test_warning(overrides, start):
         ["optim.accumulator=fp16", "optim.loss_scaling=1024"],
         [*FP16_MOMENTS, "optim.loss_scaling=1024", "engine.precision=fp32"],
         ["engine.weights=fp16"],
-        ["model.name=vit-huge", "pipeline.layers_per_stage=[8, 8, 8, 8]", "engine.weights=fp16"],
     ],
 )
 def test_no_warning(overrides):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import time
 from dataclasses import replace
-from typing import Any, Dict, Iterable, List, Tuple, Union
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -38,7 +40,12 @@ from cxr_vit.engines.ipu.optimizer import (
     optimizer_kind,
     to_poptorch,
 )
-from cxr_vit.engines.ipu.options import DTYPES, graph_options
+from cxr_vit.engines.ipu.options import (
+    DTYPES,
+    PROTOBUF_LIMIT,
+    graph_options,
+    save_weights_apart,
+)
 from cxr_vit.engines.optim import check_kind
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.module import ViTModule
@@ -100,6 +107,8 @@ class PopTorchEngine(Engine):
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
+        #: For files of PopART, until the engine is closed.
+        self._scratch: Optional[tempfile.TemporaryDirectory[str]] = None
         self.graphs = self._build_graphs(by_poprun, offline)
         self._loaders: List[HostBatchLoader] = []
 
@@ -115,6 +124,11 @@ class PopTorchEngine(Engine):
             offline=offline,
             by_poprun=by_poprun,
         )
+        size = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        if size > PROTOBUF_LIMIT:
+            self._scratch = tempfile.TemporaryDirectory(prefix="cxr_vit_")
+            for name, options in (("training", training_options), ("inference", inference_options)):
+                save_weights_apart(options, Path(self._scratch.name) / name)
         kept = [] if pipeline.execution == "sharded" else plan.kept_outputs(pipeline.recompute)
         layers = [self.model.layers[i] for stage in kept for i in stage.layers]
         attentions = [self.model.attentions[i] for stage in kept for i in stage.attentions]
@@ -276,6 +290,8 @@ class PopTorchEngine(Engine):
         for loader in self._loaders:
             loader.close()
         self.graphs.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
         if self.config.engine.weights == "fp16":
             self.model.float()
         compute_on_host(self.model)

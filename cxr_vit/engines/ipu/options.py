@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
@@ -36,6 +37,8 @@ _OVERLAP_MEMORY_OPTIMIZED = 3
 _NO_RECOMPUTATION = 0
 #: popart::SubgraphCopyingStrategy::JustInTime
 _JUST_IN_TIME = 1
+#: Bytes of a protobuf message at most; PopTorch passes the graph in one (CompilerOptions.hpp).
+PROTOBUF_LIMIT = 2**31
 #: Options about a device, which --compile-only has not.
 _DEVICE = ("connectionType", "useIpuId")
 
@@ -137,6 +140,11 @@ def graph_options(
             if not offline or name not in _DEVICE:
                 _set_users(options, name, value)
     return training, inference
+
+
+def save_weights_apart(options: poptorch.Options, file: Path) -> None:
+    """Have PopART write the initial weights to a file, not into the graph's protobuf message."""
+    options._Popart.set("saveInitializersToFile", str(file))
 
 
 def _new_options(replicas: int, *, stages: int, by_poprun: bool) -> poptorch.Options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,3 +377,19 @@ def test_nan_losses_of_synthetic_data_do_not_end_the_run(ipu, commands, monkeypa
     else:
         with pytest.raises(NonFiniteLoss):
             commands.train(*overrides)
+
+
+def test_weights_beyond_protobufs_limit_are_written_apart(ipu, commands, monkeypatch):
+    """One file for each graph, in a folder that is gone after the run."""
+    _, inspection = ipu
+    with make_engine(commands.config()) as engine:
+        engine.compile(example(engine))
+        assert not any("saveInitializersToFile" in graph.options for graph in compiled(inspection))
+    inspection.log().clear()
+    monkeypatch.setattr("cxr_vit.engines.ipu.engine.PROTOBUF_LIMIT", 1000)
+    with make_engine(commands.config()) as engine:
+        engine.compile(example(engine))
+        files = [Path(graph.options["saveInitializersToFile"]) for graph in compiled(inspection)]
+        assert [file.name for file in files] == ["inference", "training"]
+        assert all(file.parent.is_dir() for file in files)
+    assert not any(file.parent.exists() for file in files)
