@@ -20,7 +20,7 @@ def check(argv: Sequence[str]) -> int:
     print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
     print(describe_processes(config))
     refused = ipu_problems(config)
-    verdict = "refused by PopTorch:" if refused else "nothing here that PopTorch would refuse"
+    verdict = "refused:" if refused else "nothing here that PopTorch would refuse"
     print(f"on IPUs      {verdict}", *refused, sep="\n  ")
     for warning in ipu_warnings(config):
         print(f"on IPUs      warning: {warning}")
