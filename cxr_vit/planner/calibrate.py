@@ -117,6 +117,11 @@ def _read_facts(folder: Path) -> Any:
             " precision: the run was written by an older version. Repeat it for a few steps:"
             f" python train.py --config {folder / 'config.yaml'}"
         )
+    if facts.get("hardware") is False:
+        raise ConfigError(
+            f"--calibrate {folder}: the run was not on IPUs: a stand-in for PopTorch computed on the"
+            " CPU. Give a run on IPUs."
+        )
     return facts
 
 

@@ -44,6 +44,7 @@ from cxr_vit.engines.ipu.options import (
     DTYPES,
     PROTOBUF_LIMIT,
     graph_options,
+    on_hardware,
     save_weights_apart,
 )
 from cxr_vit.engines.optim import check_kind
@@ -161,6 +162,7 @@ class PopTorchEngine(Engine):
         return {
             "name": "poptorch",
             "device": "IPU",
+            "hardware": on_hardware(),
             "precision": self.precision,
             "processes": self.launch.world_size,
             "replicas": self.batch.replicas,

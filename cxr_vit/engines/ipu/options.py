@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -96,6 +97,15 @@ def poptorch_problem(
             " in pipeline.layers_per_stage.",
         )
     return None
+
+
+def on_hardware() -> bool:
+    """Whether IPUs compute, not a stand-in for PopTorch or for its compiled core, or a model."""
+    import poptorch
+
+    core = getattr(poptorch, "poptorch_core", None)
+    is_compiled = str(getattr(core, "__file__", "")).endswith(tuple(EXTENSION_SUFFIXES))
+    return is_compiled and bool(poptorch.ipuHardwareIsAvailable())
 
 
 def graph_options(
