@@ -4,6 +4,7 @@
 # make test-all    the same with the cases marked exhaustive: ten minutes more
 # make test-faults the tests of faults in full: about an hour; FAULTS_EXAMPLES=500 is shorter
 # make test-sdk34  the same suite on Python 3.8 with the pins of the Poplar SDK 3.4
+# make test-frontend the tests of PopTorch on its real front end: POPTORCH_SRC=<checkout>
 # make lint        formatter, linter, types, spelling
 # make docs        the documentation, into site/; a warning is an error
 # make dist        sdist and wheel, into dist/
@@ -24,7 +25,7 @@ SPELLED     := cxr_vit tests configs benchmarks docs .github .ci train.py evalua
 # What the tests need besides requirements.txt.
 DEV         := requirements-dev.txt requirements-dicom.txt requirements-loggers.txt
 
-.PHONY: demo setup test test-all test-faults test-sdk34 lint docs dist picture clean
+.PHONY: demo setup test test-all test-faults test-sdk34 test-frontend lint docs dist picture clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
@@ -49,6 +50,10 @@ test-faults: $(VENV)/.installed-dev
 
 test-sdk34: $(VENV_SDK34)/.installed-dev
 	$(VENV_SDK34)/bin/python -m pytest $(PARALLEL)
+
+# Needs graphcore/poptorch 3.4 in POPTORCH_SRC and the harness (POPTORCH_FRONTEND); fetches neither.
+test-frontend: $(VENV_SDK34)/.installed-dev
+	$(VENV_SDK34)/bin/python -m pytest $(PARALLEL) --front-end
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -34,7 +34,7 @@ from cxr_vit.files import remove, write_text
 from cxr_vit.planner.estimate import make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-#: Files of a run that the JSON file holds.
+#: Files of a run that `plan --calibrate` reads; the JSON file holds them.
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl")
 
 #: 16 updates of 32 images and two validations of the demo's model, without dropout.

@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
@@ -149,3 +150,82 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             super()._assign_work_unit(node)
 
     return SlowFilesFirst(config, log)
+
+
+# make test-frontend: what runs on PopTorch's real front end
+
+
+def is_on_front_end(item: pytest.Item) -> bool:
+    """Whether a test's name, parameters or fixtures say that it uses the front end."""
+    words = [item.nodeid, *getattr(item, "fixturenames", ())]
+    return any("front end" in word or "front_end" in word for word in words)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--front-end",
+        action="store_true",
+        help="run the tests of the stand-in and what uses PopTorch's real front end, and fail if"
+        " nothing ran on the latter",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from fakes import loading
+
+    reason = loading.available() if config.getoption("front_end") else None
+    if reason:
+        raise pytest.UsageError(f"--front-end: {reason}. See docs/ipu.md, section 12.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Leave out what has to do neither with the front end nor with the stand-in."""
+    if not config.getoption("front_end"):
+        return
+    folders = (ROOT / "tests" / "engines" / "ipu", ROOT / "tests" / "fakes")
+    left_out = [
+        item
+        for item in items
+        if not is_on_front_end(item) and not any(folder in item.path.parents for folder in folders)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if is_on_front_end(item):
+        item.user_properties.append(("front end", True))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tell how many tests ran on the front end, and how many were skipped and why."""
+    if not config.getoption("front_end"):
+        return
+    from fakes import loading
+
+    write, stats = terminalreporter.write_line, terminalreporter.stats
+    passed, failed = (len(_on_front_end(stats, outcome)) for outcome in ("passed", "failed"))
+    skipped = Counter(str(report.longrepr[2]) for report in stats.get("skipped", ()))
+    terminalreporter.section("PopTorch's real front end")
+    write(f"{passed + failed} tests ran on it, and {failed} of them failed")
+    write(f"{sum(skipped.values())} tests were skipped")
+    for reason, number in skipped.items():
+        write(f"  {number}: {reason}")
+    write(f"It does not show: {', '.join(loading.GAPS)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if nothing ran on the front end."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or not session.config.getoption("front_end"):
+        return
+    if not any(_on_front_end(terminal.stats, outcome) for outcome in ("passed", "failed")):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _on_front_end(stats: Dict[str, List[Any]], outcome: str) -> List[Any]:
+    """Return the reports of tests with an outcome that used the front end."""
+    return [
+        report for report in stats.get(outcome, ()) if dict(report.user_properties).get("front end")
+    ]

@@ -110,9 +110,11 @@ def test_settings_are_measured_beside_the_prediction(ipu, first_run, capsys):
     assert base["peak_host_memory_gib"] > 0.1
     assert items["base"]["predicted"]["samples_per_s"] > 0
     assert len(items["base"]["predicted"]["stages"]) == 4
-    assert items["eval_4x16"]["result"]["eval_samples_per_s"] > 0
+    scored = items["eval_4x16"]["result"]
+    assert scored["compile_s"] > 0 and scored["eval_samples_per_s"] > 0
     # Nothing is invented: neither cycles nor memory, and all is marked.
     assert base["cycles_per_call"] is None
+    assert "error" not in items["base/memory"]["result"]
     for graph in ("training", "inference"):
         assert "no profile.pop" in items["base/memory"]["result"][graph]["not_measured"]
     assert content["from_hardware"] is base["from_hardware"] is facts["from_hardware"] is False

@@ -44,7 +44,7 @@ def test_recording_equals_the_front_end() -> None:
 
 
 @needs_front_end
-def test_same_calls_have_the_same_results(fake: Tuple[Any, Any]) -> None:
+def test_same_calls_on_the_front_end_have_the_same_results(fake: Tuple[Any, Any]) -> None:
     real = json.loads(_run("comparison.py").splitlines()[-1])
     ours = comparison.everything(*fake)
     assert ours["options"] == real["options"]
