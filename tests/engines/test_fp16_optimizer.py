@@ -66,7 +66,12 @@ def test_fp16_second_moment_divides_small_gradients_by_eps(eps):
 
 @pytest.mark.parametrize(
     ("accumulator", "first_moment", "survives"),
-    [("fp32", "fp32", True), ("fp16", "fp32", True), ("fp32", "fp16", False), ("fp16", "fp16", False)],
+    [
+        ("fp32", "fp32", True),
+        ("fp16", "fp32", True),
+        ("fp32", "fp16", False),
+        ("fp16", "fp16", False),
+    ],
 )
 def test_loss_scaling_protects_small_gradients_up_to_the_first_fp16_number(
     accumulator, first_moment, survives
