@@ -95,7 +95,7 @@ def test_pod4_has_a_global_batch_of_128(pod4):
     assert BatchPlan.from_section(pod4.batch).global_batch_size == 128
 
 
-@pytest.mark.parametrize("name", ["vit_gpu", "vit_gpu4", "vit_pod16"])
+@pytest.mark.parametrize("name", ["vit_gpu", "vit_gpu4", "vit_pod16", "vit_pod4_fp16"])
 def test_other_machines_train_by_the_recipe_of_pod4(pod4, name):
     config = read_config([FOLDER / f"{name}.yaml"])
     assert BatchPlan.from_section(config.batch).global_batch_size == 128
