@@ -83,28 +83,27 @@ _FP32 = Precision(loss_scaling=1.0, stochastic_rounding=False, arithmetic="fp32"
 _FP16_WEIGHTS = Precision("fp16")
 _OPTIMUM = Precision("fp16", "fp16", "fp16")
 _FP16_SQUARES = Precision(second_moment="fp16")
-_NEAREST = "to nearest"
 CASES = (
     Case("fp32 throughout", _FP32),
     Case("PopTorch's defaults", Precision(loss_scaling=1.0, stochastic_rounding=False)),
     Case("vit_pod4.yaml", Precision(first_moment="fp16")),
-    Case("fp16 accumulator", Precision(accumulator="fp16")),
-    Case("fp16 accumulator and first moment", Precision("fp32", "fp16", "fp16")),
-    Case("fp16 weights", _FP16_WEIGHTS),
-    Case(_NEAREST, _FP16_WEIGHTS._replace(stochastic_rounding=False)),
-    Case("and first moment", _FP16_WEIGHTS._replace(first_moment="fp16")),
-    Case("vit_pod4_fp16.yaml", _FP16_WEIGHTS._replace(accumulator="fp16")),
+    Case("", Precision(accumulator="fp16")),
+    Case("", Precision("fp32", "fp16", "fp16")),
+    Case("", _FP16_WEIGHTS),
+    Case("", _FP16_WEIGHTS._replace(stochastic_rounding=False)),
+    Case("", _FP16_WEIGHTS._replace(first_moment="fp16")),
+    Case("vit_pod4_fp16.yaml, Graphcore's ViT", _FP16_WEIGHTS._replace(accumulator="fp16")),
     Case("optimum-graphcore", _OPTIMUM),
-    Case("without loss scaling", _OPTIMUM._replace(loss_scaling=1.0)),
-    Case(_NEAREST, _OPTIMUM._replace(stochastic_rounding=False)),
-    *(Case("fp16 second moment", _FP16_SQUARES._replace(eps=10.0**-n)) for n in (8, 6, 5, 4, 3)),
-    *(Case("the same eps, fp32 second moment", Precision(eps=10.0**-n)) for n in (4, 3)),
+    Case("", _OPTIMUM._replace(loss_scaling=1.0)),
+    Case("", _OPTIMUM._replace(stochastic_rounding=False)),
+    *(Case("", _FP16_SQUARES._replace(eps=10.0**-n)) for n in (8, 6, 5, 4, 3)),
+    *(Case("", Precision(eps=10.0**-n)) for n in (4, 3)),
     Case("fp16 throughout", _OPTIMUM._replace(second_moment="fp16")),
     Case("fp16 throughout", _OPTIMUM._replace(second_moment="fp16", eps=1e-4)),
     Case("fp32 throughout", _FP32, 1e-4),
     Case("vit_pod4.yaml", Precision(first_moment="fp16"), 1e-4),
-    Case("fp16 weights", _FP16_WEIGHTS, 1e-4),
-    Case(_NEAREST, _FP16_WEIGHTS._replace(stochastic_rounding=False), 1e-4),
+    Case("", _FP16_WEIGHTS, 1e-4),
+    Case("", _FP16_WEIGHTS._replace(stochastic_rounding=False), 1e-4),
     Case("optimum-graphcore", _OPTIMUM, 1e-4),
 )
 #: Of 128 micro-batches of one image.
@@ -117,6 +116,10 @@ ACCUMULATIONS = {
         "fp32", "fp16", "fp16", stochastic_rounding=False
     ),
 }
+HEADER = (
+    "| | weights | accumulator | moments | loss scaling | rounding | eps | lr | loss | AUROC |"
+    " inf or NaN | trains |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
 #: How much lower than in fp32 the AUROC may be: of what trains, and of what trains worse.
 AS_GOOD, WORSE = 0.01, 0.1
 
@@ -378,23 +381,34 @@ def _flatten(parameters: Sequence[nn.Parameter]) -> Tuple[Tensor, Tensor]:
     return values, gradients
 
 
-def verdict(auroc: Optional[float], reference: float) -> str:
-    """Say whether a choice trains, by its AUROC and that of fp32 at the same rate."""
-    if auroc is None or auroc < reference - WORSE:
-        return "does not train"
-    return "trains" if auroc >= reference - AS_GOOD else "trains worse"
+def verdict(row: Mapping[str, Any], reference: float) -> str:
+    """Say whether a choice trains, by its AUROC and that of fp32 at the same learning rate."""
+    auroc = row["auroc_macro"]
+    if auroc is None:
+        return f"no: NaN in update {row['updates']}"
+    if auroc < reference - WORSE:
+        return "no"
+    return "yes" if auroc >= reference - AS_GOOD else "worse"
 
 
 def table_row(row: Mapping[str, Any]) -> str:
-    """Format a row of the JSON file."""
-    dtypes = [row[key] for key in ("weights", "accumulator", "first_moment", "second_moment")]
-    auroc = "-" if row["auroc_macro"] is None else f"{row['auroc_macro']:.3f}"
-    return (
-        f"{row['case']:33} {' '.join(dtypes)}  {row['loss_scaling']:4.0f}"
-        f" {'stochastic' if row['stochastic_rounding'] else 'nearest':10} {row['eps']:.0e}"
-        f" {row['lr']:.0e}  {row['updates']:4} {row['loss']:.4f} {auroc:>5}"
-        f" {100 * row['not_finite']:5.1f} %  {row['verdict']}"
-    )
+    """Format a row of the JSON file as one of the Markdown table in docs/precision.md."""
+    rounding = "stochastic" if row["stochastic_rounding"] else "nearest"
+    auroc = row["auroc_macro"]
+    cells = [
+        row["case"],
+        row["weights"],
+        row["accumulator"],
+        f"{row['first_moment']}, {row['second_moment']}",
+        f"{row['loss_scaling']:g}",
+        rounding if row["arithmetic"] == "fp16" else "-",
+        *(f"{row[key]:.0e}".replace("e-0", "e-") for key in ("eps", "lr")),
+        f"{row['loss']:.4f}",
+        "-" if auroc is None else f"{auroc:.3f}",
+        f"{100 * row['not_finite']:.3g} %",
+        row["verdict"],
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: List[str]) -> int:
@@ -407,16 +421,13 @@ def main(argv: List[str]) -> int:
     torch.set_num_threads(1)
     config = read_config([Path(__file__).resolve().parents[1] / "configs/vit_demo.yaml"], DEMO)
     demo = Demo(config)
-    print(
-        f"{'':33} weights, accumulator, first and second moment; loss scaling, rounding, eps, lr;"
-        " updates, loss, AUROC, inf or NaN"
-    )
+    print(HEADER)
     rows: List[Dict[str, Any]] = []
     references: Dict[float, float] = {}
     for case in CASES:
         found = demo.train(case, arguments.seed, arguments.updates)
         reference = references.setdefault(case.lr, found["auroc_macro"])
-        found["verdict"] = verdict(found["auroc_macro"], reference)
+        found["verdict"] = verdict(found, reference)
         rows.append({"case": case.name, **case.precision._asdict(), "lr": case.lr, **found})
         print(table_row(rows[-1]), flush=True)
     sums = {}

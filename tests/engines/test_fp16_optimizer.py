@@ -1,11 +1,23 @@
 """PopART's AdamW as benchmarks/ipu_fp16_optimizer.py emulates it."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.ipu_fp16_optimizer import SMALLEST, EmulatedAdamW, Precision, Rounding
+from benchmarks.ipu_fp16_optimizer import (
+    CASES,
+    HEADER,
+    SMALLEST,
+    EmulatedAdamW,
+    Precision,
+    Rounding,
+    table_row,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FP32 = Precision(loss_scaling=1.0, stochastic_rounding=False)
 BETAS = (0.9, 0.999)
@@ -108,3 +120,15 @@ def test_small_updates_of_fp16_weights_survive_only_stochastic_rounding():
         changes[generator is None] = 1.0 - float(emulated.weights.mean())
     assert changes[True] == 0.0
     assert changes[False] == pytest.approx(1e-3, rel=0.2)
+
+
+def test_precision_page_has_the_table_of_the_results():
+    path = ROOT / "benchmarks" / "results" / "ipu_fp16_optimizer.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]["rows"]
+    assert [
+        (row["case"], Precision(*(row[key] for key in Precision._fields)), row["lr"])
+        for row in rows
+    ] == list(map(tuple, CASES))
+    page = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    table = "\n".join([HEADER, *map(table_row, rows)])
+    assert table in page
