@@ -311,8 +311,8 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
             "PopART divides by sqrt(v) + eps in fp16 (adamupdaterx.cpp), where v is 0 for gradients"
             " below 0.0055: the update is the first moment over eps, or infinite.",
             "Set optim.second_moment=fp32.",
-            f"(Or optim.eps={LEAST_FP16_EPS:g} or more, which makes small updates proportional to the"
-            " gradient, as in SGD.)",
+            f"(Or optim.eps={LEAST_FP16_EPS:g} or more, which makes small updates proportional to"
+            " the gradient, as in SGD.)",
         )
     if optim.loss_scaling == "auto" and optim.accumulator == "fp32":
         yield Problem(

@@ -119,8 +119,8 @@ def _read_facts(folder: Path) -> Any:
         )
     if facts.get("hardware") is False:
         raise ConfigError(
-            f"--calibrate {folder}: the run was not on IPUs: a stand-in for PopTorch computed on the"
-            " CPU. Give a run on IPUs."
+            f"--calibrate {folder}: the run was not on IPUs: a stand-in for PopTorch computed on"
+            " the CPU. Give a run on IPUs."
         )
     return facts
 
