@@ -211,15 +211,16 @@ def test_memory_is_read_from_poplars_report(tmp_path, monkeypatch):
     assert "pva is missing" in ipu_first_run_worker.read_report(path)["not_measured"]
 
 
-def test_hardware_is_a_compiled_core_with_ipus(ipu, monkeypatch):
+def test_hardware_is_a_compiled_core_with_ipus(ipu):
     assert not on_hardware()
     compiled = ModuleType("poptorch")
     compiled.poptorch_core = SimpleNamespace(__file__="/sdk/poptorch/poptorch_core.so")
-    compiled.ipuHardwareIsAvailable = lambda: True
-    monkeypatch.setitem(sys.modules, "poptorch", compiled)
-    assert on_hardware()
-    compiled.ipuHardwareIsAvailable = lambda: False  # the IPU Model
-    assert not on_hardware()
+    # Undone before `ipu` is, which keeps what it finds for the next test.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "poptorch", compiled)
+        for has_ipus in (True, False):  # False: the IPU Model
+            compiled.ipuHardwareIsAvailable = lambda answer=has_ipus: answer
+            assert on_hardware() is has_ipus
 
 
 def test_without_poptorch_it_says_what_to_do(tmp_path, first_run, monkeypatch):
