@@ -31,7 +31,7 @@ from cxr_vit.config import BatchPlan, load_config
 from cxr_vit.config.schema import BatchSection
 from cxr_vit.errors import ConfigError, CxrVitError, DeviceError
 from cxr_vit.files import remove, write_text
-from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.estimate import Plan, make_plan, plan_evaluation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: Files of a run that `plan --calibrate` reads; the JSON file holds them.
@@ -68,11 +68,13 @@ COMMON = (
     "train.checkpoint_every_steps=1000000",
     "loggers=[jsonl]",
 )
+#: fp16 weights with the optimizer of configs/vit_pod4_fp16.yaml.
+FP16 = ("engine.weights=fp16", "optim.accumulator=fp16", "optim.first_moment=fp32")
 #: Name -> images of a micro-batch, None for the configuration's; other overrides.
 SETTINGS: Dict[str, Tuple[Optional[int], Tuple[str, ...]]] = {
     "base": (None, ()),
-    "weights_fp16_micro8": (8, ("engine.weights=fp16",)),
-    "weights_fp16": (None, ("engine.weights=fp16",)),
+    "weights_fp16_micro8": (8, FP16),
+    "weights_fp16": (None, FP16),
     "micro4": (4, ()),
     "micro8": (8, ()),
     "micro16": (16, ()),
@@ -85,8 +87,9 @@ SETTINGS: Dict[str, Tuple[Optional[int], Tuple[str, ...]]] = {
 EVALUATIONS = {
     "eval_1x4": (1, 4),
     "eval_1x64": (1, 64),
-    "eval_4x16": (4, 16),
-    "eval_16x16": (16, 16),
+    "eval_4x32": (4, 32),
+    "eval_16x32": (16, 32),
+    "eval_32x16": (32, 16),
 }
 QUICK = ("equality_fp32", "base", "weights_fp16_micro8")
 NAMES = ("equality_fp32", "equality_fp16", *SETTINGS, *EVALUATIONS)
@@ -144,16 +147,25 @@ def batch_of(batch: BatchSection, micro: Optional[int]) -> List[str]:
 
 
 def predict(item: Item) -> Dict[str, Any]:
-    """Return the planner's prediction for a setting."""
+    """Return the planner's prediction of training and of evaluation."""
     try:
-        plan = make_plan(load_config(list(map(Path, item.files)), item.overrides))
+        config = load_config(list(map(Path, item.files)), item.overrides)
+        evaluation = plan_evaluation(config)
+        assert evaluation is not None, "COMMON has engine.name=poptorch"
+        plans = {"evaluation": evaluation.plan}
+        if item.kind == "training":
+            plans["training"] = make_plan(config)
     except CxrVitError as error:
         return {"error": " ".join(str(error).split())}
-    lowest, highest = plan.speed_range
+    return {name: numbers_of(plan) for name, plan in plans.items()}
+
+
+def numbers_of(plan: Plan) -> Dict[str, Any]:
+    """Return what is compared with measurements; an update of evaluation is a host call."""
     return {
         "for": plan.target.describe(),
         "samples_per_s": plan.samples_per_s,
-        "samples_per_s_range": [lowest, highest],
+        "samples_per_s_range": plan.speed_range,
         "seconds_per_update": plan.seconds,
         "bubble": plan.bubble,
         "fits": plan.fits,
@@ -208,7 +220,7 @@ class Session:
         if item.kind != "memory":  # its report is for PopVision
             remove(begun)
         record = {"kind": item.kind, "settings": [*item.files, *item.overrides]}
-        if item.kind == "training":
+        if item.kind in ("training", "evaluation"):
             record["predicted"] = predict(item)
         self.content["items"][item.name] = {**record, "result": result}
         self.save()
@@ -348,21 +360,21 @@ def measure(session: Session, items: Sequence[Item], retries: bool) -> None:
 def print_table(session: Session, items: Sequence[Item]) -> None:
     """Print measured and predicted speed of the settings."""
     print(
-        f"\n{'setting':26} {'images/s':>10} {'predicted':>10} {'evaluation':>11} {'compile s':>10}"
+        f"\n{'images/s':26} {'training':>10} {'predicted':>10} {'evaluation':>11} {'predicted':>10}"
     )
     for item in items:
-        record = session.content["items"][item.name]
-        result = record["result"]
         if item.kind not in ("training", "evaluation"):
             continue
+        record = session.content["items"][item.name]
+        result, predicted = record["result"], record["predicted"]
         if "error" in result:
             print(f"{item.name:26} failed: {result['error'][:90]}")
             continue
         values = [
             result.get("samples_per_s"),
-            record.get("predicted", {}).get("samples_per_s"),
-            result.get("eval_samples_per_s"),
-            result.get("compile_s"),
+            predicted.get("training", {}).get("samples_per_s"),
+            result["eval_samples_per_s"],
+            predicted.get("evaluation", {}).get("samples_per_s"),
         ]
         texts = ["-" if value is None else f"{value:,.1f}" for value in values]
         print(f"{item.name:26} {texts[0]:>10} {texts[1]:>10} {texts[2]:>11} {texts[3]:>10}")

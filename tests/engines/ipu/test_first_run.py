@@ -95,7 +95,7 @@ def test_differences_in_fp16_are_reported_and_not_judged(stand_in, first_run):
 
 
 def test_settings_are_measured_beside_the_prediction(ipu, first_run, capsys):
-    status, content, kinds = first_run("base,eval_4x16")
+    status, content, kinds = first_run("base,eval_4x32")
     assert status == 0 and kinds == ["facts", "training", "evaluation", "memory"]
     facts, items = content["facts"], content["items"]
     assert facts["numbers_of_ipus_that_answer"] == [1, 2, 4, 8, 16]
@@ -108,9 +108,12 @@ def test_settings_are_measured_beside_the_prediction(ipu, first_run, capsys):
     assert math.isclose(base["samples_per_s"], 32 / seconds)
     assert base["compile_s"] > 0 and base["eval_samples_per_s"] > 0
     assert base["peak_host_memory_gib"] > 0.1
-    assert items["base"]["predicted"]["samples_per_s"] > 0
-    assert len(items["base"]["predicted"]["stages"]) == 4
-    scored = items["eval_4x16"]["result"]
+    for name, kinds in (("base", ["evaluation", "training"]), ("eval_4x32", ["evaluation"])):
+        assert sorted(items[name]["predicted"]) == kinds
+        for predicted in items[name]["predicted"].values():
+            assert predicted["samples_per_s"] > 0 and len(predicted["stages"]) == 4
+    scored = items["eval_4x32"]["result"]
+    assert (scored["eval_images"], scored["eval_images_with_padding"]) == (18, 128)
     assert scored["compile_s"] > 0 and scored["eval_samples_per_s"] > 0
     # Nothing is invented: neither cycles nor memory, and all is marked.
     assert base["cycles_per_call"] is None
