@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from cxr_vit.cli import run, split_overrides
 from cxr_vit.config import BatchPlan, load_config
@@ -259,7 +259,7 @@ def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Optional[s
         )
         status: Optional[int] = None
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with signals_interrupt(), contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(limit_s)
         finally:
             stop(process)
@@ -271,6 +271,23 @@ def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Optional[s
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return f"the process ended with {how}: {last[:300]}"
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """End like Ctrl-C at SIGTERM and SIGHUP, so that no worker goes on and keeps the IPUs."""
+    before = {
+        number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -414,12 +431,32 @@ def names(text: str) -> List[str]:
     return given
 
 
+def out_file(text: str) -> Path:
+    """Parse --out."""
+    path = Path(text)
+    if path.suffix != ".json" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: name a file that ends in .json")
+    return path
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure all items; the exit status is 1 if an equality fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("ipu_first_run.json"), metavar="FILE")
-    add("--config", nargs="+", default=["configs/vit_pod4.yaml"], metavar="FILE|KEY=VALUE")
+    add(
+        "--out",
+        type=out_file,
+        default=Path("ipu_first_run.json"),
+        metavar="FILE.json",
+        help="the results; runs, logs and reports go into the folder FILE beside it",
+    )
+    add(
+        "--config",
+        nargs="+",
+        default=["configs/vit_pod4.yaml"],
+        metavar="FILE|KEY=VALUE",
+        help="the configuration whose settings are varied; default: %(default)s",
+    )
     add("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     add("--only", type=names, metavar="NAME,...", help=f"of {', '.join(NAMES)}")
     add("--steps", type=int, default=20, metavar="N", help="weight updates of a setting")
@@ -441,7 +478,8 @@ def main(argv: Sequence[str]) -> int:
     print_table(session, items)
     print(f"\nwritten: {session.out}; logs and reports are in {session.folder}")
     if session.content["from_hardware"]:
-        print(f"python -m cxr_vit plan --calibrate {session.folder}/runs/*")
+        same_weights = f"{session.folder}/runs/base {session.folder}/runs/micro*"
+        print(f"python -m cxr_vit plan --calibrate {same_weights}")
         print("Please attach the file to an issue of the project; read its `facts` first.")
     results = [session.content["items"][item.name]["result"] for item in items]
     return int(any(result.get("equal") is False for result in results))

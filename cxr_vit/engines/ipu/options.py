@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple
 import torch
 
 from cxr_vit.config.ipu_rules import (
+    MOST_IPUS,
     eval_layers,
     eval_proportion,
     pipelines,
@@ -81,22 +82,30 @@ def poptorch_problem(
             f"Unset it, or {alternative}.",
             "To compile without an IPU: train.py --compile-only.",
         )
-    if not poptorch.ipuHardwareIsAvailable():
+    needed = reserved_ipus(stages, replicas)
+    if poptorch.ipuHardwareIsAvailable(needed):
+        return None
+    if not any_ipu_answers():
         return Problem(
             "PopTorch",
             "is installed, but no IPU answers.",
             f"Check `gc-monitor` and the partition (vipu), or {alternative}.",
             "To compile without an IPU: train.py --compile-only.",
         )
-    needed = reserved_ipus(stages, replicas)
-    if not poptorch.ipuHardwareIsAvailable(needed):
-        return Problem(
-            f"{stages} stages x {replicas} replicas",
-            f"need {needed} IPUs, and fewer answer here.",
-            "Check `gc-monitor` and the partition (vipu), lower batch.replicas, or use fewer stages"
-            " in pipeline.layers_per_stage.",
-        )
-    return None
+    return Problem(
+        f"{stages} stages x {replicas} replicas",
+        f"need {needed} IPUs, and fewer answer here.",
+        "Check `gc-monitor` and the partition (vipu), lower batch.replicas, or use fewer stages"
+        " in pipeline.layers_per_stage.",
+    )
+
+
+def any_ipu_answers() -> bool:
+    """Whether there is a device of any size; a fixed partition may have those of one size only."""
+    import poptorch
+
+    sizes = [2**power for power in range(MOST_IPUS.bit_length())]
+    return any(poptorch.ipuHardwareIsAvailable(size) for size in sizes)
 
 
 def on_hardware() -> bool:
@@ -105,7 +114,7 @@ def on_hardware() -> bool:
 
     core = getattr(poptorch, "poptorch_core", None)
     is_compiled = str(getattr(core, "__file__", "")).endswith(tuple(EXTENSION_SUFFIXES))
-    return is_compiled and bool(poptorch.ipuHardwareIsAvailable())
+    return is_compiled and any_ipu_answers()
 
 
 def graph_options(

@@ -8,6 +8,7 @@ import pytest
 
 from cxr_vit.engines.choice import choose_engine
 from cxr_vit.engines.ipu.graphs import explained
+from cxr_vit.engines.ipu.options import poptorch_problem
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DeviceError, EngineUnavailable
 
@@ -207,3 +208,21 @@ def test_unknown_error_in_a_step_becomes_a_device_error(ipu, commands, monkeypat
     assert "docs/ipu.md" in str(raised.value)
     assert isinstance(raised.value.__cause__, poptorch.Error)
     assert [text for text in messages(said) if text.startswith("training graph: ")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({4}, None),
+        ({1, 2, 4}, None),
+        ({8}, "fewer answer"),
+        ({2}, "fewer answer"),
+        (set(), "no IPU"),
+    ],
+)
+def test_partition_may_have_devices_of_one_size(ipu, commands, monkeypatch, sizes, problem):
+    """One that is not reconfigurable answers for its own number of IPUs only."""
+    poptorch, _ = ipu
+    monkeypatch.setattr(poptorch, "ipuHardwareIsAvailable", lambda number=1: number in sizes)
+    found = poptorch_problem(commands.config())
+    assert (found is None) if problem is None else (problem in str(found))

@@ -7,8 +7,10 @@ PYTHONPATH=tests/fakes, marked exhaustive.
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -222,7 +224,7 @@ def test_hardware_is_a_compiled_core_with_ipus(ipu):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "poptorch", compiled)
         for has_ipus in (True, False):  # False: the IPU Model
-            compiled.ipuHardwareIsAvailable = lambda answer=has_ipus: answer
+            compiled.ipuHardwareIsAvailable = lambda size, answer=has_ipus: answer
             assert on_hardware() is has_ipus
 
 
@@ -245,3 +247,48 @@ def test_command_runs_on_the_stand_in(tmp_path):
         check=True,
     )
     assert "images/s" in done.stdout and "failed: batch.gradient_accumulation=4" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_ends_the_worker(tmp_path, number):
+    """It would keep the IPUs otherwise."""
+    program = (
+        "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    )
+    script = (
+        "import sys; from pathlib import Path; from benchmarks.ipu_first_run import run_limited;"
+        f"run_limited([sys.executable, '-c', {program!r}], Path('log'), 60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    worker = int(wait_for(tmp_path / "pid"))
+    process.send_signal(number)
+    process.wait(30)
+    for _ in range(100):
+        if not is_running(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker goes on")
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists() and path.read_text():
+            return path.read_text()
+        time.sleep(0.1)
+    pytest.fail(f"{path} was not written")
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["results", "results.txt", ""])
+def test_out_is_a_json_file(name, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ipu_first_run.main(["--out", str(tmp_path / name)])
+    assert "name a file that ends in .json" in capsys.readouterr().err
