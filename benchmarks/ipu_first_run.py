@@ -143,7 +143,11 @@ def batch_of(batch: BatchSection, micro: Optional[int]) -> List[str]:
         return []
     plan = BatchPlan.from_section(batch)
     accumulation = max(1, plan.micro_batch_size * plan.gradient_accumulation // micro)
-    return [f"batch.micro_batch_size={micro}", f"batch.gradient_accumulation={accumulation}"]
+    return [
+        f"batch.micro_batch_size={micro}",
+        f"batch.gradient_accumulation={accumulation}",
+        "batch.global_batch_size=null",  # of the command line, perhaps
+    ]
 
 
 def predict(item: Item) -> Dict[str, Any]:
@@ -195,10 +199,11 @@ class Session:
     def save(self) -> None:
         """Write the JSON file."""
         items = self.content["items"].values()
-        results = [item["result"] for item in items]
-        self.content["from_hardware"] = bool(results) and all(
-            result.get("from_hardware") for result in results
-        )
+        # A worker that crashed or took too long does not say.
+        known = [
+            item["result"]["from_hardware"] for item in items if "from_hardware" in item["result"]
+        ]
+        self.content["from_hardware"] = bool(known) and all(known)
         write_text(self.out, json.dumps(self.content, indent=1) + "\n")
 
     def is_recorded(self, item: Item) -> bool:

@@ -130,7 +130,7 @@ def test_cut_and_reserved_ipus_of_evaluation_are_named(plan, text):
     printed = text("pipeline.eval_layers_per_stage=[6,6]", "batch.eval_replicas=4")
     assert "layers [6,6] in evaluation" in printed
     assert plan("pipeline.eval_layers_per_stage=[6,6]", "batch.eval_replicas=4")[0] == (
-        "4 x Mk2 IPU (GC200), 8 reserved: 1 replica of 4 stages"
+        "4 x Mk2 IPU (GC200), 8 reserved for evaluation: 1 replica of 4 stages"
     )
     assert "in evaluation" not in text(config=GPU4)
 

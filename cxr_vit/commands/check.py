@@ -24,7 +24,8 @@ def check(argv: Sequence[str]) -> int:
     print(f"on IPUs      {verdict}", *refused, sep="\n  ")
     for warning in ipu_warnings(config):
         print(f"on IPUs      warning: {warning}")
-    print(f"on IPUs      {describe_memory(config)}")
+    for line in describe_memory(config):
+        print(f"on IPUs      {line}")
     if config.planner.strict:
         preflight(config, config.engine.name)
     return 0

@@ -253,6 +253,8 @@ def _unless_automatic(key: str) -> Callable[[Any, Given], Ours]:
 
 
 def _cache(value: Any, given: Given) -> Ours:
+    if "${" in value:  # a name there, a variable here
+        return {}
     return {"engine.executable_cache": None if value in ("", "disabled") else value}
 
 

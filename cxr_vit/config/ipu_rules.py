@@ -13,10 +13,10 @@ from cxr_vit.config.poptorch_options import (
     is_location,
     options_of,
 )
-from cxr_vit.config.schema import Config, OptimSection
+from cxr_vit.config.schema import Config, EngineSection, OptimSection
 from cxr_vit.errors import ConfigError, Problem
 
-_IO_TILES = "TensorLocations.numIOTiles"
+_IO_TILES, _SCALING = "TensorLocations.numIOTiles", "automaticLossScalingSettings."
 #: Least `optim.eps` beside a second moment in fp16 with which the demo trains (docs/precision.md).
 LEAST_FP16_EPS = 1e-4
 #: PopTorch's limit for one process.
@@ -54,15 +54,18 @@ def process_problem(config: Config, replicas: Optional[int] = None) -> Optional[
 
     `replicas` is as for `ipu_problems`.
     """
-    stages, replicas = max(pipelines(config, replicas), key=math.prod)
+    graphs = pipelines(config, replicas)
+    stages, replicas = max(graphs, key=math.prod)
     if stages * replicas <= MOST_IPUS:
         return None
+    in_training = math.prod(graphs[0]) > MOST_IPUS
+    key = "replicas" if in_training or config.batch.eval_replicas is None else "eval_replicas"
     advice = f"Cut the model into {MOST_IPUS} stages or fewer."
     if stages <= MOST_IPUS:
-        advice = (
-            f"Start {-(-stages * replicas // MOST_IPUS)} or more with poprun (docs/ipu.md), or set"
-            f" batch.replicas={MOST_IPUS // stages} or fewer."
-        )
+        advice = f"Set batch.{key}={MOST_IPUS // stages} or fewer."
+        if key == "replicas":  # poprun fixes those of evaluation
+            count = -(-stages * replicas // MOST_IPUS)
+            advice = f"Start {count} or more with poprun (docs/ipu.md), or set{advice[3:]}"
     return Problem(
         f"{stages} stages x {replicas} replicas",
         f"are {stages * replicas} IPUs, and one process has at most {MOST_IPUS}.",
@@ -174,18 +177,31 @@ def _option_problems(config: Config) -> Iterator[Problem]:
             "Set pipeline.eval_execution=sharded.",
         )
     for graph in ("training", "inference"):
-        options = options_of(given, graph)
-        tiles = [
-            f"{setter}: {name}"
-            for setter in filter(is_location, options)
-            for name in options[setter]
-            if "IOTiles" in name
-        ]
-        if tiles and _IO_TILES not in options:
+        of_graph = options_of(given, graph)
+        tiles = _tile_users(of_graph)
+        if tiles and _IO_TILES not in of_graph:
             yield Problem(
                 f"{key}.{graph}.{tiles[0]}",
                 "has no effect without I/O tiles.",
                 "Set TensorLocations.numIOTiles to an even number from 32 to 192.",
+            )
+    yield from _sharding_problems(config, options)
+    scaling = [name for name in options.get("_Popart.set", {}) if name.startswith(_SCALING)]
+    if scaling and config.optim.loss_scaling != "auto":
+        yield Problem(
+            f"{key}.training._Popart.set: {scaling[0]}",
+            f"has no effect with optim.loss_scaling={config.optim.loss_scaling}.",
+            "Set optim.loss_scaling=auto, or leave it out.",
+        )
+
+
+def _sharding_problems(config: Config, options: Dict[str, Any]) -> Iterator[Problem]:
+    for setter in filter(is_location, options):
+        if options[setter].get("useReplicatedTensorSharding") and config.batch.replicas == 1:
+            yield Problem(
+                f"engine.poptorch_options.training.{setter}: useReplicatedTensorSharding=true",
+                "divides a tensor among replicas, and batch.replicas=1.",
+                advice="Set it to false, or batch.replicas to 2 or more.",
             )
 
 
@@ -329,18 +345,55 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
             " getPopartOptimizer).",
             f"Set both to {weights}.",
         )
+    if optim.use_combined_accum:
+        yield from _combined_problems(config.engine)
+
+
+def _combined_problems(engine: EngineSection) -> Iterator[Problem]:
+    """Yield places of the optimizer state that a combined accumulator does not go to.
+
+    PopART places it as an accumulator (streamingmemoryopinserter.cpp).
+    """
+    for key, value in (("optimizer_state_on_chip", False), ("replicated_tensor_sharding", True)):
+        if getattr(engine, key) == value:
+            yield Problem(
+                f"engine.{key}={str(value).lower()} with optim.use_combined_accum=true:",
+                "the tensor is placed as an accumulator, and this key does not move it.",
+                f"Set engine.{key}={str(not value).lower()}.",
+            )
 
 
 def ipu_warnings(config: Config) -> List[Problem]:
     """Return what PopTorch accepts and a person should know before a run."""
-    return [*_fp16_warnings(config), *_tile_warnings(config)]
+    return [*_fp16_warnings(config), *_tile_warnings(config), *_device_warnings(config)]
+
+
+def _device_warnings(config: Config) -> Iterator[Problem]:
+    chosen = options_of(config.engine.poptorch_options, "training").get("useIpuId")
+    needed = [reserved_ipus(*graph) for graph in pipelines(config)]
+    if chosen is not None and len(set(needed)) > 1:
+        yield Problem(
+            f"engine.poptorch_options: useIpuId={chosen}:",
+            f"training needs {needed[0]} IPUs and evaluation {needed[1]}; a device has one number.",
+            advice="Give each graph its own useIpuId, or both the same number of IPUs.",
+        )
+
+
+def _tile_users(options: Dict[str, Any]) -> List[str]:
+    """Return the settings of locations that use I/O tiles."""
+    return [
+        f"{setter}: {name}"
+        for setter in filter(is_location, options)
+        for name, use in options[setter].items()
+        if "IOTiles" in name and use
+    ]
 
 
 def _tile_warnings(config: Config) -> Iterator[Problem]:
     for graph in ("training", "inference"):
         options = options_of(config.engine.poptorch_options, graph)
         tiles = options.get(_IO_TILES)
-        if tiles and not any(map(is_location, options)):
+        if tiles and not _tile_users(options):
             yield Problem(
                 f"engine.poptorch_options.{graph}.{_IO_TILES}={tiles}",
                 "takes these tiles away from computing and memory, and nothing uses them: a"

@@ -40,6 +40,14 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _name(value: Any) -> str:
+    """Return a name that PopTorch makes a part of a path."""
+    name = _text(value)
+    if not name or "/" in name or name.startswith("."):
+        raise ValueError(name)
+    return name
+
+
 def _flag(value: Any) -> bool:
     return {"true": True, "false": False}[_text(value).lower()]
 
@@ -97,6 +105,7 @@ _COUNT = _integer(0, 2**63 - 1)
 _READERS: Dict[str, Callable[[Any], Any]] = {
     "true or false": _flag,
     "text": _text,
+    "a name without /": _name,
     "a number": _number,
     "an integer >= 0": _COUNT,
     "an integer >= 0, or null": lambda value: None if value is None else _COUNT(value),
@@ -152,7 +161,8 @@ _SETTERS = Table(
                 Training.setConvolutionDithering broadcastBuffers disableModuleNamescope
                 enableStableNorm relaxOptimizerAttributesChecks showCompilationProgressBar
             """,
-            "text": "logDir modelName",
+            "text": "logDir",
+            "a name without /": "modelName",
             "an integer >= 0": "useIpuId",
             "an integer >= 0, or null": "maxRepeatLogs",
             "an even integer from 32 to 192": "TensorLocations.numIOTiles",
@@ -422,6 +432,14 @@ def _graph_problem(name: str, scope: str) -> str:
     return ""
 
 
+#: Entries of mappings of PopART -> the configuration key that sets them.
+_OWN_ENTRIES = {
+    ("convolutionOptions", "partialsType"): "engine.partials",
+    ("matmulOptions", "partialsType"): "engine.partials",
+    ("engineOptions", "autoReport.directory"): "engine.profile_dir",
+}
+
+
 def typed_options(given: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Convert the arguments to the Python types that PopTorch looks for.
 
@@ -437,6 +455,12 @@ def typed_options(given: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     for scope in SCOPES:
         options = given.get(scope)
         typed[scope] = _typed(options or {}, "", scope, scope, problems)
+        popart = typed[scope].get("_Popart.set", {})
+        problems += [
+            f"{scope}._Popart.set.{mapping}.{name} is set by {key}"
+            for (mapping, name), key in _OWN_ENTRIES.items()
+            if name in popart.get(mapping, {})
+        ]
     if problems:
         raise ValueError("; ".join(problems))
     return typed
@@ -501,6 +525,8 @@ def _merged(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, Any]:
     for name in old:
         if isinstance(old[name], dict) and isinstance(new.get(name), dict):
             merged[name] = _merged(old[name], new[name])
+        elif new.get(name) is None:  # `both:` without a value
+            merged[name] = old[name]
     return merged
 
 

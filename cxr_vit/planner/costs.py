@@ -287,9 +287,9 @@ class Formats(NamedTuple):
     """Bytes per element of each kind, and where the optimizer state is.
 
     `shards` replicas share the optimizer state: those of one process (PopTorch, Compiler.cpp:740).
-    `accumulates` if gradients are added up over several micro-batches. `proportion` of each stage's
-    memory may be a product's working data; None for PopLibs' own. `result` is that of the labels,
-    or in evaluation of the logits.
+    `accumulates` if gradients are added up over several micro-batches; `combined` if SGD's velocity
+    is their sum. `proportion` of each stage's memory may be a product's working data; None for
+    PopLibs' own. `result` is that of the labels, or in evaluation of the logits.
     """
 
     activation: float
@@ -300,6 +300,7 @@ class Formats(NamedTuple):
     on_chip: bool
     shards: int
     accumulates: bool
+    combined: bool
     proportion: Optional[Tuple[float, ...]]
     result: int = 4
     is_training: bool = True
@@ -314,7 +315,7 @@ class Formats(NamedTuple):
         if target.ipu is None:
             moments = 4 * has_momentum + 4 * (optim.name != "sgd")
             activation = 4.0 if target.is_fp32 else _AUTOCAST_BYTES
-            return cls(activation, 4, 4, 4, moments, True, 1, True, None)
+            return cls(activation, 4, 4, 4, moments, True, 1, True, False, None)
         moments = _BYTES[optim.first_moment] if has_momentum else 0
         if optim.name != "sgd":
             moments += _BYTES[optim.second_moment]
@@ -327,6 +328,7 @@ class Formats(NamedTuple):
             on_chip=engine.optimizer_state_on_chip,
             shards=(local_replicas or batch.replicas) if engine.replicated_tensor_sharding else 1,
             accumulates=batch.gradient_accumulation > 1,
+            combined=optim.use_combined_accum,
             proportion=_proportions(config.pipeline.available_memory_proportion, stages),
         )
 
@@ -335,6 +337,7 @@ class Formats(NamedTuple):
         return self._replace(
             moments=0,
             accumulates=False,
+            combined=False,
             proportion=_proportions(eval_proportion(config), len(eval_layers(config))),
             result=_BYTES[config.engine.eval_output],
             is_training=False,
@@ -414,7 +417,9 @@ def stage_memory(
     results = formats.result * shape.num_labels if cost.is_last else 0
     memory = StageMemory(
         weights=formats.weight * cost.parameters,
-        accumulators=formats.accumulator * cost.parameters if formats.accumulates else 0,
+        accumulators=formats.accumulator * cost.parameters
+        if formats.accumulates and not formats.combined
+        else 0,
         optimizer=_optimizer_bytes(cost, formats),
         stash=depth
         * (micro_batch_size * (own_input + cost.kept * size) + cost.kept_weights * size),

@@ -281,12 +281,15 @@ def preflight(config: Config, engine: str, local_replicas: Optional[int] = None)
         logger.warning("%s", message)
 
 
-def describe_memory(config: Config) -> str:
-    """Describe in a line how full the fullest IPU is predicted to be, and what would help."""
+def describe_memory(config: Config) -> List[str]:
+    """Describe in a line how full the fullest IPU is predicted to be, and what would help.
+
+    A second line follows if the inference graph is not predicted to fit.
+    """
     try:
-        return _describe(config, _plan_on_ipus(config), None)
+        return [_describe(config, _plan_on_ipus(config), None), *_describe_evaluation(config)]
     except ConfigError as error:
-        return f"memory is not predicted: {error}"
+        return [f"memory is not predicted: {error}"]
 
 
 def plan_of_run(config: Config) -> Optional[Plan]:
@@ -313,19 +316,28 @@ def _describe_fullest(plan: Plan) -> str:
 
 def _describe_evaluation(config: Config) -> List[str]:
     """Describe an inference graph that is not predicted to fit, and the micro-batch that would."""
-    target = find_target(config, "poptorch")
-    found = plan_evaluation(config, target=target)
-    if found is None or found.plan.fits:
+    target, splits = find_target(config, "poptorch"), split_images(config.data)
+
+    def plan_of(size: int) -> Plan:
+        changed = config.changed(batch={"eval_micro_batch_size": size})
+        found = plan_evaluation(changed, target=target, splits=splits)
+        assert found is not None, "the target is an IPU"
+        return found.plan
+
+    given = plan_of(config.batch.eval_micro_batch_size)
+    if given.fits:
         return []
-    for size in range(config.batch.eval_micro_batch_size - 1, 0, -1):
-        smaller = config.changed(batch={"eval_micro_batch_size": size})
-        less = plan_evaluation(smaller, target=target)
-        if less is not None and less.plan.fits:
-            advice = f"Predicted to fit: batch.eval_micro_batch_size={size}."
-            break
-    else:
-        advice = "Cut the model into more stages (pipeline.eval_layers_per_stage)."
-    return [f"evaluation: {_describe_fullest(found.plan)} {advice}"]
+    enough, too_many = 0, config.batch.eval_micro_batch_size
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        if plan_of(middle).fits:
+            enough = middle
+        else:
+            too_many = middle
+    advice = "Cut the model into more stages (pipeline.eval_layers_per_stage)."
+    if enough:
+        advice = f"Predicted to fit: batch.eval_micro_batch_size={enough}."
+    return [f"evaluation: {_describe_fullest(given)} {advice}"]
 
 
 def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:

@@ -67,6 +67,8 @@ def _heading(config: Config, plan: Plan, evaluation: Optional[Evaluation]) -> Li
     used = stages * batch.replicas
     devices = max(plan.devices, evaluation.plan.devices if evaluation else 0)
     reserved = "" if devices == used else f", {devices} reserved"
+    if devices > plan.devices:
+        reserved += " for evaluation"
     lines = [
         f"{target.of(used)}{reserved}: {count(batch.replicas, 'replica')} of"
         f" {count(stages, 'stage')}",

@@ -406,7 +406,7 @@ class Trainer:
             self.run.write_environment(engine.describe(), engine.facts(), data.fingerprint())
         self.run.write_skipped(data.skipped)
         self._print(data.describe(), engine.describe())
-        self._print(*self.module.model.plan.describe(engine.place), *self.batch.describe())
+        self._print(*self.module.model.plan.describe(engine.place), *engine.batch.describe())
         self._print(self.durations.describe(self.global_step))
 
     def _print(self, *lines: str) -> None:

@@ -15,6 +15,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 VALID = ("batch.gradient_accumulation=7", "batch.eval_device_iterations=4")
 
 
+def option(text):
+    """Return an override with an option of PopTorch for the training graph."""
+    return f"engine.poptorch_options={{training: {{{text}}}}}"
+
+
 def problems(*overrides: str) -> List[str]:
     return [str(problem) for problem in ipu_problems(read_config([], [*VALID, *overrides]))]
 
@@ -118,6 +123,37 @@ def test_inner_stage_without_layers_is_refused(key):
         ),
         (
             [
+                "optim.name=sgd",
+                "optim.use_combined_accum=true",
+                "engine.optimizer_state_on_chip=false",
+            ],
+            "engine.optimizer_state_on_chip=false with optim.use_combined_accum=true: the tensor",
+        ),
+        (
+            [
+                "optim.name=sgd",
+                "optim.use_combined_accum=true",
+                "batch.replicas=2",
+                "engine.replicated_tensor_sharding=true",
+            ],
+            "engine.replicated_tensor_sharding=true with optim.use_combined_accum=true: the tensor",
+        ),
+        (
+            [option("TensorLocations.setWeightLocation: {useReplicatedTensorSharding: true}")],
+            "engine.poptorch_options.training.TensorLocations.setWeightLocation:"
+            " useReplicatedTensorSharding=true divides",
+        ),
+        (
+            [option("_Popart.set: {automaticLossScalingSettings.updatePeriod: 2}")],
+            "engine.poptorch_options.training._Popart.set: automaticLossScalingSettings."
+            "updatePeriod has no effect with optim.loss_scaling=1.0.",
+        ),
+        (
+            [option("TensorLocations.setWeightLocation: {useIOTilesToLoad: true}")],
+            "engine.poptorch_options.training.TensorLocations.setWeightLocation: useIOTilesToLoad",
+        ),
+        (
+            [
                 "engine.loader_mode=async_rebatched",
                 "engine.rebatched_worker_size=8",
                 "batch.gradient_accumulation=7",
@@ -144,6 +180,15 @@ def test_rule(overrides, start):
         ["optim.loss_scaling=auto", "optim.accumulator=fp16"],
         ["pipeline.available_memory_proportion=[0.1, 0.2, 0.3, 1]"],
         ["optim.second_moment=fp16", "optim.eps=1e-3"],
+        [option("TensorLocations.setWeightLocation: {useIOTilesToLoad: false}")],
+        [
+            option("TensorLocations.setWeightLocation: {useReplicatedTensorSharding: true}"),
+            "batch.replicas=2",
+        ],
+        [
+            option("_Popart.set: {automaticLossScalingSettings.updatePeriod: 2}"),
+            *("optim.loss_scaling=auto", "optim.accumulator=fp16"),
+        ],
         ["optim.name=sgd", "optim.second_moment=fp16"],
         ["optim.name=sgd", "optim.use_combined_accum=true"],
         ["engine.loader_mode=async", "engine.rebatched_worker_size=8"],
@@ -220,8 +265,21 @@ FP16_MOMENTS = ("optim.accumulator=fp16", "optim.first_moment=fp16")
             "engine.weights=fp16 with engine.stochastic_rounding=false:",
         ),
         (
-            ["engine.poptorch_options={training: {TensorLocations.numIOTiles: 32}}"],
+            [option("TensorLocations.numIOTiles: 32")],
             "engine.poptorch_options.training.TensorLocations.numIOTiles=32 takes these tiles",
+        ),
+        (
+            [
+                option(
+                    "TensorLocations.numIOTiles: 32,"
+                    " TensorLocations.setActivationLocation: {useOnChipStorage: false}"
+                )
+            ],
+            "engine.poptorch_options.training.TensorLocations.numIOTiles=32 takes these tiles",
+        ),
+        (
+            ["engine.poptorch_options={both: {useIpuId: 0}}", "batch.eval_replicas=2"],
+            "engine.poptorch_options: useIpuId=0: training needs 4 IPUs and evaluation 8",
         ),
     ],
 )
@@ -248,3 +306,4 @@ def test_largest_pipeline_counts():
     """Evaluation may use more IPUs than training."""
     message = only_problem("batch.eval_replicas=17")
     assert message.startswith("4 stages x 17 replicas are 68 IPUs")
+    assert message.endswith("Set batch.eval_replicas=16 or fewer.")

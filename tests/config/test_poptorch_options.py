@@ -149,7 +149,8 @@ def test_arguments_are_converted_to_the_type_poptorch_expects(name, given, value
         ("TensorLocations.setWeightLocation", {"useOnChipStorage": "chip"}, "true or false"),
         ("VariableAttributes.markAsConstant", ["lr"], "weight_decay \\(the schedule changes lr\\)"),
         ("useIpuId", "first", "an integer >= 0"),
-        ("modelName", ["a"], "text"),
+        ("modelName", ["a"], "a name without /"),
+        ("logDir", ["a"], "text"),
     ],
 )
 def test_argument_of_a_wrong_kind_is_refused(name, given, kind):
@@ -377,3 +378,27 @@ def test_options_that_contradict_nothing_pass(options, overrides):
     text = yaml.safe_dump({"training": options}, default_flow_style=True, width=10**6).strip()
     given = ["engine.name=poptorch", f"engine.poptorch_options={text}", *overrides]
     load_config([], [*VALID, *given])
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "key"),
+    [
+        ("convolutionOptions", {"partialsType": "float"}, "engine.partials"),
+        ("matmulOptions", {"partialsType": "float"}, "engine.partials"),
+        ("engineOptions", {"autoReport.directory": "/etc"}, "engine.profile_dir"),
+    ],
+)
+def test_entry_of_a_mapping_that_another_key_sets(name, entries, key):
+    message = refusal({"inference": {"_Popart.set": {name: entries}}})
+    assert message.endswith(f"inference._Popart.set.{name}.{next(iter(entries))} is set by {key}")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "", ".."])
+def test_name_of_a_model_is_no_path(name):
+    assert "must be a name without /" in refusal({"training": {"modelName": name}})
+
+
+def test_empty_scope_keeps_the_former_keys_entries():
+    text = "engine={popart_options: {outlineThreshold: 10}, poptorch_options: {both: null}}"
+    options = read_config([], [text]).engine.poptorch_options
+    assert options["both"] == {"_Popart.set": {"outlineThreshold": 10.0}}

@@ -20,6 +20,7 @@ TABLE = Formats(
     on_chip=True,
     shards=1,
     accumulates=True,
+    combined=False,
     proportion=(0.3,) * 4,
 )
 
@@ -216,6 +217,16 @@ def test_formats_follow_the_configuration(override, field, value):
 
 def formats(config):
     return Formats.from_config(config, find_target(config), BatchPlan.from_section(config.batch))
+
+
+def test_combined_accumulator_of_sgd_is_one_tensor():
+    sgd = ["optim.name=sgd", "optim.first_moment=fp32"]
+    apart, combined = (
+        make_plan(pod4(*sgd, f"optim.use_combined_accum={use}")).stages[0].memory
+        for use in ("false", "true")
+    )
+    assert apart.accumulators == apart.optimizer == combined.optimizer
+    assert combined.accumulators == 0
 
 
 def test_sgd_without_momentum_has_no_moments():

@@ -24,16 +24,16 @@ TOO_LARGE = "batch.micro_batch_size=34"
 def test_plan_that_fits_is_silent(caplog):
     preflight(pod4(), "poptorch")
     assert caplog.messages == []
-    assert describe_memory(pod4()) == (
+    assert describe_memory(pod4()) == [
         "predicted memory of IPU 0, the fullest: 603 of 941 MB, 64 %: fits."
-    )
+    ]
 
 
 def test_plan_that_does_not_fit_is_a_warning(caplog):
     preflight(pod4(TOO_LARGE), "poptorch")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == describe_memory(pod4(TOO_LARGE))
+    assert [record.getMessage()] == describe_memory(pod4(TOO_LARGE))
     assert "does not fit" in record.getMessage()
 
 
@@ -57,7 +57,7 @@ def test_evaluation_that_does_not_fit_is_a_warning(caplog):
 
 def advised(config):
     """Return the changes that are enough by the message, and those that only help."""
-    message = describe_memory(config)
+    message = describe_memory(config)[0]
     enough, _, less = message.partition("Each of these helps")
     setting = r"[a-z_]+\.[a-z_]+=\w+"
     return [
@@ -136,7 +136,8 @@ def test_other_engines_are_not_checked_against_an_ipus_memory(engine, caplog):
 
 def test_unknown_model_is_not_predicted(caplog):
     unknown = "model.name=owner/model"
-    assert describe_memory(pod4(unknown)).startswith("memory is not predicted: model.name=")
+    (message,) = describe_memory(pod4(unknown))
+    assert message.startswith("memory is not predicted: model.name=")
     preflight(pod4(unknown), "poptorch")
     assert caplog.messages == []
     preflight(pod4(unknown, "planner.strict=true"), "poptorch")

@@ -121,7 +121,25 @@ def guarded(doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
 #: Settings that a compiled graph does not depend on.
 _NOT_COMPILED = {
     "optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"},
-    "engine": {"name", "device", "executable_cache", "loader_mode", "ipu_version"},
+    "engine": {
+        "name",
+        "device",
+        "executable_cache",
+        "ipu_version",
+        "loader_buffer_size",
+        "loader_early_preload",
+        "loader_mode",
+        "poptorch_options",
+        "rebatched_worker_size",
+        "timeout_s",
+    },
+}
+#: The same of `engine.poptorch_options`: devices and messages.
+_NOT_COMPILED_OPTIONS = {
+    "connectionType",
+    "maxRepeatLogs",
+    "showCompilationProgressBar",
+    "useIpuId",
 }
 
 
@@ -130,6 +148,10 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
     shape: Dict[str, Any] = {
         name: getattr(config, name).model_dump(exclude=_NOT_COMPILED.get(name))
         for name in ("pipeline", "optim", "engine")
+    }
+    shape["poptorch_options"] = {
+        scope: {name: options[name] for name in options if name not in _NOT_COMPILED_OPTIONS}
+        for scope, options in config.engine.poptorch_options.items()
     }
     shape["batch"] = asdict(batch)
     shape["parameters"] = {

@@ -140,9 +140,13 @@ class HostBatchLoader:
                 # With a fork server the workers would outlive the loader's process.
                 settings["multiprocessing_context"] = "fork"
         if self.mode == "async_rebatched":
-            settings["rebatched_worker_size"] = engine.rebatched_worker_size or -(
-                -own_host_batch // max(1, num_workers)
-            )
+            size = engine.rebatched_worker_size or -(-own_host_batch // max(1, num_workers))
+            if size > own_host_batch:  # under poprun, less than the configuration's host batch
+                raise ConfigError(
+                    f"engine.rebatched_worker_size={size} is more than the {own_host_batch} samples"
+                    f" of a host batch of this process. Set it to {own_host_batch} or less."
+                )
+            settings["rebatched_worker_size"] = size
         return settings
 
     def __iter__(self) -> Iterator[Batch]:

@@ -16,7 +16,6 @@ HALF = {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.5}
 #: Settings -> options of the training graph, options of the inference graph.
 KNOBS = [
     (["pipeline.recompute=none"], {"autoRecomputation": 0}, {"autoRecomputation": None}),
-    (["pipeline.recompute=attention_mlp"], {"autoRecomputation": None}, {}),
     (["batch.eval_replicas=2"], {"replication_factor": 1}, {"replication_factor": 2}),
     (
         [
@@ -26,8 +25,12 @@ KNOBS = [
         {"available_memory_proportion": FOUR},
         {"available_memory_proportion": HALF},
     ),
-    (["batch.device_iterations=1"], {"output_mode": 3}, {"output_mode": 2}),
-    (["batch.device_iterations=1", "batch.eval_device_iterations=5"], {}, {"device_iterations": 5}),
+    (["train.steps=2", "batch.device_iterations=2"], {"output_mode": 2}, {"output_mode": 2}),
+    (
+        ["batch.eval_device_iterations=5"],
+        {"output_mode": 3, "device_iterations": 1},
+        {"output_mode": 2, "device_iterations": 5},
+    ),
     (
         ["engine.prefetch_depth=3"],
         {"defaultBufferingDepth": 3, "defaultPrefetchBufferingDepth": None},

@@ -23,6 +23,7 @@ from .test_graphs import example
 ADAMW = ("optim.name=adamw",)
 LAMB = ("optim.name=lamb", "optim.max_grad_norm=null", "optim.lr=0.01")
 SGD = ("optim.name=sgd", "optim.max_grad_norm=null", "optim.lr=0.1")
+CONSTANTS = "{VariableAttributes.markAsConstant: [betas, eps, weight_decay]}"
 EIGHT = ("train.steps=8", "train.checkpoint_every_steps=4", "train.eval_every_steps=4")
 
 
@@ -34,7 +35,18 @@ def trainer_state(run, checkpoint="last"):
     return json.loads((run.checkpoint(checkpoint) / "trainer_state.json").read_text())
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, LAMB, SGD], ids=["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ADAMW,
+        LAMB,
+        (*LAMB, "optim.bias_correction=false"),
+        SGD,
+        (*SGD, "optim.use_combined_accum=true"),
+        (*ADAMW, f"engine.poptorch_options={{training: {CONSTANTS}}}"),
+    ],
+    ids=["adamw", "lamb", "lamb without bias correction", "sgd", "combined sgd", "constants"],
+)
 def test_resume_repeats_the_uninterrupted_run(ipu, commands, optimizer):
     settings = (*EIGHT, *optimizer, "model.dropout=0.1", "batch.device_iterations=2")
     whole = commands.train(*settings)
@@ -196,8 +208,20 @@ def test_losses_depend_on_the_moments(commands, torch_run):
         (SGD, TORCH, IPU, ("torch.SGD", "poptorch.SGD")),
         (LAMB, IPU, (*TORCH, "optim.name=adamw"), ("poptorch.LAMB", "torch.AdamW")),
         (LAMB, IPU, ("optim.name=adamw",), ("poptorch.LAMB", "poptorch.AdamW")),
+        (
+            LAMB,
+            IPU,
+            ("optim.bias_correction=false",),
+            ("poptorch.LAMB", "poptorch.LAMB, no bias correction"),
+        ),
+        (
+            SGD,
+            IPU,
+            ("optim.use_combined_accum=true",),
+            ("poptorch.SGD with loss scaling 1.0", "poptorch.SGD with loss scaling 1.0, combined"),
+        ),
     ],
-    ids=["sgd from", "sgd to", "lamb from", "lamb to adamw"],
+    ids=["sgd from", "sgd to", "lamb from", "lamb to adamw", "lamb without bias", "combined sgd"],
 )
 def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, second, kinds):
     first_run = commands.train(*EIGHT, *optimizer, *first)
