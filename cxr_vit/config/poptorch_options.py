@@ -9,7 +9,7 @@ A configuration may come from anybody, so nothing that runs code is allowed.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from cxr_vit.errors import suggestion
 
@@ -455,15 +455,28 @@ def typed_options(given: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     for scope in SCOPES:
         options = given.get(scope)
         typed[scope] = _typed(options or {}, "", scope, scope, problems)
-        popart = typed[scope].get("_Popart.set", {})
         problems += [
-            f"{scope}._Popart.set.{mapping}.{name} is set by {key}"
-            for (mapping, name), key in _OWN_ENTRIES.items()
-            if name in popart.get(mapping, {})
+            f"{scope}.{place}.{name} is set by {key}"
+            for place, name, key in _own_entries(typed[scope])
         ]
     if problems:
         raise ValueError("; ".join(problems))
     return typed
+
+
+def _own_entries(options: Dict[str, Any]) -> Iterator[Tuple[str, str, str]]:
+    """Yield the entries of mappings that a key sets: their place, their name, the key."""
+    places = [
+        (f"_Popart.set.{name}", name, given)
+        for name, given in options.get("_Popart.set", {}).items()
+    ]
+    places.append(
+        ("_Popart.setEngineOptions", "engineOptions", options.get("_Popart.setEngineOptions", {}))
+    )
+    for place, mapping, given in places:
+        for (known, name), key in _OWN_ENTRIES.items():
+            if known == mapping and name in given:
+                yield place, name, key
 
 
 def _typed(given: Any, setter: str, scope: str, place: str, problems: List[str]) -> Dict[str, Any]:

@@ -402,3 +402,10 @@ def test_empty_scope_keeps_the_former_keys_entries():
     text = "engine={popart_options: {outlineThreshold: 10}, poptorch_options: {both: null}}"
     options = read_config([], [text]).engine.poptorch_options
     assert options["both"] == {"_Popart.set": {"outlineThreshold": 10.0}}
+
+
+def test_engine_options_have_one_folder_of_reports():
+    message = refusal({"both": {"_Popart.setEngineOptions": {"autoReport.directory": "/etc"}}})
+    assert message.endswith(
+        "_Popart.setEngineOptions.autoReport.directory is set by engine.profile_dir"
+    )
