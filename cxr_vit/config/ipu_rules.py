@@ -186,13 +186,6 @@ def _option_problems(config: Config) -> Iterator[Problem]:
                 "Set TensorLocations.numIOTiles to an even number from 32 to 192.",
             )
     yield from _sharding_problems(config, options)
-    scaling = [name for name in options.get("_Popart.set", {}) if name.startswith(_SCALING)]
-    if scaling and config.optim.loss_scaling != "auto":
-        yield Problem(
-            f"{key}.training._Popart.set: {scaling[0]}",
-            f"has no effect with optim.loss_scaling={config.optim.loss_scaling}.",
-            "Set optim.loss_scaling=auto, or leave it out.",
-        )
 
 
 def _sharding_problems(config: Config, options: Dict[str, Any]) -> Iterator[Problem]:
@@ -365,7 +358,23 @@ def _combined_problems(engine: EngineSection) -> Iterator[Problem]:
 
 def ipu_warnings(config: Config) -> List[Problem]:
     """Return what PopTorch accepts and a person should know before a run."""
-    return [*_fp16_warnings(config), *_tile_warnings(config), *_device_warnings(config)]
+    return [
+        *_fp16_warnings(config),
+        *_scaling_warnings(config),
+        *_tile_warnings(config),
+        *_device_warnings(config),
+    ]
+
+
+def _scaling_warnings(config: Config) -> Iterator[Problem]:
+    popart = options_of(config.engine.poptorch_options, "training").get("_Popart.set", {})
+    scaling = [name for name in popart if name.startswith(_SCALING)]
+    if scaling and config.optim.loss_scaling != "auto":
+        yield Problem(
+            f"engine.poptorch_options.training._Popart.set: {scaling[0]}",
+            f"has no effect with optim.loss_scaling={config.optim.loss_scaling}.",
+            "Set optim.loss_scaling=auto, or leave it out.",
+        )
 
 
 def _device_warnings(config: Config) -> Iterator[Problem]:

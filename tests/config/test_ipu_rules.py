@@ -144,11 +144,6 @@ def test_inner_stage_without_layers_is_refused(key):
             " useReplicatedTensorSharding=true divides",
         ),
         (
-            [option("_Popart.set: {automaticLossScalingSettings.updatePeriod: 2}")],
-            "engine.poptorch_options.training._Popart.set: automaticLossScalingSettings."
-            "updatePeriod has no effect with optim.loss_scaling=1.0.",
-        ),
-        (
             [option("TensorLocations.setWeightLocation: {useIOTilesToLoad: true}")],
             "engine.poptorch_options.training.TensorLocations.setWeightLocation: useIOTilesToLoad",
         ),
@@ -184,10 +179,6 @@ def test_rule(overrides, start):
         [
             option("TensorLocations.setWeightLocation: {useReplicatedTensorSharding: true}"),
             "batch.replicas=2",
-        ],
-        [
-            option("_Popart.set: {automaticLossScalingSettings.updatePeriod: 2}"),
-            *("optim.loss_scaling=auto", "optim.accumulator=fp16"),
         ],
         ["optim.name=sgd", "optim.second_moment=fp16"],
         ["optim.name=sgd", "optim.use_combined_accum=true"],
@@ -263,6 +254,11 @@ FP16_MOMENTS = ("optim.accumulator=fp16", "optim.first_moment=fp16")
         (
             ["engine.weights=fp16", "engine.stochastic_rounding=false"],
             "engine.weights=fp16 with engine.stochastic_rounding=false:",
+        ),
+        (
+            [option("_Popart.set: {automaticLossScalingSettings.updatePeriod: 2}")],
+            "engine.poptorch_options.training._Popart.set: automaticLossScalingSettings."
+            "updatePeriod has no effect with optim.loss_scaling=1.0.",
         ),
         (
             [option("TensorLocations.numIOTiles: 32")],

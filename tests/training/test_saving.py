@@ -96,6 +96,14 @@ def test_last_save_is_tried_twice(make, monkeypatch):
 # Interruptions
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """Ctrl-C works as in a terminal, also where the tests are a script's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Signals(Callback):
     """Sends this process a signal within a hook, once."""
 

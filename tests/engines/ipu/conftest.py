@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
@@ -12,6 +14,21 @@ import torch
 from fakes import loading
 
 from .commands import ROOT, TORCH, Commands, Run
+
+#: These take minutes, and mean the same in both environments.
+SLOW = ("test_equivalence.py", "test_knobs.py", "test_state.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Leave slow tests to the environment of the SDK (make test-sdk34) where there is one."""
+    find = ["sh", str(ROOT / "tests" / "find_python38.sh")]
+    if sys.version_info < (3, 9) or not subprocess.run(find, stdout=subprocess.PIPE).stdout.strip():
+        return
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.parent == folder and item.path.name in SLOW:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True)

@@ -383,7 +383,8 @@ def test_users_options_reach_the_compiler(ipu, commands):
     names = [name for name in USERS if name not in apart]
     given = ", ".join(f"{name}: {USERS[name][0]}" for name in names)
     override = f"engine.poptorch_options={{training: {{{given}}}, inference: {{logDir: mine}}}}"
-    with make_engine(commands.config(override, "engine.precision=fp16")) as engine:
+    settings = (override, "engine.precision=fp16", "batch.replicas=2")
+    with make_engine(commands.config(*settings)) as engine:
         batch = Batch.zeros(engine.local_batch.host_batch_size, image_size=32, num_classes=14)
         engine.compile(batch)
         inference, training = compiled(inspection)

@@ -218,7 +218,7 @@ def test_losses_depend_on_the_moments(commands, torch_run):
             SGD,
             IPU,
             ("optim.use_combined_accum=true",),
-            ("poptorch.SGD with loss scaling 1.0", "poptorch.SGD with loss scaling 1.0, combined"),
+            ("poptorch.SGD", "poptorch.SGD with loss scaling 1.0, combined accumulator"),
         ),
     ],
     ids=["sgd from", "sgd to", "lamb from", "lamb to adamw", "lamb without bias", "combined sgd"],
@@ -232,7 +232,7 @@ def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, 
     resumed = commands.resume_at(first_run, 4, *second, "train.resume_weights_only=true")
     assert resumed.status == 0
     assert resumed.losses[0] == pytest.approx(first_run.losses[4], rel=0, abs=1e-5)
-    assert trainer_state(resumed)["optimizer_kind"].split(" ")[0] == own
+    assert trainer_state(resumed)["optimizer_kind"].startswith(own)
     assert trainer_state(resumed)["scalars"]["updates"] == 8
 
 
