@@ -98,10 +98,12 @@ def test_last_save_is_tried_twice(make, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def terminal():
-    """Ctrl-C works as in a terminal, also where the tests are a script's background job."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals work as in a terminal, also where the tests run under nohup or in the background."""
+    defaults = ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL))
+    before = [(number, signal.signal(number, handler)) for number, handler in defaults]
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 class Signals(Callback):
