@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from functools import partial
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Union
@@ -106,10 +107,14 @@ class HostBatchLoader:
             **self._mode_settings(engine, num_workers, own_host_batch),
         )
         self.is_open = False
+        begun_s = time.monotonic()
         try:
             with without_main_module(), self._limit(num_workers):
                 self._loader = guarded("starting the loader", make_loader)
         except DeviceError as error:
+            # torch, in the loader's process, may have noticed a hung worker first.
+            waited = timeout_s is not None and time.monotonic() - begun_s >= timeout_s
+            self._timed_out = self._timed_out or (mode != "sync" and waited)
             raise self._timeout_error() or error from error
         self.is_open = True
         self._num_workers = num_workers

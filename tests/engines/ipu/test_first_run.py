@@ -260,15 +260,30 @@ def test_signal_ends_the_worker(tmp_path, number):
         f"run_limited([sys.executable, '-c', {program!r}], Path('log'), 60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=str(tmp_path),
+        env=environment,
+        preexec_fn=reset_signals,
+    )
     worker = int(wait_for(tmp_path / "pid"))
     process.send_signal(number)
-    process.wait(30)
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
     for _ in range(100):
         if not is_running(worker):
             return
         time.sleep(0.1)
     pytest.fail("the worker goes on")
+
+
+def reset_signals():
+    """Undo what a shell does to background jobs, and nohup to its command."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path):
