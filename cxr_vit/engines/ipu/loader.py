@@ -21,7 +21,7 @@ from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSamp
 from cxr_vit.data.spawn import without_main_module
 from cxr_vit.engines.ipu.graphs import guarded
 from cxr_vit.engines.workers import LoaderWatch, with_user_errors
-from cxr_vit.errors import ConfigError, DataError, DeviceError
+from cxr_vit.errors import ConfigError, CxrVitError, DataError, DeviceError
 
 if TYPE_CHECKING:
     import poptorch
@@ -74,8 +74,7 @@ class HostBatchLoader:
         self.mode = mode = engine.loader_mode if self._training else "sync"
         self._watch = watch
         self._timeout_s = timeout_s
-        self._timed_out = False
-        self._others = multiprocessing.active_children()
+        self._timed_out, self._others = False, multiprocessing.active_children()
         if isinstance(sampler, TrainingSampler):
             _check_whole_calls(sampler)
             micro_batch, host_batch = batch.micro_batch_size, batch.host_batch_size
@@ -91,8 +90,8 @@ class HostBatchLoader:
             own=own,
         )
         # The process of an asynchronous loader reports after its workers.
-        reporting = num_workers + (mode != "sync")
-        start = watch.start(dataset, training=self._training, workers=reporting)
+        workers = num_workers + (mode != "sync")
+        start = watch.start(dataset, training=self._training, workers=workers)
         make_loader = partial(
             poptorch.DataLoader,
             options,
@@ -112,12 +111,15 @@ class HostBatchLoader:
             with without_main_module(), self._limit(num_workers):
                 self._loader = guarded("starting the loader", make_loader)
         except DeviceError as error:
-            # torch, in the loader's process, may have noticed a hung worker first.
-            waited = timeout_s is not None and time.monotonic() - begun_s >= timeout_s
-            self._timed_out = self._timed_out or (mode != "sync" and waited)
-            raise self._timeout_error() or error from error
+            raise self._start_error(error, time.monotonic() - begun_s) from error
         self.is_open = True
         self._num_workers = num_workers
+
+    def _start_error(self, error: DeviceError, seconds: float) -> CxrVitError:
+        """Return the error of a loader that did not start within `seconds`."""
+        if self.mode != "sync" and self._timeout_s is not None and seconds >= self._timeout_s:
+            self._timed_out = True  # torch, in the loader's process, noticed a hung worker first
+        return self._timeout_error() or error
 
     def _mode_settings(
         self, engine: EngineSection, num_workers: int, own_host_batch: int
