@@ -36,7 +36,9 @@ from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_image
 from cxr_vit.data.cache_build import build_cache
 from cxr_vit.data.dataset import ChestXrayDataset, collate
 from cxr_vit.data.images import MAX_MEGAPIXELS, FileReader
-from cxr_vit.data.nih import Records, find_csv, read_records
+from cxr_vit.data.nih import read_records
+from cxr_vit.data.records import Records
+from cxr_vit.data.text_files import find_csv
 
 BATCH_SIZE = 128
 #: Images decoded per round, the same ones in every way that decodes.

@@ -16,6 +16,16 @@ from pydantic import (
 )
 from typing_extensions import Annotated, Literal
 
+from cxr_vit.config.columns import (
+    COLUMNS_WORDS,
+    LABEL_MAP_WORDS,
+    LABELS_WORDS,
+    Columns,
+    LabelMap,
+    Labels,
+    Meaning,
+    SplitName,
+)
 from cxr_vit.config.poptorch_options import SCOPES, typed_options, with_popart_options
 
 #: Legal values of `data.image_size`, pixels.
@@ -69,6 +79,7 @@ InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 FloatType = Literal["fp32", "fp16"]
 OnProblem = Literal["error", "skip"]
 Execution = Literal["pipelined", "sharded"]
+TableFiles = Union[PathText, Dict[SplitName, PathText]]
 LayerCounts = Annotated[List[Annotated[int, Field(ge=-1)]], Field(min_length=1)]
 RecomputeWord = Literal["stage_inputs", "every_layer", "attention_mlp"]
 Proportions = Optional[Union[Proportion, List[Proportion]]]
@@ -114,11 +125,12 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """Images and labels: files, split, size and cache."""
+    """Images and labels: files, columns, split, size and cache."""
 
     belongs_to: ClassVar[Dict[str, str]] = {
-        **dict.fromkeys(["csv", "images", "boxes", "relabels", "cache_dir"], "root"),
+        **dict.fromkeys(["csv", "join", "images", "boxes", "relabels", "cache_dir"], "root"),
         **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
+        **dict.fromkeys(["columns", "labels", "label_map"], "format"),
     }
 
     root: PathText = option(
@@ -126,20 +138,59 @@ class DataSection(Section):
         "folder with the CSV, the list files and the images",
         validate_default=True,
     )
-    csv: Optional[PathText] = option(
-        None, "CSV of the labels, if it is not in the root under one of NIH's names"
+    format: Literal["nih", "table"] = option(
+        "nih", "NIH's CSV, or any table whose columns data.columns names"
+    )
+    csv: Annotated[Optional[TableFiles], Words("a path, or train, val, test: a path each")] = (
+        option(
+            None,
+            "file of the labels, relative to the current folder or to the root; null: NIH's in the"
+            " root. A table is CSV, TSV or Parquet (also .gz), one file or one per split",
+        )
+    )
+    join: List[PathText] = option(
+        [],
+        "tables that add columns to those of data.csv, joined on the columns they share (table)",
+    )
+    columns: Annotated[Optional[Columns], Words(COLUMNS_WORDS)] = option(
+        None, "where the table has what is read of it (table)"
+    )
+    labels: Annotated[Optional[Labels], Words(LABELS_WORDS)] = option(
+        None, "the labels to learn, in the order of the logits; null: NIH's findings (table)"
+    )
+    label_separator: Annotated[str, Field(min_length=1, max_length=10)] = option(
+        "|", "text between two labels in the column of all labels (table)"
+    )
+    uncertain: Meaning = option(
+        "unknown",
+        "what -1 means as a label; an unknown label counts neither in the loss nor in a score"
+        " (table)",
+    )
+    blank: Meaning = option("unknown", "what an empty field means as a label (table)")
+    repeated_images: Literal["error", "any", "majority"] = option(
+        "error",
+        "several rows of an image, as by several readers: refuse them, or a label is positive if"
+        " any, or if most of its known values are (table)",
+    )
+    label_map: Annotated[LabelMap, Words(LABEL_MAP_WORDS)] = option(
+        {},
+        "for evaluate.py --data: labels of this data set and the labels of the model that they are"
+        " compared with, the most probable one of several; the others are compared by name",
     )
     images: Optional[PathText] = option(
         None, "folder of the images (may be nested), if not the root"
     )
-    boxes: Optional[PathText] = option(None, "BBox_List_2017.csv, if not in the root")
+    boxes: Optional[PathText] = option(
+        None, "BBox_List_2017.csv, if not in the root; none: boxes are not read"
+    )
     relabels: Optional[PathText] = option(
         None, "Google's 2019 labels by radiologists, if not in the root"
     )
-    split: Literal["auto", "official", "patient", "random"] = option(
+    split: Literal["auto", "table", "official", "patient", "random", "all"] = option(
         "auto",
-        "official list files, random by patient, or random by image (leaks patients);"
-        " auto: official if its list files exist, else patient",
+        "the table's split column or its files by split, list files, random by patient, or random"
+        " by image (leaks patients); all: every image is a test image, for evaluation; auto: table"
+        " if it has splits, else official if the list files exist, else patient",
     )
     train_list: Optional[PathText] = option(
         None,
@@ -157,6 +208,11 @@ class DataSection(Section):
         0.05, "fraction of the images for validation (official: of its training list)"
     )
     test_fraction: Fraction = option(0.2, "fraction of the images for testing (patient, random)")
+    train_fraction: Proportion = option(
+        1.0,
+        "fraction of the training images to use, drawn by patient with split_seed; a smaller"
+        " fraction is part of a larger one",
+    )
     image_size: int = option(
         224, "side of the model's input, pixels", ge=SMALLEST_IMAGE, le=LARGEST_IMAGE
     )
@@ -167,6 +223,9 @@ class DataSection(Section):
     on_bad_image: OnProblem = option(
         "error",
         "damaged or unexpected images: list them and stop, or skip them and write skipped.csv",
+    )
+    resample: Literal["bilinear", "bicubic", "lanczos"] = option(
+        "bilinear", "filter that resizes images, antialiased; part of the cache's settings"
     )
     max_megapixels: Annotated[int, Field(ge=1, le=178)] = option(
         64, "refuse larger images without reading them (a few kB can decode to gigabytes)"
@@ -191,6 +250,11 @@ class DataSection(Section):
         "number of images of a synthetic data set to write if the root does not exist;"
         " applies only to the root it is given with",
     )
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether labels may be unknown, which the loss then leaves out."""
+        return self.format == "table" and "unknown" in (self.uncertain, self.blank)
 
 
 class AugmentSection(Section):

@@ -25,11 +25,13 @@ from cxr_vit.data.image_source import (
     verify,
 )
 from cxr_vit.data.labels import label_names
-from cxr_vit.data.nih import Records, find_boxes, find_csv, find_relabels, read_records
+from cxr_vit.data.nih import find_boxes, find_relabels, read_records
+from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
 from cxr_vit.data.splits import SPLIT_NAMES, Splits, describe_splits, make_splits, split_hash
 from cxr_vit.data.synthetic.dataset import write_sample_if_absent
-from cxr_vit.data.text_files import write_csv
+from cxr_vit.data.table import read_table_records
+from cxr_vit.data.text_files import find_csv, write_csv
 from cxr_vit.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ _MISSING = "missing"
 class _Content(NamedTuple):
     """What a data module reads."""
 
-    csv: Path
+    files: List[Path]
     source: ImageSource
     records: Records
     splits: Splits
@@ -72,7 +74,7 @@ class ChestXrayDataModule:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.data = config.data
-        self.names: List[str] = label_names(include_no_finding=self.data.include_no_finding)
+        self.names: List[str] = label_names(self.data)
         self.once: RunOnce = run_here
         self._content: Optional[_Content] = None
 
@@ -99,8 +101,13 @@ class ChestXrayDataModule:
 
     @property
     def csv(self) -> Path:
-        """The file of the labels."""
-        return self.content.csv
+        """The file of the labels, the first of several."""
+        return self.content.files[0]
+
+    @property
+    def files(self) -> List[Path]:
+        """The files of the labels."""
+        return self.content.files
 
     @property
     def records(self) -> Records:
@@ -180,19 +187,22 @@ class ChestXrayDataModule:
         return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
 
     def prevalence(self) -> np.ndarray:
-        """Return the fraction of training images with each label, float64 ``[C]``, in (0, 1).
+        """Return the fraction of training images with each label, of those where it is known.
+
+        float64 ``[C]``, in (0, 1).
 
         Half an image is added to either side, so that a label without positives has finite odds.
         """
         labels = self.records.labels[self.splits.train]
-        positives = labels.sum(axis=0, dtype=np.int64)
-        smoothed: np.ndarray = (positives + 0.5) / (len(labels) + 1.0)
+        positives = (labels == 1).sum(axis=0)
+        smoothed: np.ndarray = (positives + 0.5) / ((labels != UNKNOWN).sum(axis=0) + 1.0)
         return smoothed
 
     def fingerprint(self) -> Dict[str, str]:
-        """Return the SHA-256 of the CSV's bytes and of the split."""
+        """Return the SHA-256 of the bytes of the label files and of the split."""
+        content = b"".join(path.read_bytes() for path in self.files)
         return {
-            "csv_sha256": hashlib.sha256(self.csv.read_bytes()).hexdigest(),
+            "csv_sha256": hashlib.sha256(content).hexdigest(),
             "split_sha256": split_hash(self.records, self.splits),
             "split_kind": self.splits.kind,
         }
@@ -224,21 +234,29 @@ class ChestXrayDataModule:
 
 def _read(data: DataSection, once: RunOnce) -> _Content:
     """Read the records, split them, open the images, and leave the unusable ones out."""
-    root = Path(data.root)
-    csv = find_csv(root, data.csv)
-    listed = read_records(
-        csv,
-        include_no_finding=data.include_no_finding,
-        boxes=find_boxes(root, data.boxes),
-        relabels=find_relabels(root, data.relabels),
-    )
-    splits = make_splits(listed, root, data)
+    files, listed = read_listed(data)
+    splits = make_splits(listed, Path(data.root), data)
     source = open_image_source(data, listed.table["image"].tolist(), once=once)
     _refuse_unusable(source, data, total=len(listed))
     skipped = _unusable(source)
     usable = ~listed.table["image"].isin(skipped["image"]).to_numpy(dtype=bool)
     records = listed.take(np.flatnonzero(usable))
-    return _Content(csv, source, records, splits.keep(usable), skipped)
+    return _Content(files, source, records, splits.keep(usable), skipped)
+
+
+def read_listed(data: DataSection) -> Tuple[List[Path], Records]:
+    """Return the label files and all their records, whether or not the images exist."""
+    if data.format == "table":
+        return read_table_records(data)
+    root = Path(data.root)
+    csv = find_csv(root, data.csv)
+    records = read_records(
+        csv,
+        include_no_finding=data.include_no_finding,
+        boxes=find_boxes(root, data.boxes),
+        relabels=find_relabels(root, data.relabels),
+    )
+    return [csv], records
 
 
 def prepare(data: DataSection) -> str:
@@ -276,8 +294,8 @@ def verify_cache(data: DataSection) -> str:
 
 
 def _listed_images(data: DataSection) -> Tuple[Path, List[str]]:
-    csv = find_csv(Path(data.root), data.csv)
-    return csv, read_records(csv, include_no_finding=False).table["image"].tolist()
+    files, records = read_listed(data)
+    return files[0], records.table["image"].tolist()
 
 
 def _unusable(source: ImageSource) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.images import MAX_MEGAPIXELS, EmptyReader, FileReader, ImageReader
-from cxr_vit.data.nih import Records
+from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import PADDING
 from cxr_vit.errors import DataError
 

@@ -1,8 +1,8 @@
-"""The 14 findings of ChestX-ray14 in a fixed order, and their encoding as 0/1 columns.
+"""The labels of a configuration, and the encoding of ChestX-ray14's 14 findings as columns.
 
-The order is that of Wang et al., CVPR 2017. Every logit, probability, metric and checkpoint has its
-columns in this order. Other repositories use other orders, and mixing two gives an AUROC of about
-0.5, so each checkpoint stores the names.
+The order of the findings is that of Wang et al., CVPR 2017. Every logit, probability, metric and
+checkpoint has its columns in the configuration's order. Other repositories use other orders, and
+mixing two gives an AUROC of about 0.5, so each checkpoint stores the names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError, did_you_mean
 
 FINDINGS: Tuple[str, ...] = (
@@ -26,16 +27,35 @@ _KNOWN = frozenset((*FINDINGS, NO_FINDING))
 logger = logging.getLogger(__name__)
 
 
-def label_names(*, include_no_finding: bool = False) -> List[str]:
+def label_names(data: DataSection) -> List[str]:
     """Return the names of the label columns, in order.
 
-    Graphcore's tutorial has `No Finding` as a 15th class; `include_no_finding` appends it.
+    A pattern in `data.labels` needs the header of the table. Graphcore's tutorial has `No Finding`
+    as a 15th class; `data.include_no_finding` appends it to NIH's.
+
+    Raises DataError if the table is not there or has no column of the pattern.
     """
+    if data.format == "nih":
+        return nih_names(include_no_finding=data.include_no_finding)
+    if isinstance(data.labels, list):
+        return list(data.labels)
+    from cxr_vit.data.table import labels_matching
+
+    return labels_matching(data)
+
+
+def nih_names(*, include_no_finding: bool = False) -> List[str]:
+    """Return NIH's 14 findings, or 15 labels with `No Finding`."""
     return [*FINDINGS, NO_FINDING] if include_no_finding else list(FINDINGS)
 
 
+def is_no_finding(name: str) -> bool:
+    """Whether a label says that there is no finding; it counts in no mean over findings."""
+    return name.lower().replace("_", " ") == NO_FINDING.lower()
+
+
 def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.ndarray:
-    """Encode the CSV's `Finding Labels` as zeros and ones, uint8 ``[len(texts), 14]`` (or 15).
+    """Encode the CSV's `Finding Labels` as zeros and ones, int8 ``[len(texts), 14]`` (or 15).
 
     A text is the findings of an image joined by `|`: ``"Cardiomegaly|Emphysema"``. A repeated
     finding counts once and is logged; `No Finding` is a row of zeros unless it is a column.
@@ -49,9 +69,9 @@ def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.n
     text_of_row = np.array(indices, dtype=np.int64)
     found = [text.split("|") for text in distinct]
     _check_found(found, text_of_row)
-    names = label_names(include_no_finding=include_no_finding)
+    names = nih_names(include_no_finding=include_no_finding)
     columns = {name: column for column, name in enumerate(names)}
-    labels = np.zeros((len(found), len(names)), dtype=np.uint8)
+    labels = np.zeros((len(found), len(names)), dtype=np.int8)
     for row, findings in enumerate(found):
         labels[row, [columns[name] for name in findings if name in columns]] = 1
     return labels[text_of_row]

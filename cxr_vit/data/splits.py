@@ -14,7 +14,7 @@ from typing import NamedTuple, Tuple
 import numpy as np
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.nih import Records
+from cxr_vit.data.records import Records
 from cxr_vit.data.text_files import LIST_NAMES, find_lists, read_list
 from cxr_vit.errors import DataError
 

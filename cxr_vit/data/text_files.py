@@ -70,7 +70,7 @@ def check_data_root(data: DataSection) -> None:
         find_lists(root, data)
 
 
-def find_csv(root: Path, given: Optional[str]) -> Path:
+def find_csv(root: Path, given: Any) -> Path:
     """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
     if not root.is_dir():
         raise DataError(

@@ -13,7 +13,8 @@ import pandas as pd
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import NO_FINDING
-from cxr_vit.data.nih import IMAGE_PIXELS, RELABELS
+from cxr_vit.data.nih import IMAGE_PIXELS
+from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import SPLIT_NAMES, num_sharing_patients
 from cxr_vit.dataset_report import page
 from cxr_vit.dataset_report.page import Section, Table

@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from cxr_vit.data.nih import Records
+from cxr_vit.data.records import Records
 from cxr_vit.data.text_files import write_csv
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.figures import roc_figure

@@ -95,7 +95,7 @@ class ViTModule(nn.Module):
             verify_checkpoint(Path(config.model.name), needs_optimizer=False)
         self.config = config
         self.data = data
-        self.names: List[str] = label_names(include_no_finding=config.data.include_no_finding)
+        self.names: List[str] = label_names(config.data)
         self.for_ipu = False
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         layers = config.pipeline.layers_per_stage
@@ -233,9 +233,10 @@ class ViTModule(nn.Module):
         """Return the loss of a micro-batch, a scalar, from float32 ``[B, C]`` on the device.
 
         It must be a mean over the samples: an update uses the mean over its micro-batches. PopTorch
-        compiles the function once, so it may not depend on values in Python.
+        compiles the function once, so it may not depend on values in Python. Labels are 0, 1, or
+        -1 for unknown if `config.data.has_unknown`.
         """
-        return multi_label_loss(logits, labels)
+        return multi_label_loss(logits, labels, has_unknown=self.config.data.has_unknown)
 
     def parameter_groups(self) -> List[Dict[str, Any]]:
         """Return the parameters in groups, as torch's optimizers take them.

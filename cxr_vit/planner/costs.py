@@ -55,7 +55,7 @@ class ModelShape(NamedTuple):
             patch_size=found.patch_size or config.model.patch_size,
             num_channels=found.num_channels,
             image_size=size,
-            num_labels=len(label_names(include_no_finding=config.data.include_no_finding)),
+            num_labels=len(label_names(config.data)),
             image_bytes=size * size,  # one gray byte per pixel
         )
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
 from cxr_vit.data.images import FileReader
-from cxr_vit.data.nih import Records
+from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
 from cxr_vit.errors import DataError
 

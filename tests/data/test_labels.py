@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cxr_vit.data.labels import FINDINGS, label_names, multi_hot
+from cxr_vit.data.labels import FINDINGS, multi_hot, nih_names
 from cxr_vit.errors import DataError
 
 
@@ -29,16 +29,16 @@ def test_findings_are_in_the_order_of_wang_2017() -> None:
 
 
 def test_no_finding_is_not_a_class_by_default() -> None:
-    assert label_names() == list(FINDINGS)
+    assert nih_names() == list(FINDINGS)
 
 
 def test_include_no_finding_appends_a_fifteenth_class() -> None:
-    assert label_names(include_no_finding=True) == [*FINDINGS, "No Finding"]
+    assert nih_names(include_no_finding=True) == [*FINDINGS, "No Finding"]
 
 
 @pytest.mark.parametrize("column", range(14))
 def test_a_single_finding_sets_its_own_column_only(column: int) -> None:
-    expected = np.zeros((1, 14), dtype=np.uint8)
+    expected = np.zeros((1, 14), dtype=np.int8)
     expected[0, column] = 1
     np.testing.assert_array_equal(multi_hot([FINDINGS[column]]), expected)
 
@@ -60,9 +60,9 @@ def test_include_no_finding_sets_only_the_fifteenth_column() -> None:
 
 
 @pytest.mark.parametrize(("include", "columns"), [(False, 14), (True, 15)])
-def test_labels_are_uint8_with_one_row_per_text(include: bool, columns: int) -> None:
+def test_labels_are_int8_with_one_row_per_text(include: bool, columns: int) -> None:
     labels = multi_hot(["Edema"] * 3, include_no_finding=include)
-    assert labels.dtype == np.uint8
+    assert labels.dtype == np.int8
     assert labels.shape == (3, columns)
 
 

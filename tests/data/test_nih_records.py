@@ -11,7 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_vit.data.nih import RELABELS, Records, find_csv, read_records, read_table
+from cxr_vit.data.nih import read_records
+from cxr_vit.data.records import RELABELS, Records
+from cxr_vit.data.tables import read_table
+from cxr_vit.data.text_files import find_csv
 from cxr_vit.errors import DataError
 
 HEADER = (

@@ -17,7 +17,8 @@ from cxr_vit.config.schema import Config, DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule, _Content
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.data.nih import RELABELS, Records, read_records
+from cxr_vit.data.nih import read_records
+from cxr_vit.data.records import RELABELS, Records
 from cxr_vit.data.splits import SPLIT_NAMES, make_splits, split_hash
 
 NIH = Path(__file__).resolve().parents[3] / "shared" / "data" / "nih"

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.nih import Records
+from cxr_vit.data.records import Records
 from cxr_vit.data.splits import (
     SPLIT_NAMES,
     Splits,

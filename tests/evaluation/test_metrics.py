@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision
 
-from cxr_vit.data.labels import FINDINGS, label_names
+from cxr_vit.data.labels import FINDINGS, nih_names
 from cxr_vit.errors import NonFiniteLoss
 from cxr_vit.evaluation.metrics import evaluate, flat_scores, probabilities
 
@@ -86,7 +86,7 @@ def test_non_finite_logits_are_refused(scored, bad):
 
 def test_no_finding_is_not_part_of_the_mean_of_the_findings(scored):
     logits, labels = scored
-    names = label_names(include_no_finding=True)
+    names = nih_names(include_no_finding=True)
     healthy = (labels.sum(1) == 0).float()
     healthy[:50] = 1.0
     with_healthy = evaluate(

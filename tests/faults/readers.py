@@ -19,7 +19,8 @@ from cxr_vit.config.schema import DataSection, ModelSection
 from cxr_vit.data.image_source import open_image_source
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.data.nih import RELABELS, read_boxes, read_records, read_relabels
+from cxr_vit.data.nih import read_boxes, read_records, read_relabels
+from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import make_splits
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CxrVitError

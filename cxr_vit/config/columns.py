@@ -1,0 +1,73 @@
+"""Types of the keys that describe a table: its files, its columns and its labels."""
+
+from __future__ import annotations
+
+import re
+from typing import Dict, List, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing_extensions import Annotated, Literal
+
+SplitName = Literal["train", "val", "test"]
+
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class PatternColumn(BaseModel):
+    """A column of which a part counts: the first group of a regular expression, or its match."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    column: _Name
+    pattern: Annotated[str, Field(min_length=1, max_length=200)]
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
+    def __str__(self) -> str:
+        return self.column
+
+
+Column = Union[_Name, PatternColumn]
+
+
+class Columns(BaseModel):
+    """Names of a table's columns.
+
+    `labels` is for one column that holds all labels of an image; a table with a column per label
+    needs no name for them but `data.labels`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: Column
+    patient: Column
+    split: Optional[Column] = None
+    sex: Optional[Column] = None
+    age: Optional[Column] = None
+    view: Optional[Column] = None
+    labels: Optional[Column] = None
+
+
+COLUMNS_WORDS = (
+    "a mapping of image, patient (both needed), split, sex, age, view, labels to the name of a"
+    " column, or to {column: name, pattern: regular expression}"
+)
+
+#: A label's name is a tag of the logs and a column of predictions.csv.
+LabelName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\S(.*\S)?$")]
+#: The names in order, or a pattern such as ``"finding_*"`` that names columns.
+Labels = Union[Annotated[List[LabelName], Field(min_length=1, max_length=1000)], LabelName]
+LABELS_WORDS = "a list of names, or a pattern such as finding_* that matches columns"
+
+LabelMap = Dict[LabelName, Union[LabelName, List[LabelName]]]
+LABEL_MAP_WORDS = "a mapping of a label to a label of the model or to a list of them"
+
+#: What an uncertain (-1) or blank label means.
+Meaning = Literal["negative", "positive", "unknown"]
