@@ -307,7 +307,7 @@ def test_range_error_names_both_bounds():
 
 def test_wrong_choice_lists_all_and_suggests_the_nearest(write):
     message = problem([write("data: {split: patients}")])
-    assert "one of auto, official, patient, random" in message
+    assert "one of auto, table, official, patient, random, all" in message
     assert "Did you mean 'patient'?" in message
 
 
