@@ -47,7 +47,7 @@ ALLOWED = {
     **{module: [] for module in GROUND},
 }
 #: Limits that keep the package readable; a file over 700 lines is rarely one idea.
-MAX_FILES, MAX_LINES, MAX_LEVELS = 105, 22_110, 8
+MAX_FILES, MAX_LINES, MAX_LEVELS = 107, 22_850, 8
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 700, 60, 50
 
 #: Nothing but the composition of the parts.
@@ -57,7 +57,7 @@ POPTORCH = {name for name in MODULES if name.startswith("cxr_vit.engines.ipu.")}
 #: Needs a newer torch than the IPU's.
 PIPELINING = {"cxr_vit.engines.pipeline_engine"}
 DISTRIBUTED = {*PIPELINING, "cxr_vit.engines.process_group"}
-HUGGING_FACE = {"cxr_vit.model.vit"}
+HUGGING_FACE = {"cxr_vit.model.vit", "cxr_vit.model.key_names"}
 #: Knows the files of a model folder and the keys of config.json, not the modules of the model.
 HUB = {"cxr_vit.model.source"}
 

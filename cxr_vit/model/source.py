@@ -1,15 +1,31 @@
 """Read pretrained weights of others: a local folder, or a copy of one from the model hub.
 
 A folder is data. Its config.json is checked before transformers sees a value of it, of its other
-files only safetensors files are read, and nothing that it names is imported or executed.
+files only preprocessor_config.json and safetensors files are read, and nothing that it names is
+imported or executed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import re
+import shlex
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 from huggingface_hub import constants, snapshot_download
 from pydantic import (
@@ -27,18 +43,26 @@ from typing_extensions import Annotated, Literal
 from cxr_vit.config.architectures import CONFIG_LIMIT
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
+from cxr_vit.model.key_names import KeyNames, config_of, translate
 from cxr_vit.regular_files import read_json
 
-CONFIG = "config.json"
+logger = logging.getLogger(__name__)
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-#: What is fetched of a hub name.
-_FETCHED = (CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors")
+#: What is fetched of a hub name: first what describes the model, then the weights, which may have
+#: any name.
+_FETCHED = ((CONFIG, PREPROCESSOR), (_WEIGHTS, _INDEX, "model-*.safetensors"), ("*.safetensors",))
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+#: Names of tensors and of files that can be shown in a message.
+_PLAIN = re.compile(r"[\w.-]{1,200}", re.ASCII)
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 #: Keys of config.json that name code, or a way to load that needs code.
 _CODE = ("auto_map", "custom_pipelines", "quantization_config")
 _MAX_PARAMETERS = 3e9
+_PREPROCESSOR_LIMIT = 1 << 20
 _INDEX_LIMIT = 16 << 20
 #: Size limit of a safetensors file's header, bytes; an entry has about 150.
 _HEADER_LIMIT = 16 << 20
@@ -50,33 +74,65 @@ _Side = Annotated[int, Field(ge=1, le=1 << 14)]
 _Attention = Literal["eager", "sdpa"]
 _FloatName = Literal["float32", "float16", "bfloat16"]
 _LabelNumber = Annotated[str, Field(pattern=r"^\d{1,6}$")]
+_Activation = Literal[
+    "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "selu", "silu",
+    "swish",
+]  # fmt: skip
+
+#: model_type of a config.json -> kind of model, and Hugging Face's defaults that differ from ViT's.
+_MODEL_TYPES = {"vit": "vit", "vit_mae": "vit", "deit": "deit", "dinov2": "dinov2"}
+_SUPPORTED = "only 'vit', 'vit_mae', 'deit' and 'dinov2' are supported"
+_DEFAULTS: Dict[str, Dict[str, Any]] = {"dinov2": {"patch_size": 14, "layer_norm_eps": 1e-6}}
+
+
+#: Heads of the widths in use that are no multiples of 64, or have other heads than 64 wide.
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}
+_TIMM_EPSILON = 1e-6
+_TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+_TIMM_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+_STRICT = ConfigDict(
+    strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
+)
+_Schema = TypeVar("_Schema", bound=BaseModel)
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e3)]
+_Means = Annotated[List[_Mean], Field(min_length=1, max_length=64)]
+_Deviations = Annotated[List[_Deviation], Field(min_length=1, max_length=64)]
+_Size = Union[
+    _Side,
+    Annotated[List[_Side], Field(min_length=1, max_length=2)],
+    Annotated[Dict[str, Optional[_Side]], Field(max_length=10)],
+    None,
+]
 
 
 class SavedConfig(BaseModel):
-    """The keys of a ViT's config.json that are used, with Hugging Face's defaults.
+    """The keys of a model's config.json that are used, with Hugging Face's defaults.
 
     Other keys are ignored, except those that name code.
     """
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = _STRICT
 
+    kind: Literal["vit", "deit", "dinov2"]
     architectures: Optional[List[str]] = None
     hidden_size: _Width = 768
     num_hidden_layers: Annotated[int, Field(ge=1, le=100)] = 12
     num_attention_heads: _Width = 12
-    intermediate_size: _Width = 3072
-    image_size: _Side = 224
+    #: Of vit and deit; dinov2 has `mlp_ratio`.
+    saved_mlp: _Width = Field(3072, alias="intermediate_size")
+    mlp_ratio: Annotated[int, Field(ge=1, le=64)] = 4
+    layerscale_value: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    use_swiglu_ffn: bool = False
+    #: Rows and columns, pixels.
+    image_size: Tuple[_Side, _Side] = (224, 224)
     patch_size: _Side = 16
     num_channels: Annotated[int, Field(ge=1, le=64)] = 3
     qkv_bias: bool = True
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0, le=1)] = 0.02
-    hidden_act: Literal[
-        "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "selu", "silu",
-        "swish",
-    ] = "gelu"  # fmt: skip
+    hidden_act: _Activation = "gelu"
     attn_implementation: Optional[_Attention] = None
     saved_attention: Optional[_Attention] = Field(None, alias="_attn_implementation")
     dtype: Optional[_FloatName] = None
@@ -88,29 +144,54 @@ class SavedConfig(BaseModel):
         ]
     ] = None
 
-    @field_validator("image_size", "patch_size", mode="before")
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _both_sides(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("patch_size", mode="before")
     @classmethod
     def _side_of_a_square(cls, value: Any) -> Any:
         is_square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
         return value[0] if is_square else value
 
+    @field_validator("mlp_ratio", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> SavedConfig:
+        if self.use_swiglu_ffn:
+            raise ValueError("use_swiglu_ffn=true: SwiGLU layers are not supported")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is no multiple of"
                 f" num_attention_heads={self.num_attention_heads}"
             )
-        if self.image_size < self.patch_size:
+        if min(self.image_size) < self.patch_size:
             raise ValueError(
-                f"image_size={self.image_size} is less than patch_size={self.patch_size}"
+                f"image_size={min(self.image_size)} is less than patch_size={self.patch_size}"
             )
-        width, patches = self.hidden_size, (self.image_size // self.patch_size) ** 2
+        width, patches = self.hidden_size, self.grid[0] * self.grid[1]
         layer = 4 * width**2 + 2 * width * self.intermediate_size
         embedding = width * (self.num_channels * self.patch_size**2 + patches)
         if self.num_hidden_layers * layer + embedding > _MAX_PARAMETERS:
             raise ValueError(f"the model has more than {_MAX_PARAMETERS:.0e} parameters")
         return self
+
+    @property
+    def grid(self) -> Tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.image_size
+        return rows // self.patch_size, columns // self.patch_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.hidden_size * self.mlp_ratio if self.kind == "dinov2" else self.saved_mlp
 
     @property
     def labels(self) -> List[str]:
@@ -120,37 +201,105 @@ class SavedConfig(BaseModel):
         return [self.id2label[key] for key in sorted(self.id2label, key=int)]
 
     def shape(self) -> Dict[str, Any]:
-        """Return the arguments of `ViTConfig` that the weights depend on."""
+        """Return the arguments of the kind's config class that the weights depend on."""
         attention = self.attn_implementation or self.saved_attention
-        return {
-            **self.model_dump(
-                include={
-                    *("hidden_size", "num_hidden_layers", "num_attention_heads"),
-                    *("intermediate_size", "image_size", "patch_size", "num_channels"),
-                    *("qkv_bias", "layer_norm_eps", "initializer_range"),
-                }
+        rows, columns = self.image_size
+        names = [
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
+            *("num_channels", "qkv_bias", "layer_norm_eps", "initializer_range"),
+            *(
+                ("mlp_ratio", "layerscale_value")
+                if self.kind == "dinov2"
+                else ("intermediate_size",)
             ),
+        ]
+        return {
+            **{name: getattr(self, name) for name in names},
+            "image_size": rows if rows == columns else [rows, columns],
             **({"attn_implementation": attention} if attention else {}),
         }
 
 
-def source_folder(model: ModelSection, *, config_only: bool) -> Path:
-    """Return the folder of `model.name`; of a hub name fetch what is used, or config.json alone.
+class _TimmArguments(BaseModel):
+    """What timm's model_args say of a model that its tensors do not show."""
 
-    Without a network, or with HF_HUB_OFFLINE=1, what was fetched before is used. Raises ValueError
-    with the reason if there is no such folder and no such hub name.
+    model_config = _STRICT
+
+    num_heads: Optional[_Width] = None
+    img_size: _Size = None
+    act_layer: Literal[None, "gelu", "gelu_tanh", "quick_gelu"] = None
+
+
+class _TimmPreprocessor(BaseModel):
+    """How timm's pretrained_cfg prepares images."""
+
+    model_config = _STRICT
+
+    mean: Optional[_Means] = None
+    std: Optional[_Deviations] = None
+    input_size: Optional[Annotated[List[_Side], Field(min_length=3, max_length=3)]] = None
+    interpolation: Optional[str] = None
+
+
+class _SavedPreprocessor(BaseModel):
+    """The keys of a preprocessor_config.json that are used."""
+
+    model_config = _STRICT
+
+    do_normalize: Optional[bool] = None
+    image_mean: Union[_Mean, _Means, None] = None
+    image_std: Union[_Deviation, _Deviations, None] = None
+    do_rescale: Optional[bool] = None
+    rescale_factor: Optional[Annotated[float, Field(ge=1e-6, le=1e3)]] = None
+    do_resize: Optional[bool] = None
+    size: _Size = None
+    do_center_crop: Optional[bool] = None
+    crop_size: _Size = None
+    resample: Optional[Annotated[int, Field(ge=0, le=5)]] = None
+
+
+class Preprocessor(NamedTuple):
+    """How images are prepared for the weights."""
+
+    #: Of gray levels of 0 to 1: one value for every channel, or one per channel.
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    #: Side of a square in pixels, if there is one.
+    size: Optional[int]
+    #: Pillow's number of the filter, if it is known.
+    resample: Optional[int]
+
+
+def source_folder(model: ModelSection, *, config_only: bool) -> Path:
+    """Return the folder or the safetensors file that `model.name` means.
+
+    Of a hub name fetch what is used, or only what describes the model. Without a network, or with
+    HF_HUB_OFFLINE=1, what was fetched before is used. Raises ValueError with the reason if there is
+    no such folder or file and no such hub name.
     """
-    if Path(model.name).is_dir():
-        return Path(model.name)
+    path = Path(model.name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"it is no safetensors file.{_conversion([path])}")
+        return path
     if not _HUB_NAME.fullmatch(model.name):
         raise ValueError("it is no folder of this machine and no hub name (owner/model).")
+    described, weights, any_name = _FETCHED
+    folder = _fetch(model, described)
+    if config_only and _kind(_config(folder)):
+        return folder
+    _fetch(model, (*described, *weights))
+    if not (folder / _WEIGHTS).exists() and not (folder / _INDEX).exists():
+        _fetch(model, (*described, *any_name))
+    return folder
+
+
+def _fetch(model: ModelSection, patterns: Sequence[str]) -> Path:
     try:
         return Path(
-            snapshot_download(
-                model.name,
-                revision=model.revision,
-                allow_patterns=[CONFIG] if config_only else list(_FETCHED),
-            )
+            snapshot_download(model.name, revision=model.revision, allow_patterns=list(patterns))
         )
     except Exception as error:  # of requests or of httpx, by its version
         at = "" if model.revision is None else f" at model.revision={model.revision}"
@@ -160,24 +309,81 @@ def source_folder(model: ModelSection, *, config_only: bool) -> Path:
         raise ValueError(f"it is no folder, and as a hub name{at}: {reason}") from error
 
 
-def read_config(folder: Path) -> SavedConfig:
-    """Read and check a folder's config.json; raise ValueError with the reason, or OSError."""
-    path = folder / CONFIG
+def _beside(place: Path, name: str) -> Path:
+    return (place if place.is_dir() else place.parent) / name
+
+
+def _config(place: Path) -> Dict[str, Any]:
+    """Read config.json; return {} if there is none."""
+    path = _beside(place, CONFIG)
     if not path.exists():
-        raise ValueError(f"{folder} has no {CONFIG}.")
+        return {}
     content = _read_json(path, CONFIG_LIMIT)
     kind = content.get("model_type")
-    if kind != "vit":
-        what = f"is of a {str(kind)[:60]!r} model" if kind is not None else "has no model_type"
-        raise ModelError(f"{path} {what}; only 'vit' is supported.")
+    if kind is None and "architecture" not in content:
+        raise ModelError(f"{path} has no model_type; {_SUPPORTED}.")
+    if kind is not None and (not isinstance(kind, str) or kind not in _MODEL_TYPES):
+        raise ModelError(f"{path} is of a {str(kind)[:60]!r} model; {_SUPPORTED}.")
     for key in _CODE:
         if content.get(key) is not None:
             raise ValueError(
                 f"{path} names code to run ({key}). It is not run; remove {key} if the weights are"
                 " those of a plain ViT."
             )
+    return content
+
+
+def _kind(content: Dict[str, Any]) -> Optional[str]:
+    """Return the kind that Hugging Face's config.json names; None if there is none."""
+    kind = content.get("model_type")
+    return None if kind is None else _MODEL_TYPES[kind]
+
+
+def read_config(place: Path) -> SavedConfig:
+    """Return the checked config.json of a folder or of the folder of a safetensors file.
+
+    Without one, or with timm's, the shapes of the tensors give the values. Raises ValueError with
+    the reason, or OSError.
+    """
+    content = _config(place)
+    kind = _kind(content)
+    if kind is None:
+        with _opened(place) as stored:
+            return _derived(place, content, *_translated(stored, kind))
+    return _validated(
+        SavedConfig, {**_DEFAULTS.get(kind, {}), **content, "kind": kind}, _beside(place, CONFIG)
+    )
+
+
+def _derived(
+    place: Path, content: Dict[str, Any], names: KeyNames, tensors: Dict[str, SavedTensor]
+) -> SavedConfig:
+    """Make the config of a model that has none of Hugging Face's."""
+    path = _beside(place, CONFIG)
+    arguments = _validated(_TimmArguments, content.get("model_args") or {}, path)
+    size = _timm_preprocessor(content, path).input_size
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    found = config_of(shapes, names.kind, _sides(arguments.img_size) or (size and size[1:]))
+    width = found["hidden_size"]
+    heads = arguments.num_heads or _HEADS.get(width) or (width // 64 if width % 64 == 0 else None)
+    if heads is None:
+        raise ValueError(
+            f"the number of heads of a model of the width {width} is unknown: put it into {CONFIG},"
+            ' {"architecture": "vit", "model_args": {"num_heads": ...}}.'
+        )
+    values = {
+        **_DEFAULTS.get(names.kind, {}),
+        **({"layer_norm_eps": _TIMM_EPSILON} if names.is_timm else {}),
+        **found,
+        **{"kind": names.kind, "num_attention_heads": heads},
+        "hidden_act": _TIMM_ACTIVATIONS.get(arguments.act_layer or "", "gelu"),
+    }
+    return _validated(SavedConfig, values, place)
+
+
+def _validated(schema: Type[_Schema], content: Any, path: Path) -> _Schema:
     try:
-        return SavedConfig.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {'; '.join(_words(error))}.") from None
 
@@ -199,35 +405,150 @@ def _read_json(path: Path, limit: int) -> Dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
+def read_preprocessor(place: Path) -> Optional[Preprocessor]:
+    """Return how images are prepared for the weights; None if no file says it.
+
+    preprocessor_config.json is read, else timm's config.json. Raises ValueError with the reason, or
+    OSError.
+    """
+    path = _beside(place, PREPROCESSOR)
+    if not path.exists():
+        return _of_timm(_timm_preprocessor(_config(place), _beside(place, CONFIG)))
+    saved = _validated(_SavedPreprocessor, _read_json(path, _PREPROCESSOR_LIMIT), path)
+    # Normalisation of what a factor makes of gray levels, in terms of those of 0 to 1.
+    factor = 1.0 if saved.do_rescale is False else saved.rescale_factor or 1 / 255
+    scale = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 1 / (255 * factor)
+    if saved.do_normalize is False:
+        mean, std = [0.0], [1.0]
+    elif saved.image_mean is None or saved.image_std is None:
+        return None
+    else:
+        mean, std = _listed(saved.image_mean), _listed(saved.image_std)
+    _check_channels(path, mean, std)
+    crop = _sides(saved.crop_size) if saved.do_center_crop is not False else []
+    sides = crop or (_sides(saved.size) if saved.do_resize is not False else [])
+    return Preprocessor(
+        tuple(value * scale for value in mean),
+        tuple(value * scale for value in std),
+        sides[0] if len(set(sides)) == 1 else None,
+        saved.resample,
+    )
+
+
+def _timm_preprocessor(content: Dict[str, Any], path: Path) -> _TimmPreprocessor:
+    return _validated(_TimmPreprocessor, content.get("pretrained_cfg", content), path)
+
+
+def _of_timm(saved: _TimmPreprocessor) -> Optional[Preprocessor]:
+    if saved.mean is None or saved.std is None:
+        return None
+    _check_channels(Path(CONFIG), saved.mean, saved.std)
+    sides = saved.input_size[1:] if saved.input_size else []
+    size = sides[0] if len(set(sides)) == 1 else None
+    resample = _TIMM_FILTERS.get(saved.interpolation or "")
+    return Preprocessor(tuple(saved.mean), tuple(saved.std), size, resample)
+
+
+def _check_channels(path: Path, mean: List[float], std: List[float]) -> None:
+    if len(mean) != len(std):
+        raise ValueError(f"{path}: {len(mean)} values of the mean, {len(std)} of the deviation.")
+
+
+def _listed(value: Union[float, List[float]]) -> List[float]:
+    return value if isinstance(value, list) else [value]
+
+
+def _sides(size: Union[int, List[int], Dict[str, Optional[int]], None]) -> List[int]:
+    """Return height and width of a size in a file; of the shortest edge a square is left."""
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        size = [side for side in (size.get("height") or edge, size.get("width") or edge) if side]
+    if isinstance(size, int):
+        size = [size]
+    return size * 2 if size and len(size) == 1 else size or []
+
+
 class SavedTensor(NamedTuple):
-    """A tensor in a safetensors file, read when needed."""
+    """A tensor, or some rows of one, in a safetensors file; read when needed."""
 
     file: Any
     name: str
     shape: Tuple[int, ...]
+    #: The first row, if it is not the whole of the stored one.
+    start: Optional[int] = None
 
     def read(self) -> Tensor:
         """Read it from the file."""
-        tensor: Tensor = self.file.get_tensor(self.name)
+        tensor: Tensor
+        if self.start is None:
+            tensor = self.file.get_tensor(self.name)
+        else:
+            tensor = self.file.get_slice(self.name)[self.start : self.start + self.shape[0]]
         return tensor
 
 
 @contextlib.contextmanager
-def open_weights(folder: Path) -> Iterator[Dict[str, SavedTensor]]:
-    """Open the safetensors files of a folder; yield name -> tensor.
+def open_weights(place: Path) -> Iterator[Dict[str, SavedTensor]]:
+    """Open the safetensors files of a folder, or one; yield hub name -> tensor.
 
-    Raises ValueError with the reason if there are none, or if one is incomplete, damaged or of
-    another type than floating point.
+    Tensors that no classifier needs are left out. Raises ValueError with the reason if there are no
+    files, if one is incomplete, damaged or of another type than floating point, or if the tensors
+    are not those of one ViT.
     """
+    content = _config(place)
+    kind = _kind(content)
+    with _opened(place) as stored:
+        names, tensors = _translated(stored, kind)
+        if names.prefix:
+            logger.info("%s: dropped the prefix %s of all names", place, names.prefix)
+        if kind is None:
+            logger.info("%s: %s", place, _described(_derived(place, content, names, tensors)))
+        yield tensors
+
+
+def _described(saved: SavedConfig) -> str:
+    return (
+        f"from the tensors: a {saved.kind} of {saved.num_hidden_layers} layers, width"
+        f" {saved.hidden_size}, {saved.num_attention_heads} heads, patches of {saved.patch_size}"
+        f" and images of {saved.image_size[0]} x {saved.image_size[1]} pixels,"
+        f" layer_norm_eps={saved.layer_norm_eps:g}"
+    )
+
+
+def _translated(
+    stored: Dict[str, SavedTensor], kind: Optional[str]
+) -> Tuple[KeyNames, Dict[str, SavedTensor]]:
+    """Return the stored tensors, or parts of them, by hub name."""
+    names = translate(stored, kind)
+    tensors = {}
+    for full, (name, third) in names.tensors.items():
+        tensor = stored[name]
+        if third is not None:
+            rows = tensor.shape[0] if tensor.shape else 0
+            if not rows or rows % 3:
+                raise ValueError(
+                    f"{name} of the shape {list(tensor.shape)} has no rows of query, key and value."
+                )
+            shape = (rows // 3, *tensor.shape[1:])
+            tensor = tensor._replace(shape=shape, start=third * rows // 3)
+        tensors[full] = tensor
+    return names, tensors
+
+
+@contextlib.contextmanager
+def _opened(place: Path) -> Iterator[Dict[str, SavedTensor]]:
+    """Open the safetensors files; yield stored name -> tensor."""
     with contextlib.ExitStack() as stack:
         tensors: Dict[str, SavedTensor] = {}
-        for path in _weight_files(folder):
+        for path in _weight_files(place):
             _check_start(path)
             try:
                 file = stack.enter_context(safe_open(str(path), framework="pt", device="cpu"))
             except SafetensorError as error:
                 raise ValueError(f"{path} is truncated or damaged ({error}).") from error
             for name in file.keys():  # noqa: SIM118, not a dict
+                if not _PLAIN.fullmatch(name):
+                    raise ValueError(f"{path}: {name[:40]!a} is no name of a tensor of a ViT.")
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in _FLOATS:
                     raise ValueError(
@@ -240,21 +561,44 @@ def open_weights(folder: Path) -> Iterator[Dict[str, SavedTensor]]:
         yield tensors
 
 
-def _weight_files(folder: Path) -> List[Path]:
-    """Return the safetensors files of a folder: one, or those that its index names."""
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).exists():
-        pickles = "; pickles (.bin) are not read, they can run code" * any(folder.glob("*.bin"))
-        raise ValueError(f"{folder} has no {_WEIGHTS} and no {_INDEX}{pickles}.")
-    places = _read_json(folder / _INDEX, _INDEX_LIMIT).get("weight_map")
+def _weight_files(place: Path) -> List[Path]:
+    """Return the safetensors files: one, or those that an index names."""
+    if not place.is_dir():
+        return [place]
+    if (place / _WEIGHTS).exists():
+        return [place / _WEIGHTS]
+    if not (place / _INDEX).exists():
+        return [_only_file(place)]
+    places = _read_json(place / _INDEX, _INDEX_LIMIT).get("weight_map")
     names = set(map(str, places.values())) if isinstance(places, dict) else set()
     if not names or not all(map(_SHARD.fullmatch, names)):
         raise ValueError(
-            f"{folder / _INDEX}: its weight_map must name files such as"
+            f"{place / _INDEX}: its weight_map must name files such as"
             " model-00001-of-00002.safetensors."
         )
-    return [folder / name for name in sorted(names)]
+    return [place / name for name in sorted(names)]
+
+
+def _only_file(folder: Path) -> Path:
+    """Return the only safetensors file of a folder."""
+    files = sorted(path for path in folder.iterdir() if _PLAIN.fullmatch(path.name))
+    found = [path for path in files if path.suffix == ".safetensors"]
+    if not found:
+        pickles = [path for path in files if path.suffix in _PICKLES]
+        pickles.sort(key=lambda path: not path.name.startswith("pytorch_model"))
+        raise ValueError(f"{folder} has no {_WEIGHTS}.{_conversion(pickles)}")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:10])
+        raise ValueError(f"{folder} has no {_WEIGHTS}, but {names}: set model.name to one of them.")
+    return found[0]
+
+
+def _conversion(pickles: List[Path]) -> str:
+    """Return a sentence with the command that converts a pickle, if there is one."""
+    if not pickles:
+        return ""
+    command = f"python -m cxr_vit convert-weights {shlex.quote(str(pickles[0]))} NEW_FOLDER"
+    return f" Pickles ({pickles[0].suffix}) are not read, they can run code; convert it: {command}."
 
 
 def _check_start(path: Path) -> None:

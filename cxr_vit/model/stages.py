@@ -16,7 +16,8 @@ from transformers import ViTForImageClassification
 
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.vit import VitParts, hub_name, layer_output
+from cxr_vit.model.key_names import hub_name
+from cxr_vit.model.vit import VitParts, layer_output
 
 
 class Normalise(nn.Module):

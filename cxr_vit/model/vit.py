@@ -24,6 +24,7 @@ from cxr_vit.config.architectures import SIZES
 from cxr_vit.config.rules import depth_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
+from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.source import (
     SavedConfig,
     SavedTensor,
@@ -34,28 +35,9 @@ from cxr_vit.model.source import (
 
 logger = logging.getLogger(__name__)
 
-#: Parameter names of transformers 5.x -> hub names.
-_RENAMES: Tuple[Tuple[str, str], ...] = (
-    (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-)
-_TRUNK, _HEAD = "vit.", "classifier."
+_HEAD = "classifier."
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
-#: Part of the hub's in21k checkpoint; the classifier does not use it.
-_POOLER = "vit.pooler."
-
-
-def hub_name(name: str) -> str:
-    """Return the hub name of a parameter of either version of transformers."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 class VitParts:
@@ -197,8 +179,7 @@ def _from_pretrained(
     settings = _settings(model, names, for_ipu, saved.hidden_act)
     with torch.device("meta"):  # the weights are allocated once they are known to fit
         vit = ViTForImageClassification(ViTConfig(**{**saved.shape(), **settings}))
-    with _loading(model.name), open_weights(folder) as tensors:
-        weights = _with_hub_names(tensors)
+    with _loading(model.name), open_weights(folder) as weights:
         unfit = _check_weights(model.name, vit, weights)
         vit.to_empty(device="cpu")
         head_is_new = bool(unfit) or saved.labels != list(names)
@@ -240,30 +221,22 @@ def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:
 
 
 def _check_image_size(model: ModelSection, saved: SavedConfig, image_size: int) -> None:
-    if saved.image_size != image_size:
+    if saved.kind != "vit":
+        raise ModelError(f"model.name={model.name!r} is a {saved.kind!r} model, not 'vit'.")
+    rows, columns = saved.image_size
+    if (rows, columns) != (image_size, image_size):
+        size = rows if rows == columns else f"{rows} x {columns}"
         raise ModelError(
-            f"model.name={model.name!r} takes images of {saved.image_size} pixels, but"
-            f" data.image_size={image_size}. Set data.image_size={saved.image_size}."
+            f"model.name={model.name!r} takes images of {size} pixels, but"
+            f" data.image_size={image_size}. Set data.image_size={rows}."
         )
-
-
-def _with_hub_names(tensors: Mapping[str, SavedTensor]) -> Dict[str, SavedTensor]:
-    """Return the tensors by hub name; those of a trunk without a head are saved without `vit.`."""
-    has_prefix = any(name.startswith(_TRUNK) for name in tensors)
-    named = {}
-    for name, tensor in tensors.items():
-        full = name if has_prefix or name.startswith(_HEAD) else _TRUNK + name
-        if hub_name(full) in named:
-            raise ValueError(f"it has the weights {hub_name(full)} twice.")
-        named[hub_name(full)] = tensor
-    return named
 
 
 def _check_weights(name: str, vit: nn.Module, weights: Mapping[str, SavedTensor]) -> Set[str]:
     """Refuse weights that do not fit, except the head's; return those of the head."""
     own = {hub_name(key): tuple(value.shape) for key, value in vit.named_parameters()}
     missing = own.keys() - weights.keys()
-    unexpected = {key for key in weights.keys() - own.keys() if not key.startswith(_POOLER)}
+    unexpected = weights.keys() - own.keys()
     mismatched = {key for key in own.keys() & weights.keys() if own[key] != weights[key].shape}
     head = {key for key in missing | mismatched | unexpected if key.startswith(_HEAD)}
     problems = [

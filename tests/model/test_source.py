@@ -28,7 +28,8 @@ from cxr_vit.checkpoint_files import sha256, state_text
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ModelError
-from cxr_vit.model.vit import build_vit, check_source, hub_name
+from cxr_vit.model.key_names import hub_name
+from cxr_vit.model.vit import build_vit, check_source
 
 TINY = {
     "hidden_size": 24,
@@ -205,7 +206,8 @@ def test_config_that_names_code_is_refused(trunk: Path, key: str, value: Any) ->
         ("intermediate_size", "48"),
         ("patch_size", 0),
         ("patch_size", [8, 4]),
-        ("image_size", [32, 64]),
+        ("image_size", [32, 64, 1]),
+        ("image_size", [32, "64"]),
         ("num_channels", 10**9),
         ("qkv_bias", "yes"),
         ("layer_norm_eps", 0),
@@ -230,9 +232,9 @@ def test_value_out_of_range_is_named_in_one_line(trunk: Path, key: str, value: A
         ({"image_size": 4}, "image_size=4 is less than patch_size=8"),
         ({"hidden_size": 60_000, "num_hidden_layers": 50}, "more than 3e+09 parameters"),
         ({"image_size": 16_000, "patch_size": 1, "hidden_size": 30}, "more than 3e+09 parameters"),
-        ({"model_type": "deit"}, "of a 'deit' model; only 'vit' is supported"),
+        ({"model_type": "beit"}, "of a 'beit' model; only 'vit', 'vit_mae', 'deit' and 'dinov2'"),
         ({"model_type": None}, "has no model_type"),
-        ({"model_type": ["vit"] * 1000}, "only 'vit' is supported"),
+        ({"model_type": ["vit"] * 1000}, "only 'vit', 'vit_mae'"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(
@@ -405,7 +407,9 @@ def test_pickles_and_adapters_are_not_read(trunk: Path, tmp_path: Path) -> None:
     (trunk / "generation_config.json").write_text("{")
     build(trunk)
     (trunk / "model.safetensors").unlink()
-    assert "pickles (.bin) are not read" in refusal(trunk)
+    (trunk / "pytorch_model.bin").write_bytes(b"")
+    command = f"python -m cxr_vit convert-weights {trunk / 'pytorch_model.bin'} NEW_FOLDER"
+    assert command in refusal(trunk)
 
 
 # Hub names
