@@ -56,6 +56,11 @@ COMMANDS = {
         " overlay; say what each key becomes and why",
         "import_ipu_config:import_ipu_config",
     ),
+    "convert-weights": Command(
+        "convert weights of PyTorch (.bin, .pth, .pt, .ckpt) to a folder with model.safetensors;"
+        " runs no code of the file",
+        "convert_weights:convert_weights",
+    ),
     "prepare": Command(
         "decode and resize all images once, into the cache that training reads", "data:prepare"
     ),
