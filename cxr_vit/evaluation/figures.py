@@ -11,14 +11,14 @@ from itertools import cycle
 from typing import List, Sequence
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from torchmetrics.functional.classification import binary_roc
 
 from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.evaluation.metrics import evaluate, probabilities
+from cxr_vit.data.records import UNKNOWN
+from cxr_vit.evaluation.metrics import evaluate, scorable
 
 _COLUMNS = 5
 #: Inches and dots per inch of a figure for TensorBoard's card; the least size of its text, points.
@@ -29,6 +29,8 @@ _CARD_TEXT = 7.5
 _CARD_CURVES = 15
 _CARD_COLUMNS = 4
 _CARD_LINES = 2
+#: Letters of the name of a label in a legend, and over an image.
+_CURVE_LETTERS, _IMAGE_LETTERS = 26, 18
 #: Colours and styles of up to 20 curves.
 _STYLES = [(f"C{color}", style) for style in ("-", "--") for color in range(10)]
 
@@ -37,17 +39,16 @@ def roc_figure(
     logits: Tensor, labels: Tensor, names: Sequence[str], *, title: str = "validation ROC"
 ) -> Figure:
     """Draw the ROC curve of each label from float32 ``[N, C]``, headed by its AUROC."""
-    scores = evaluate(logits, labels, names)
-    probs, truth = probabilities(logits), labels.to(torch.int64)
+    scores, known = evaluate(logits, labels, names), scorable(logits, labels)
     rows = math.ceil(len(names) / _COLUMNS)
     figure = Figure(figsize=(2.5 * _COLUMNS, 2.6 * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
-    for column, (axis, name) in enumerate(zip(axes, names)):
+    for axis, name, (probs, truth) in zip(axes, names, known):
         auroc, positives = scores["auroc"][name], scores["positives"][name]
         axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
         if auroc is not None:
-            false_positives, true_positives, _ = binary_roc(probs[:, column], truth[:, column])
+            false_positives, true_positives, _ = binary_roc(probs, truth)
             axis.plot(false_positives.numpy(), true_positives.numpy(), linewidth=1.6)
         text = "undefined" if auroc is None else f"{auroc:.3f}"
         axis.set_title(f"{name}\n{text} ({positives} positive)", fontsize=9)
@@ -66,23 +67,21 @@ def roc_overview(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Figure
 
     The legend has the AUROC of each label, the highest first.
     """
-    scores = evaluate(logits, labels, names)
-    probs, truth = probabilities(logits), labels.to(torch.int64)
+    scores, known = evaluate(logits, labels, names), scorable(logits, labels)
     figure = Figure(figsize=_CARD, dpi=_CARD_DPI, layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
     defined = [name for name in names if scores["auroc"][name] is not None]
     by_score = sorted(defined, key=lambda name: -scores["auroc"][name])
     for name, (color, style) in zip(by_score, cycle(_STYLES)):
-        column = list(names).index(name)
-        false_positives, true_positives, _ = binary_roc(probs[:, column], truth[:, column])
+        false_positives, true_positives, _ = binary_roc(*known[list(names).index(name)])
         axis.plot(
             false_positives.numpy(),
             true_positives.numpy(),
             color=color,
             linestyle=style,
             linewidth=1,
-            label=f"{scores['auroc'][name]:.2f} {name}",
+            label=f"{scores['auroc'][name]:.2f} {_cut(name, _CURVE_LETTERS)}",
         )
     axis.set_box_aspect(1)
     axis.set_xticks([0, 1])
@@ -124,14 +123,20 @@ def image_grid(
     batch = dataset.__getitems__(rows.tolist())
     for axis, image, labels in zip(axes, batch.images, batch.labels.tolist()):
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
-        findings = [name for name, label in zip(names, labels) if label]
-        axis.set_title("\n".join(_shortened(findings)), fontsize=_CARD_TEXT, pad=2)
+        findings = [_cut(name, _IMAGE_LETTERS) for name, label in zip(names, labels) if label == 1]
+        none = "No Finding" if UNKNOWN not in labels else "none known"
+        axis.set_title("\n".join(_shortened(findings) or [none]), fontsize=_CARD_TEXT, pad=2)
     return figure
+
+
+def _cut(name: str, letters: int) -> str:
+    """Return the name of a label, or the beginning of a long one."""
+    return name if len(name) <= letters else f"{name[: letters - 3]}..."
 
 
 def _shortened(findings: Sequence[str]) -> List[str]:
     """Return the lines over an image: its findings, or the first ones and how many there are."""
     if len(findings) <= _CARD_LINES:
-        return list(findings) or ["No Finding"]
+        return list(findings)
     shown = findings[: _CARD_LINES - 1]
     return [*shown, f"and {len(findings) - len(shown)} more"]

@@ -1,19 +1,21 @@
 """AUROC and average precision per label over a whole split, computed by torchmetrics.
 
 For a class without positives torchmetrics returns 0.0 and includes it in the mean. Here such a
-class is undefined (None) and excluded, and the number of defined classes is reported.
+class is undefined (None) and excluded, and the number of defined classes is reported. A label that
+is unknown for an image leaves the image out of this label's scores alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from cxr_vit.data.labels import NO_FINDING
+from cxr_vit.data.labels import is_no_finding
+from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import NonFiniteLoss
 
 #: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
@@ -43,14 +45,25 @@ def probabilities(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits.float())
 
 
+def scorable(logits: Tensor, labels: Tensor) -> List[Tuple[Tensor, Tensor]]:
+    """Return the probabilities and the truth (int64) of each label, where it is known.
+
+    `logits` and `labels` are float32 ``[N, C]``. A pair is C times ``[n]``, n at most N.
+    """
+    probs, truth = probabilities(logits), labels.to(torch.int64)
+    columns = zip(probs.unbind(1), truth.unbind(1))
+    return [(prob[true != UNKNOWN], true[true != UNKNOWN]) for prob, true in columns]
+
+
 def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Any]:
-    """Score a whole split, given float32 ``[N, C]``; labels are 0 or 1.
+    """Score a whole split, given float32 ``[N, C]``; labels are 0, 1 or `UNKNOWN`.
 
     Returns `num_samples`; `auroc` and `average_precision` by label name, None where undefined (no
-    positives, or no negatives); `positives` by label name; `auroc_macro` and
-    `average_precision_macro`, the means over the defined *findings*; `auroc_defined` and
-    `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding` is the mean over all
-    classes. Raises NonFiniteLoss if a logit is NaN or infinite.
+    image that is known to be positive, or none that is known to be negative); `positives` by label
+    name; `auroc_macro` and `average_precision_macro`, the means over the defined *findings*;
+    `auroc_defined` and `num_findings`. With `No Finding` as a class, `auroc_macro_with_no_finding`
+    is the mean over all classes. If labels are unknown, `unknown` is their number by label name.
+    Raises NonFiniteLoss if a logit is NaN or infinite.
     """
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
     if broken:  # torchmetrics would rank NaN silently
@@ -58,17 +71,17 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
             f"the model's logits are not finite for {broken} of {len(logits)} images, so it cannot"
             " be scored. Use an earlier checkpoint, or train with a lower optim.lr."
         )
-    probs, truth = probabilities(logits), labels.to(torch.int64)
-    positives = dict(zip(names, truth.sum(dim=0).tolist()))
+    positives: Dict[str, int] = {}
     auroc: Dict[str, Optional[float]] = dict.fromkeys(names)
     precision: Dict[str, Optional[float]] = dict.fromkeys(names)
-    for column, name in enumerate(names):
+    for name, (probs, truth) in zip(names, scorable(logits, labels)):
+        positives[name] = int(truth.sum())
         if 0 < positives[name] < len(truth):
-            auroc[name] = float(binary_auroc(probs[:, column], truth[:, column]))
-            precision[name] = float(binary_average_precision(probs[:, column], truth[:, column]))
-    findings = [name for name in names if name != NO_FINDING]
+            auroc[name] = float(binary_auroc(probs, truth))
+            precision[name] = float(binary_average_precision(probs, truth))
+    findings = [name for name in names if not is_no_finding(name)]
     scores: Dict[str, Any] = {
-        "num_samples": len(truth),
+        "num_samples": len(labels),
         "auroc_macro": _mean([auroc[name] for name in findings]),
         "auroc_defined": sum(auroc[name] is not None for name in findings),
         "num_findings": len(findings),
@@ -77,8 +90,11 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
         "average_precision": precision,
         "positives": positives,
     }
-    if NO_FINDING in names:
+    if len(findings) < len(names):
         scores["auroc_macro_with_no_finding"] = _mean(list(auroc.values()))
+    unknown = (labels == UNKNOWN).sum(dim=0).tolist()
+    if any(unknown):
+        scores["unknown"] = dict(zip(names, unknown))
     return scores
 
 
@@ -93,6 +109,6 @@ def flat_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Scores:
     for key, value in evaluate(logits, labels, names).items():
         if key in ("auroc", "average_precision"):
             flat.update({f"{key}/{name}": score for name, score in value.items()})
-        elif key not in ("positives", "num_samples"):
+        elif key not in ("positives", "unknown", "num_samples"):
             flat[key] = value
     return flat

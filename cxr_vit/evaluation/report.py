@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from cxr_vit.data.records import Records
+from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.text_files import write_csv
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.figures import roc_figure
@@ -84,31 +84,40 @@ def write_report(
 def _predictions(
     records: Records, split: str, names: Sequence[str], probs: np.ndarray
 ) -> pd.DataFrame:
-    """Return one row per image, in the order of `records`: its labels and probabilities."""
+    """Return one row per image, in the order of `records`: its labels and probabilities.
+
+    An unknown label is None.
+    """
     table = records.table[["image", "patient"]].reset_index(drop=True).assign(split=split)
     for column, name in enumerate(names):
-        table[name] = records.labels[:, column]
+        labels = pd.Series(records.labels[:, column], dtype=object)
+        table[name] = labels.where(labels != UNKNOWN, None)
         table[f"{name}_probability"] = probs[:, column]
     return table
 
 
 def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> None:
-    """Print one row per label, and the means."""
+    """Print one row per label, and the means; a column of unknown labels if there are any."""
     console = console or Console()
     table = Table(title=f"{metrics['split']}: {metrics['num_samples']} images")
     table.add_column("finding", no_wrap=True)
-    for heading in ("positive", "AUROC", "avg. precision", "prevalence"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    unknown: Dict[str, int] = metrics.get("unknown", {})
+    headings = ["positive", "AUROC", "avg. precision", "prevalence"]
+    for heading in [*headings, "unknown"] if unknown else headings:
+        table.add_column(heading, justify="right")
     for name, auroc in metrics["auroc"].items():
-        positives = metrics["positives"][name]
-        numbers = (auroc, metrics["average_precision"][name], positives / metrics["num_samples"])
-        table.add_row(name, str(positives), *map(_number, numbers))
+        positives, without = metrics["positives"][name], unknown.get(name, 0)
+        known = metrics["num_samples"] - without
+        prevalence = positives / known if known else None
+        numbers = (auroc, metrics["average_precision"][name], prevalence)
+        counts = [str(without)] if unknown else []
+        table.add_row(name, str(positives), *map(_number, numbers), *counts)
     table.add_section()
     macro = _number(metrics["auroc_macro"]), _number(metrics["average_precision_macro"])
-    table.add_row("mean of findings", "", *macro, "")
+    table.add_row("mean of findings", "", *macro)
     if "auroc_macro_with_no_finding" in metrics:
         mean_of_all = _number(metrics["auroc_macro_with_no_finding"])
-        table.add_row("with No Finding", "", mean_of_all, "", "")
+        table.add_row("with No Finding", "", mean_of_all)
     console.print(table)
     console.print(f"macro AUROC {_mean_text(metrics)}", highlight=False)
     undefined = [name for name, auroc in metrics["auroc"].items() if auroc is None]

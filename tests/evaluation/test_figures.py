@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.evaluation.figures import image_grid, roc_figure, roc_overview
 from cxr_vit.evaluation.metrics import evaluate
@@ -55,6 +56,18 @@ def test_heading_of_an_undefined_curve_is_undefined():
     assert "undefined" not in titles[0]
 
 
+@pytest.mark.parametrize("draw", [roc_figure, roc_overview])
+def test_curve_has_the_images_whose_label_is_known(draw):
+    logits, labels = scored(["Mass", "Hernia"])
+    known = draw(logits[:25], labels[:25], ["Mass", "Hernia"])
+    labels[25:] = -1
+    for line, expected in zip(
+        draw(logits, labels, ["Mass", "Hernia"]).axes[0].lines[1:], known.axes[0].lines[1:]
+    ):
+        assert line.get_xydata().tolist() == expected.get_xydata().tolist()
+        assert len(expected.get_xydata()) > 5
+
+
 # roc_overview
 
 
@@ -84,7 +97,13 @@ def test_overview_without_a_defined_curve_says_so():
 
 
 @pytest.mark.parametrize(
-    "names", [FINDINGS, (*FINDINGS, "No Finding"), [f"L{i}" for i in range(30)]]
+    "names",
+    [
+        FINDINGS,
+        (*FINDINGS, "No Finding"),
+        [f"L{i}" for i in range(30)],
+        ["Enlarged Cardiomediastinum", "a name of one hundred characters " * 3],
+    ],
 )
 def test_overview_is_legible_in_a_card(names):
     assert_legible(roc_overview(*scored(names), names))
@@ -106,10 +125,22 @@ def test_image_grid_has_the_findings_of_each_image(dataset):
     assert any("more" in title for title in titles)
 
 
+def test_image_grid_tells_unknown_from_absent(dataset):
+    dataset.records.labels[:] = -1
+    dataset.records.labels[0] = 0
+    dataset.records.labels[1, 4] = 1
+    rows = ChestXrayDataset(dataset.records, dataset._reader)
+    figure = image_grid(rows, FINDINGS, num_images=len(rows))
+    titles = [axis.get_title() for axis in figure.axes if axis.images]
+    assert sorted(set(titles)) == ["Mass", "No Finding", "none known"]
+    assert (titles.count("No Finding"), titles.count("Mass")) == (1, 1)
+
+
 def test_image_grid_is_legible_in_a_card(dataset):
     dataset.records.labels[:] = 0
     dataset.records.labels[:, -2:] = 1  # Pleural_Thickening, the longest name
-    figure = image_grid(dataset, FINDINGS)
+    names = [*FINDINGS[:-2], "Pleural_Thickening", "Enlarged Cardiomediastinum"]
+    figure = image_grid(dataset, names)
     assert figure.get_figwidth() == 4
     assert 2 <= figure.get_figheight() <= 3
     assert_legible(figure)

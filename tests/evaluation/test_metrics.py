@@ -1,5 +1,6 @@
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision
@@ -124,3 +125,46 @@ def test_flat_scores_have_the_tags_of_the_logs(scored):
     assert flat["auroc_defined"] == 13
     assert {"auroc_macro", "average_precision_macro", "average_precision/Mass"} <= set(flat)
     assert not any(isinstance(value, (dict, str)) for value in flat.values())
+
+
+# Unknown labels
+
+
+@pytest.fixture
+def partly_known():
+    """60 images with four labels, of which 0, 5, 31 and 58 are unknown."""
+    random = np.random.RandomState(0)
+    logits = random.randn(60, 4).astype(np.float32)
+    labels = (random.rand(60, 4) < 0.4).astype(np.float32)
+    labels[random.rand(60, 4) < np.array([0.0, 0.1, 0.5, 0.9])] = -1
+    labels[labels[:, 3] == 0, 3] = -1
+    return torch.from_numpy(logits), torch.from_numpy(labels)
+
+
+def test_unknown_labels_leave_an_image_out_of_the_scores_of_one_finding(partly_known):
+    names = ["Mass", "Nodule", "Edema", "no_finding"]
+    scores = evaluate(*partly_known, names)
+    # roc_auc_score and average_precision_score of scikit-learn 1.9.1 on the known entries.
+    expected = {"Mass": 0.5279017857142858, "Nodule": 0.6129032258064516, "Edema": 0.69607843137254}
+    precision = {"Mass": 0.51135017575880, "Nodule": 0.52133478549750, "Edema": 0.5902487759824716}
+    for name in names[:3]:
+        assert scores["auroc"][name] == pytest.approx(expected[name], abs=1e-6)
+        assert scores["average_precision"][name] == pytest.approx(precision[name], abs=1e-6)
+    assert scores["auroc"]["no_finding"] is None, "no image is known to be negative"
+    assert scores["positives"] == {"Mass": 28, "Nodule": 24, "Edema": 12, "no_finding": 2}
+    assert scores["unknown"] == {"Mass": 0, "Nodule": 5, "Edema": 31, "no_finding": 58}
+    assert (scores["num_samples"], scores["auroc_defined"], scores["num_findings"]) == (60, 3, 3)
+    assert scores["auroc_macro"] == pytest.approx(sum(expected.values()) / 3)
+    assert "unknown" not in flat_scores(*partly_known, names)
+
+
+def test_finding_without_known_labels_is_undefined(partly_known):
+    logits, labels = partly_known
+    labels[:, 1] = -1
+    scores = evaluate(logits, labels, list("abcd"))
+    assert scores["auroc"]["b"] is scores["average_precision"]["b"] is None
+    assert (scores["positives"]["b"], scores["unknown"]["b"]) == (0, 60)
+
+
+def test_number_of_unknown_labels_is_left_out_if_there_are_none(scored):
+    assert "unknown" not in evaluate(*scored, FINDINGS)

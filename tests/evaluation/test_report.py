@@ -93,6 +93,34 @@ def test_table_has_undefined_findings_and_the_number_of_defined_ones(report):
     assert "research only" in text
 
 
+def test_unknown_labels_are_empty_cells_and_a_column_of_the_table(dataset, tmp_path):
+    records = dataset.records
+    records.labels[:] = np.arange(len(records))[:, None] % 2
+    records.labels[::4, 2:] = -1
+    records.labels[:, 5] = -1
+    labels = torch.from_numpy(records.labels).float()
+    outputs = EvalOutputs("test", 12, 0.7, {}, labels, labels, 1.0)
+    metrics = write_report(tmp_path, records, outputs, names=FINDINGS, origin={})
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    for index, row in enumerate(rows):
+        odd = str(index % 2)
+        assert row["Cardiomegaly"] == odd, "known"
+        assert row["Effusion"] == ("" if index % 4 == 0 else odd)
+        assert row["Nodule"] == ""
+        assert 0 < float(row["Nodule_probability"]) < 1
+    assert metrics["unknown"]["Effusion"] == 5
+    console = Console(file=io.StringIO(), width=80)
+    print_table(metrics, console)
+    table = [line.split() for line in console.file.getvalue().splitlines()]
+    cells = {line[1]: line[3::2] for line in table if len(line) == 13}
+    assert cells["Atelectasis"] == ["10", "1.0000", "1.0000", "0.5000", "0"]
+    assert cells["Effusion"] == ["10", "1.0000", "1.0000", "0.6667", "5"], "of the known ones"
+    assert cells["Nodule"] == ["0", "-", "-", "-", "20"]
+    assert any("unknown" in line for line in table)
+
+
 def test_roc_plot_has_a_curve(report):
     with Image.open(report[0] / "roc.png") as image:
         assert image.width >= 1200
