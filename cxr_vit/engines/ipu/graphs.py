@@ -158,6 +158,8 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
         name: list(parameter.shape) for name, parameter in model.hub_parameters()
     }
     shape["image_size"] = config.data.image_size
+    if config.data.has_unknown:  # the loss then has a mask
+        shape["has_unknown"] = True
     for name in ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"):
         shape[name] = getattr(model.config, name)
     shape["layer_norm_eps"] = model.config.layer_norm_eps
