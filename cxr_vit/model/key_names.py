@@ -219,8 +219,7 @@ def config_of(
     return {
         "hidden_size": width,
         "num_hidden_layers": max(depths) + 1,
-        "intermediate_size": mlp,
-        "mlp_ratio": mlp / width,
+        **({"mlp_ratio": mlp / width} if kind == "dinov2" else {"intermediate_size": mlp}),
         "num_channels": projection[1],
         "patch_size": patch,
         "image_size": [rows * patch, columns * patch],
