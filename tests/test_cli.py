@@ -231,7 +231,8 @@ def test_help_of_a_command_lists_its_options(name, capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: {program(name)} ")
-    assert ("--config FILE" in out) == (name not in ("sample", "evaluate", "import-ipu-config"))
+    without = ("sample", "evaluate", "import-ipu-config", "convert-weights")
+    assert ("--config FILE" in out) == (name not in without)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

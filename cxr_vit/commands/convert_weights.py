@@ -85,9 +85,10 @@ def _load(file: Path) -> Any:
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if version < _SAFE_TORCH:
         raise ModelError(
-            f"torch {torch.__version__} runs code that a file hides, even with weights_only=True"
-            f" (CVE-2025-32434, CVE-2026-24747). Convert {file} where torch is 2.10 or newer, in an"
-            " environment of its own or on another machine, and copy the folder."
+            f"torch {torch.__version__} can be made to run code by a file, even with"
+            f" weights_only=True (CVE-2025-32434, CVE-2026-24747). Convert {file} where torch is"
+            " 2.10 or newer, in an environment of its own or on another machine, and copy the"
+            " folder."
         )
     is_zip = _check_archive(file)
     try:

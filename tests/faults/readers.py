@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule, cli
 from cxr_vit.config import load_config, read_config
@@ -23,7 +24,9 @@ from cxr_vit.data.nih import read_boxes, read_records, read_relabels
 from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import make_splits
 from cxr_vit.engines.base import EngineState
-from cxr_vit.errors import CxrVitError
+from cxr_vit.errors import CxrVitError, ModelError
+from cxr_vit.model.source import read_config as read_saved_config
+from cxr_vit.model.source import read_preprocessor
 from cxr_vit.model.vit import build_vit, check_source
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 from cxr_vit.training.loggers import CsvLogger, JsonlLogger
@@ -405,6 +408,70 @@ def model_config(folder: Path, run: Path) -> Reader:
     return Reader(inputs.damaged_json([seed]), read)
 
 
+def _timm_weights() -> bytes:
+    """Return a safetensors file of the smallest ViT under timm's names."""
+    width = 192  # of 3 heads
+    block = {
+        **{f"norm{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")},
+        **{"attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,)},
+        **{"attn.proj.weight": (width, width), "attn.proj.bias": (width,)},
+        **{"mlp.fc1.weight": (4, width), "mlp.fc1.bias": (4,)},
+        **{"mlp.fc2.weight": (width, 4), "mlp.fc2.bias": (width,)},
+    }
+    shapes = {
+        **{"cls_token": (1, 1, width), "pos_embed": (1, 17, width)},
+        **{"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)},
+        **{f"blocks.{i}.{name}": shape for i in (0, 1) for name, shape in block.items()},
+        **{"norm.weight": (width,), "norm.bias": (width,), "head.weight": (2, width)},
+    }
+    return bytes(save({name: torch.zeros(shape) for name, shape in shapes.items()}))
+
+
+def model_tensors(folder: Path) -> Reader:
+    """The tensors of a model without config.json: they give its shape."""
+    model = folder / "model"
+    model.mkdir()
+    section = ModelSection(name=str(model))
+    settings = {"image_size": 32, "layers_per_stage": [1, 1]}
+
+    def read(given: bytes) -> Any:
+        _write(model / "model.safetensors", given)
+        check_source(section, **settings)
+        return build_vit(section, names=list(FINDINGS), seed=0, **settings)
+
+    return Reader(inputs.damaged_tensors([_timm_weights()]), read)
+
+
+_PREPROCESSOR: Dict[str, Any] = {
+    **{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.3], "rescale_factor": 1 / 255},
+    **{"size": {"height": 32, "width": 32}, "crop_size": 32, "resample": 2, "do_resize": True},
+}
+_TIMM: Dict[str, Any] = {
+    **{"architecture": "vit_tiny", "model_args": {"num_heads": 3, "img_size": [32, 32]}},
+    "pretrained_cfg": {"mean": [0.5], "std": [0.5], "input_size": [3, 32, 32]},
+}
+
+
+def preprocessors(folder: Path) -> Reader:
+    """preprocessor_config.json, and timm's config.json."""
+    path = folder / "preprocessor_config.json"
+    timm = folder / "config.json"
+    (folder / "model.safetensors").write_bytes(_timm_weights())
+
+    def read(given: bytes) -> None:
+        try:
+            _write(path, given)
+            read_preprocessor(folder)
+            path.unlink()
+            _write(timm, given)
+            read_preprocessor(folder)
+            read_saved_config(folder)
+        except (ValueError, OSError) as error:  # the builder of the model makes an error of it
+            raise ModelError(str(error)) from error
+
+    return Reader(inputs.damaged_json([_PREPROCESSOR, _TIMM]), read)
+
+
 # Metrics
 
 
@@ -464,6 +531,8 @@ def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callabl
         "optimizer": own(tensors, "optimizer.safetensors"),
         "resumed optimizer": own(resumed_optimizer, run, sample_root),
         "model config": own(model_config, run),
+        "model tensors": own(model_tensors),
+        "preprocessors": own(preprocessors),
         "metrics.jsonl": own(metrics_jsonl),
         "metrics.csv": own(metrics_csv),
     }

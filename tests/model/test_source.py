@@ -28,7 +28,9 @@ from cxr_vit.checkpoint_files import sha256, state_text
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ModelError
+from cxr_vit.model import source
 from cxr_vit.model.key_names import hub_name
+from cxr_vit.model.source import read_preprocessor
 from cxr_vit.model.vit import build_vit, check_source
 
 TINY = {
@@ -401,15 +403,151 @@ def test_weight_under_two_names_is_refused(trunk: Path) -> None:
     assert f"it has the weights vit.{old} twice" in refusal(trunk)
 
 
-def test_pickles_and_adapters_are_not_read(trunk: Path, tmp_path: Path) -> None:
+def test_pickles_and_adapters_are_not_read(trunk: Path) -> None:
     (trunk / "adapter_config.json").write_text("{")
     (trunk / "adapter_model.bin").write_bytes(b"")
     (trunk / "generation_config.json").write_text("{")
     build(trunk)
     (trunk / "model.safetensors").unlink()
-    (trunk / "pytorch_model.bin").write_bytes(b"")
-    command = f"python -m cxr_vit convert-weights {trunk / 'pytorch_model.bin'} NEW_FOLDER"
-    assert command in refusal(trunk)
+    assert "Pickles (.bin) are not read, they can run code" in refusal(trunk)
+
+
+# Files
+
+
+def test_only_safetensors_file_may_have_any_name(trunk: Path) -> None:
+    whole = build(trunk).state_dict()
+    path = trunk / "backbone.safetensors"
+    (trunk / "model.safetensors").rename(path)
+    for name in (trunk, path):
+        assert all(torch.equal(build(name).state_dict()[key], whole[key]) for key in whole)
+    shutil.copy(str(path), str(trunk / "dino_head.safetensors"))
+    assert "but backbone.safetensors, dino_head.safetensors: set model.name to" in refusal(trunk)
+    assert torch.equal(build(path).state_dict()["classifier.weight"], whole["classifier.weight"])
+
+
+def test_pickle_is_refused_with_the_command_that_converts_it(trunk: Path) -> None:
+    for name in ("weights.pth", "training_args.bin", "pytorch_model.bin", "it's.pt"):
+        torch.save({}, str(trunk / name))
+    command = "python -m cxr_vit convert-weights"
+    assert f"{command} '{trunk}/it'\"'\"'s.pt' NEW_FOLDER" in refusal(trunk / "it's.pt")
+    (trunk / "model.safetensors").unlink()
+    assert f"{command} {trunk}/pytorch_model.bin NEW_FOLDER" in refusal(trunk)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "a b", "\u202e", "n" * 500, ""])
+def test_name_of_a_tensor_that_cannot_be_shown_is_refused(trunk: Path, name: str) -> None:
+    path = str(trunk / "model.safetensors")
+    save_file({**load_file(path), name: torch.ones(1)}, path)
+    message = refusal(trunk)
+    assert "is no name of a tensor of a ViT" in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("shape", [[1 << 40, 1 << 40], [1 << 62, 4], [-1], [1 << 70], [True]])
+def test_shape_that_the_file_does_not_hold_is_refused(trunk: Path, shape: List[int]) -> None:
+    path = trunk / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["layernorm.bias"]["shape"] = shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    assert "is truncated or damaged" in refusal(trunk)
+
+
+# Preprocessing
+
+NORMALISATION = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+def preprocessor(folder: Path, file: str = "preprocessor_config.json", **content: Any) -> Any:
+    (folder / file).write_text(json.dumps(content))
+    return read_preprocessor(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "size", "resample"),
+    [
+        ({"size": 224, "resample": 2}, 224, 2),
+        ({"size": [224, 224]}, 224, None),
+        ({"size": [224, 448]}, None, None),
+        ({"size": {"height": 224, "width": 224}, "resample": 3}, 224, 3),
+        ({"size": {"height": 224, "width": 448}}, None, None),
+        ({"size": {"shortest_edge": 518}}, 518, None),
+        ({"size": {"longest_edge": 518, "shortest_edge": None}}, None, None),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, 224, None),
+        ({"size": 256, "crop_size": 224, "do_center_crop": False}, 256, None),
+        ({"size": 256, "crop_size": 224, "do_resize": False}, 224, None),
+        ({"size": 256, "do_resize": False, "do_normalize": True}, None, None),
+    ],
+)
+def test_preprocessor_config_is_read(
+    tmp_path: Path, keys: Dict[str, Any], size: Any, resample: Any
+) -> None:
+    found = preprocessor(tmp_path, **NORMALISATION, **keys)
+    assert found == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), size, resample)
+
+
+@pytest.mark.parametrize(
+    ("keys", "mean", "std"),
+    [
+        ({"image_mean": 0.4, "image_std": 0.2}, (0.4,), (0.2,)),
+        ({"do_normalize": False}, (0.0,), (1.0,)),
+        ({**NORMALISATION, "rescale_factor": 0.00392156862745098}, (0.1, 0.2, 0.3), None),
+        ({"image_mean": 1, "image_std": 0.5, "rescale_factor": 2 / 255}, (0.5,), (0.25,)),
+        ({"image_mean": 127.5, "image_std": 51.0, "do_rescale": False}, (0.5,), (0.2,)),
+    ],
+)
+def test_mean_and_deviation_are_of_gray_levels_of_0_to_1(
+    tmp_path: Path, keys: Dict[str, Any], mean: Any, std: Any
+) -> None:
+    found = preprocessor(tmp_path, **keys)
+    assert found.mean == pytest.approx(mean)
+    assert found.std == pytest.approx(std or (0.4, 0.5, 0.6))
+
+
+def test_preprocessing_that_no_file_describes_is_unknown(trunk: Path) -> None:
+    assert read_preprocessor(trunk) is None
+    assert read_preprocessor(trunk / "model.safetensors") is None
+    assert preprocessor(trunk, size=224) is None
+
+
+def test_pretrained_cfg_of_timm_describes_the_preprocessing(tmp_path: Path) -> None:
+    keys = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 224, 224]}
+    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 224, 3)
+    given = {"architecture": "vit_tiny", "pretrained_cfg": {**keys, "interpolation": "bicubic"}}
+    assert preprocessor(tmp_path, "config.json", **given) == expected
+    flat = {"architecture": "vit_tiny", **keys, "interpolation": "bicubic"}  # timm 0.6
+    assert preprocessor(tmp_path, "config.json", **flat) == expected
+    assert preprocessor(tmp_path, "config.json", architecture="a", pretrained_cfg={}) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"image_mean": ["a"]}, "image_mean"),
+        ({"image_mean": "a"}, "image_mean"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std"),
+        ({"image_std": [1e-30] * 3}, "image_std"),
+        ({"image_mean": [0.5] * 1000}, "image_mean"),
+        ({"image_mean": []}, "image_mean"),
+        ({"image_std": [0.5]}, "3 values of the mean, 1 of the deviation"),
+        ({"size": -1}, "size"),
+        ({"size": {"height": "a"}}, "size"),
+        ({"crop_size": True}, "crop_size"),
+        ({"resample": 99}, "resample"),
+        ({"rescale_factor": 0}, "rescale_factor"),
+        ({"do_normalize": "no"}, "do_normalize"),
+    ],
+)
+def test_invalid_preprocessor_config_names_the_key(
+    tmp_path: Path, keys: Dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        preprocessor(tmp_path, **{**NORMALISATION, **keys})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 # Hub names
@@ -458,6 +596,50 @@ def test_name_that_is_neither_a_folder_nor_of_the_hub_is_one_line(name: str) -> 
     with pytest.raises(ModelError, match="no hub name") as caught:
         build(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "first", "second"),
+    [
+        ({"model_type": "vit"}, "model", 1, 2),
+        ({"architecture": "vit_tiny"}, "model", 2, 2),
+        ({"architecture": "vit_tiny"}, "backbone", 3, 3),
+        (None, "backbone", 3, 3),
+    ],
+)
+def test_weights_of_a_hub_name_are_fetched_when_they_are_needed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Any,
+    weights: str,
+    first: int,
+    second: int,
+) -> None:
+    """The shape of a model without Hugging Face's config.json is that of its tensors."""
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    remote.mkdir()
+    local.mkdir()
+    (remote / f"{weights}.safetensors").write_bytes(b"")
+    if config:
+        (remote / "config.json").write_text(json.dumps(config))
+    asked = []
+
+    def download(name: str, *, revision: Any, allow_patterns: List[str]) -> str:
+        asked.append(allow_patterns)
+        for pattern in allow_patterns:
+            for file in remote.glob(pattern):
+                shutil.copy(str(file), str(local))
+        return str(local)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    section = ModelSection(name="somebody/vit")
+    source.source_folder(section, config_only=True)
+    assert len(asked) == first
+    assert asked[0] == ["config.json", "preprocessor_config.json"]
+    asked.clear()
+    source.source_folder(section, config_only=False)
+    assert len(asked) == second
+    assert (local / f"{weights}.safetensors").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
