@@ -1,4 +1,4 @@
-"""Sizes of ViT from the literature, and the shape of a model without loading it.
+"""Kinds and sizes of models from the literature, and the shape of a model without loading it.
 
 Tiny, small and base are from Touvron et al. 2021 (DeiT); base, large and huge from Dosovitskiy et
 al. 2021 (ViT); `vit-micro` is our own, for the demo and the tests.
@@ -16,12 +16,33 @@ from cxr_vit.regular_files import read_json
 CONFIG_LIMIT = 4 << 20
 
 
-class Architecture(NamedTuple):
-    """Shape of a ViT and the standard deviation of its random weights.
+class Kind(NamedTuple):
+    """How the shape of a kind of model differs from that of a ViT.
 
-    `intermediate_size` None means an MLP four times as wide as the model; `patch_size` None means
-    `model.patch_size`. A narrow model learns faster from wider weights: at a width of 96, ViT's
-    0.02 (made for 768) leaves the first layers nearly silent.
+    `extra_tokens` are no patches: the class token, and DeiT's distillation token. The head takes
+    `head_inputs` vectors of the model's width: the class token, and in DINOv2 the mean of the
+    patches. `layer_scale` is a factor per channel on the output of attention and of the MLP.
+    """
+
+    extra_tokens: int = 1
+    head_inputs: int = 1
+    layer_scale: bool = False
+
+
+#: `model_type` of config.json -> kind.
+KINDS: Dict[str, Kind] = {
+    "vit": Kind(),
+    "deit": Kind(extra_tokens=2),
+    "dinov2": Kind(head_inputs=2, layer_scale=True),
+}
+
+
+class Architecture(NamedTuple):
+    """Shape of a model and the standard deviation of its random weights.
+
+    `kind` is a key of `KINDS`. `intermediate_size` None means an MLP four times as wide as the
+    model; `patch_size` None means `model.patch_size`. A narrow model learns faster from wider
+    weights: at a width of 96, ViT's 0.02 (made for 768) leaves the first layers nearly silent.
     """
 
     hidden_size: int
@@ -31,6 +52,8 @@ class Architecture(NamedTuple):
     intermediate_size: Optional[int] = None
     patch_size: Optional[int] = None
     num_channels: int = 3
+    kind: str = "vit"
+    qkv_bias: bool = True
 
     @property
     def mlp_size(self) -> int:
@@ -51,16 +74,26 @@ SIZES: Dict[str, Architecture] = {
 def known_architecture(name: str) -> Optional[Architecture]:
     """Return the shape of `model.name`, or None if it is known only after loading.
 
-    It comes from `SIZES`, from the config.json of a local folder, or from the size and the patches
-    in a hub name such as ``google/vit-base-patch16-224-in21k``.
+    It comes from `SIZES`, from the config.json of a local folder, or from a hub name such as
+    ``google/vit-base-patch16-224-in21k`` or ``facebook/dinov2-base``.
     """
     if name in SIZES:
         return SIZES[name]
     config = _local_config(name)
     if config is not None:
         return _from_local(config)
-    match = re.search(r"(vit-(?:tiny|small|base|large|huge))-patch(\d+)", name)
-    return SIZES[match.group(1)]._replace(patch_size=int(match.group(2))) if match else None
+    match = re.search(
+        r"(?:vit|deit)-(tiny|small|base|large|huge)(-distilled)?-patch(\d+)"
+        r"|(?:dinov2-(small|base|large)|rad-dino)$",
+        name,
+    )
+    if match is None:
+        return None
+    size, distilled, patch, dino = match.groups()
+    if patch is None:  # DINOv2's, and RAD-DINO, which is a base
+        return SIZES[f"vit-{dino or 'base'}"]._replace(patch_size=14, kind="dinov2")
+    kind = "deit" if distilled else "vit"  # DeiT without the token is saved as a ViT
+    return SIZES[f"vit-{size}"]._replace(patch_size=int(patch), kind=kind)
 
 
 def known_depth(name: str) -> Optional[int]:
@@ -85,9 +118,24 @@ def _local_config(name: str) -> Optional[Dict[str, Any]]:
 
 
 def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    sizes: List[Any] = [config.get(key) for key in (*keys, "patch_size", "num_channels")]
-    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+    sizes: List[Any] = [config.get(key) for key in keys]
+    patch, mlp, ratio = (config.get(k) for k in ("patch_size", "intermediate_size", "mlp_ratio"))
+    if isinstance(patch, list) and patch == patch[:1] * 2:  # a square
+        patch = patch[0]
+    kind = config.get("model_type", "vit")
+    if kind == "dinov2" and isinstance(ratio, (int, float)) and isinstance(sizes[0], int):
+        mlp = int(sizes[0] * min(ratio, 1e6))
+    if not all(isinstance(size, int) and size >= 1 for size in (*sizes, patch, mlp)):
         return None
-    width, depth, heads, *others = sizes
-    return Architecture(width, depth, heads, Architecture(1, 1, 1).initializer_range, *others)
+    width, depth, heads, channels = sizes
+    return Architecture(
+        width,
+        depth,
+        heads,
+        intermediate_size=mlp,
+        patch_size=patch,
+        num_channels=channels,
+        kind=kind if isinstance(kind, str) and kind in KINDS else "vit",
+        qkv_bias=config.get("qkv_bias") is not False,
+    )

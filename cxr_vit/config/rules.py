@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
-from cxr_vit.config.architectures import SIZES, known_depth
+from cxr_vit.config.architectures import SIZES, known_architecture, known_depth
 from cxr_vit.config.help import one_line
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.plans import (
@@ -73,6 +73,18 @@ def depth_problem(layers_per_stage: Sequence[int], depth: int) -> Optional[Probl
         f"pipeline.layers_per_stage={list(layers_per_stage)}",
         f"places {placed} layers; the model has {depth}.",
         f"Make the list add up to {depth}.",
+    )
+
+
+def image_size_problem(image_size: int, patch_size: int, patches: str) -> Optional[Problem]:
+    """Return the problem of images that are not whole patches, or None; `patches` names them."""
+    if image_size % patch_size == 0:
+        return None
+    legal = _nearest_multiples(image_size, patch_size, lowest=SMALLEST_IMAGE, highest=LARGEST_IMAGE)
+    return Problem(
+        f"data.image_size={image_size}",
+        f"is not a multiple of {patches}.",
+        f"Nearest legal image sizes: {legal}.",
     )
 
 
@@ -167,14 +179,15 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
 def _multiple_problems(config: Config) -> Iterator[Problem]:
     """Yield the values that are not a multiple of another, and fractions that add up to 1."""
     data, batch, steps = config.data, config.batch, config.train.steps
-    size, patch = data.image_size, config.model.patch_size
-    if config.model.name in SIZES and size % patch:
-        legal = _nearest_multiples(size, patch, lowest=SMALLEST_IMAGE, highest=LARGEST_IMAGE)
-        yield Problem(
-            f"data.image_size={size}",
-            f"is not a multiple of model.patch_size={patch}.",
-            f"Nearest legal image sizes: {legal}.",
-        )
+    known = known_architecture(config.model.name)
+    if known is not None:
+        patch = known.patch_size or config.model.patch_size
+        patches = f"model.patch_size={patch}"
+        if known.patch_size:
+            patches = f"{patch}, the patch size of model.name={config.model.name}"
+        problem = image_size_problem(data.image_size, patch, patches)
+        if problem:
+            yield problem
     unit, iterations = batch.micro_batch_size * batch.replicas, batch.device_iterations
     if batch.global_batch_size is not None and batch.global_batch_size % unit:
         yield Problem(

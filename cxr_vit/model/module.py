@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import ViTForImageClassification
+from transformers import PreTrainedModel
 
 from cxr_vit.checkpoint_files import STATE, WEIGHTS, checkpoint_of, config_of, verify_checkpoint
 from cxr_vit.config import Config, StagePlan, load_config
@@ -100,7 +100,10 @@ class ViTModule(nn.Module):
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         layers = config.pipeline.layers_per_stage
         labels = check_source(
-            config.model, image_size=config.data.image_size, layers_per_stage=layers
+            config.model,
+            image_size=config.data.image_size,
+            layers_per_stage=layers,
+            may_resize=checkpoint is None,
         )
         if checkpoint is not None and labels != self.names:
             raise ModelError(
@@ -212,11 +215,11 @@ class ViTModule(nn.Module):
         logits: Tensor = self.model(images)
         return logits
 
-    def configure_model(self) -> ViTForImageClassification:
-        """Build the undivided model, in fp32.
+    def configure_model(self) -> PreTrainedModel:
+        """Build the undivided model, in fp32: `ViTForImageClassification`, DeiT's or DINOv2's.
 
-        An override may replace its `classifier` by any module that maps ``[B, width]`` to
-        ``[B, C]``.
+        An override may replace its `classifier` by any module that maps ``[B, in_features]`` of the
+        present one to ``[B, C]``. DINOv2's takes the class token and the mean of the patches.
         """
         config = self.config
         return build_vit(

@@ -14,10 +14,10 @@ from cxr_vit.errors import ConfigError
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to a parameter: to the matrices of the layers only.
 
-    Biases and norms are vectors. The class token and the position embeddings have more dimensions,
+    Biases, norms and LayerScale are vectors. Tokens and position embeddings have more dimensions,
     but are no weights of a layer; they are recognised by their hub names.
     """
-    return parameter.dim() > 1 and not name.endswith(("cls_token", "position_embeddings"))
+    return parameter.dim() > 1 and not name.endswith(("_token", "position_embeddings"))
 
 
 def parameter_groups(

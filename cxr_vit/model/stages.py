@@ -8,16 +8,33 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 from __future__ import annotations
 
 import json
-from typing import Collection, Dict, Iterator, List, Mapping, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTForImageClassification
+from transformers import PreTrainedModel
 
 from cxr_vit.config.plans import StagePlan
-from cxr_vit.errors import CheckpointError
+from cxr_vit.errors import CheckpointError, ModelError
 from cxr_vit.model.key_names import hub_name
-from cxr_vit.model.vit import VitParts, layer_output
+from cxr_vit.model.vit import VitParts, layer_output, num_tokens
+
+#: A number for all channels, or one per channel.
+PerChannel = Union[float, Sequence[float]]
+
+#: `data.resample` -> Pillow's number of the filter, in preprocessor_config.json.
+RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+def per_channel(name: str, value: PerChannel, num_channels: int) -> List[float]:
+    """Return one number per channel; ModelError if `value` has another number of them."""
+    values = [value] * num_channels if isinstance(value, float) else list(value)
+    if len(values) != num_channels:
+        raise ModelError(
+            f"{name} has {len(values)} numbers; the model takes images of {num_channels} channels."
+            f" Give one number, or {num_channels}."
+        )
+    return values
 
 
 class Normalise(nn.Module):
@@ -27,22 +44,25 @@ class Normalise(nn.Module):
     transferred. `mean` and `std` are those of the gray levels, which are scaled to 0..1.
     """
 
-    def __init__(self, *, mean: float, std: float, num_channels: int) -> None:
+    def __init__(self, *, mean: PerChannel, std: PerChannel, num_channels: int) -> None:
         super().__init__()
-        self.num_channels = num_channels
+        means = per_channel("model.image_mean", mean, num_channels)
+        stds = per_channel("model.image_std", std, num_channels)
         # (x / 255 - mean) / std as one multiplication and one addition. Not buffers: those would
         # be rounded in an fp16 model.
-        self.scale = 1.0 / (255.0 * std)
-        self.offset = -mean / std
+        self.factors = [(1.0 / (255.0 * s), -m / s) for m, s in zip(means, stds)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 ``[B, 1, H, W]`` to float32 ``[B, num_channels, H, W]``."""
-        pixels = images.float() * self.scale + self.offset
-        return pixels.expand(-1, self.num_channels, -1, -1)
+        gray = images.float()
+        if len(set(self.factors)) == 1:
+            scale, offset = self.factors[0]
+            return (gray * scale + offset).expand(-1, len(self.factors), -1, -1)
+        return torch.cat([gray * scale + offset for scale, offset in self.factors], dim=1)
 
 
 class Stage(nn.Module):
-    """Consecutive parts of a ViT.
+    """Consecutive parts of a model.
 
     The first stage takes uint8 ``[B, 1, H, W]``, the last returns logits ``[B, C]``. Between
     stages, hidden states are ``[B, tokens, width]``. The submodules of the undivided model are
@@ -50,10 +70,16 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, model: ViTForImageClassification, plan: StagePlan, index: int, mean: float, std: float
+        self,
+        model: PreTrainedModel,
+        plan: StagePlan,
+        index: int,
+        mean: PerChannel,
+        std: PerChannel,
     ) -> None:
         super().__init__()
         parts = VitParts(model)
+        self._pool = parts.pool
         self.dtype = torch.float32  # of the hidden states; the weights may have another
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
@@ -72,13 +98,13 @@ class Stage(nn.Module):
         """Map images or hidden states to hidden states or logits."""
         for embedding in self._embedding:
             pixels = self.normalise(value).to(self.dtype)
-            # Class token and position embeddings in fp32 promote the sum to fp32.
+            # Tokens and position embeddings in fp32 promote the sum to fp32.
             value = embedding(pixels).to(self.dtype)
         for layer in self.layers:
             value = layer_output(layer(value))
         if self._head:
             norm, classifier = self._head
-            value = classifier(norm(value)[:, 0])
+            value = classifier(self._pool(norm(value)))
         return value
 
 
@@ -95,10 +121,19 @@ def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 class StagedViT(nn.Module):
-    """A ViT as a list of stages, which share the submodules of the undivided model."""
+    """A model as a list of stages, which share the submodules of the undivided model.
+
+    `mean`, `std` and `resample` are those of the images, and saved with the model.
+    """
 
     def __init__(
-        self, model: ViTForImageClassification, plan: StagePlan, *, mean: float, std: float
+        self,
+        model: PreTrainedModel,
+        plan: StagePlan,
+        *,
+        mean: PerChannel,
+        std: PerChannel,
+        resample: str = "bilinear",
     ) -> None:
         super().__init__()
         self.config = model.config
@@ -108,6 +143,7 @@ class StagedViT(nn.Module):
         self.plan = plan
         self.mean = mean
         self.std = std
+        self.resample = resample
         self._stages = tuple(Stage(model, plan, i, mean, std) for i in range(plan.num_stages))
         self.stages = nn.ModuleList(self._stages)
         #: Stages whose weights this process has.
@@ -131,14 +167,13 @@ class StagedViT(nn.Module):
 
     @property
     def attentions(self) -> List[nn.Module]:
-        """The attention of each of `layers`; a layer adds its output to its input."""
+        """The attention of each of `layers`; a layer adds its output, scaled, to its input."""
         return [layer.get_submodule("attention") for layer in self.layers]
 
     @property
     def hidden_shape(self) -> Tuple[int, int]:
         """Number of tokens and width of the hidden states between two stages."""
-        patches = (self.config.image_size // self.config.patch_size) ** 2
-        return patches + 1, self.config.hidden_size
+        return num_tokens(self.config), self.config.hidden_size
 
     def keep(self, stages: Collection[int]) -> StagedViT:
         """Drop the weights of all other stages; their names and shapes remain."""
@@ -156,7 +191,9 @@ class StagedViT(nn.Module):
 
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return a model with the same weights, shared, split by another plan."""
-        other = StagedViT(self._undivided[0], plan, mean=self.mean, std=self.std)
+        other = StagedViT(
+            self._undivided[0], plan, mean=self.mean, std=self.std, resample=self.resample
+        )
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
@@ -197,10 +234,10 @@ class StagedViT(nn.Module):
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": [self.mean] * channels,
+            "image_mean": per_channel("model.image_mean", self.mean, channels),
             "image_processor_type": "ViTImageProcessor",
-            "image_std": [self.std] * channels,
-            "resample": 2,  # bilinear
+            "image_std": per_channel("model.image_std", self.std, channels),
+            "resample": RESAMPLE[self.resample],
             "rescale_factor": 1 / 255,
             "size": {"height": size, "width": size},
         }

@@ -1,4 +1,4 @@
-"""Build `ViTForImageClassification`.
+"""Build Hugging Face's classifier of a ViT, a DeiT or a DINOv2.
 
 This is the only file that knows Hugging Face's attribute names. transformers 4.x has
 `vit.encoder.layer.<i>.attention.attention.query`, and its layers return tuples; 5.x has
@@ -11,17 +11,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
 
 import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from torch.nn import functional as F
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings, Dinov2LayerScale
 
-from cxr_vit.config.architectures import SIZES
-from cxr_vit.config.rules import depth_problem
+from cxr_vit.config.architectures import KINDS, SIZES
+from cxr_vit.config.rules import depth_problem, image_size_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
 from cxr_vit.model.key_names import hub_name
@@ -35,23 +60,75 @@ from cxr_vit.model.source import (
 
 logger = logging.getLogger(__name__)
 
+#: A factor per channel, its only parameter.
+LayerScale = Dinov2LayerScale
+
 _HEAD = "classifier."
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 
 
-class VitParts:
-    """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass."""
+def _class_token(hidden: Tensor) -> Tensor:
+    return hidden[:, 0]
 
-    def __init__(self, model: ViTForImageClassification) -> None:
-        trunk = model.vit
-        if hasattr(trunk, "encoder"):  # transformers 4.x
-            prefix, layers = "vit.encoder.layer", trunk.encoder.layer
+
+def _class_token_and_mean(hidden: Tensor) -> Tensor:
+    # In fp32: the sum over the patches may be beyond the range of fp16.
+    mean = hidden[:, 1:].float().mean(dim=1).to(hidden.dtype)
+    return torch.cat([hidden[:, 0], mean], dim=1)
+
+
+class Family(NamedTuple):
+    """Hugging Face's classes for a kind of model, and what the head makes of the tokens.
+
+    The trunk is the attribute of the classifier with the name of the kind.
+    """
+
+    model: Type[PreTrainedModel]
+    config: Type[PretrainedConfig]
+    pool: Callable[[Tensor], Tensor]
+
+
+#: `model_type` of config.json -> family; `KINDS` has what its shape needs.
+FAMILIES: Dict[str, Family] = {
+    "vit": Family(ViTForImageClassification, ViTConfig, _class_token),
+    "deit": Family(DeiTForImageClassification, DeiTConfig, _class_token),
+    "dinov2": Family(Dinov2ForImageClassification, Dinov2Config, _class_token_and_mean),
+}
+
+
+class _FixedEmbeddings(Dinov2Embeddings):
+    """DINOv2's embeddings for images of one size.
+
+    Hugging Face's interpolate the positions in every traced forward pass, and 4.x converts the
+    pixels to the dtype of the weights.
+    """
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Optional[Tensor] = None) -> Tensor:
+        """Map ``[B, channels, H, W]`` to ``[B, tokens, width]``."""
+        patches = self.patch_embeddings(pixel_values)
+        first = self.cls_token.expand(len(patches), -1, -1)
+        hidden: Tensor = self.dropout(torch.cat([first, patches], dim=1) + self.position_embeddings)
+        return hidden
+
+
+class VitParts:
+    """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass.
+
+    `pool` converts the normalised tokens to the input of the head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        kind = model.config.model_type
+        trunk = getattr(model, kind)
+        if hasattr(trunk, "encoder"):  # transformers 4.x, and DINOv2
+            prefix, layers = f"{kind}.encoder.layer", trunk.encoder.layer
         else:
-            prefix, layers = "vit.layers", trunk.layers
-        self.embedding: Tuple[str, nn.Module] = ("vit.embeddings", trunk.embeddings)
+            prefix, layers = f"{kind}.layers", trunk.layers
+        self.embedding: Tuple[str, nn.Module] = (f"{kind}.embeddings", trunk.embeddings)
         self.layers = [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
-        self.norm: Tuple[str, nn.Module] = ("vit.layernorm", trunk.layernorm)
+        self.norm: Tuple[str, nn.Module] = (f"{kind}.layernorm", trunk.layernorm)
+        self.pool = FAMILIES[kind].pool
         self.head: Tuple[str, nn.Module] = ("classifier", model.classifier)
 
 
@@ -60,24 +137,34 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def num_tokens(config: PretrainedConfig) -> int:
+    """Return the tokens of an image: patches, and those of the model."""
+    return (config.image_size // config.patch_size) ** 2 + KINDS[config.model_type].extra_tokens
+
+
 def check_source(
-    model: ModelSection, *, image_size: int, layers_per_stage: Sequence[int]
+    model: ModelSection,
+    *,
+    image_size: int,
+    layers_per_stage: Sequence[int],
+    may_resize: bool = True,
 ) -> Optional[List[str]]:
     """Check the source of the weights by its config.json alone, before work is done for them.
 
     Returns the labels of a trained head in the order of its logits, or None if there is no trained
     head, its labels have no names, or `model.name` is a size.
 
-    Raises ModelError if the source cannot be read, is not a ViT, is made for another image size, or
-    has other layers than `layers_per_stage`.
+    Raises ModelError if the source cannot be read, is of another kind of model, cannot have images
+    of this size, or has other layers than `layers_per_stage`. Without `may_resize` the images must
+    have the size the weights were trained with.
     """
     if model.name in SIZES:
         return None
     with _loading(model.name):
         saved = read_config(source_folder(model, config_only=True))
-    _check_image_size(model, saved, image_size)
+    _check_image_size(model, saved, image_size, may_resize)
     _check_depth(layers_per_stage, saved.num_hidden_layers)
-    has_head = "ViTForImageClassification" in (saved.architectures or [])
+    has_head = FAMILIES[saved.kind].model.__name__ in (saved.architectures or [])
     return None if not has_head or all(map(_UNNAMED.match, saved.labels)) else saved.labels
 
 
@@ -90,7 +177,7 @@ def build_vit(
     seed: int,
     prevalence: Optional[np.ndarray] = None,
     for_ipu: bool = False,
-) -> ViTForImageClassification:
+) -> PreTrainedModel:
     """Build the model in fp32 with random weights, or with those of a local folder or the hub.
 
     `names` are the labels in the order of the logits, `image_size` is in pixels, and `seed` sets
@@ -105,8 +192,9 @@ def build_vit(
     `for_ipu` builds what PopTorch can run: eager attention, and GELU in its tanh form, which is the
     only one an IPU has. The model's config records it.
 
-    Raises ModelError if the weights cannot be loaded, are incomplete or unexpected, or are made for
-    another image size.
+    Position embeddings of another image size are interpolated, as transformers does it.
+
+    Raises ModelError if the weights cannot be loaded, or are incomplete or unexpected.
     """
     transformers.logging.set_verbosity_error()
     with torch.random.fork_rng(devices=[]):
@@ -118,7 +206,7 @@ def build_vit(
     _check_depth(layers_per_stage, vit.config.num_hidden_layers)
     if head_is_new and prevalence is not None and model.head_bias == "prior":
         _set_prior(vit.classifier, prevalence)
-    vit.config.architectures = ["ViTForImageClassification"]
+    vit.config.architectures = [type(vit).__name__]
     return vit.float()
 
 
@@ -150,7 +238,7 @@ def _settings(
 
 def _from_size(
     model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
-) -> ViTForImageClassification:
+) -> PreTrainedModel:
     size = SIZES[model.name]
     config = ViTConfig(
         hidden_size=size.hidden_size,
@@ -167,7 +255,7 @@ def _from_size(
 
 def _from_pretrained(
     model: ModelSection, names: Sequence[str], image_size: int, for_ipu: bool
-) -> Tuple[ViTForImageClassification, bool]:
+) -> Tuple[PreTrainedModel, bool]:
     """Load weights; return the model and whether its head is new.
 
     transformers gets the checked values of config.json only, and none of the folder's files.
@@ -176,10 +264,14 @@ def _from_pretrained(
         folder = source_folder(model, config_only=False)
         saved = read_config(folder)
     _check_image_size(model, saved, image_size)
-    settings = _settings(model, names, for_ipu, saved.hidden_act)
-    with torch.device("meta"):  # the weights are allocated once they are known to fit
-        vit = ViTForImageClassification(ViTConfig(**{**saved.shape(), **settings}))
-    with _loading(model.name), open_weights(folder) as weights:
+    settings = {
+        **saved.shape(),
+        **_settings(model, names, for_ipu, saved.hidden_act),
+        "image_size": image_size,
+    }
+    vit = _empty(FAMILIES[saved.kind], settings)
+    with _loading(model.name), open_weights(folder) as tensors:
+        weights = _at_size(model.name, tensors, saved, image_size)
         unfit = _check_weights(model.name, vit, weights)
         vit.to_empty(device="cpu")
         head_is_new = bool(unfit) or saved.labels != list(names)
@@ -195,6 +287,18 @@ def _from_pretrained(
                 "%s has other labels (%s): its head is replaced", model.name, saved.labels
             )
     return vit.eval(), head_is_new
+
+
+def _empty(family: Family, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """Build a model without weights, which are allocated once they are known to fit."""
+    with torch.device("meta"):
+        vit = family.model(family.config(**settings))
+    embeddings = VitParts(vit).embedding[1]
+    if isinstance(embeddings, Dinov2Embeddings):
+        embeddings.mask_token = None  # for its pretraining; 4.x has it always
+        vit.config.use_mask_token = False
+        embeddings.__class__ = _FixedEmbeddings
+    return vit
 
 
 @contextlib.contextmanager
@@ -220,19 +324,69 @@ def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:
         raise ModelError(str(problem))
 
 
-def _check_image_size(model: ModelSection, saved: SavedConfig, image_size: int) -> None:
-    if saved.kind != "vit":
-        raise ModelError(f"model.name={model.name!r} is a {saved.kind!r} model, not 'vit'.")
-    rows, columns = saved.image_size
-    if (rows, columns) != (image_size, image_size):
-        size = rows if rows == columns else f"{rows} x {columns}"
+def _check_image_size(
+    model: ModelSection, saved: SavedConfig, image_size: int, may_resize: bool = True
+) -> None:
+    if not may_resize and saved.image_size != (image_size, image_size):
+        size = saved.image_size[0]
         raise ModelError(
             f"model.name={model.name!r} takes images of {size} pixels, but"
-            f" data.image_size={image_size}. Set data.image_size={rows}."
+            f" data.image_size={image_size}. Set data.image_size={size}."
         )
+    patches = f"{saved.patch_size}, the patch size of model.name={model.name}"
+    problem = image_size_problem(image_size, saved.patch_size, patches)
+    if problem:
+        raise ModelError(str(problem))
 
 
-def _check_weights(name: str, vit: nn.Module, weights: Mapping[str, SavedTensor]) -> Set[str]:
+class _Resized(NamedTuple):
+    """Position embeddings of a grid of patches, interpolated for a square one when they are read.
+
+    The first `extra` embeddings are those of tokens that are no patches.
+    """
+
+    saved: SavedTensor
+    extra: int
+    grid: Tuple[int, int]
+    side: int
+
+    @property
+    def shape(self) -> Tuple[int, ...]:
+        """Shape of the interpolated embeddings."""
+        return (1, self.extra + self.side**2, self.saved.shape[-1])
+
+    def read(self) -> Tensor:
+        """Read and interpolate them, in fp32, as transformers' interpolate_pos_encoding does."""
+        first, patches = self.saved.read().float().tensor_split([self.extra], dim=1)
+        plane = patches.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
+        size = (self.side, self.side)
+        plane = F.interpolate(plane, size=size, mode="bicubic", align_corners=False)
+        return torch.cat([first, plane.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _at_size(
+    name: str, tensors: Mapping[str, SavedTensor], saved: SavedConfig, image_size: int
+) -> Dict[str, Union[SavedTensor, _Resized]]:
+    """Return the tensors with position embeddings for images of this size."""
+    weights: Dict[str, Union[SavedTensor, _Resized]] = dict(tensors)
+    key, extra = f"{saved.kind}.embeddings.position_embeddings", KINDS[saved.kind].extra_tokens
+    side, (rows, columns) = image_size // saved.patch_size, saved.grid
+    positions = tensors.get(key)
+    if positions is None or (rows, columns) == (side, side):
+        return weights
+    if positions.shape == (1, extra + rows * columns, saved.hidden_size):  # else it is reported
+        weights[key] = _Resized(positions, extra, saved.grid, side)
+        logger.info(
+            "%s: position embeddings interpolated from %d x %d to %d x %d patches, as"
+            " data.image_size=%d",
+            *(name, rows, columns, side, side, image_size),
+        )
+    return weights
+
+
+def _check_weights(
+    name: str, vit: nn.Module, weights: Mapping[str, Union[SavedTensor, _Resized]]
+) -> Set[str]:
     """Refuse weights that do not fit, except the head's; return those of the head."""
     own = {hub_name(key): tuple(value.shape) for key, value in vit.named_parameters()}
     missing = own.keys() - weights.keys()
@@ -250,7 +404,7 @@ def _check_weights(name: str, vit: nn.Module, weights: Mapping[str, SavedTensor]
     ]
     if problems:
         raise ModelError(
-            f"the weights of {name} do not fit ViTForImageClassification: {'; '.join(problems)}."
+            f"the weights of {name} do not fit {type(vit).__name__}: {'; '.join(problems)}."
             " Only the head (classifier.*) may be new."
         )
     if head:

@@ -10,7 +10,7 @@ import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config import BatchPlan, Config
-from cxr_vit.config.architectures import known_architecture
+from cxr_vit.config.architectures import KINDS, Kind, known_architecture
 from cxr_vit.config.ipu_rules import eval_layers, eval_proportion
 from cxr_vit.data.labels import label_names
 from cxr_vit.errors import ConfigError
@@ -21,7 +21,7 @@ _MULTIPLY_ADD = 2
 
 
 class ModelShape(NamedTuple):
-    """Sizes of a ViT and of its images; `image_bytes` cross to the device per image.
+    """Sizes of a model and of its images; `image_bytes` cross to the device per image.
 
     Operations, activations and products below are those of one image.
     """
@@ -35,6 +35,8 @@ class ModelShape(NamedTuple):
     image_size: int
     num_labels: int
     image_bytes: int
+    kind: Kind = KINDS["vit"]
+    qkv_bias: bool = True
 
     @classmethod
     def from_config(cls, config: Config) -> ModelShape:
@@ -57,12 +59,19 @@ class ModelShape(NamedTuple):
             image_size=size,
             num_labels=len(label_names(config.data)),
             image_bytes=size * size,  # one gray byte per pixel
+            kind=KINDS[found.kind],
+            qkv_bias=found.qkv_bias,
         )
 
     @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
     def tokens(self) -> int:
-        """Patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Patches and the tokens of the model."""
+        return self.patches + self.kind.extra_tokens
 
     @property
     def hidden_elements(self) -> int:
@@ -73,23 +82,30 @@ class ModelShape(NamedTuple):
         """Return the elements of each parameter of the embedding."""
         pixels = self.num_channels * self.patch_size**2
         width = self.hidden_size
-        return [width * pixels, width, width, self.hidden_elements]
+        tokens = [width] * self.kind.extra_tokens
+        return [width * pixels, width, *tokens, self.hidden_elements]
 
     def layer_tensors(self) -> List[int]:
         """Return the elements of each parameter of an encoder layer."""
         width, mlp = self.hidden_size, self.mlp_size
-        attention = [width * width, width] * 4
-        return [*attention, width * mlp, mlp, mlp * width, width, *[width] * 4]
+        attention = [width * width] * 4 + [width] * (4 if self.qkv_bias else 1)
+        vectors = 6 if self.kind.layer_scale else 4  # norms and scales
+        return [*attention, width * mlp, mlp, mlp * width, width, *[width] * vectors]
 
     def head_tensors(self) -> List[int]:
         """Return the elements of each parameter of the last layer norm and the classifier."""
         width = self.hidden_size
-        return [width, width, width * self.num_labels, self.num_labels]
+        return [width, width, self.head_size * self.num_labels, self.num_labels]
+
+    @property
+    def head_size(self) -> int:
+        """Numbers that the classifier takes."""
+        return self.kind.head_inputs * self.hidden_size
 
     def embedding_flops(self) -> int:
         """Return the operations of the embedding, forward."""
         pixels = self.num_channels * self.patch_size**2
-        return _MULTIPLY_ADD * (self.tokens - 1) * pixels * self.hidden_size
+        return _MULTIPLY_ADD * self.patches * pixels * self.hidden_size
 
     def layer_flops(self) -> int:
         """Return the operations of an encoder layer, forward."""
@@ -100,17 +116,19 @@ class ModelShape(NamedTuple):
         """Return the elements that the backward pass of a layer's attention needs, plain attention.
 
         With s tokens, width h and a heads: input and output of the layer norm, query, key, value,
-        context (6 sh) and the probabilities (a s^2).
+        context (6 sh) and the probabilities (a s^2). With LayerScale also its input (sh).
         """
-        return 6 * self.hidden_elements + self.num_heads * self.tokens**2
+        hidden = 6 + self.kind.layer_scale
+        return hidden * self.hidden_elements + self.num_heads * self.tokens**2
 
     def mlp_activations(self) -> int:
         """Return the elements that the backward pass of a layer's MLP needs.
 
         With an MLP of m: input and output of the layer norm (2 sh), both sides of the activation
-        (2 sm).
+        (2 sm). With LayerScale also its input (sh).
         """
-        return 2 * self.hidden_elements + 2 * self.tokens * self.mlp_size
+        hidden = 2 + self.kind.layer_scale
+        return hidden * self.hidden_elements + 2 * self.tokens * self.mlp_size
 
     def layer_activations(self) -> int:
         """Return the elements that the backward pass of an encoder layer needs.
@@ -197,7 +215,7 @@ def stage_cost(
     tensors += shape.head_tensors() * is_last
     layers = num_layers * shape.layer_flops()
     embedding = shape.embedding_flops() if is_first else 0
-    head = _MULTIPLY_ADD * shape.hidden_size * shape.num_labels if is_last else 0
+    head = _MULTIPLY_ADD * shape.head_size * shape.num_labels if is_last else 0
     hidden = shape.hidden_elements
     # What backward needs of the embedding's products.
     pixels = shape.num_channels * shape.image_size**2 if is_first else 0

@@ -33,6 +33,7 @@ from cxr_vit.config.schema import Config
 from cxr_vit.errors import CxrVitError, DeviceError, EngineUnavailable
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.vit import LayerScale
 
 if TYPE_CHECKING:
     import poptorch
@@ -223,10 +224,20 @@ class CastingLayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
+class CastingLayerScale(LayerScale):
+    """A LayerScale that computes in the dtype of its input."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """Scale each channel of ``[..., width]``."""
+        (scale,) = self.parameters()
+        return hidden_state * scale.to(hidden_state.dtype)
+
+
 _CASTING: Dict[Type[nn.Module], Type[nn.Module]] = {
     nn.Linear: CastingLinear,
     nn.Conv2d: CastingConv2d,
     nn.LayerNorm: CastingLayerNorm,
+    LayerScale: CastingLayerScale,
 }
 _PLAIN = {casting: plain for plain, casting in _CASTING.items()}
 
