@@ -82,6 +82,8 @@ Execution = Literal["pipelined", "sharded"]
 TableFiles = Union[PathText, Dict[SplitName, PathText]]
 LayerCounts = Annotated[List[Annotated[int, Field(ge=-1)]], Field(min_length=1)]
 RecomputeWord = Literal["stage_inputs", "every_layer", "attention_mlp"]
+ChannelMeans = Annotated[List[InnerFraction], Field(min_length=1)]
+ChannelDeviations = Annotated[List[Proportion], Field(min_length=1)]
 Proportions = Optional[Union[Proportion, List[Proportion]]]
 
 
@@ -332,12 +334,14 @@ class ModelSection(Section):
         "prior",
         "bias of a new head: log-odds of the training prevalence, or zero (Hugging Face's default)",
     )
-    image_mean: InnerFraction = option(
-        0.5,
-        "mean to subtract from gray levels of 0 to 1 (a checkpoint's preprocessor_config.json is"
-        " not read)",
+    image_mean: Optional[Union[InnerFraction, ChannelMeans]] = option(
+        None,
+        "mean to subtract from gray levels of 0 to 1, for all channels or for each; null: as in the"
+        " preprocessor_config.json of the weights, or 0.5",
     )
-    image_std: Proportion = option(0.5, "standard deviation to divide gray levels by")
+    image_std: Optional[Union[Proportion, ChannelDeviations]] = option(
+        None, "standard deviation to divide gray levels by; null: as for image_mean"
+    )
 
 
 class PipelineSection(Section):

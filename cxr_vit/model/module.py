@@ -18,6 +18,7 @@ from cxr_vit.data.labels import label_names
 from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
 from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.normalisation import Normalisation
 from cxr_vit.model.optim import build_optimizer, parameter_groups
 from cxr_vit.model.schedule import LearningRate
 from cxr_vit.model.stages import StagedViT
@@ -67,7 +68,8 @@ class ViTModule(nn.Module):
     Raises
     ------
     ModelError
-        If the weights are not there or of another kind of model. Only their config.json is read.
+        If the weights are not there or of another kind of model. Only config.json and
+        preprocessor_config.json are read.
     CheckpointError
         If they are those of a damaged checkpoint.
     """
@@ -105,6 +107,7 @@ class ViTModule(nn.Module):
             layers_per_stage=layers,
             may_resize=checkpoint is None,
         )
+        self.normalisation = Normalisation.from_config(config)
         if checkpoint is not None and labels != self.names:
             raise ModelError(
                 f"{checkpoint} has the labels {labels}; this configuration has {self.names}. Use"
@@ -150,8 +153,8 @@ class ViTModule(nn.Module):
         self.model = StagedViT(
             vit,
             StagePlan.from_list(config.pipeline.layers_per_stage),
-            mean=config.model.image_mean,
-            std=config.model.image_std,
+            **self.normalisation._asdict(),
+            resample=config.data.resample,
         )
         if self.checkpoint is not None:
             self.load_weights(self.checkpoint)

@@ -8,57 +8,17 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 from __future__ import annotations
 
 import json
-from typing import Collection, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import Collection, Dict, Iterator, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cxr_vit.config.plans import StagePlan
-from cxr_vit.errors import CheckpointError, ModelError
+from cxr_vit.errors import CheckpointError
 from cxr_vit.model.key_names import hub_name
+from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel, per_channel
 from cxr_vit.model.vit import VitParts, layer_output, num_tokens
-
-#: A number for all channels, or one per channel.
-PerChannel = Union[float, Sequence[float]]
-
-#: `data.resample` -> Pillow's number of the filter, in preprocessor_config.json.
-RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
-
-
-def per_channel(name: str, value: PerChannel, num_channels: int) -> List[float]:
-    """Return one number per channel; ModelError if `value` has another number of them."""
-    values = [value] * num_channels if isinstance(value, float) else list(value)
-    if len(values) != num_channels:
-        raise ModelError(
-            f"{name} has {len(values)} numbers; the model takes images of {num_channels} channels."
-            f" Give one number, or {num_channels}."
-        )
-    return values
-
-
-class Normalise(nn.Module):
-    """Convert gray uint8 images to the model's input.
-
-    This runs on the device, so that a third of the values, of a quarter of the size, are
-    transferred. `mean` and `std` are those of the gray levels, which are scaled to 0..1.
-    """
-
-    def __init__(self, *, mean: PerChannel, std: PerChannel, num_channels: int) -> None:
-        super().__init__()
-        means = per_channel("model.image_mean", mean, num_channels)
-        stds = per_channel("model.image_std", std, num_channels)
-        # (x / 255 - mean) / std as one multiplication and one addition. Not buffers: those would
-        # be rounded in an fp16 model.
-        self.factors = [(1.0 / (255.0 * s), -m / s) for m, s in zip(means, stds)]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 ``[B, 1, H, W]`` to float32 ``[B, num_channels, H, W]``."""
-        gray = images.float()
-        if len(set(self.factors)) == 1:
-            scale, offset = self.factors[0]
-            return (gray * scale + offset).expand(-1, len(self.factors), -1, -1)
-        return torch.cat([gray * scale + offset for scale, offset in self.factors], dim=1)
 
 
 class Stage(nn.Module):
@@ -74,8 +34,7 @@ class Stage(nn.Module):
         model: PreTrainedModel,
         plan: StagePlan,
         index: int,
-        mean: PerChannel,
-        std: PerChannel,
+        normalisation: Normalisation,
     ) -> None:
         super().__init__()
         parts = VitParts(model)
@@ -87,7 +46,9 @@ class Stage(nn.Module):
         self._embedding: List[nn.Module] = []
         self._head: List[nn.Module] = []
         if self.has_embedding:
-            self.normalise = Normalise(mean=mean, std=std, num_channels=model.config.num_channels)
+            self.normalise = Normalise(
+                **normalisation._asdict(), num_channels=model.config.num_channels
+            )
             self._embedding.append(_register(self, *parts.embedding))
         #: The encoder layers of this stage.
         self.layers = [_register(self, *parts.layers[layer]) for layer in plan.layers(index)]
@@ -141,10 +102,11 @@ class StagedViT(nn.Module):
         self._undivided = (model,)
         self.dtype = torch.float32
         self.plan = plan
-        self.mean = mean
-        self.std = std
+        self.normalisation = Normalisation(mean, std)
         self.resample = resample
-        self._stages = tuple(Stage(model, plan, i, mean, std) for i in range(plan.num_stages))
+        self._stages = tuple(
+            Stage(model, plan, i, self.normalisation) for i in range(plan.num_stages)
+        )
         self.stages = nn.ModuleList(self._stages)
         #: Stages whose weights this process has.
         self._local_stages = list(range(plan.num_stages))
@@ -191,9 +153,8 @@ class StagedViT(nn.Module):
 
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return a model with the same weights, shared, split by another plan."""
-        other = StagedViT(
-            self._undivided[0], plan, mean=self.mean, std=self.std, resample=self.resample
-        )
+        images = self.normalisation._asdict()
+        other = StagedViT(self._undivided[0], plan, **images, resample=self.resample)
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
@@ -234,9 +195,9 @@ class StagedViT(nn.Module):
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": per_channel("model.image_mean", self.mean, channels),
+            "image_mean": per_channel(self.normalisation.mean, channels),
             "image_processor_type": "ViTImageProcessor",
-            "image_std": per_channel("model.image_std", self.std, channels),
+            "image_std": per_channel(self.normalisation.std, channels),
             "resample": RESAMPLE[self.resample],
             "rescale_factor": 1 / 255,
             "size": {"height": size, "width": size},

@@ -160,7 +160,7 @@ def check_source(
     """
     if model.name in SIZES:
         return None
-    with _loading(model.name):
+    with loading(model.name):
         saved = read_config(source_folder(model, config_only=True))
     _check_image_size(model, saved, image_size, may_resize)
     _check_depth(layers_per_stage, saved.num_hidden_layers)
@@ -260,7 +260,7 @@ def _from_pretrained(
 
     transformers gets the checked values of config.json only, and none of the folder's files.
     """
-    with _loading(model.name):
+    with loading(model.name):
         folder = source_folder(model, config_only=False)
         saved = read_config(folder)
     _check_image_size(model, saved, image_size)
@@ -270,7 +270,7 @@ def _from_pretrained(
         "image_size": image_size,
     }
     vit = _empty(FAMILIES[saved.kind], settings)
-    with _loading(model.name), open_weights(folder) as tensors:
+    with loading(model.name), open_weights(folder) as tensors:
         weights = _at_size(model.name, tensors, saved, image_size)
         unfit = _check_weights(model.name, vit, weights)
         vit.to_empty(device="cpu")
@@ -302,7 +302,7 @@ def _empty(family: Family, settings: Mapping[str, Any]) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Raise ModelError with the alternatives if the source cannot be loaded."""
     transformers.logging.disable_progress_bar()  # also those of downloads
     try:
