@@ -107,7 +107,7 @@ class _FixedEmbeddings(Dinov2Embeddings):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Optional[Tensor] = None) -> Tensor:
         """Map ``[B, channels, H, W]`` to ``[B, tokens, width]``."""
         patches = self.patch_embeddings(pixel_values)
-        first = self.cls_token.expand(len(patches), -1, -1)
+        first = self.cls_token.expand(patches.shape[0], -1, -1)
         hidden: Tensor = self.dropout(torch.cat([first, patches], dim=1) + self.position_embeddings)
         return hidden
 

@@ -9,9 +9,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import module_of
 from cxr_vit.config import read_config
-from cxr_vit.config.architectures import SIZES
+from cxr_vit.config.architectures import KINDS, SIZES
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import ModelShape, inference_cost, stage_cost
+from families import FAMILIES, images, make, pixels, save
 
 from .shapes import base_shape, pod4, quarters
 
@@ -56,6 +57,16 @@ def test_vit_base_has_the_published_parameters():
 def test_parameters_of_each_stage_are_the_real_models(overrides):
     config = pod4(*overrides)
     assert [sorted(stage) for stage in counted(config)] == [sorted(stage) for stage in real(config)]
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("settings", [{}, {"qkv_bias": False, "image_size": [32, 64]}])
+def test_parameters_of_a_folder_are_those_of_the_model_built_of_it(kind, settings, tmp_path):
+    save(kind, tmp_path, **settings)
+    config = pod4(f"model.name={tmp_path}", "data.image_size=48", "pipeline.layers_per_stage=[1,1]")
+    assert [sorted(stage) for stage in counted(config)] == [sorted(stage) for stage in real(config)]
+    model, shape = module_of(config).model, ModelShape.from_config(config)
+    assert (shape.tokens, shape.hidden_size) == model.hidden_shape
 
 
 def test_operations_of_the_forward_pass_are_the_published_ones():
@@ -171,6 +182,28 @@ def test_halves_of_a_layer_are_those_that_torch_saves():
     attention, mlp = saved_by_norm(images=2)
     assert attention == pytest.approx(2 * 4 * TINY.attention_activations(), rel=0.01)
     assert mlp == pytest.approx(2 * 4 * TINY.mlp_activations(), rel=0.01)
+
+
+@needs_transformers_5
+def test_layer_scale_keeps_its_inputs_as_torch_does():
+    def saved(depth):
+        model = make("dinov2", head=False, num_hidden_layers=depth, attn_implementation="eager")
+        own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = tensor  # kept alive: no address is reused
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(pixels(images(32, 1)))
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    shape = ModelShape(24, 2, 3, 48, 8, 3, 32, 14, 32 * 32, KINDS["dinov2"])
+    # Some numbers per token of each layer norm besides.
+    assert saved(3) - saved(2) == pytest.approx(4 * shape.layer_activations(), rel=0.03)
 
 
 @needs_transformers_5
@@ -299,6 +332,37 @@ def test_hub_name_implies_size_and_patches():
     shape = ModelShape.from_config(read_config([], ["model.name=google/vit-large-patch32-384"]))
     assert shape.hidden_size == SIZES["vit-large"].hidden_size
     assert shape.patch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "tokens"),
+    [
+        ("facebook/deit-small-patch16-224", "vit-small", 16, 197),
+        ("facebook/deit-tiny-distilled-patch16-224", "vit-tiny", 16, 198),
+        ("facebook/dinov2-large", "vit-large", 14, 257),
+        ("microsoft/rad-dino", "vit-base", 14, 257),
+    ],
+)
+def test_hub_name_implies_the_kind(name, size, patch, tokens):
+    shape = ModelShape.from_config(read_config([], [f"model.name={name}"]))
+    assert (shape.hidden_size, shape.patch_size) == (SIZES[size].hidden_size, patch)
+    assert shape.tokens == tokens
+    assert shape.head_size == shape.hidden_size * (2 if patch == 14 else 1)
+
+
+def test_published_parameters_of_dinov2():
+    # Base, published as 86 M: 85,798,656 of a ViT-B/16's trunk, patches of 14 pixels, LayerScale.
+    shape = ModelShape.from_config(
+        read_config([], ["model.name=facebook/dinov2-base", "data.image_size=518"])
+    )
+    trunk = sum(shape.embedding_tensors()) + 12 * sum(shape.layer_tensors()) + 2 * 768
+    assert trunk == 86_579_712
+
+
+@pytest.mark.parametrize("name", ["facebook/dinov2-giant", "facebook/dinov2-with-registers-base"])
+def test_other_kinds_are_not_implied(name):
+    with pytest.raises(ConfigError, match="does not imply its size"):
+        ModelShape.from_config(read_config([], [f"model.name={name}"]))
 
 
 def test_unknown_model_name_is_refused():
