@@ -47,7 +47,7 @@ ALLOWED = {
     **{module: [] for module in GROUND},
 }
 #: Limits that keep the package readable; a file over 700 lines is rarely one idea.
-MAX_FILES, MAX_LINES, MAX_LEVELS = 107, 22_850, 8
+MAX_FILES, MAX_LINES, MAX_LEVELS = 108, 23_230, 8
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 700, 60, 50
 
 #: Nothing but the composition of the parts.
@@ -74,12 +74,20 @@ EXECUTING = re.compile(
 #: Attributes of Hugging Face's ViT, in 4.x or 5.x; nothing of ours has these names.
 HUGGING_FACE_ATTRIBUTES = {
     *("vit", "encoder", "embeddings", "patch_embeddings", "cls_token", "mask_token"),
-    *("position_embeddings", "pooler", "layernorm", "layernorm_before", "layernorm_after"),
+    *(
+        "distillation_token",
+        "position_embeddings",
+        "lambda1",
+        "pooler",
+        "layernorm",
+        "layernorm_before",
+        "layernorm_after",
+    ),
     *("classifier", "intermediate", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "dense"),
 }
 #: Its parameter names, where the versions differ.
 HUGGING_FACE_NAMES = re.compile(
-    r"vit\.layers|vit\.encoder|encoder\.layer|[qkvo]_proj|attention\.attention|attention\.output"
+    r"(vit|deit|dinov2)\.(layers|encoder)|encoder\.layer|[qkvo]_proj|attention\.attention|attention\.output"
     r"|intermediate\.dense|output\.dense|mlp\.fc[12]|layernorm_(before|after)"
 )
 
@@ -344,7 +352,7 @@ def test_only_the_vit_module_uses_hugging_face_names():
 def test_hugging_face_names_are_found_in_the_vit_module():
     vit = [source for source in SOURCES if source.name in HUGGING_FACE]
     found = "\n".join(hugging_face_names(vit))
-    assert all(name in found for name in (".encoder", ".layernorm", "vit.layers", "q_proj"))
+    assert all(name in found for name in (".encoder", ".layernorm", "q_proj", "mlp"))
 
 
 @pytest.mark.parametrize(
