@@ -21,8 +21,8 @@ _KINDS = {
 }
 
 
-def read_bytes(path: Union[str, Path], *, limit: int) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes.
+def read_bytes(path: Union[str, Path], *, limit: int, length: Optional[int] = None) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes, or its first `length` ones.
 
     Raises OSError otherwise, with a readable reason in `strerror`. A named pipe does not block, and
     a device is not opened, whether it has the path itself or a link leads to it.
@@ -37,6 +37,8 @@ def read_bytes(path: Union[str, Path], *, limit: int) -> bytes:
         status = os.fstat(descriptor)
         _check_regular(status)
         _check_size(status.st_size, limit)
+        if length is not None:
+            return file.read(length)
         data = file.read(status.st_size + 1)
         if len(data) > status.st_size:  # it grows, or is one of /proc, whose size is 0
             data += file.read(limit + 1 - len(data))

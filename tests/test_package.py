@@ -164,7 +164,9 @@ def test_metadata_has_version_dependencies_and_extras(built):
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         name = line.partition("#")[0].partition(">=")[0].strip().replace("_", "-")
         assert not name or any(text.startswith(name) and "extra" not in text for text in required)
-    assert set(metadata.get_all("Provides-Extra")) == {"ipu", "dicom", "loggers", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        *("ipu", "dicom", "parquet", "loggers", "docs", "dev"),
+    }
     assert any(text.startswith("torch==2.0.1") and "ipu" in text for text in required)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Dict, List, Optional, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import Annotated, Literal
@@ -61,7 +61,8 @@ COLUMNS_WORDS = (
 )
 
 #: A label's name is a tag of the logs and a column of predictions.csv.
-LabelName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\S(.*\S)?$")]
+LONGEST_LABEL, LABEL_PATTERN = 100, r"^\S(.*\S)?$"
+LabelName = Annotated[str, Field(min_length=1, max_length=LONGEST_LABEL, pattern=LABEL_PATTERN)]
 #: The names in order, or a pattern such as ``"finding_*"`` that names columns.
 Labels = Union[Annotated[List[LabelName], Field(min_length=1, max_length=1000)], LabelName]
 LABELS_WORDS = "a list of names, or a pattern such as finding_* that matches columns"
@@ -71,3 +72,13 @@ LABEL_MAP_WORDS = "a mapping of a label to a label of the model or to a list of 
 
 #: What an uncertain (-1) or blank label means.
 Meaning = Literal["negative", "positive", "unknown"]
+
+
+def repeated_name(names: Sequence[str]) -> Optional[str]:
+    """Return which two names differ in upper and lower case at most, or None."""
+    seen: Dict[str, str] = {}
+    for name in names:
+        if name.lower() in seen:
+            return f"the labels {seen[name.lower()]!r} and {name!r} differ in case at most"
+        seen[name.lower()] = name
+    return None

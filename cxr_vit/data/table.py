@@ -2,18 +2,269 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from itertools import chain
 from pathlib import Path
-from typing import List, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
+import numpy as np
+import pandas as pd
+
+from cxr_vit.config.columns import Column, Columns, PatternColumn
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.records import Records
+from cxr_vit.data.label_columns import (
+    column_labels,
+    listed_labels,
+    listed_tokens,
+    refuse_names,
+    warn_of_constant,
+)
+from cxr_vit.data.records import UNKNOWN, Records
+from cxr_vit.data.tables import (
+    read_ages,
+    read_columns,
+    read_header,
+    refuse_absent,
+    refuse_rows,
+)
+from cxr_vit.data.text_files import find_tables
+from cxr_vit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+#: Control characters, a step up, a folder, or nothing: no name and no path of a file.
+_NO_IMAGE = re.compile(r"[\x00-\x1f\x7f]|(?:^|[/\\])(?:\.\.(?:[/\\]|$)|\.?$)")
+
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "tune"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "": "",
+}
+_SEXES = {"male": "M", "m": "M", "female": "F", "f": "F"}
+
+#: Columns in which the rows of an image agree.
+_OF_IMAGE = ("patient", "split", "sex", "age", "view")
+
+#: Different values that a message lists.
+_SHOWN_VALUES = 20
+
+
+class _Part(NamedTuple):
+    """What is read of one file and those joined to it."""
+
+    #: Columns `image`, `patient`, `split`, `sex`, `age`, `view`.
+    table: pd.DataFrame
+    labels: np.ndarray
 
 
 def labels_matching(data: DataSection) -> List[str]:
-    """Return the columns of the table that `data.labels` matches, in the table's order."""
-    raise NotImplementedError
+    """Return the columns of the table that `data.labels` matches, in the table's order.
+
+    Only headers are read. Raises DataError if there is none, or if one column holds all labels:
+    the message then lists those found.
+    """
+    assert data.columns is not None and isinstance(data.labels, str)
+    tables, joined = find_tables(data)
+    first = next(iter(tables.values()))
+    if data.columns.labels is not None:
+        table = _joined(first, joined, [str(data.columns.labels)])
+        fields = _values(first, table, data.columns.labels, "labels", may_be_empty=True)
+        raise DataError(
+            f"{first}: data.labels={data.labels} must be a list, since data.columns.labels names"
+            f" one column of all labels. It holds {listed_tokens(fields, data.label_separator)}."
+        )
+    used = {str(column) for column in _columns(data.columns).values()}
+    headers = [read_header(path, used) for path in (first, *joined)]
+    names = [name for name in dict.fromkeys(chain(*headers)) if name and name not in used]
+    words = re.escape(data.labels).replace(r"\*", ".*").replace(r"\?", ".")
+    matching = [name for name in names if re.fullmatch(words, name)]
+    if not matching:
+        refuse_absent(str(first), [data.labels], names, "Correct data.labels.")
+    refuse_names(first, matching)
+    return matching
 
 
 def read_table_records(data: DataSection) -> Tuple[List[Path], Records]:
-    """Return the files of `data.csv` and `data.join`, and the records of all their images."""
-    raise NotImplementedError
+    """Return the files of `data.csv` and `data.join`, and the records of all their images.
+
+    Raises DataError if a file or a column is missing, or if a value is none of the allowed ones.
+    """
+    tables, joined = find_tables(data)
+    names = data.labels if isinstance(data.labels, list) else labels_matching(data)
+    parts = [_read_part(path, split, joined, names, data) for split, path in tables.items()]
+    part = _Part(
+        pd.concat([part.table for part in parts], ignore_index=True),
+        np.concatenate([part.labels for part in parts]),
+    )
+    paths = list(tables.values())
+    table, labels = _one_row_per_image(paths[0], part, data.repeated_images)
+    warn_of_constant(labels, names)
+    given = table.pop("split").to_numpy(dtype=object)
+    assert data.columns is not None
+    has_split = data.columns.split is not None or "" not in tables
+    if has_split and (given == "").any():
+        text = "%s: %d of %d images are in no split"
+        logger.warning(text, paths[0], (given == "").sum(), len(given))
+    records = Records(table, labels, variant="table", given_split=given if has_split else None)
+    return [*paths, *joined], records
+
+
+def _read_part(
+    path: Path, split: str, joined: Sequence[Path], names: Sequence[str], data: DataSection
+) -> _Part:
+    """Read a file of `data.csv`, all of whose images are in `split` unless that is empty."""
+    assert data.columns is not None
+    columns = _columns(data.columns)
+    of_labels = [] if "labels" in columns else names
+    raw = _joined(path, joined, [*map(str, columns.values()), *of_labels])
+    texts = {
+        key: _values(path, raw, column, key, may_be_empty=key not in ("image", "patient"))
+        for key, column in columns.items()
+    }
+    blank = pd.Series([""] * len(raw), dtype=object)
+    table = pd.DataFrame({key: texts.get(key, blank) for key in ("image", *_OF_IMAGE)})
+    invalid = np.array([_NO_IMAGE.search(text) is not None for text in table["image"]])
+    hint = "It is the name or the path of an image file, with any extension or none."
+    refuse_rows(path, invalid, table["image"], "no name of an image", hint)
+    nobody = (table["patient"] == "").to_numpy(dtype=bool)
+    hint = "Splits are made by patient: give each image's, or columns.patient the column of images."
+    refuse_rows(path, nobody, table["image"], "no patient", hint)
+    table["split"] = split or _splits(path, table["split"])
+    table["sex"] = table["sex"].map(lambda text: _SEXES.get(text.lower(), text))
+    table["age"] = read_ages(table["age"])
+    if "labels" in columns:
+        labels = listed_labels(path, texts["labels"], names, data)
+    else:
+        labels = column_labels(path, raw, names, data)
+    return _Part(table, labels)
+
+
+def _columns(columns: Columns) -> Dict[str, Column]:
+    given = {key: getattr(columns, key) for key in type(columns).model_fields}
+    return {key: column for key, column in given.items() if column is not None}
+
+
+def _joined(path: Path, joined: Sequence[Path], wanted: Sequence[str]) -> pd.DataFrame:
+    """Return the wanted columns of a table, to which others are joined.
+
+    A row of `path` gets the values of the row that has the same values in all shared columns, or
+    empty ones.
+    """
+    headers = {file: read_header(file, wanted) for file in (path, *joined)}
+    known = [name for name in dict.fromkeys(chain(*headers.values())) if name]
+    remedy = "Correct data.columns or data.labels."
+    refuse_absent(", ".join(map(str, headers)), wanted, known, remedy)
+    keys = _keys(headers)
+    needed = {*wanted, *(key for shared in keys.values() for key in shared)}
+    table = read_columns(path, [name for name in headers[path] if name in needed])
+    for file, shared in keys.items():
+        other = read_columns(file, [name for name in headers[file] if name in needed])
+        texts = other[shared[0]].str.cat([other[key] for key in shared[1:]], sep=", ")
+        repeated = other.duplicated(shared).to_numpy()
+        what = f"a repeated {' with '.join(shared)}"
+        refuse_rows(file, repeated, texts, what, "Each row of data.csv needs one partner at most.")
+        table = table.merge(other, on=shared, how="left", indicator="_partner")
+        lacking = int((table.pop("_partner") == "left_only").sum())
+        if lacking == len(table):
+            raise DataError(
+                f"{file}: has a partner for none of the {lacking} rows of {path}, joined on"
+                f" {', '.join(shared)}. Row 1 has {', '.join(table.loc[0, shared])!r} there and"
+                f" {texts.iloc[0]!r} here."
+            )
+        if lacking:
+            text = "%s: no partner for %d of %d rows of %s; their cells are empty"
+            logger.warning(text, file, lacking, len(table), path)
+    return table.fillna("")
+
+
+def _keys(headers: Mapping[Path, List[str]]) -> Dict[Path, List[str]]:
+    """Return the columns that each file but the first shares with those before it."""
+    (path, before), *others = headers.items()
+    keys: Dict[Path, List[str]] = {}
+    for file, header in others:
+        keys[file] = [name for name in header if name and name in before]
+        if not keys[file]:
+            raise DataError(
+                f"{file}: shares no column with {path}, so it cannot be joined."
+                f" {path.name} has {', '.join(before)}; {file.name} has {', '.join(header)}."
+            )
+        before = [*before, *header]
+    return keys
+
+
+def _values(
+    path: Path, table: pd.DataFrame, column: Column, key: str, *, may_be_empty: bool
+) -> pd.Series:
+    """Return a column, or the part of each value that its pattern finds."""
+    texts = table[str(column)]
+    if not isinstance(column, PatternColumn):
+        return texts
+    pattern = re.compile(column.pattern)
+    group = min(1, pattern.groups)
+    found = [pattern.search(text) for text in texts]
+    unmatched = np.array([match is None or match[group] is None for match in found], dtype=bool)
+    if may_be_empty:
+        unmatched &= (texts != "").to_numpy(dtype=bool)
+    what = f"no match of data.columns.{key}.pattern={column.pattern} in the column {str(column)!r}"
+    refuse_rows(path, unmatched, texts, what, "Correct the pattern.")
+    parts = ["" if match is None else match[group].strip() for match in found]
+    return pd.Series(parts, index=texts.index, dtype=object)
+
+
+def _splits(path: Path, texts: pd.Series) -> pd.Series:
+    splits = texts.str.lower().map(_SPLIT_WORDS)
+    if splits.isna().any():
+        found = ", ".join(f"{text!r} ({count})" for text, count in _counts(texts))
+        words = ", ".join(sorted(word for word in _SPLIT_WORDS if word))
+        raise DataError(
+            f"{path}: data.columns.split holds {found}. Known words: {words}, or empty for no"
+            " split."
+        )
+    return splits
+
+
+def _counts(texts: pd.Series) -> List[Tuple[str, int]]:
+    return list(texts.value_counts().head(_SHOWN_VALUES).items())
+
+
+def _one_row_per_image(
+    path: Path, part: _Part, repeated_images: str
+) -> Tuple[pd.DataFrame, np.ndarray]:
+    """Return one row per image, in the order of their first ones; merge the labels of several."""
+    table, labels = part
+    codes, distinct = pd.factorize(table["image"])
+    if len(distinct) == len(table):
+        return table, labels
+    images = table["image"]
+    repeated = images.duplicated().to_numpy()
+    if repeated_images == "error":
+        hint = (
+            "Keep one row per image, or set data.repeated_images to any or majority if several"
+            " readers labelled an image."
+        )
+        refuse_rows(path, repeated, images, "a repeated image", hint)
+    first = np.flatnonzero(~repeated)
+    for key in _OF_IMAGE:
+        values = table[key].fillna("").to_numpy()
+        differs = values != values[first][codes]
+        hint = "All rows of an image have the same patient, split, sex, age and view."
+        what = f"another {key} than in the image's first row"
+        refuse_rows(path, differs, images, what, hint)
+    positive = _sums(codes, labels == 1, len(distinct))
+    known = positive + _sums(codes, labels == 0, len(distinct))
+    threshold = 1 if repeated_images == "any" else np.maximum(1, (known + 1) // 2)
+    merged = np.where(known == 0, UNKNOWN, positive >= threshold).astype(np.int8)
+    logger.info(
+        "%s: %d rows of %d images; a label is positive by data.repeated_images=%s",
+        path, len(table), len(distinct), repeated_images,
+    )  # fmt: skip
+    return table.iloc[first].reset_index(drop=True), merged
+
+
+def _sums(codes: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Sum bool ``[rows, columns]`` over the rows of each code, int64 ``[count, columns]``."""
+    sums = np.zeros((count, values.shape[1]), dtype=np.int64)
+    np.add.at(sums, codes, values)
+    return sums

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 import re
 import warnings
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Collection, Dict, Iterable, List, Sequence, Tuple
 
 import numpy as np
 import pandas as pd
 
-from cxr_vit.data.text_files import read_text
-from cxr_vit.errors import DataError
+from cxr_vit.data.parquet import parquet_columns, parquet_header
+from cxr_vit.data.text_files import LIMITS, TABLE_LIMITS, check_text, read_raw, read_start
+from cxr_vit.errors import DataError, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -25,47 +27,153 @@ _SHOWN = 100
 #: NIH's CSV has 12, each of which is read as an array.
 _MAX_COLUMNS = 1000
 
+#: Columns, and characters of their names, that messages quote.
+_SHOWN_COLUMNS, _SHOWN_HEADER = 40, 1000
+
+_SEPARATORS = (",", ";", "\t")
+
+#: The first bytes of a Parquet file.
+_PARQUET = b"PAR1"
+
 _LIST_LINE = re.compile(r"\S+\.(png|jpe?g)\b", re.IGNORECASE)
 
 
 def read_table(path: Path, required: Sequence[str], *, key: str, example: str) -> pd.DataFrame:
-    """Read a comma-separated UTF-8 file with a header; return all columns as text.
+    """Read all columns of a CSV with a header as text; an empty or missing field is "".
 
-    An empty or missing field is ``""``. `key` and `example` are the file's configuration key and
-    NIH's name for it, for messages.
+    Commas, semicolons or tabs separate the fields, gzip may pack the file. `key` and `example` are
+    the file's configuration key and NIH's name for it, for messages.
 
     Raises DataError if it is not such a table, lacks a required column, or has no rows.
     """
-    text = read_text(path)
-    first_line = text.lstrip().split("\n", 1)[0].strip()
+    raw = read_raw(path, LIMITS.size, unpacks=True)
+    check_text(path, raw, LIMITS)
+    first_line = _first_line(raw)
     if _LIST_LINE.match(first_line):
         raise DataError(
             f"{path}: looks like a list of file names such as train_val_list.txt (it begins with"
             f" {first_line[:60]!r}); set {key} to {example} or a table like it."
         )
-    if first_line.count(",") > _MAX_COLUMNS:
-        raise DataError(f"{path}: more than {_MAX_COLUMNS} columns. Set {key} to {example}.")
+    separator, header = _split_header(path, first_line, required)
+    expected = (
+        f"Expected {example} or a table like it, with the columns {', '.join(required)}. Set {key}."
+    )
+    refuse_absent(str(path), required, header, expected)
     try:
         with warnings.catch_warnings():
             # Rows longer than the header: NIH's bracketed columns in copies with a quoted header.
             warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            source = io.StringIO(text)
-            table = pd.read_csv(source, dtype=str, index_col=False, keep_default_na=False)
+            source, text = io.BytesIO(raw), {"dtype": str, "keep_default_na": False}
+            table = pd.read_csv(
+                source, sep=separator, index_col=False, encoding="utf-8-sig", **text
+            )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError(f"{path}: not a readable CSV ({str(error).strip()}).") from error
     table.columns = table.columns.str.strip()
-    absent = [column for column in required if column not in table.columns]
-    if absent:
-        separated = any(mark in first_line for mark in ";\t") and "," not in first_line
-        advice = "Separate the fields with commas" if separated else f"Set {key}"
-        raise DataError(
-            f"{path}: no column {', '.join(map(repr, absent))}. Expected {example} or a table like"
-            f" it, with the columns {', '.join(required)}; this file begins with"
-            f" {first_line[:60]!r}. {advice}."
-        )
     if table.empty:
         raise DataError(f"{path}: no rows below the header. Fetch {example} again or set {key}.")
     return table
+
+
+def read_header(path: Path, wanted: Collection[str]) -> List[str]:
+    """Return the names of a table's columns, in order; of a CSV only the start is read.
+
+    The separator is the one that finds the most of the wanted columns. Raises DataError if the file
+    is no table, or if one of these is there twice.
+    """
+    start = read_start(path, TABLE_LIMITS.line)
+    if start.startswith(_PARQUET):
+        header = parquet_header(path, read_raw(path, TABLE_LIMITS.size))
+    else:
+        end = max(start.rfind(b"\n"), start.rfind(b"\r"))
+        check_text(path, start[:end] if end >= 0 else start, TABLE_LIMITS)
+        _, header = _split_header(path, _first_line(start), wanted)
+    twice = [name for name in dict.fromkeys(header) if name in wanted and header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: the column {twice[0]!r} is there twice. Rename one of them.")
+    return header
+
+
+def read_columns(path: Path, names: Sequence[str]) -> pd.DataFrame:
+    """Read these columns of a CSV, TSV or Parquet file as text, without blanks at the ends.
+
+    The file has the columns, each once. An empty field is "". Raises DataError if the file is no
+    such table, if a row has more fields than the header, or if there are no rows.
+    """
+    raw = read_raw(path, TABLE_LIMITS.size, unpacks=True)
+    if raw.startswith(_PARQUET):
+        texts = parquet_columns(path, raw, names)
+    else:
+        check_text(path, raw, TABLE_LIMITS)
+        texts = _csv_columns(path, raw, names)
+    table = pd.DataFrame(dict(zip(names, texts)), dtype=object)
+    if table.empty:
+        raise DataError(f"{path}: no rows below the header. Give the whole table.")
+    return table
+
+
+class _Stripped(Dict[str, str]):
+    """Text -> the text without blanks at the ends, one object however often it is there."""
+
+    def __missing__(self, text: str) -> str:
+        return self.setdefault(text, text.strip())
+
+
+def _csv_columns(path: Path, raw: bytes, names: Sequence[str]) -> List[List[str]]:
+    separator, header = _split_header(path, _first_line(raw), names)
+    refuse_absent(str(path), names, header, "Separate all lines alike.")
+    places, width, stripped = [header.index(name) for name in names], len(header), _Stripped()
+    texts: List[List[str]] = [[] for _ in names]
+    row = -1  # the header
+    try:
+        lines = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", newline="")
+        for cells in csv.reader(lines, delimiter=separator, strict=True):
+            if not any(map(str.strip, cells)):
+                continue
+            row += 1
+            if row == 0:
+                continue
+            if any(map(str.strip, cells[width:])):
+                raise DataError(
+                    f"{path}: row {row} has more fields than the {width} of the header. Quote the"
+                    f" fields that have a {separator!r} in their text."
+                )
+            cells += [""] * (width - len(cells))
+            for column, place in zip(texts, places):
+                column.append(stripped[cells[place]])
+    except csv.Error as error:
+        raise DataError(f"{path}: not a readable CSV ({error} in row {row + 1}).") from error
+    return texts
+
+
+def refuse_absent(where: str, names: Iterable[str], header: Sequence[str], remedy: str) -> None:
+    """Raise DataError if a header lacks any of these columns, with near ones and those it has."""
+    absent = [name for name in dict.fromkeys(names) if name not in header]
+    if absent:
+        shown = ", ".join(header[:_SHOWN_COLUMNS]) + (", ..." if header[_SHOWN_COLUMNS:] else "")
+        raise DataError(
+            f"{where}: no column {', '.join(map(repr, absent[:_SHOWN_COLUMNS]))}."
+            f"{suggestion(absent[0], header)} It has the columns {shown[:_SHOWN_HEADER]}. {remedy}"
+        )
+
+
+def _first_line(raw: bytes) -> str:
+    """Return the first line that is not blank, or "" if there is none."""
+    lines = re.split(r"[\r\n]+", raw[: TABLE_LIMITS.line].decode("utf-8-sig", errors="ignore"))
+    return next((line for line in lines if line.strip()), "")
+
+
+def _split_header(path: Path, line: str, wanted: Collection[str]) -> Tuple[str, List[str]]:
+    """Return the separator that finds the most of the wanted columns, and the header's fields."""
+    try:
+        found = {mark: next(csv.reader([line], delimiter=mark)) for mark in _SEPARATORS}
+    except csv.Error as error:
+        raise DataError(f"{path}: not a readable CSV ({error}).") from error
+    headers = {mark: [name.strip() for name in names] for mark, names in found.items()}
+    best = max(headers, key=lambda mark: (len({*wanted} & {*headers[mark]}), len(headers[mark])))
+    if len(headers[best]) > _MAX_COLUMNS:
+        raise DataError(f"{path}: more than {_MAX_COLUMNS} columns. Give a table of images.")
+    return best, headers[best]
 
 
 def refuse_rows(path: Path, wrong: np.ndarray, values: pd.Series, what: str, remedy: str) -> None:

@@ -6,11 +6,25 @@ Also writes CSVs that a spreadsheet program does not take for formulas.
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import os
 import re
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Sequence, Set, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError
@@ -20,11 +34,25 @@ from cxr_vit.regular_files import read_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
+
+class Limits(NamedTuple):
+    """The most that is read of a text file: bytes, once unpacked, lines, and bytes of a line."""
+
+    size: int
+    lines: int
+    line: int
+
+
 #: NIH's CSV has 112,121 lines of 71 bytes. Tables take ten times their size in memory, and more of
 #: it for many columns.
-_MAX_BYTES, _MAX_LINES, _MAX_LINE = 50_000_000, 2_000_000, 30_000
+LIMITS = Limits(50_000_000, 2_000_000, 30_000)
+#: Of a table of which some columns are read: MIMIC-CXR has 377,110 rows in 60 MB, PadChest 160,868
+#: rows with reports.
+TABLE_LIMITS = Limits(256_000_000, 2_000_000, 1_000_000)
 #: A file of another kind, or one that is too large.
 _NO_TEXT_FILE = (errno.EINVAL, errno.EFBIG)
+
+_GZIP = b"\x1f\x8b"
 
 #: First bytes of files often found in place of a text file, and what they are.
 _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
@@ -32,7 +60,7 @@ _MISTAKEN: Tuple[Tuple[bytes, str], ...] = (
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8."),
     (b"version https://git-lfs", "a Git LFS pointer in place of the file. Run git lfs pull."),
     (b"<", "a web page or XML. Download the file itself."),
-    (b"\x1f\x8b", "packed with gzip. Unpack it with gunzip."),
+    (_GZIP, "packed with gzip. Unpack it with gunzip."),
     (b"PK\x03\x04", "a zip archive or an Excel workbook. Unpack it, or export it as CSV."),
     (b"\x89PNG", "a PNG image. Give the text file that belongs here."),
 )
@@ -65,26 +93,62 @@ def check_data_root(data: DataSection) -> None:
     that they take. A root that does not exist is right if `data.sample_images` will write it.
     """
     root = Path(data.root)
-    if data.sample_images is None or root.exists():
+    if data.format == "table":
+        find_tables(data)
+        find_lists(root, data)
+    elif data.sample_images is None or root.exists():
         find_csv(root, data.csv)
         find_lists(root, data)
 
 
 def find_csv(root: Path, given: Any) -> Path:
     """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
-    if not root.is_dir():
-        raise DataError(
-            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
-            " chest-xray-nihcc) to the NIH files, or write a synthetic data set:"
-            " python -m cxr_vit sample --out data/sample"
-        )
-    found = _find(root, given, CSV_FILES, key="data.csv")
+    _check_root(root)
+    if given is not None:
+        return _in_folders(root, given, key="data.csv")
+    found = _find(root, None, CSV_FILES, key="data.csv")
     if found is None:
         raise DataError(
             f"no label CSV: looked for {', '.join(str(root / name) for name in CSV_FILES)}."
             " Put NIH's Data_Entry_2017_v2020.csv there or set data.csv."
         )
     return found
+
+
+def find_tables(data: DataSection) -> Tuple[Dict[str, Path], List[Path]]:
+    """Return the files of `data.csv` by split, one of no split as "", and those of `data.join`.
+
+    Raises DataError if one is missing.
+    """
+    root = Path(data.root)
+    _check_root(root)
+    given = data.csv if isinstance(data.csv, dict) else {"": data.csv}
+    tables = {
+        str(split): _in_folders(root, str(path), key=f"data.csv.{split}".rstrip("."))
+        for split, path in given.items()
+    }
+    return tables, [_in_folders(root, path, key="data.join") for path in data.join]
+
+
+def _check_root(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(
+            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
+            " chest-xray-nihcc) to the folder of the images, or write a synthetic data set:"
+            " python -m cxr_vit sample --out data/sample"
+        )
+
+
+def _in_folders(root: Path, given: str, *, key: str) -> Path:
+    """Return a file given relative to the current folder, else to the root."""
+    for path in (Path(given), root / given):
+        if path.is_file():
+            return path
+    places = dict.fromkeys(str(folder / given) for folder in (Path.cwd(), root.absolute()))
+    raise DataError(
+        f"{key}={given}: no such file. Looked for {' and '.join(places)}. Correct {key} or"
+        " data.root."
+    )
 
 
 def find_lists(root: Path, data: DataSection) -> Dict[str, Path]:
@@ -129,27 +193,74 @@ def read_text(path: Path) -> str:
 
     Raises DataError if the file cannot be read, is too large or empty, or is not UTF-8 text.
     """
+    raw = read_raw(path, LIMITS.size)
+    check_text(path, raw, LIMITS)
+    return raw.decode("utf-8-sig")
+
+
+def read_raw(path: Path, limit: int, *, unpacks: bool = False) -> bytes:
+    """Return the bytes of a file, unpacked if `unpacks` and it is packed with gzip.
+
+    Raises DataError if the file cannot be read or is damaged, or if there are more than `limit`.
+    """
     try:
-        raw = read_bytes(path, limit=_MAX_BYTES)
+        raw = read_bytes(path, limit=limit)
     except OSError as error:
-        advice = " Give the file that belongs here." if error.errno in _NO_TEXT_FILE else ""
-        raise DataError(f"{path}: cannot be read ({error.strerror}).{advice}") from error
+        raise _unreadable(path, error) from error
+    if not (unpacks and raw.startswith(_GZIP)):
+        return raw
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            raw = file.read(limit + 1)  # no more, whatever it unpacks to
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip ({error}). Fetch the file again.") from error
+    if len(raw) > limit:
+        raise DataError(
+            f"{path}: unpacks to more than the limit of {limit:,} bytes. Give the file that belongs"
+            " here."
+        )
+    return raw
+
+
+def read_start(path: Path, length: int) -> bytes:
+    """Return the first bytes of a file, unpacked if it is packed with gzip, at most `length`.
+
+    Raises DataError if it cannot be read.
+    """
+    try:
+        raw = read_bytes(path, limit=TABLE_LIMITS.size, length=length)
+        if raw.startswith(_GZIP):
+            return zlib.decompressobj(wbits=31).decompress(raw, length)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except zlib.error as error:
+        raise DataError(f"{path}: damaged gzip ({error}). Fetch the file again.") from error
+    return raw
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    advice = " Give the file that belongs here." if error.errno in _NO_TEXT_FILE else ""
+    return DataError(f"{path}: cannot be read ({error.strerror}).{advice}")
+
+
+def check_text(path: Path, raw: bytes, limits: Limits) -> None:
+    """Raise DataError if the content of a file is no UTF-8 text within the limits."""
     if not raw.strip():
         raise DataError(f"{path}: the file is empty. Fetch it again.")
     for start, what in _MISTAKEN:
         if raw.startswith(start):
             raise DataError(f"{path}: this is {what}")
     lines = [len(line) for line in io.BytesIO(raw.replace(b"\r", b"\n"))]
-    if len(lines) > _MAX_LINES or max(lines) > _MAX_LINE:
+    if len(lines) > limits.lines or max(lines) > limits.line:
         raise DataError(
             f"{path}: no table or list of images: {len(lines):,} lines, the longest of"
-            f" {max(lines):,} bytes; at most {_MAX_LINES:,} and {_MAX_LINE:,} are read. Give the"
-            " file that belongs here."
+            f" {max(lines):,} bytes; at most {limits.lines:,} and {limits.line:,} are read. Give"
+            " the file that belongs here."
         )
     if b"\0" in raw:
         raise DataError(f"{path}: not text, or UTF-16 (it holds zero bytes). Save it as UTF-8.")
     try:
-        return raw.decode("utf-8-sig")
+        raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
