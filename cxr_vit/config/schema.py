@@ -191,8 +191,9 @@ class DataSection(Section):
     split: Literal["auto", "table", "official", "patient", "random", "all"] = option(
         "auto",
         "the table's split column or its files by split, list files, random by patient, or random"
-        " by image (leaks patients); all: every image is a test image, for evaluation; auto: table"
-        " if it has splits, else official if the list files exist, else patient",
+        " by image (leaks patients); all: every image is a test image, for evaluation; auto:"
+        " official if lists are given, else table if it has splits, else official if the list files"
+        " exist, else patient",
     )
     train_list: Optional[PathText] = option(
         None,

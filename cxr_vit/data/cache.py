@@ -32,12 +32,14 @@ _CHECK_EVERY = 256
 #: Unusable images that are decoded again at each start.
 _RETRIES = 64
 
-#: Larger indexes and journals are not read; 112,120 images take 5 MB.
-MAX_INDEX_BYTES = 2**26
+#: Larger indexes and journals are not read; 112,120 names take 5 MB, 377,110 paths 40 MB.
+MAX_INDEX_BYTES = 2**27
 
 #: Fields of the index and the journal are checked by type and range: they come from a file.
 FROM_FILE = ConfigDict(strict=True, extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[^/\x00-\x1f\x7f]+$", max_length=255)]
+#: A file name, or a path as a table has it.
+ImageName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096)]
 Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 _Positive = Annotated[int, Field(ge=1, lt=2**16)]
@@ -85,10 +87,10 @@ class CacheIndex:
 
     settings: CacheSettings
     versions: Dict[Name, Name]  # of the libraries that decoded and resized the images
-    images: List[Name]  # file names
+    images: List[ImageName]
     source_bytes: List[Annotated[int, Field(ge=-1, lt=2**63)]]  # sizes of the files; -1 if unknown
     crc32: List[Optional[Crc32]]  # of the pixels; None for an unusable image, which is black
-    unusable: Dict[Name, Reason]  # file name -> reason
+    unusable: Dict[ImageName, Reason]  # name -> reason
 
     @classmethod
     def load(cls, path: Path) -> CacheIndex:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import (
     Optional,
     Sequence,
     Set,
+    Tuple,
     Union,
 )
 
@@ -42,15 +45,16 @@ from cxr_vit.data.codestreams import (
     read_chunks,
 )
 from cxr_vit.data.dicom import decode_dicom, is_dicom
+from cxr_vit.data.names import IMAGE_EXTENSIONS, NameIndex, agreement, extension, parts_of
 from cxr_vit.errors import DataError
 from cxr_vit.regular_files import read_bytes
+
+logger = logging.getLogger(__name__)
 
 MAX_MEGAPIXELS = 64
 
 #: Recorded in the cache's index.
 RESIZE_FILTER = "bilinear, antialiased (Pillow)"
-
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 #: The only decoders of Pillow that are tried, whatever the file's name or content.
 _FORMATS = ("PNG", "JPEG")
@@ -181,16 +185,68 @@ class EmptyReader(ImageReader):
         assert out.size == 0, out.shape
 
 
-def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str, str]:
-    """Walk a folder and return the path of each image (of each wanted one) by its file name.
+def find_images(root: Path, wanted: Optional[Iterable[str]] = None) -> Dict[str, str]:
+    """Walk a folder and return the path of each image, or of each wanted one by its text.
 
-    Names are unique in NIH's data, so any nesting works: `images/` of NIH's archives,
-    `images_001/images/` of Kaggle's copy, or one folder of resized images.
+    Any nesting works: `images/` of NIH's archives, `images_001/images/` of Kaggle's copy, or one
+    folder of resized images. A wanted text is a file name or a path with any extension or none; the
+    file is the one whose folders agree with the text's longest, then the one of that very name,
+    then one of another extension. Nothing is read outside `root`, whatever a text is. Without
+    `wanted`, the key is the file name.
 
-    Raises DataError if two folders hold the same name, e.g. a resized copy beside the originals.
+    Raises DataError if two files fit alike, e.g. a resized copy beside the originals, or if one
+    file fits two texts.
     """
+    texts = None if wanted is None else set(wanted)
+    has_folders = texts is not None and re.search(r"[/\\]", "\n".join(texts)) is not None
+    found = {} if has_folders else _find_exactly(root, texts)
+    if texts is not None and len(found) < len(texts):
+        found.update(_find_by_stem(root, texts.difference(found), taken=found))
+    return found
+
+
+def _find_exactly(root: Path, wanted: Optional[Container[str]]) -> Dict[str, str]:
     found: Dict[str, str] = {}
     duplicates = []
+    for folder, names in _walk(root):
+        for name in names:
+            if name in wanted if wanted is not None else extension(name) in IMAGE_EXTENSIONS:
+                path = os.path.join(folder, name)
+                if found.setdefault(name, path) != path:
+                    duplicates.append(f"{found[name]} and {path}")
+    _refuse_twice(root, duplicates)
+    return found
+
+
+def _find_by_stem(
+    root: Path, wanted: Iterable[str], *, taken: Container[str] = ()
+) -> Dict[str, str]:
+    """Find texts by the ends of paths; files of the names `taken` are of other images."""
+    index = NameIndex(wanted)
+    found: Dict[str, str] = {}
+    scores: Dict[str, int] = {}
+    twice: Dict[str, str] = {}
+    for folder, names in _walk(root):
+        folders = parts_of(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve follows links)
+        beginnings = index.beginnings(folders)
+        for name in names:
+            for text in index.find(beginnings, name):
+                score = 0 if name in taken else _score(text, folders, name)
+                best = scores.get(text, 0)
+                if score > best:
+                    found[text], scores[text] = os.path.join(folder, name), score
+                    twice.pop(text, None)
+                elif score == best > 0:
+                    twice.setdefault(text, os.path.join(folder, name))
+    _refuse_twice(root, [f"{found[text]} and {path}" for text, path in twice.items()])
+    if len(set(found.values())) < len(found):
+        _drop_shared(found, scores)
+    _log_differences(found, scores)
+    return found
+
+
+def _walk(root: Path) -> Iterator[Tuple[str, List[str]]]:
+    """Yield each folder and its file names, following links to folders."""
     seen: Set[object] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = Path(folder).stat()
@@ -200,17 +256,70 @@ def find_images(root: Path, wanted: Optional[Container[str]] = None) -> Dict[str
             continue
         seen.add(identity)
         folders.sort()
-        for name in names:
-            if name.lower().endswith(_SUFFIXES) and (wanted is None or name in wanted):
-                path = os.path.join(folder, name)
-                if found.setdefault(name, path) != path:
-                    duplicates.append(f"{found[name]} and {path}")
-    if duplicates:
+        yield folder, names
+
+
+def _refuse_twice(root: Path, pairs: Sequence[str]) -> None:
+    if pairs:
         raise DataError(
-            f"{len(duplicates)} images are under {root} twice, e.g. {duplicates[0]}. Set"
-            " data.images to the folder that should be read."
+            f"{len(pairs)} images are under {root} twice, e.g. {pairs[0]}. Set data.images to the"
+            " folder that should be read, or keep one file of each image."
         )
-    return found
+
+
+#: Parts of a score: the file has the text's name, or its name but for the extension.
+_EXACT, _OTHER_EXTENSION, _FOLDER = 2, 1, 3
+
+
+def _score(text: str, folders: Sequence[str], name: str) -> int:
+    """Return how well a file of the same stem fits a text; 0 if it is no image."""
+    if text == name:
+        return _EXACT
+    parts = parts_of(text)
+    if parts[-1:] == [name]:
+        score = _EXACT
+    elif extension(name) in IMAGE_EXTENSIONS:
+        score = _OTHER_EXTENSION
+    else:
+        return 0
+    return score + _FOLDER * agreement(parts[:-1], folders)
+
+
+def _drop_shared(found: Dict[str, str], scores: Mapping[str, int]) -> None:
+    """Leave each file to the text that it fits best; the others have no file.
+
+    Raises DataError if it fits two texts alike.
+    """
+    owners: Dict[str, str] = {}
+    shared: Dict[str, str] = {}
+    for text, path in list(found.items()):
+        other = owners.setdefault(path, text)
+        if other == text:
+            continue
+        if scores[text] > scores[other]:
+            owners[path] = text
+            shared.pop(path, None)
+        elif scores[text] == scores[other]:
+            shared[path] = text
+        del found[other if owners[path] == text else text]
+    if shared:
+        path, text = next(iter(shared.items()))
+        raise DataError(
+            f"{len(shared)} files are of two images each, e.g. {path} of {owners[path]!r} and of"
+            f" {text!r}. Give each image a file, or leave out one of the rows."
+        )
+
+
+def _log_differences(found: Mapping[str, str], scores: Mapping[str, int]) -> None:
+    """Log how many files differ from their texts in the extension, or in all folders."""
+    other = [text for text in found if scores[text] % _FOLDER == _OTHER_EXTENSION]
+    if other:
+        text = "%d images have another extension than their names, e.g. %s for %r"
+        logger.info(text, len(other), found[other[0]], other[0])
+    moved = [text for text in found if scores[text] < _FOLDER and len(parts_of(text)) > 1]
+    if moved:
+        text = "%d images are in other folders than their paths, found by name, e.g. %s for %r"
+        logger.info(text, len(moved), found[moved[0]], moved[0])
 
 
 def read_gray(

@@ -123,7 +123,7 @@ def _read_images(raw: pd.DataFrame, csv: Path) -> pd.DataFrame:
     known = {**_REQUIRED, **_OPTIONAL}
     table = raw[[column for column in raw.columns if column in known]].rename(columns=known)
     table = table.loc[:, ~table.columns.duplicated()].reindex(columns=_COLUMNS, fill_value="")
-    names = table["image"]
+    names = table["image"] = table["image"].str.strip()
     invalid = names.str.contains(_NO_FILE_NAME, regex=True).to_numpy(dtype=bool)
     hint = "It must be a file name; images are found by name in any folder."
     refuse_rows(csv, invalid, names, "an 'Image Index' that is a path or empty", hint)

@@ -1,4 +1,4 @@
-"""Split the images into train, val and test: by NIH's lists, by patient, or at random.
+"""Split the images into train, val and test: by the table, by lists, by patient, or at random.
 
 A random split by image puts the same patient on both sides: on the real CSV, more than 80 % of the
 validation images of a 5 % split share a patient with training, and a network recognizes patients.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
+import pandas as pd
 
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.names import NameIndex, parts_of, stem
 from cxr_vit.data.records import Records
 from cxr_vit.data.text_files import LIST_NAMES, find_lists, read_list
 from cxr_vit.errors import DataError
@@ -29,13 +31,14 @@ class Splits(NamedTuple):
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
-    kind: str  # "official", "patient" or "random"
+    kind: str  # "table", "official", "patient", "random" or "all"
     source: str = ""  # files or seed, for messages
 
     def keep(self, usable: np.ndarray) -> Splits:
         """Return the splits of the usable records (bool ``[records]``), renumbered.
 
-        No image moves to another split. Raises DataError if nothing is left for train or val.
+        No image moves to another split. Raises DataError if nothing is left for train or val, or
+        for the test split of all images.
         """
         new_rows = np.cumsum(usable) - 1
         train, val, test = (new_rows[rows[usable[rows]]] for rows in self[:3])
@@ -51,19 +54,68 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     val is empty, or if two splits share a patient (`random` only warns).
     """
     given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
-    kind = data.split
-    if kind == "auto":
-        found = find_lists(root, data)
-        kind = "official" if given or {"train_list", "test_list"} <= set(found) else "patient"
+    kind = data.split if data.split != "auto" else _automatic(records, root, data, bool(given))
+    if given and kind != "official":
+        logger.warning("data.split=%s ignores %s", kind, ", ".join(given))
     if kind == "official":
         splits = _official(records, root, data)
+    elif kind == "table":
+        splits = _by_table(records, data)
+    elif kind == "all":
+        none = np.empty(0, dtype=np.int64)
+        return Splits(none, none, np.arange(len(records)), "all")
     else:
-        if given:
-            logger.warning("data.split=%s ignores %s", kind, ", ".join(given))
         splits = (_by_patient if kind == "patient" else _at_random)(records, data)
+    splits = _with_fraction(records, splits, data)
     _check_sizes(splits, len(records))
     _check_leak(records, splits)
     return splits
+
+
+def _automatic(records: Records, root: Path, data: DataSection, has_lists: bool) -> str:
+    """Choose given lists, else the table's splits, else lists in the root, else patient."""
+    found = find_lists(root, data)
+    if records.given_split is not None and not has_lists:
+        return "table"
+    return "official" if has_lists or {"train_list", "test_list"} <= set(found) else "patient"
+
+
+def _by_table(records: Records, data: DataSection) -> Splits:
+    """Take the table's splits; without validation images, draw val from the training images."""
+    given = records.given_split
+    if given is None:
+        raise DataError(
+            "data.split=table needs a table with splits: set data.columns.split, give data.csv as"
+            " files by split (train, val, test), or set data.split=patient."
+        )
+    left_out = int((given == "").sum())
+    if left_out:
+        logger.warning("%d images are in no split of the table and left out", left_out)
+    train, val, test = (np.flatnonzero(given == name) for name in SPLIT_NAMES)
+    source = "validation of the table"
+    if not len(val):
+        val, train = _draw_patients(records, train, data.val_fraction, data.split_seed)
+        source = f"validation drawn by patient with seed {data.split_seed}"
+    return Splits(train, val, test, "table", source)
+
+
+def _with_fraction(records: Records, splits: Splits, data: DataSection) -> Splits:
+    """Keep `data.train_fraction` of the training images, by patient.
+
+    Patients are drawn in one order, so that a smaller fraction is part of a larger one.
+    """
+    fraction, total = data.train_fraction, len(splits.train)
+    if fraction == 1 or not total:
+        return splits
+    # Seeds of their own: test images are drawn with the first, validation images with the second.
+    train, _ = _draw_patients(records, splits.train, fraction, data.split_seed + 2)
+    if not len(train):
+        raise DataError(
+            f"data.train_fraction={fraction:g} of {total} training images leaves none. Set"
+            f" data.train_fraction={1 / total:.2g} or more."
+        )
+    part = f"{len(train)} of {total} training images (train_fraction {fraction:g})"
+    return splits._replace(train=train, source=", ".join(filter(None, (splits.source, part))))
 
 
 def _official(records: Records, root: Path, data: DataSection) -> Splits:
@@ -75,7 +127,8 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
             " from NIH, set data.train_list and data.test_list to such files, or set"
             " data.split=patient."
         )
-    listed = {key: _listed_images(records, path) for key, path in lists.items()}
+    index = NameIndex(records.table["image"])
+    listed = {key: _listed_images(records, index, path) for key, path in lists.items()}
     in_train, in_test = listed["train_list"], listed["test_list"]
     for key in ("train_list", "val_list"):
         if key in lists:
@@ -95,11 +148,22 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
     return Splits(train, val, np.flatnonzero(in_test), "official", source)
 
 
-def _listed_images(records: Records, path: Path) -> np.ndarray:
-    """Return which images the list names, bool ``[len(records)]``."""
+def _listed_images(records: Records, index: NameIndex, path: Path) -> np.ndarray:
+    """Return which images the list names, bool ``[len(records)]``.
+
+    The list may have paths, names or names without extension; see `NameIndex`.
+    """
     names, images = read_list(path), records.table["image"]
-    listed: np.ndarray = images.isin(names).to_numpy(dtype=bool)
-    absent = names.difference(images)
+    found: Set[str] = set()
+    absent = []
+    for name in names:
+        texts = index.matching(name)
+        found.update(texts)
+        if not texts:
+            absent.append(name)
+    listed: np.ndarray = images.isin(found).to_numpy(dtype=bool)
+    if index.depth > 1:
+        _check_depth(images, index, path, absent)
     if not listed.any():
         raise DataError(
             f"{path}: names none of the {len(images)} images: it has"
@@ -110,6 +174,19 @@ def _listed_images(records: Records, path: Path) -> np.ndarray:
         text = "%s: the CSV lacks %d of %d listed images, first: %s"
         logger.warning(text, path, len(absent), len(names), min(absent))
     return listed
+
+
+def _check_depth(images: pd.Series, index: NameIndex, path: Path, absent: Sequence[str]) -> None:
+    """Raise DataError if the list has names where only paths tell the images apart."""
+    short = {text: parts_of(text) for text in absent}
+    short = {text: parts for text, parts in short.items() if len(parts) < index.depth}
+    ends = {stem(parts_of(text)[-1]) for text in images} if short else set()
+    for text, parts in sorted(short.items()):
+        if stem(parts[-1]) in ends:
+            raise DataError(
+                f"{path}: {text!r} does not tell which image it is: the table has names that differ"
+                f" in their folders only. List the paths, as {images.iloc[0]!r}."
+            )
 
 
 def _check_disjoint(records: Records, in_both: np.ndarray, one: Path, other: Path) -> None:
@@ -134,11 +211,12 @@ def _draw_patients(
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Draw whole patients until they own `fraction` of the rows; return (drawn, left)."""
     patients = records.table["patient"].to_numpy()[rows]
-    order, sizes = np.unique(patients, return_counts=True)
+    order, numbers, sizes = np.unique(patients, return_inverse=True, return_counts=True)
     shuffled = np.random.default_rng(seed).permutation(len(order))
     images_before = np.cumsum(sizes[shuffled]) - sizes[shuffled]
-    drawn_patients = order[shuffled[images_before < round(fraction * len(rows))]]
-    drawn = np.isin(patients, drawn_patients)
+    is_drawn = np.zeros(len(order), dtype=bool)
+    is_drawn[shuffled[images_before < round(fraction * len(rows))]] = True
+    drawn = is_drawn[numbers]
     return rows[drawn], rows[~drawn]
 
 
@@ -152,7 +230,7 @@ def _at_random(records: Records, data: DataSection) -> Splits:
 
 
 def _check_sizes(splits: Splits, total: int) -> None:
-    for name in ("train", "val"):
+    for name in ("test",) if splits.kind == "all" else ("train", "val"):
         if len(getattr(splits, name)) == 0:
             raise DataError(
                 f"the {splits.kind} split of {total} images leaves none for {name}:"
@@ -169,7 +247,8 @@ def _check_leak(records: Records, splits: Splits) -> None:
             continue
         text = f"{shared} of {len(rows)} {name} images share a patient with {other}"
         if splits.kind != "random":
-            advice = "Fix the list files or set data.split=patient."
+            what = "splits of the table" if splits.kind == "table" else "list files"
+            advice = f"Fix the {what} or set data.split=patient."
             raise DataError(f"{text}: scores would be too high. {advice}")
         advice = "Use official or patient."
         logger.warning("data.split=random: %s; scores on %s are too high. %s", text, name, advice)
@@ -177,8 +256,8 @@ def _check_leak(records: Records, splits: Splits) -> None:
 
 def num_sharing_patients(records: Records, rows: np.ndarray, others: np.ndarray) -> int:
     """Count the images among `rows` whose patient also has an image among `others`."""
-    patients = records.table["patient"].to_numpy()
-    return int(np.isin(patients[rows], patients[others]).sum())
+    patients = records.table["patient"]  # of text, which np.isin compares pair by pair
+    return int(patients.iloc[rows].isin(patients.iloc[others].unique()).sum())
 
 
 def describe_sizes(splits: Splits) -> str:

@@ -27,6 +27,7 @@ from typing import (
 )
 
 from cxr_vit.config.schema import DataSection
+from cxr_vit.data.names import EXTENSIONS, parts_of
 from cxr_vit.errors import DataError
 from cxr_vit.files import find_file, replacing
 from cxr_vit.regular_files import read_bytes
@@ -76,9 +77,8 @@ LIST_NAMES: Dict[str, Tuple[str, ...]] = {
     "test_list": ("test_list.txt", "test_list_NIH.txt"),
 }
 
-#: The first field of a line, without its folder and quotes: `images_001/00000001_000.png 0 1 0`.
-#: The lookahead keeps the search linear in lines of quotes or spaces.
-_LISTED = re.compile(r'^[ \t"]*(?![ \t"])(?:[^,;\t\n]*[/\\])?([^\s,;"/\\]+)', re.MULTILINE)
+#: A name with an extension before further fields: `images_001/00000001_000.png 0 1 0`.
+_NAMED = re.compile(r".*\.(?:" + "|".join(sorted(EXTENSIONS)) + r")(?=\s|$)", re.IGNORECASE)
 
 #: Text that spreadsheet programs run as a formula, or that such text was made harmless as.
 _FORMULA = re.compile("'*[-=+@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -181,11 +181,22 @@ def _find(root: Path, given: Optional[str], names: Sequence[str], *, key: str) -
 
 
 def read_list(path: Path) -> Set[str]:
-    """Read a list of file names, one per line; raise DataError as `read_text` does.
+    """Read a list of names or paths of images, one per line; raise DataError as `read_text` does.
 
-    A folder before the name and further fields after it are ignored.
+    Further fields of a line are ignored: after a comma, a semicolon or a tab, or after a blank if
+    the name has the extension of an image. Other blanks are part of the name.
     """
-    return set(_LISTED.findall("\n".join(read_text(path).splitlines())))
+    return {name for name in map(_listed, read_text(path).splitlines()) if parts_of(name)}
+
+
+def _listed(line: str) -> str:
+    line = line.strip(" \t")
+    if line.startswith('"'):
+        return line[1:].partition('"')[0].strip()
+    # Each step takes time in proportion to the line: it may be long and hold nothing but marks.
+    field = line.replace(";", ",").replace("\t", ",").partition(",")[0].strip(' "')
+    named = _NAMED.match(field)
+    return named.group() if named else field
 
 
 def read_text(path: Path) -> str:

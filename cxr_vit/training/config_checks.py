@@ -29,9 +29,14 @@ def check_module_config(config: Config, module: ViTModule) -> None:
 def check_data_config(config: Config, data_config: Config, *, trains: bool) -> None:
     """Raise ConfigError if the data would be others than the run's config.yaml says.
 
-    Scoring needs images of the same size and the same labels only.
+    Scoring needs images of the same size and the same labels only. Training needs a split.
     """
     keys = set(_SHAPES)
+    if trains and config.data.split == "all":
+        raise ConfigError(
+            "data.split=all makes every image a test image and leaves none to train. Set another"
+            " data.split, or score the images with evaluate.py."
+        )
     if trains:
         sections = ("data.", "augment.", "run.seed")
         keys = {key for key in config.flat() if key.startswith(sections)} - _NOT_CONTENT

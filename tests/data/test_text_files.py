@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, List, Optional
 
 import pytest
 
@@ -83,22 +83,47 @@ def test_a_line_of_marks_takes_no_quadratic_time(tmp_path: Path, run: str) -> No
     ],
 )
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_read_list_ignores_folders_quotes_and_further_fields(
-    tmp_path: Path, line: str, mark: bytes
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["00000001_000.png", "00000002_001.png", "00000013_000.png"],
+        ["00000003 (001).png", "Dr. Jones 1.dcm", "a.png copy.JPG"],
+    ],
+    ids=["NIH's", "with blanks"],
+)
+def test_read_list_ignores_quotes_and_further_fields(
+    tmp_path: Path, line: str, names: List[str], mark: bytes
 ) -> None:
-    names = ["00000001_000.png", "00000002_001.png", "00000013_000.png"]
     path = tmp_path / "list.txt"
     path.write_bytes(mark + "".join(line.format(name) for name in names).encode())
-    assert read_list(path) == set(names)
+    folder = line.partition("{}")[0].strip('"')
+    assert read_list(path) == {folder + name for name in names}
     path.write_bytes(path.read_bytes().rstrip(b"\r\n"))
-    assert read_list(path) == set(names)
+    assert read_list(path) == {folder + name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("patient 12 left", "patient 12 left"),
+        ("1.2.840.10008\t1", "1.2.840.10008"),
+        ('"a, b; c.png",1', "a, b; c.png"),
+        ("  a.png  ", "a.png"),
+        ("r\u00f6ntgen bild.png 1 0", "r\u00f6ntgen bild.png"),
+    ],
+)
+def test_read_list_keeps_names_without_extension_and_quoted_commas(
+    tmp_path: Path, line: str, name: str
+) -> None:
+    (tmp_path / "list.txt").write_text(f"{line}\n", encoding="utf-8")
+    assert read_list(tmp_path / "list.txt") == {name}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_read_list_accepts_any_line_ends(tmp_path: Path, end: str) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(end.join(["a.png", "images_001/b.png 0 1 0", "c.png", ""]).encode())
-    assert read_list(path) == {"a.png", "b.png", "c.png"}
+    assert read_list(path) == {"a.png", "images_001/b.png", "c.png"}
 
 
 def test_a_complete_root_passes(tmp_path: Path) -> None:
