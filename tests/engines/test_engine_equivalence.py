@@ -2,81 +2,47 @@
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from torch.nn import functional as F
 
-from conftest import engine_of, module_of
-from cxr_vit.config import BatchPlan
+from conftest import SMALL, engine_of, module_of
+from cxr_vit.config import load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.data.sampler import TrainingSampler
 from cxr_vit.model.schedule import LearningRate
-from cxr_vit.model.vit import hub_name
-
-STEPS = 20
-
-
-def host_batches(config, data):
-    batch = BatchPlan.from_section(config.batch)
-    return TrainingSampler(
-        len(data.splits.train),
-        global_batch_size=batch.global_batch_size,
-        device_iterations=batch.device_iterations,
-        seed=config.run.seed,
-        start_step=0,
-        total_steps=STEPS,
-    )
+from plain_loop import (
+    UNKNOWN,
+    Result,
+    assert_same_result,
+    host_batches,
+    masked_loss,
+    plain_loop,
+    write_unknown,
+)
 
 
 def run(config):
-    """Make 20 updates on the engine; return the losses and the final weights."""
+    """Make the updates on the engine; return the losses and the final weights."""
+    result, weights = measure(config)
+    return result.losses, weights
+
+
+def measure(config):
     data = ChestXrayDataModule(config)
     module = module_of(config, data)
-    rate = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
-    losses, step = [], 0
+    rate = LearningRate.from_section(
+        config.schedule, peak=config.optim.lr, total_steps=config.train.steps
+    )
+    losses, norms, step = [], [], 0
     with engine_of(config, module) as engine:
         for batch in engine.loader(
             data.dataset("train"), host_batches(config, data), training=True
         ):
             output = engine.train_step(batch, lr=rate.at(step))
             losses.append(output.losses)
+            norms.append(output.grad_norm)
             step += len(output.losses)
-        return torch.cat(losses), engine.state_dict().weights
-
-
-def plain_loop(config):
-    """Make the same updates with transformers and torch only, and Hugging Face's loss."""
-    data = ChestXrayDataModule(config)
-    start = module_of(config, data).model
-    model = ViTForImageClassification(ViTConfig(**start.config.to_dict()))
-    weights = start.weights()
-    model.load_state_dict({name: weights[hub_name(name)] for name in model.state_dict()})
-    model.train()
-    no_decay = [
-        p for n, p in model.named_parameters() if p.dim() < 2 or "token" in n or "position" in n
-    ]
-    kept = {id(parameter) for parameter in no_decay}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if id(p) not in kept]},
-            {"params": no_decay, "weight_decay": 0.0},
-        ],
-        lr=config.optim.lr,
-        weight_decay=config.optim.weight_decay,
-    )
-    schedule = LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=STEPS)
-    dataset, losses = data.dataset("train"), []
-    for step, rows in enumerate(host_batches(config, data)):
-        samples = [dataset[row] for row in rows]
-        pixels = torch.stack([sample.image for sample in samples]).float() / 255
-        pixels = ((pixels - 0.5) / 0.5).repeat(1, 3, 1, 1)
-        labels = torch.stack([sample.labels for sample in samples])
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at(step)
-        optimizer.zero_grad()
-        loss = model(pixel_values=pixels, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        state = engine.state_dict()
+    gradients = {name: slots["exp_avg"] for name, slots in state.optimizer.items()}
+    return Result(torch.cat(losses), torch.cat(norms), gradients), state.weights
 
 
 BASE = ("schedule.warmup_ratio=0.25", "optim.lr=1e-3", "optim.weight_decay=0.05", "train.steps=20")
@@ -91,7 +57,7 @@ def test_losses_match_a_plain_transformers_loop(make_config, bias):
         "batch.gradient_accumulation=1",
     )
     losses, _ = run(config)
-    expected = plain_loop(config)
+    expected = plain_loop(config, F.binary_cross_entropy_with_logits).losses
     assert torch.allclose(losses, expected, rtol=0, atol=1e-6), (losses - expected).abs().max()
     assert losses[-1] < losses[0]
 
@@ -141,3 +107,40 @@ def test_replicas_of_one_process_equal_more_accumulation(make_config, replicas, 
     batch = [f"batch.replicas={replicas}", f"batch.gradient_accumulation={accumulation}"]
     losses, _ = run(make_config(*BASE, *batch))
     assert torch.equal(losses, expected)
+
+
+# Unknown labels
+
+
+MASKED = (*BASE, *UNKNOWN, "train.steps=4", "optim.max_grad_norm=0.2")
+
+
+@pytest.fixture(scope="module")
+def masked(sample_root, tmp_path_factory):
+    """Overrides, and the result of a loop over the known labels."""
+    table = tmp_path_factory.mktemp("data") / "unknown.csv"
+    write_unknown(sample_root, table)
+    overrides = (*MASKED, f"data.csv={table}")
+    config = load_config([], [*SMALL, f"data.root={sample_root}", *overrides])
+    return overrides, plain_loop(config, masked_loss)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "batch={micro_batch_size: 8, gradient_accumulation: 1}",
+        "batch={micro_batch_size: 1, gradient_accumulation: 8}",
+        "batch={micro_batch_size: 2, gradient_accumulation: 2, replicas: 2}",
+        "pipeline.layers_per_stage=[0, 1, 3]",
+    ],
+)
+def test_unknown_labels_are_left_out_of_losses_and_gradients(make_config, masked, setting):
+    overrides, expected = masked
+    assert_same_result(measure(make_config(*overrides, setting))[0], expected)
+
+
+def test_enough_labels_are_unknown_to_compare(make_config, masked):
+    """Otherwise the test above could not detect a wrong divisor, or gradients that are clipped."""
+    overrides, expected = masked
+    assert 0.3 < (ChestXrayDataModule(make_config(*overrides)).records.labels == -1).mean() < 0.5
+    assert expected.norms.min() > 0.2

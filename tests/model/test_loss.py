@@ -28,3 +28,22 @@ def test_mean_over_micro_batches_is_the_mean_over_the_batch():
     assert float(torch.stack(parts).mean()) == pytest.approx(
         float(multi_label_loss(logits, labels))
     )
+
+
+# Unknown labels
+
+
+def test_unknown_labels_add_nothing_and_leave_the_divisor():
+    logits = torch.tensor([[0.0, 2.0], [-1.0, 0.5]], requires_grad=True)
+    labels = torch.tensor([[1.0, -1.0], [0.0, -1.0]])
+    loss = multi_label_loss(logits, labels, has_unknown=True)
+    loss.backward()
+    assert float(loss) == pytest.approx((math.log(2) + math.log(1 + math.exp(-1.0))) / 4, rel=1e-6)
+    assert logits.grad.tolist() == [[pytest.approx(-0.5 / 4), 0], [pytest.approx(0.26894 / 4), 0]]
+
+
+def test_mask_of_known_labels_changes_no_bit():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(8, 14), (torch.rand(8, 14) < 0.2).float()
+    loss = multi_label_loss(logits, labels, has_unknown=True)
+    assert torch.equal(loss, multi_label_loss(logits, labels))

@@ -12,10 +12,12 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import pytest
 import torch
 
+from cxr_vit.config import load_config
 from cxr_vit.data.synthetic.dataset import write_sample
+from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
 
 from .launch import HAS_PIPELINING, finish, needs_pipelining, start
-from .worker import copies, has_gradient, make, measure, pipeline, score
+from .worker import CONFIG, copies, has_gradient, make, measure, pipeline, score
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,6 +49,8 @@ DEEP = (
     "pipeline.layers_per_stage=[1, 2, 1, 2, 1, 2, 1, 2]",
     "train.steps=4",
 )
+#: Two of five labels are unknown.
+MASKED = (*SMALL, *UNKNOWN, "train.steps=3")
 
 
 class Case(NamedTuple):
@@ -113,6 +117,11 @@ CASES: Dict[str, Case] = {
     "fp16, 2 replicas x 2 stages": Case(
         4, (*FP16, *pipeline("gpipe", "[2, 2]", 2)), FP16, 2.0**20, 2.0**23
     ),
+    "unknown labels, torch, 2 replicas": Case(2, (*MASKED, *copies(2)), MASKED),
+    "unknown labels, 4 stages": Case(4, (*MASKED, *pipeline("1f1b", FOUR)), MASKED),
+    "unknown labels, 2 replicas x 2 stages": Case(
+        4, (*MASKED, *pipeline("interleaved_1f1b", FOUR, 2)), MASKED
+    ),
 }
 
 
@@ -135,6 +144,7 @@ def demo(tmp_path_factory):
     """DEMO on a synthetic data set."""
     root = tmp_path_factory.mktemp("data") / "sample"
     write_sample(root, num_images=236, image_size=64, seed=0)
+    write_unknown(root, root / "unknown.csv")
     return (*DEMO, f"data.root={root}")
 
 
@@ -177,6 +187,12 @@ def results(demo, tmp_path_factory):
         ]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def masked(demo):
+    """The result of a loop over the known labels."""
+    return plain_loop(load_config([CONFIG], [*demo, *MASKED]), masked_loss)
 
 
 @pytest.fixture
@@ -255,6 +271,13 @@ def test_fp16_overflows_in_the_same_updates_as_one_process(both, name):
     assert_near(ours["norms"], theirs["norms"], "the gradient norm", 1e-3)
 
 
+@cases("unknown")
+def test_unknown_labels_are_left_out_of_losses_and_gradients(both, masked, name):
+    for ours in both(name):
+        gradients = {name: slots["exp_avg"] for name, slots in ours["optimizer"].items()}
+        assert_same_result(Result(ours["losses"], ours["norms"], gradients), masked)
+
+
 @cases()
 def test_all_processes_return_the_same(results, name):
     first, *others = results(name)
@@ -274,7 +297,7 @@ def test_processes_send_each_other_no_pickles(results, name):
 def test_scores_match_one_process(results, alone, demo, name):
     ours, case = results(name)[0], CASES[name]
     assert ours["logits"].shape == (59, 14)
-    assert torch.equal(ours["labels"], alone((), 1.0)["labels"])
+    assert torch.equal(ours["labels"], alone(case.alone, case.scale_alone)["labels"])
     expected = score((*demo, *case.alone), ours["weights"])
     assert_near(ours["logits"], expected, "a logit")
     assert ours["logits"].std(dim=0).min() > 1e-3, "scores differ between images"
