@@ -82,3 +82,12 @@ def repeated_name(names: Sequence[str]) -> Optional[str]:
             return f"the labels {seen[name.lower()]!r} and {name!r} differ in case at most"
         seen[name.lower()] = name
     return None
+
+
+#: NIH's label of images without a finding.
+NO_FINDING = "No Finding"
+
+
+def is_no_finding(name: str) -> bool:
+    """Whether a label says that there is no finding; it counts in no mean over findings."""
+    return name.lower().replace("_", " ") == NO_FINDING.lower()

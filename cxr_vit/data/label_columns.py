@@ -11,9 +11,8 @@ from typing import Dict, List, Sequence
 import numpy as np
 import pandas as pd
 
-from cxr_vit.config.columns import LABEL_PATTERN, LONGEST_LABEL, repeated_name
+from cxr_vit.config.columns import LABEL_PATTERN, LONGEST_LABEL, is_no_finding, repeated_name
 from cxr_vit.config.schema import DataSection
-from cxr_vit.data.labels import is_no_finding
 from cxr_vit.data.records import UNKNOWN
 from cxr_vit.data.tables import refuse_rows
 from cxr_vit.errors import DataError, did_you_mean

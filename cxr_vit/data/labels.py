@@ -12,6 +12,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from cxr_vit.config.columns import NO_FINDING
 from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError, did_you_mean
 
@@ -20,7 +21,6 @@ FINDINGS: Tuple[str, ...] = (
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
     "Hernia",
 )  # fmt: skip
-NO_FINDING = "No Finding"
 
 _KNOWN = frozenset((*FINDINGS, NO_FINDING))
 
@@ -47,11 +47,6 @@ def label_names(data: DataSection) -> List[str]:
 def nih_names(*, include_no_finding: bool = False) -> List[str]:
     """Return NIH's 14 findings, or 15 labels with `No Finding`."""
     return [*FINDINGS, NO_FINDING] if include_no_finding else list(FINDINGS)
-
-
-def is_no_finding(name: str) -> bool:
-    """Whether a label says that there is no finding; it counts in no mean over findings."""
-    return name.lower().replace("_", " ") == NO_FINDING.lower()
 
 
 def multi_hot(texts: Sequence[str], *, include_no_finding: bool = False) -> np.ndarray:

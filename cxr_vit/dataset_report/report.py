@@ -11,8 +11,8 @@ from typing import Dict, Iterator, List, Sequence, Tuple
 import numpy as np
 import pandas as pd
 
+from cxr_vit.config.columns import NO_FINDING
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.data.labels import NO_FINDING
 from cxr_vit.data.nih import IMAGE_PIXELS
 from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import SPLIT_NAMES, num_sharing_patients

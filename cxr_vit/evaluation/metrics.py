@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from cxr_vit.data.labels import is_no_finding
+from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import NonFiniteLoss
 
