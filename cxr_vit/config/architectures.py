@@ -107,10 +107,14 @@ def known_depth(name: str) -> Optional[int]:
 
 
 def _local_config(name: str) -> Optional[Dict[str, Any]]:
-    """Read a folder's config.json; {} if it is invalid, which loading the model then reports."""
-    file = Path(name) / "config.json"
-    if name in SIZES or not file.is_file():
+    """Read the config.json of a folder, or beside a file; None if the name is of neither.
+
+    Returns {} if there is none, or if it is invalid, which loading the model then reports.
+    """
+    place = Path(name)
+    if name in SIZES or not place.exists():
         return None
+    file = (place if place.is_dir() else place.parent) / "config.json"
     try:
         return read_json(file, limit=CONFIG_LIMIT)
     except (OSError, ValueError):

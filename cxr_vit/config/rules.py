@@ -91,7 +91,7 @@ def image_size_problem(image_size: int, patch_size: int, patches: str) -> Option
 def _model_problems(config: Config) -> Iterator[Problem]:
     name, depth = config.model.name, known_depth(config.model.name)
     layers, eval_layers = config.pipeline.layers_per_stage, config.pipeline.eval_layers_per_stage
-    if not (name in SIZES or "/" in name or Path(name).is_dir()):
+    if not (name in SIZES or "/" in name or Path(name).exists()):
         yield Problem(
             f"model.name={name!r}",
             "is no known size, no local folder and no hub name (owner/model)."
@@ -99,7 +99,7 @@ def _model_problems(config: Config) -> Iterator[Problem]:
             f"Sizes: {', '.join(SIZES)}.",
         )
     revision = config.model.revision
-    if revision is not None and (name in SIZES or Path(name).is_dir()):
+    if revision is not None and (name in SIZES or Path(name).exists()):
         yield Problem(
             f"model.revision={revision}",
             f"is for a hub name; model.name={name} is a {'size' if name in SIZES else 'folder'}.",

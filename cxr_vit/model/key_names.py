@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-#: Kinds of model, which are also the trunks of their hub names.
-KINDS = ("vit", "deit", "dinov2")
+from cxr_vit.config.architectures import KINDS
 
 _Renames = Tuple[Tuple[str, str], ...]
 #: Parameter names of transformers 5.x -> hub names.
@@ -203,7 +202,7 @@ def config_of(
     mlp = _shape(shapes, first, 2)[0]
     if not (width and patch and patch == projection[3]):
         raise ValueError(f"its patches are no squares: a projection of {list(projection)}.")
-    patches = positions - (2 if kind == "deit" else 1)
+    patches = positions - KINDS[kind].extra_tokens
     rows = columns = round(max(patches, 0) ** 0.5)
     if image_size and len(image_size) == 2:
         given = image_size[0] // patch, image_size[1] // patch

@@ -27,6 +27,7 @@ _DEFAULT = 0.5
 def per_channel(value: PerChannel, num_channels: int) -> List[float]:
     """Return one number per channel; ModelError if `value` has another number of them."""
     values = [value] * num_channels if isinstance(value, (int, float)) else list(value)
+    values = values * num_channels if len(values) == 1 else values
     if len(values) != num_channels:
         raise ModelError(
             f"model.image_mean and model.image_std have {len(values)} numbers; the model takes"
