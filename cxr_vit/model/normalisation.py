@@ -74,7 +74,8 @@ def _log_differences(config: Config, saved: Preprocessor) -> None:
         ("mean", model.image_mean, saved.mean),
         ("std", model.image_std, saved.std),
     ):
-        if given is not None and per_channel(given, len(found)) != list(found):
+        count = max(len(found), len(given) if isinstance(given, (list, tuple)) else 1)
+        if given is not None and per_channel(given, count) != per_channel(found, count):
             counting.append(f"model.image_{key}={_words(given)} and not {_words(found)}")
         elif given is None and set(found) != {_DEFAULT}:
             read.append(f"{key} {_words(found)}")

@@ -68,6 +68,19 @@ def test_local_folder_with_an_invalid_config_is_not_checked(tmp_path, text):
     assert check(config) is config
 
 
+def test_depth_is_that_of_the_config_beside_a_file(tmp_path):
+    folder = tmp_path / "vit-base-patch16"
+    folder.mkdir()
+    file = folder / "weights.safetensors"
+    file.write_bytes(b"")
+    for name in (folder, file):  # not the depth of a vit-base
+        config = read_config([], [*VALID, f"model.name={name}"])
+        assert check(config) is config
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 7}), encoding="utf-8")
+    for name in (folder, file):
+        assert "the model has 7." in only_problem(f"model.name={name}")
+
+
 def test_hub_name_without_a_size_is_not_checked():
     config = read_config([], [*VALID, "model.name=someone/chest-model"])
     assert check(config) is config

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from cxr_vit.config.schema import ModelSection
+from cxr_vit.errors import ModelError
 from cxr_vit.model.key_names import translate
 from cxr_vit.model.source import open_weights, read_config
 from cxr_vit.model.vit import build_vit
@@ -290,6 +291,14 @@ def timm_names(*more: str, without: str = "-") -> List[str]:
 def test_names_of_another_model_are_refused_with_the_first(names: List[str], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         translate(names)
+    assert "\n" not in str(caught.value)
+
+
+def test_timm_folder_of_no_vit_is_refused_in_one_line(tmp_path: Path) -> None:
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 1000, "pretrained_cfg": {}}
+    weights = {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}
+    with pytest.raises(ModelError, match=r"cannot load .*not one ViT: blocks\.0\.attn") as caught:
+        features(write(tmp_path, weights, config))
     assert "\n" not in str(caught.value)
 
 

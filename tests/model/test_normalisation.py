@@ -53,6 +53,14 @@ def test_numbers_of_the_weights_are_used_and_named(make_module, caplog):
     assert "WARNING" not in caplog.text
 
 
+def test_one_number_of_the_weights_is_for_all_channels(make_module, caplog):
+    module = make_module({"do_normalize": False})
+    assert (saved(module)["image_mean"], saved(module)["image_std"]) == ([0.0] * 3, [1.0] * 3)
+    module = make_module({"do_normalize": False}, *GIVEN)
+    assert {key: saved(module)[key] for key in IMAGENET} == IMAGENET
+    assert "model.image_mean=[0.485, 0.456, 0.406] and not 0.0" in caplog.text
+
+
 @pytest.mark.parametrize("preprocessor", [None, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}])
 def test_a_half_is_the_default_and_needs_no_words(make_module, caplog, preprocessor):
     module = make_module(preprocessor)
