@@ -67,7 +67,7 @@ LabelName = Annotated[str, Field(min_length=1, max_length=LONGEST_LABEL, pattern
 Labels = Union[Annotated[List[LabelName], Field(min_length=1, max_length=1000)], LabelName]
 LABELS_WORDS = "a list of names, or a pattern such as finding_* that matches columns"
 
-LabelMap = Dict[LabelName, Union[LabelName, List[LabelName]]]
+LabelMap = Dict[LabelName, Union[LabelName, Annotated[List[LabelName], Field(min_length=1)]]]
 LABEL_MAP_WORDS = "a mapping of a label to a label of the model or to a list of them"
 
 #: What an uncertain (-1) or blank label means.

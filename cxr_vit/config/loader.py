@@ -306,6 +306,9 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
             continue
         known = SECTIONS.get(section, Section)
         invalid = [key for key, owner in known.belongs_to.items() if owner in values]
+        if below.get("format") == "table" and "format" not in values:
+            # Names of files of a layout, in whatever root it is.
+            invalid = [key for key in invalid if key not in ("csv", "join")]
         for pair in known.exclusive:
             if any(values.get(key) is not None for key in pair):
                 invalid += pair

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
 from cxr_vit.config.architectures import SIZES, known_architecture, known_depth
+from cxr_vit.config.columns import repeated_name
 from cxr_vit.config.help import one_line
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.plans import (
@@ -18,8 +19,30 @@ from cxr_vit.config.plans import (
     fill_rest,
     given_accumulation,
 )
-from cxr_vit.config.schema import LARGEST_IMAGE, SMALLEST_IMAGE, Config, PipelineSection
+from cxr_vit.config.schema import (
+    LARGEST_IMAGE,
+    SMALLEST_IMAGE,
+    Config,
+    DataSection,
+    PipelineSection,
+)
 from cxr_vit.errors import ConfigError, Problem, suggestion
+
+_NEEDED = {
+    "csv": "the file of the labels",
+    "columns": "the names of its columns, e.g. {image: path, patient: patient_id}",
+    "labels": "a list of labels, or a pattern that matches their columns",
+}
+#: Keys of the data that only a table has, and only NIH's CSV: what to do instead.
+_TABLE_ONLY = (
+    "join", "columns", "labels", "label_separator", "uncertain", "blank", "repeated_images",
+)  # fmt: skip
+_NIH_ONLY = {
+    "include_no_finding": "List 'No Finding' in data.labels, if the table has it.",
+    "boxes": "Leave it out.",
+    "relabels": "Leave it out; configs/data/google2019.yaml has these labels as a table.",
+    "sample_images": "Leave it out: the sample is in NIH's format.",
+}
 
 
 def check(config: Config) -> Config:
@@ -33,6 +56,7 @@ def check(config: Config) -> Config:
         *_recompute_problems(config.pipeline),
         *_engine_problems(config),
         *_optimizer_problems(config),
+        *_data_problems(config.data),
         *_multiple_problems(config),
     ]
     if config.engine.name == "poptorch" and not problems:  # its rules presuppose the others
@@ -174,6 +198,66 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
             rule,
             advice=f"Leave it out, or set optim.name={name}.",
         )
+
+
+def _data_problems(data: DataSection) -> Iterator[Problem]:
+    """Yield the keys that a table needs, and those that its format ignores."""
+    is_table, default = data.format == "table", type(data).model_fields
+    for key in ("csv", "columns", "labels") if is_table else ():
+        if not getattr(data, key):
+            yield Problem("data.format=table", f"needs data.{key}: {_NEEDED[key]}.")
+    for key in _NIH_ONLY if is_table else _TABLE_ONLY:
+        value = getattr(data, key)
+        if value != default[key].default and not (key in ("boxes", "relabels") and value == "none"):
+            advice = _NIH_ONLY.get(key, "Set data.format=table, or leave it out.")
+            yield Problem(f"data.{key}", f"is not for data.format={data.format}.", advice=advice)
+    yield from _table_problems(data) if is_table else _nih_problems(data)
+
+
+def _nih_problems(data: DataSection) -> Iterator[Problem]:
+    if isinstance(data.csv, dict):
+        yield Problem(
+            "data.csv",
+            "has a file per split, which is not for data.format=nih.",
+            advice="Set data.format=table, or give one file.",
+        )
+    if data.split == "table":
+        yield Problem("data.split=table", "needs data.format=table.", advice="Set data.split.")
+
+
+def _table_problems(data: DataSection) -> Iterator[Problem]:
+    columns, by_split = data.columns, isinstance(data.csv, dict)
+    if columns is None:
+        return
+    if by_split and columns.split is not None:
+        yield Problem(
+            f"data.columns.split={columns.split}",
+            "with a file per split in data.csv: an image would have two splits.",
+            advice="Leave one of them out.",
+        )
+    if data.split == "table" and not by_split and columns.split is None:
+        yield Problem(
+            "data.split=table",
+            "needs data.columns.split, or a file per split in data.csv.",
+            advice="Give one of them, or set data.split=patient.",
+        )
+    for key, needs_list in (("label_separator", True), ("uncertain", False)):
+        value = getattr(data, key)
+        if value != type(data).model_fields[key].default and needs_list == (columns.labels is None):
+            what = "one column of all labels" if needs_list else "a column per label"
+            advice = "Set data.columns.labels" if needs_list else "Leave out data.columns.labels"
+            yield Problem(f"data.{key}={value}", f"is for {what}.", advice=f"{advice}, or this.")
+    if not isinstance(data.labels, list):
+        return
+    repeated = repeated_name(data.labels)
+    if repeated:
+        yield Problem("data.labels:", f"{repeated}.", advice="Rename the column of one.")
+    for label in data.label_map:
+        if label not in data.labels:
+            yield Problem(
+                f"data.label_map: {label!r}",
+                f"is none of data.labels.{suggestion(label, data.labels)}",
+            )
 
 
 def _multiple_problems(config: Config) -> Iterator[Problem]:

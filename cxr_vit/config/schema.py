@@ -132,7 +132,8 @@ class DataSection(Section):
     belongs_to: ClassVar[Dict[str, str]] = {
         **dict.fromkeys(["csv", "join", "images", "boxes", "relabels", "cache_dir"], "root"),
         **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
-        **dict.fromkeys(["columns", "labels", "label_map"], "format"),
+        **dict.fromkeys(["columns", "labels", "label_map", "label_separator"], "format"),
+        **dict.fromkeys(["uncertain", "blank", "repeated_images"], "format"),
     }
 
     root: PathText = option(

@@ -77,6 +77,6 @@ def _file(path: Path, raw: bytes, **options: Any) -> Iterator[Any]:
         raise DataError(f"{path}: {text}") from error
     try:
         yield ParquetFile(pyarrow.BufferReader(raw), **options)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: not a readable Parquet file ({reason}).") from error

@@ -247,7 +247,7 @@ def _one_row_per_image(
         refuse_rows(path, repeated, images, "a repeated image", hint)
     first = np.flatnonzero(~repeated)
     for key in _OF_IMAGE:
-        values = table[key].fillna("").to_numpy()
+        values = pd.factorize(table[key])[0]  # NaN equals NaN
         differs = values != values[first][codes]
         hint = "All rows of an image have the same patient, split, sex, age and view."
         what = f"another {key} than in the image's first row"

@@ -43,9 +43,9 @@ _CONSTANTS = {"perf/compile_s", "val/auroc_defined", "val/num_findings"}
 _HPARAM_METRICS = ("val/auroc_macro", "val/average_precision_macro", "val/loss")
 #: Settings that name places on a machine, not what is trained: no hyperparameters.
 _MACHINE = {
-    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.images", "data.boxes",
-    "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
-    "engine.executable_cache", "engine.profile_dir", "loggers",
+    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.join", "data.images",
+    "data.boxes", "data.relabels", "data.train_list", "data.val_list", "data.test_list",
+    "data.cache_dir", "engine.executable_cache", "engine.profile_dir", "loggers",
 }  # fmt: skip
 #: TensorBoard's Custom Scalars page: group -> chart -> how it is drawn and regexes of its tags.
 _LAYOUT = {

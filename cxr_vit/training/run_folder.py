@@ -64,10 +64,10 @@ _RUN_KEY = "run"
 _RESUME_HINT = "Name a run's folder (--resume runs/<name>), or start a new run without --resume."
 #: Settings that may differ between hosts: paths, names and numbers of processes.
 _HOST_SETTINGS = {
-    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.images", "data.boxes",
-    "data.relabels", "data.train_list", "data.val_list", "data.test_list", "data.cache_dir",
-    "data.cache_workers", "data.num_workers", "data.worker_timeout_s", "model.name",
-    "model.revision",
+    "run.name", "run.root", "run.dir", "data.root", "data.csv", "data.join", "data.images",
+    "data.boxes", "data.relabels", "data.train_list", "data.val_list", "data.test_list",
+    "data.cache_dir", "data.cache_workers", "data.num_workers", "data.worker_timeout_s",
+    "model.name", "model.revision",
 }  # fmt: skip
 _BEGUN = "%s was begun and has no checkpoint: beginning it again"
 #: How the config.yaml of a run begins.

@@ -6,7 +6,7 @@ from typing import List
 
 import pytest
 
-from cxr_vit.config import check, load_config, read_config
+from cxr_vit.config import check, dump_config, load_config, read_config
 from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
@@ -361,3 +361,112 @@ def test_setting_of_another_optimizer(name, setting, rule):
     problem = only_problem(f"optim.name={name}", f"optim.{setting}")
     assert problem.startswith(f"optim.{setting}")
     assert f"with optim.name={name} {rule}" in problem
+
+
+# Tables
+
+COLUMNS = "{image: path, patient: who}"
+TABLE = [
+    "data.format=table", "data.csv=t.csv", f"data.columns={COLUMNS}", "data.labels=[Mass, Nodule]",
+]  # fmt: skip
+
+
+def test_a_table_needs_files_columns_and_labels():
+    messages = broken("data.format=table")
+    assert [message.partition(":")[0] for message in messages] == [
+        f"data.format=table needs data.{key}" for key in ("csv", "columns", "labels")
+    ]
+    config = read_config([], [*VALID, *TABLE])
+    assert check(config) is config
+    assert config.data.has_unknown
+    assert not config.changed(data={"uncertain": "positive", "blank": "negative"}).data.has_unknown
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"data.columns={COLUMNS}", "data.columns is not for data.format=nih. Set data.format=tab"),
+        ("data.labels=[Mass]", "data.labels is not for data.format=nih."),
+        ("data.join=[t.csv]", "data.join is not for data.format=nih."),
+        ("data.blank=negative", "data.blank is not for data.format=nih."),
+        ("data.csv={train: t.csv}", "data.csv has a file per split, which is not for data.format"),
+        ("data.split=table", "data.split=table needs data.format=table."),
+    ],
+)
+def test_keys_of_a_table_need_its_format(override, message):
+    assert only_problem(override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.include_no_finding=true",
+            "data.include_no_finding is not for data.format=table. Li",
+        ),
+        ("data.boxes=b.csv", "data.boxes is not for data.format=table."),
+        ("data.relabels=b.csv", "data.relabels is not for data.format=table. Leave it out; config"),
+        ("data.sample_images=20", "data.sample_images is not for data.format=table."),
+        ("data.split=table", "data.split=table needs data.columns.split, or a file per split"),
+        ("data.label_separator=;", "data.label_separator=; is for one column of all labels."),
+        ("data.labels=[Mass, mass]", "data.labels: the labels 'Mass' and 'mass' differ in case"),
+        ("data.labels=[Mass, Mass]", "data.labels: the labels 'Mass' and 'Mass' differ in case"),
+        (
+            "data.label_map={Mas: Mass}",
+            "data.label_map: 'Mas' is none of data.labels. Did you mean",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_a_table(override, message):
+    assert only_problem(*TABLE, override).startswith(message)
+
+
+def test_a_table_has_one_kind_of_split():
+    columns = "data.columns={image: path, patient: who, split: part}"
+    assert only_problem(*TABLE, columns, "data.csv={train: a, val: b}").startswith(
+        "data.columns.split=part with a file per split in data.csv"
+    )
+    for overrides in ([columns], ["data.csv={train: a, val: b}"]):
+        load_config([], [*VALID, *TABLE, *overrides, "data.split=table", "data.boxes=none"])
+
+
+def test_one_column_of_all_labels_has_no_uncertain_ones():
+    columns = "data.columns={image: path, patient: who, labels: found}"
+    load_config([], [*VALID, *TABLE, columns, "data.label_separator=;", "data.labels='*'"])
+    message = only_problem(*TABLE, columns, "data.uncertain=positive")
+    assert message.startswith("data.uncertain=positive is for a column per label.")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.columns={image: path}",
+            "data.columns={'image': 'path'}: must be a mapping of image",
+        ),
+        ("data.columns={image: a, patient: b, pth: c}", "unknown key 'data.columns.pth'."),
+        (
+            "data.columns={image: a, patient: {column: b, pattern: '('}}",
+            "must be a mapping of image, patient (both needed)",
+        ),
+        ("data.csv={training: a}", "must be a path, or train, val, test: a path each"),
+        ("data.labels=[]", "must be a list of names, or a pattern such as finding_*"),
+        ("data.labels=[' Mass']", "must be a list of names, or a pattern such as finding_*"),
+        ("data.label_map={Mass: []}", "must be a mapping of a label to a label of the model"),
+        ("data.blank=0", "must be one of negative, positive, unknown"),
+    ],
+)
+def test_a_wrong_description_of_a_table_is_refused(override, message):
+    assert message in only_problem(*TABLE, override)
+
+
+def test_files_of_a_table_stay_with_another_root(tmp_path):
+    """The names of a layout's files are relative to the root; those of NIH's belong to one root."""
+    config = load_config([], [*VALID, *TABLE, "data.join=[u.csv]", "data.root=a"])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(config))
+    assert load_config(saved) == config
+    moved = load_config(saved, ["data.root=b"]).data
+    assert (moved.csv, moved.join, moved.columns) == ("t.csv", ["u.csv"], config.data.columns)
+    back = load_config(saved, ["data.format=nih", "data.root=b"]).data
+    assert (back.csv, back.join, back.columns, back.labels) == (None, [], None, None)
