@@ -140,8 +140,10 @@ def test_wheel_has_every_module_and_nothing_else(built):
 @pytest.mark.slow
 def test_wheel_has_the_files_that_are_no_modules(built):
     data = {name for name in built.wheel if not name.endswith(".py") and ".dist-info/" not in name}
-    configs = {f"cxr_vit/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    assert len(configs) > 5
+    folder = ROOT / "configs"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
+    configs = {f"cxr_vit/configs/{name}" for name in names}
+    assert {"vit_demo.yaml", "data/chexpert.yaml"} <= names
     assert data == {"cxr_vit/py.typed", "cxr_vit/dataset_report/page.html", *configs}
 
 
@@ -209,7 +211,8 @@ def test_installed_command_prints_the_version(outside):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_demo", "vit_demo.yaml", "configs/vit_demo.yaml"])
 def test_installed_command_finds_a_packaged_configuration(outside, name):
-    assert "name: vit_demo" in outside("check", "--config", name)
+    printed = outside("check", "--config", name, "configs/data/chexpert.yaml")
+    assert "name: vit_demo" in printed and "Pleural Effusion" in printed
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from cxr_vit.data.image_source import (
     run_here,
     verify,
 )
-from cxr_vit.data.labels import label_names
+from cxr_vit.data.label_names import label_names
 from cxr_vit.data.nih import find_boxes, find_relabels, read_records
 from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
@@ -227,7 +227,7 @@ class ChestXrayDataModule:
         size, source = self.data.image_size, self.content.source
         return (
             f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
-            f" {self.csv}, {describe_splits(self.splits)}\n"
+            f" {', '.join(map(str, self.files))}, {describe_splits(self.splits)}\n"
             f"images at {size} x {size} from {source.origin}"
         )
 

@@ -1,4 +1,4 @@
-"""The labels of a configuration, and the encoding of ChestX-ray14's 14 findings as columns.
+"""The encoding of ChestX-ray14's 14 findings as columns.
 
 The order of the findings is that of Wang et al., CVPR 2017. Every logit, probability, metric and
 checkpoint has its columns in the configuration's order. Other repositories use other orders, and
@@ -13,7 +13,6 @@ from typing import Callable, Dict, List, Sequence, Tuple
 import numpy as np
 
 from cxr_vit.config.columns import NO_FINDING
-from cxr_vit.config.schema import DataSection
 from cxr_vit.errors import DataError, did_you_mean
 
 FINDINGS: Tuple[str, ...] = (
@@ -25,23 +24,6 @@ FINDINGS: Tuple[str, ...] = (
 _KNOWN = frozenset((*FINDINGS, NO_FINDING))
 
 logger = logging.getLogger(__name__)
-
-
-def label_names(data: DataSection) -> List[str]:
-    """Return the names of the label columns, in order.
-
-    A pattern in `data.labels` needs the header of the table. Graphcore's tutorial has `No Finding`
-    as a 15th class; `data.include_no_finding` appends it to NIH's.
-
-    Raises DataError if the table is not there or has no column of the pattern.
-    """
-    if data.format == "nih":
-        return nih_names(include_no_finding=data.include_no_finding)
-    if isinstance(data.labels, list):
-        return list(data.labels)
-    from cxr_vit.data.table import labels_matching
-
-    return labels_matching(data)
 
 
 def nih_names(*, include_no_finding: bool = False) -> List[str]:

@@ -104,9 +104,6 @@ def read_table_records(data: DataSection) -> Tuple[List[Path], Records]:
     given = table.pop("split").to_numpy(dtype=object)
     assert data.columns is not None
     has_split = data.columns.split is not None or "" not in tables
-    if has_split and (given == "").any():
-        text = "%s: %d of %d images are in no split"
-        logger.warning(text, paths[0], (given == "").sum(), len(given))
     records = Records(table, labels, variant="table", given_split=given if has_split else None)
     return [*paths, *joined], records
 

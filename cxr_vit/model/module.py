@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cxr_vit.checkpoint_files import STATE, WEIGHTS, checkpoint_of, config_of, verify_checkpoint
 from cxr_vit.config import Config, StagePlan, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
-from cxr_vit.data.labels import label_names
+from cxr_vit.data.label_names import label_names
 from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
 from cxr_vit.model.loss import multi_label_loss
@@ -97,7 +97,6 @@ class ViTModule(nn.Module):
             verify_checkpoint(Path(config.model.name), needs_optimizer=False)
         self.config = config
         self.data = data
-        self.names: List[str] = label_names(config.data)
         self.for_ipu = False
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         layers = config.pipeline.layers_per_stage
@@ -108,10 +107,14 @@ class ViTModule(nn.Module):
             may_resize=checkpoint is None,
         )
         self.normalisation = Normalisation.from_config(config)
+        # A checkpoint knows which labels a pattern matched: scoring it needs no table of its own.
+        is_known = checkpoint is not None and isinstance(config.data.labels, str)
+        self.names: List[str] = (labels if is_known else None) or label_names(config.data)
         if checkpoint is not None and labels != self.names:
             raise ModelError(
                 f"{checkpoint} has the labels {labels}; this configuration has {self.names}. Use"
-                " the configuration the checkpoint was trained with (data.include_no_finding)."
+                " the configuration the checkpoint was trained with (data.labels,"
+                " data.include_no_finding)."
             )
 
     @classmethod

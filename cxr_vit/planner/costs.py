@@ -12,7 +12,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 from cxr_vit.config import BatchPlan, Config
 from cxr_vit.config.architectures import KINDS, Kind, known_architecture
 from cxr_vit.config.ipu_rules import eval_layers, eval_proportion
-from cxr_vit.data.labels import label_names
+from cxr_vit.data.label_names import label_names
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.hardware import ESTIMATES, MEMORY_UNCERTAINTY, Ipu, Target
 
