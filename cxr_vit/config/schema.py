@@ -187,7 +187,7 @@ class DataSection(Section):
         None, "BBox_List_2017.csv, if not in the root; none: boxes are not read"
     )
     relabels: Optional[PathText] = option(
-        None, "Google's 2019 labels by radiologists, if not in the root"
+        None, "Google's 2019 labels by radiologists, if not in the root; none: they are not read"
     )
     split: Literal["auto", "table", "official", "patient", "random", "all"] = option(
         "auto",

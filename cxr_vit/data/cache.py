@@ -11,13 +11,26 @@ import zlib
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Annotated
 
-from cxr_vit.data.images import RESIZE_FILTER, ImageReader, gray_or_reason
+from cxr_vit.config.schema import DataSection
+from cxr_vit.data.images import ImageReader, gray_or_reason
 from cxr_vit.errors import DataError
 from cxr_vit.files import write_text
 
@@ -53,8 +66,20 @@ class CacheSettings:
 
     image_size: _Positive
     max_megapixels: _Positive
-    resize: Reason = RESIZE_FILTER
+    resize: Reason = "bilinear, antialiased (Pillow)"
     format: int = _FORMAT
+
+    @classmethod
+    def of(cls, data: DataSection) -> CacheSettings:
+        """Return what the configuration needs."""
+        resize = f"{data.resample}, antialiased (Pillow)"
+        return cls(data.image_size, data.max_megapixels, resize)
+
+    def decode(self, path: str) -> Union[np.ndarray, str]:
+        """Read an image as these settings say, uint8 ``[H, W]``, or return why it is unusable."""
+        resample = self.resize.partition(",")[0]
+        limit = self.max_megapixels
+        return gray_or_reason(path, self.image_size, max_megapixels=limit, resample=resample)
 
 
 @dataclass(frozen=True)
@@ -313,9 +338,7 @@ def refusal(
         return f"{len(changed)} images were changed since, first: {changed[0]}"
     # An image that is fetched again has the size of the damaged one.
     for name in [name for name in index.unusable if name in paths][:_RETRIES]:
-        limit = settings.max_megapixels
-        image = gray_or_reason(paths[name], settings.image_size, max_megapixels=limit)
-        if not isinstance(image, str):
+        if not isinstance(settings.decode(paths[name]), str):
             return f"images that were unusable are usable now, first: {name}"
     return None
 
@@ -330,6 +353,20 @@ def file_sizes(paths: Mapping[str, str], names: Iterable[str]) -> List[int]:
             return -1
 
     return [size(paths[name]) for name in names]
+
+
+def plain_crc32(size: int) -> FrozenSet[int]:
+    """Return the checksums of the 256 images whose pixels are all equal, `size` pixels square.
+
+    A checksum is linear: that of a pixel value follows from its bits.
+    """
+    black, *bits = [
+        zlib.crc32(bytes([value]) * size**2) for value in (0, *(2**b for b in range(8)))
+    ]
+    checksums = {black}
+    for crc in bits:
+        checksums |= {other ^ black ^ crc for other in checksums}
+    return frozenset(checksums)
 
 
 def library_versions() -> Dict[str, str]:

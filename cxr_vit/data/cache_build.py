@@ -49,8 +49,8 @@ from cxr_vit.data.cache import (
     Reason,
     file_sizes,
     library_versions,
+    plain_crc32,
 )
-from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.spawn import without_main_module
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
@@ -253,7 +253,7 @@ def decode_chunk(chunk: Chunk, *, settings: CacheSettings, pixels: Optional[Path
     images = np.zeros((len(chunk.paths), size, size), dtype=np.uint8)
     decoded = DecodedChunk(chunk.first_row, [], [])
     for position, path in enumerate(chunk.paths):
-        image = gray_or_reason(path, size, max_megapixels=settings.max_megapixels)
+        image = settings.decode(path)
         if isinstance(image, str):
             crc, reason = None, re.sub(r"[\x00-\x1f\x7f]+", " ", image)[:1000]
         else:
@@ -274,12 +274,19 @@ def decode_chunk(chunk: Chunk, *, settings: CacheSettings, pixels: Optional[Path
 
 def check_images(
     paths: Mapping[str, str], settings: CacheSettings, *, workers: Optional[int]
-) -> Dict[str, str]:
-    """Decode images without storing them; return the reason for each unusable one by file name."""
+) -> Tuple[Dict[str, str], List[str]]:
+    """Decode images without storing them.
+
+    Returns the reason for each unusable one by name, and the names of those that have the checksum
+    of an image of one gray value.
+    """
     names = sorted(paths)
     decode = partial(decode_chunk, settings=settings, pixels=None)
     chunks = _in_chunks(paths, names)
-    return _unusable(names, sorted(in_parallel("checking images", decode, chunks, workers=workers)))
+    in_order = sorted(in_parallel("checking images", decode, chunks, workers=workers))
+    crc32 = (crc for decoded in in_order for crc in decoded.crc32)
+    plain = plain_crc32(settings.image_size)
+    return _unusable(names, in_order), [name for name, crc in zip(names, crc32) if crc in plain]
 
 
 def _unusable(names: List[str], in_order: List[DecodedChunk]) -> Dict[str, str]:

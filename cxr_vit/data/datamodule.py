@@ -21,6 +21,7 @@ from cxr_vit.data.image_source import (
     cache_paths,
     images_folder,
     open_image_source,
+    plain_images,
     run_here,
     verify,
 )
@@ -123,6 +124,11 @@ class ChestXrayDataModule:
     def skipped(self) -> pd.DataFrame:
         """Images left out, columns `image` and `reason`."""
         return self.content.skipped
+
+    def plain_images(self) -> List[str]:
+        """Return the images whose pixels are all equal, in the order of the records."""
+        plain = set(plain_images(self.content.source))
+        return [name for name in self.records.table["image"] if name in plain]
 
     def dataset(self, split: str, *, augmented: bool = False) -> ChestXrayDataset:
         """Return the images of ``"train"``, ``"val"`` or ``"test"``.
@@ -255,6 +261,7 @@ def read_listed(data: DataSection) -> Tuple[List[Path], Records]:
         include_no_finding=data.include_no_finding,
         boxes=find_boxes(root, data.boxes),
         relabels=find_relabels(root, data.relabels),
+        optional=[key for key in ("boxes", "relabels") if getattr(data, key) is None],
     )
     return [csv], records
 

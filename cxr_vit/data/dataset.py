@@ -153,6 +153,7 @@ def dataset_of_files(
     num_classes: int,
     image_size: int,
     max_megapixels: int = MAX_MEGAPIXELS,
+    resample: str = "bilinear",
 ) -> ChestXrayDataset:
     """Return the images of some files, in this order, with labels of zero.
 
@@ -166,7 +167,9 @@ def dataset_of_files(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"no such image: {missing[0]}{more}. Correct the path.")
     files = {name: name for name in names}
-    reader = FileReader(files, names, image_size=image_size, max_megapixels=max_megapixels)
+    reader = FileReader(
+        files, names, image_size=image_size, max_megapixels=max_megapixels, resample=resample
+    )
     table = pd.DataFrame({"image": names})
     return ChestXrayDataset(Records(table, np.zeros((len(names), num_classes), np.uint8)), reader)
 

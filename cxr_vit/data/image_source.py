@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
+
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.cache import (
     CacheIndex,
@@ -14,6 +16,7 @@ from cxr_vit.data.cache import (
     CacheSettings,
     library_versions,
     open_images,
+    plain_crc32,
     refusal,
 )
 from cxr_vit.data.cache_build import build_cache, check_cache, check_images, locked
@@ -35,11 +38,36 @@ class ImageSource(NamedTuple):
     missing: List[str]  # file names without a file
     bad: Dict[str, str]  # file name -> reason
     origin: str  # where the pixels come from, for messages
+    plain: List[str]  # images whose checksum says that all pixels are equal; see `plain_images`
 
 
 def run_here(name: str, function: Callable[[], Any]) -> Any:
     """Call the function in this process: the `RunOnce` of a single process."""
     return function()
+
+
+def plain_images(source: ImageSource) -> List[str]:
+    """Return the images whose pixels are all equal: black ones, for example.
+
+    Only the images with the checksum of such an image are read, one by one.
+    """
+    size = source.reader.image_size
+    pixels = np.empty((1, size, size), dtype=np.uint8)
+    found = []
+    for name in source.plain:
+        source.reader.select([name]).read(np.zeros(1, dtype=np.int64), pixels)
+        if pixels.min() == pixels.max():
+            found.append(name)
+    return found
+
+
+def _warn_of_plain(source: ImageSource) -> None:
+    found = plain_images(source)
+    if found:
+        text = (
+            "%d images are of one gray value, as black ones are, first: %s; data-report lists them"
+        )
+        logger.warning(text, len(found), found[0])
 
 
 def images_folder(data: DataSection) -> Path:
@@ -71,7 +99,7 @@ def open_image_source(
         return _from_files(data, names, paths, run_here)
     if data.cache == "off" and not renew:
         return _from_files(data, names, paths, once)
-    settings = _settings(data)
+    settings, is_new = CacheSettings.of(data), False
     index, reason = _load_fitting(where, settings, paths)
     if not renew:
         _refuse(where, reason)
@@ -87,9 +115,13 @@ def open_image_source(
                 _keep_images_without_files(where, images_folder(data))
             if index is None:
                 index = build_cache(where, settings, paths, workers=data.cache_workers)
+                is_new = True
             else:  # left by a kill between the last two steps of a build
                 where.journal.unlink(missing_ok=True)
-    return _from_store(where, index, names)
+    source = _from_store(where, index, names)
+    if is_new:
+        _warn_of_plain(source)
+    return source
 
 
 def verify(data: DataSection, names: Sequence[str]) -> Tuple[Dict[str, str], int, int]:
@@ -100,17 +132,13 @@ def verify(data: DataSection, names: Sequence[str]) -> Tuple[Dict[str, str], int
     """
     paths = _find(data, names)
     where = cache_paths(data)
-    index, reason = _load_fitting(where, _settings(data), paths)
+    index, reason = _load_fitting(where, CacheSettings.of(data), paths)
     _refuse(where, reason)
     if index is None:
         raise DataError(_no_cache(where))
     wrong = check_cache(index, where, paths, workers=data.cache_workers)
     compared = sum(name in paths for name in index.images)
     return wrong, compared, len(index.images) - compared
-
-
-def _settings(data: DataSection) -> CacheSettings:
-    return CacheSettings(data.image_size, data.max_megapixels)
 
 
 def _find(data: DataSection, names: Sequence[str]) -> Dict[str, str]:
@@ -176,16 +204,23 @@ def _from_store(where: CachePaths, index: CacheIndex, names: Sequence[str]) -> I
     held = set(index.images)
     missing = [name for name in names if name not in held]
     bad = {name: index.unusable[name] for name in names if name in index.unusable}
-    return ImageSource(open_images(index, where.pixels), missing, bad, str(where.pixels))
+    checksums, needed = plain_crc32(index.settings.image_size), set(names)
+    rows = zip(index.images, index.crc32)
+    plain = [name for name, crc in rows if crc in checksums and name in needed]
+    return ImageSource(open_images(index, where.pixels), missing, bad, str(where.pixels), plain)
 
 
 def _from_files(
     data: DataSection, names: Sequence[str], paths: Mapping[str, str], once: RunOnce
 ) -> ImageSource:
-    check = partial(check_images, paths, _settings(data), workers=data.cache_workers)
-    bad: Dict[str, str] = once("bad images", check)
+    check = partial(check_images, paths, CacheSettings.of(data), workers=data.cache_workers)
+    bad, plain = once("bad images", check)
     usable = [name for name in names if name in paths and name not in bad]
     missing = [name for name in names if name not in paths]
-    limits = {"image_size": data.image_size, "max_megapixels": data.max_megapixels}
-    reader = FileReader(paths, usable, **limits)
-    return ImageSource(reader, missing, bad, "their files, decoded each time")
+    limit, resample = data.max_megapixels, data.resample
+    reader = FileReader(
+        paths, usable, image_size=data.image_size, max_megapixels=limit, resample=resample
+    )
+    source = ImageSource(reader, missing, bad, "their files, decoded each time", plain)
+    _warn_of_plain(source)
+    return source

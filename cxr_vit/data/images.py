@@ -53,8 +53,12 @@ logger = logging.getLogger(__name__)
 
 MAX_MEGAPIXELS = 64
 
-#: Recorded in the cache's index.
-RESIZE_FILTER = "bilinear, antialiased (Pillow)"
+#: Filters that resize images, all antialiased, by their name in the configuration.
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 #: The only decoders of Pillow that are tried, whatever the file's name or content.
 _FORMATS = ("PNG", "JPEG")
@@ -137,9 +141,11 @@ class FileReader(ImageReader):
         *,
         image_size: int,
         max_megapixels: int,
+        resample: str = "bilinear",
     ) -> None:
         super().__init__(image_size)
         self.max_megapixels = max_megapixels
+        self.resample = resample
         self._by_name = paths
         self._paths = [paths[name] for name in names]
 
@@ -148,14 +154,19 @@ class FileReader(ImageReader):
 
     def select(self, names: Sequence[str]) -> FileReader:
         """Return a reader of some of the images."""
-        limits = {"image_size": self.image_size, "max_megapixels": self.max_megapixels}
-        return FileReader(self._by_name, names, **limits)
+        return FileReader(
+            self._by_name,
+            names,
+            image_size=self.image_size,
+            max_megapixels=self.max_megapixels,
+            resample=self.resample,
+        )
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Decode and resize images."""
+        how = {"max_megapixels": self.max_megapixels, "resample": self.resample}
         for image, row in zip(out, rows):
-            path = self._paths[row]
-            image[:] = read_gray(path, self.image_size, max_megapixels=self.max_megapixels)
+            image[:] = read_gray(self._paths[row], self.image_size, **how)
 
     def source(self, row: int) -> str:
         """Return the path of an image."""
@@ -322,10 +333,8 @@ def _log_differences(found: Mapping[str, str], scores: Mapping[str, int]) -> Non
         logger.info(text, len(moved), found[moved[0]], moved[0])
 
 
-def read_gray(
-    path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
-) -> np.ndarray:
-    """Read an image as 8-bit gray, uint8 ``[size, size]``, with an antialiased bilinear filter.
+def read_gray(path: Union[str, Path], size: int, **how: Any) -> np.ndarray:
+    """Read an image as 8-bit gray, uint8 ``[size, size]``; `how` is what `gray_or_reason` takes.
 
     The file is a PNG or JPEG, gray or colour, of 8 or 16 bits, or a DICOM file (see
     `decode_dicom`), whatever its name. An alpha channel must be opaque (some of NIH's images are
@@ -336,22 +345,29 @@ def read_gray(
     Raises DataError if the file is missing, damaged, of another format, too large, animated or
     partly transparent, or a DICOM file and pydicom is not installed.
     """
-    pixels = gray_or_reason(path, size, max_megapixels=max_megapixels)
+    pixels = gray_or_reason(path, size, **how)
     if isinstance(pixels, str):
         raise DataError(f"{path}: {pixels}")
     return pixels
 
 
 def gray_or_reason(
-    path: Union[str, Path], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
+    path: Union[str, Path],
+    size: int,
+    *,
+    max_megapixels: int = MAX_MEGAPIXELS,
+    resample: str = "bilinear",
 ) -> Union[np.ndarray, str]:
-    """Read an image as `read_gray` does, or return the reason why it is unusable."""
+    """Read an image as `read_gray` does, or return the reason why it is unusable.
+
+    `resample` is one of `FILTERS`.
+    """
     try:
         gray = _decode(_read_bytes(path, max_megapixels), max_megapixels)
     except Unusable as reason:  # it may quote the file
         return "".join(letter if letter.isprintable() else "?" for letter in str(reason))
     if gray.size != (size, size):
-        gray = gray.resize((size, size), Image.Resampling.BILINEAR)
+        gray = gray.resize((size, size), FILTERS[resample])
     return np.array(gray, dtype=np.uint8)
 
 

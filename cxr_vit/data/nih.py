@@ -5,11 +5,12 @@ All three are read as text first: copies differ in columns, spelling and formatt
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
+from typing import Container, Iterator, Optional
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,9 @@ IMAGE_PIXELS = 1024
 
 #: NIH's and that of the copy at 224 pixels.
 _BOX_FILES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
+
+#: In place of a path: do not read the file in the root.
+NONE = "none"
 
 _RELABEL_FILES = ("google2019_nih-chest-xray-labels.csv",)
 
@@ -69,13 +73,13 @@ _NO_FILE_NAME = r"[/\\\x00-\x1f]|^[A-Za-z]:|^\.{0,2}$"
 
 
 def find_boxes(root: Path, given: Optional[str] = None) -> Optional[Path]:
-    """Return the file of boxes: the given file, else NIH's in `root`, else None."""
-    return find_file(root, given, _BOX_FILES, key="data.boxes")
+    """Return the file of boxes: the given file, else NIH's in `root`; None if `given` is none."""
+    return None if given == NONE else find_file(root, given, _BOX_FILES, key="data.boxes")
 
 
 def find_relabels(root: Path, given: Optional[str] = None) -> Optional[Path]:
-    """Return Google's labels of 2019: the given file, else the one in `root`, else None."""
-    return find_file(root, given, _RELABEL_FILES, key="data.relabels")
+    """Return Google's labels of 2019, found as the boxes are."""
+    return None if given == NONE else find_file(root, given, _RELABEL_FILES, key="data.relabels")
 
 
 def read_records(
@@ -84,11 +88,13 @@ def read_records(
     include_no_finding: bool,
     boxes: Optional[Path] = None,
     relabels: Optional[Path] = None,
+    optional: Container[str] = (),
 ) -> Records:
     """Read all rows of the CSV, whether or not their images exist.
 
     `csv` is NIH's in its v2020 or older form, or Kaggle's; columns are found by name. Entries of
-    `boxes` and `relabels` for images that the CSV lacks are left out and counted in the log.
+    `boxes` and `relabels` for images that the CSV lacks are left out and counted in the log. Either
+    one that is unreadable is left out with a warning if `optional` contains its parameter's name.
 
     Raises DataError if the file is not such a table, an image name is a path or repeated, a patient
     differs from the one in the file name, or a finding is unknown.
@@ -101,10 +107,23 @@ def read_records(
         raise DataError(f"{csv}: {error}") from error
     records = Records(table, labels, variant=_variant(raw))
     if boxes is not None:
-        records = replace(records, boxes=_boxes_by_row(boxes, table["image"], labels))
+        with _tolerating("boxes", optional):
+            records = replace(records, boxes=_boxes_by_row(boxes, table["image"], labels))
     if relabels is not None:
-        records = replace(records, relabels=_relabels_by_row(relabels, table["image"]))
+        with _tolerating("relabels", optional):
+            records = replace(records, relabels=_relabels_by_row(relabels, table["image"]))
     return records
+
+
+@contextlib.contextmanager
+def _tolerating(key: str, optional: Container[str]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        if key not in optional:
+            raise
+        text = "%s Training does not need it: it is left out, and data.%s=%s does not look for it."
+        logger.warning(text, error, key, NONE)
 
 
 def _variant(raw: pd.DataFrame) -> str:
@@ -192,6 +211,7 @@ def read_boxes(csv: Path) -> pd.DataFrame:
     """
     table = read_table(csv, list(_BOX_COLUMNS), key="data.boxes", example=_BOX_FILES[0])
     boxes = table[list(_BOX_COLUMNS)].rename(columns=_BOX_COLUMNS)
+    boxes["image"] = boxes["image"].str.strip()
     boxes["finding"] = boxes["finding"].replace({"Infiltrate": "Infiltration"})
     unknown = ~boxes["finding"].isin(FINDINGS).to_numpy(dtype=bool)
     near = did_you_mean(str(boxes["finding"].iloc[int(np.argmax(unknown))]), FINDINGS)
@@ -221,7 +241,7 @@ def read_relabels(csv: Path) -> pd.DataFrame:
     """
     columns = ["Image Index", *RELABELS]
     table = read_table(csv, columns, key="data.relabels", example=_RELABEL_FILES[0])
-    images = table["Image Index"]
+    images = table["Image Index"].str.strip()
     repeated = images.duplicated().to_numpy()
     refuse_rows(csv, repeated, images, "a repeated image", "Keep one row per image.")
     answers = pd.DataFrame(index=pd.Index(images, name="image"))

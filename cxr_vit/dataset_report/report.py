@@ -74,6 +74,7 @@ def write_data_report(module: ChestXrayDataModule, out: Path, *, seed: int = 0) 
         _pairs_section(data),
         _patients_section(data),
         _skipped_section(module.skipped),
+        *_plain_section(module.plain_images()),
         *_boxes_section(data),
         *_relabels_section(data),
         _samples_section(data, seed),
@@ -274,6 +275,17 @@ def _skipped_section(skipped: pd.DataFrame) -> Section:
         Table(caption, ["image", "reason"], examples.astype(str).to_numpy().tolist(), 2),
     ]
     return Section("Missing and skipped images", tables, [warning])
+
+
+def _plain_section(images: Sequence[str]) -> List[Section]:
+    if not images:
+        return []
+    warning = (
+        f"Images whose pixels are all equal, as those of a black image: {_count(len(images))}."
+        " They are used as they are; leave their rows out if they show nothing."
+    )
+    table = Table("The first ones", ["image"], [[name] for name in images[:10]], text_columns=1)
+    return [Section("Images of one gray value", [table], [warning])]
 
 
 def _boxes_section(data: _Data) -> List[Section]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
 from datetime import timedelta
@@ -20,6 +21,8 @@ from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.nonfinite import NonFiniteGuard
+
+logger = logging.getLogger(__name__)
 
 #: The metric that decides which checkpoint is best.
 MONITOR = "auroc_macro"
@@ -50,7 +53,7 @@ class EarlyStopping(Callback):
     """Stop after `patience` validations without a better score; None never stops.
 
     `monitor` is a tag of `trainer.callback_metrics`. `mode` is ``"max"`` or ``"min"``, by default
-    ``"min"`` for a loss. An undefined score is no improvement.
+    ``"min"`` for a loss. A validation whose score is undefined does not count.
     """
 
     state_key = "early_stopping"
@@ -70,11 +73,12 @@ class EarlyStopping(Callback):
         self.sign = 1.0 if mode == "max" else -1.0
         self.best: Optional[float] = None
         self.since_best = 0
+        self._has_warned = False
 
     def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
         """Begin again in a new run."""
         if stage == "fit":
-            self.best, self.since_best = None, 0
+            self.best, self.since_best, self._has_warned = None, 0, False
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Count the validations since the best score."""
@@ -84,16 +88,26 @@ class EarlyStopping(Callback):
             known = ", ".join(trainer.validation_outputs.tagged())
             raise ConfigError(f"EarlyStopping: no metric {self.monitor!r}. There are: {known}.")
         score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and (self.best is None or self.sign * (score - self.best) > 0):
+        if score is None or not math.isfinite(score):
+            self._warn_of_undefined()
+            return
+        if self.best is None or self.sign * (score - self.best) > 0:
             self.best, self.since_best = score, 0
             return
         self.since_best += 1
         if self.patience is not None and self.since_best >= self.patience:
-            best = "" if self.best is None else f" than {self.best:.4f}"
             trainer.request_stop(
                 f"early stopping: {self.since_best} validations without a better"
-                f" {self.monitor}{best}"
+                f" {self.monitor} than {self.best:.4f}"
             )
+
+    def _warn_of_undefined(self) -> None:
+        if self._has_warned or self.patience is None:
+            return
+        self._has_warned = True
+        why = ": no label has both positive and negative images in the validation split"
+        text = "%s is undefined%s. Such validations do not count for early stopping"
+        logger.warning(text, self.monitor, why if "auroc" in self.monitor else "")
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the best score, None before the first one, and the count."""

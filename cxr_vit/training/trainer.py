@@ -281,6 +281,7 @@ class Trainer:
             num_classes=len(module.names),
             image_size=self.config.data.image_size,
             max_megapixels=self.config.data.max_megapixels,
+            resample=self.config.data.resample,
         )
         with self._scoring(module, None, "predict", ckpt_path):
             logits, _ = self._predict(dataset)

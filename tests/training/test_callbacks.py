@@ -79,10 +79,21 @@ def test_early_stopping_without_patience_never_stops():
     assert trainer.reasons == []
 
 
-def test_undefined_score_counts_as_no_improvement():
-    stopping, trainer = EarlyStopping(patience=1), FakeTrainer()
-    trainer.validated(scored(None), stopping)
-    assert len(trainer.reasons) == 1
+@pytest.mark.parametrize("undefined", [None, float("nan"), float("inf")])
+def test_validations_of_an_undefined_score_do_not_count(undefined, caplog):
+    stopping, trainer = EarlyStopping(patience=2), FakeTrainer()
+    for _ in range(5):
+        trainer.validated(scored(undefined), stopping)
+    assert (stopping.best, trainer.reasons) == (None, [])
+    for score in (0.8, 0.7, undefined, undefined):
+        trainer.validated(scored(score), stopping)
+    assert (stopping.since_best, trainer.reasons) == (1, [])
+    trainer.validated(scored(0.8), stopping)
+    assert trainer.reasons[0].endswith("without a better val/auroc_macro than 0.8000")
+    assert caplog.messages == [
+        "val/auroc_macro is undefined: no label has both positive and negative images in the"
+        " validation split. Such validations do not count for early stopping"
+    ]
 
 
 def test_early_stopping_continues_after_a_resume():
