@@ -89,7 +89,8 @@ class EarlyStopping(Callback):
             raise ConfigError(f"EarlyStopping: no metric {self.monitor!r}. There are: {known}.")
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or not math.isfinite(score):
-            self._warn_of_undefined()
+            if self.monitor in trainer.callback_metrics:
+                self._warn_of_undefined()
             return
         if self.best is None or self.sign * (score - self.best) > 0:
             self.best, self.since_best = score, 0
@@ -102,12 +103,15 @@ class EarlyStopping(Callback):
             )
 
     def _warn_of_undefined(self) -> None:
-        if self._has_warned or self.patience is None:
+        if self._has_warned:
             return
         self._has_warned = True
-        why = ": no label has both positive and negative images in the validation split"
-        text = "%s is undefined%s. Such validations do not count for early stopping"
-        logger.warning(text, self.monitor, why if "auroc" in self.monitor else "")
+        why = effect = ""
+        if "auroc" in self.monitor:
+            why = ": no label has both positive and negative images in the validation split"
+        if self.patience is not None:
+            effect = ". Such validations do not count for early stopping"
+        logger.warning("%s is undefined%s%s", self.monitor, why, effect)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the best score, None before the first one, and the count."""

@@ -35,6 +35,8 @@ class Saver:
         self.tried_step = 0
         self._tried_validation = 0
         self._error: Optional[str] = None
+        #: What was last said of an undefined score.
+        self._announced = ""
         #: Score and step of the best checkpoint if that could not be written.
         self._unsaved_best: Optional[Tuple[Optional[float], Optional[int]]] = None
 
@@ -73,7 +75,9 @@ class Saver:
             score = None
         if score is None:  # no label of the validation split has both positives and negatives
             effect = "best follows the last one" if self.best_score is None else "best stays"
-            logger.warning("val/%s is undefined at step %d: %s", MONITOR, step, effect)
+            if effect != self._announced:
+                logger.warning("val/%s is undefined at step %d: %s", MONITOR, step, effect)
+            self._announced = effect
         is_best = self.best_score is None or (score is not None and score > self.best_score)
         if is_best:
             self.best_score, self.best_step = score, step
