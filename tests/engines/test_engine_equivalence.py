@@ -42,7 +42,7 @@ def measure(config):
             step += len(output.losses)
         state = engine.state_dict()
     gradients = {name: slots["exp_avg"] for name, slots in state.optimizer.items()}
-    return Result(torch.cat(losses), torch.cat(norms), gradients), state.weights
+    return Result(torch.cat(losses), gradients, torch.cat(norms)), state.weights
 
 
 BASE = ("schedule.warmup_ratio=0.25", "optim.lr=1e-3", "optim.weight_decay=0.05", "train.steps=20")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from .commands import TORCH
+from cxr_vit.config import load_config
+from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
+
+from .commands import ROOT, SMALL, TORCH, compiled, make_engine
+from .test_graphs import example
 
 TWENTY = ("train.steps=20", "train.eval_every_steps=8")
 
@@ -136,3 +141,60 @@ def test_logits_may_be_returned_in_fp16(ipu, commands, torch_run):
         assert ours.dtype == theirs.dtype == torch.float32
         assert ours.half().float().tolist() == ours.tolist(), "rounded on the device"
         assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-3, abs=1e-5)
+
+
+# Unknown labels
+
+
+MASKED = (*UNKNOWN, "train.steps=3", CLIPPED, "batch.gradient_accumulation=8")
+
+
+@pytest.fixture(scope="module")
+def masked(sample_root, tmp_path_factory):
+    """Overrides, and the result of a loop over the known labels."""
+    table = tmp_path_factory.mktemp("data") / "unknown.csv"
+    write_unknown(sample_root, table)
+    overrides = (*MASKED, f"data.csv={table}")
+    every = [*SMALL, f"data.root={sample_root}", *overrides, *TORCH]
+    config = load_config([ROOT / "configs" / "vit_demo_ipu.yaml"], every)
+    return overrides, plain_loop(config, masked_loss)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["pipeline.layers_per_stage=[1, 1, 1, 1]"],
+        ["pipeline.layers_per_stage=[4]", "batch={micro_batch_size: 4, gradient_accumulation: 2}"],
+        ["pipeline.layers_per_stage=[3, 1]", "batch={gradient_accumulation: 4, replicas: 2}"],
+    ],
+)
+def test_unknown_labels_are_left_out_of_losses_and_gradients(ipu, commands, masked, settings):
+    overrides, expected = masked
+    run = commands.train(*overrides, *settings)
+    state = load_file(str(run.checkpoint() / "optimizer.safetensors"))
+    end = "/exp_avg"
+    gradients = {name[: -len(end)]: state[name] for name in state if name.endswith(end)}
+    assert_same_result(Result(torch.tensor(run.losses), gradients), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_poptorch_can_compile_the_mask(front_end, commands, masked, precision):
+    _, inspection = front_end
+    config = commands.config(*masked[0], f"engine.precision={precision}")
+    with make_engine(config) as engine:
+        engine.compile(example(engine))
+        (_, training) = compiled(inspection)
+        assert inspection.unhandled_ops(training) == {}
+        last = [name for name, _, ipu in training.ops[-12:] if ipu == 3]
+        assert any("ge" in name.split(".") for name in last), last
+
+
+def test_graphs_with_the_mask_have_a_cache_of_their_own(ipu, commands, masked):
+    def folder(*overrides):
+        cache = f"engine.executable_cache={commands.folder / 'cache'}"
+        with make_engine(commands.config(*masked[0], *overrides, cache)) as engine:
+            return engine.graphs.cache.path
+
+    known = folder("data.uncertain=negative", "data.blank=negative")
+    nih = folder("data={format: nih, csv: null, columns: null, labels: null}")
+    assert folder() != known == nih

@@ -275,7 +275,7 @@ def test_fp16_overflows_in_the_same_updates_as_one_process(both, name):
 def test_unknown_labels_are_left_out_of_losses_and_gradients(both, masked, name):
     for ours in both(name):
         gradients = {name: slots["exp_avg"] for name, slots in ours["optimizer"].items()}
-        assert_same_result(Result(ours["losses"], ours["norms"], gradients), masked)
+        assert_same_result(Result(ours["losses"], gradients, ours["norms"]), masked)
 
 
 @cases()
