@@ -229,13 +229,28 @@ class ChestXrayDataModule:
         return "test" if len(self.splits.test) else "val"
 
     def describe(self) -> str:
-        """Return two lines: what the data are, and where the images are read from."""
+        """Return lines: what the data are, where images are read from, how many labels are unknown.
+
+        The last one is left out if all are known.
+        """
         size, source = self.data.image_size, self.content.source
+        unknown = self._describe_unknown()
         return (
             f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
             f" {', '.join(map(str, self.files))}, {describe_splits(self.splits)}\n"
-            f"images at {size} x {size} from {source.origin}"
+            f"images at {size} x {size} from {source.origin}{unknown}"
         )
+
+    def _describe_unknown(self) -> str:
+        """Return a line with the share of unknown labels of each split; empty if there are none."""
+        unknown = self.records.labels == UNKNOWN
+        rows = {name: getattr(self.splits, name) for name in SPLIT_NAMES}
+        if not unknown.any():
+            return ""
+        shares = [
+            f"{name} {100 * unknown[rows[name]].mean():.1f} %" for name in rows if len(rows[name])
+        ]
+        return f"\nunknown labels, which count in no loss and no score: {', '.join(shares)}"
 
 
 def _read(data: DataSection, once: RunOnce) -> _Content:

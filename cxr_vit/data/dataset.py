@@ -38,7 +38,7 @@ def _report_row(row: int) -> None:
 
 
 class Sample(NamedTuple):
-    """One image: uint8 ``[1, H, W]``, float32 ``[C]`` of 0 and 1, and its row in the split."""
+    """One image: uint8 ``[1, H, W]``, float32 ``[C]`` of 0, 1 or `UNKNOWN`, and its row."""
 
     image: Tensor
     labels: Tensor
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     """A host batch, as a loader yields it to an engine."""
 
     images: Tensor  # uint8 [B, 1, H, W]; normalised and made three-channel on the device
-    labels: Tensor  # float32 [B, C], 0 or 1
+    labels: Tensor  # float32 [B, C], 0, 1 or -1 (unknown)
     indices: Tensor  # int64 [B], row in the split; -1 marks padding (evaluation only)
 
     @classmethod

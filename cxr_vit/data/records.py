@@ -64,6 +64,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def without_finding(self) -> str:
+        """What to call an image whose labels are all 0: a table may have few of the findings."""
+        return "none of the labels" if self.variant == "table" else "No Finding"
+
     def take(self, rows: np.ndarray) -> Records:
         """Return the records of these rows, int64 ``[n]`` or a mask, in this order."""
         rows = np.arange(len(self))[rows]

@@ -263,7 +263,8 @@ def choose_images(
     """Choose images at random: for each label one, and one with its box; no image twice.
 
     `labels` is bool ``[N, C]``, `rows` are the rows to choose from, `names` are the labels; of the
-    last, No Finding, six images are chosen. Returns rows of `labels`, in the order of the names.
+    last, that there is no finding, six images are chosen. Returns rows of `labels`, in the order of
+    the names.
     """
     shuffled = np.random.default_rng(seed).permutation(rows)
     chosen: List[int] = []
@@ -299,7 +300,8 @@ def image_cards(
         drawn = list(boxes[boxes["row"] == row].itertuples())
         if drawn:
             lines.append("box: " + ", ".join(dict.fromkeys(box.finding for box in drawn)))
-        cards.append(_card(image, ", ".join(findings[row]) or "No Finding", lines, drawn))
+        title = ", ".join(findings[row]) or module.records.without_finding
+        cards.append(_card(image, title, lines, drawn))
     return '<div class="images">\n' + "\n".join(cards) + "\n</div>"
 
 

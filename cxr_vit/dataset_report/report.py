@@ -11,10 +11,10 @@ from typing import Dict, Iterator, List, Sequence, Tuple
 import numpy as np
 import pandas as pd
 
-from cxr_vit.config.columns import NO_FINDING
+from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.nih import IMAGE_PIXELS
-from cxr_vit.data.records import RELABELS
+from cxr_vit.data.records import RELABELS, UNKNOWN
 from cxr_vit.data.splits import SPLIT_NAMES, num_sharing_patients
 from cxr_vit.dataset_report import page
 from cxr_vit.dataset_report.page import Section, Table
@@ -40,16 +40,24 @@ _MEANING = {
 
 
 class _Data:
-    """A data set as the sections read it; No Finding is always one of its labels."""
+    """A data set as the sections read it; its last label is that there is no finding.
+
+    That is a column of the data set, or follows from the others where all of them are known.
+    """
 
     def __init__(self, module: ChestXrayDataModule) -> None:
-        findings = [name for name in module.names if name != NO_FINDING]
-        columns = [module.names.index(name) for name in findings]
-        positive = module.records.labels[:, columns].astype(bool)
+        labels, names = module.records.labels, module.names
+        columns = [column for column, name in enumerate(names) if not is_no_finding(name)]
+        none = [column for column, name in enumerate(names) if is_no_finding(name)]
+        found = labels[:, columns]
+        without = labels[:, none[0]] if none else _none_of(found)
         self.module = module
         self.table = module.records.table
-        self.names = [*findings, NO_FINDING]
-        self.labels = np.column_stack([positive, ~positive.any(axis=1)])  # bool [N, len(names)]
+        self.names = [names[column] for column in columns]
+        self.names.append(names[none[0]] if none else module.records.without_finding)
+        labels = np.column_stack([found, without])
+        self.labels = labels == 1  # bool [N, len(names)]
+        self.known = labels != UNKNOWN
         self.rows = {split: getattr(module.splits, split) for split in SPLIT_NAMES}
         self.rows["all"] = np.sort(np.concatenate(list(self.rows.values())))
         #: The parts that have images.
@@ -58,6 +66,13 @@ class _Data:
     def column(self, name: str, part: str) -> pd.Series:
         """Return a column of the table for the images of a split."""
         return self.table[name].iloc[self.rows[part]]
+
+
+def _none_of(labels: np.ndarray) -> np.ndarray:
+    """Return whether none of the labels is 1: `UNKNOWN` where one may be."""
+    found = (labels == 1).any(axis=1)
+    unknown = ~found & (labels == UNKNOWN).any(axis=1)
+    return np.where(unknown, UNKNOWN, ~found)
 
 
 def write_data_report(module: ChestXrayDataModule, out: Path, *, seed: int = 0) -> str:
@@ -89,7 +104,7 @@ def _facts_section(data: _Data) -> Section:
     hashes = module.fingerprint()
     sizes = ", ".join(f"{split} {_count(len(rows[split]))}" for split in SPLIT_NAMES)
     facts = [
-        ("label CSV", str(module.csv)),
+        ("label CSV", ", ".join(map(str, module.files))),
         ("CSV format", module.records.variant),
         ("CSV SHA-256", hashes["csv_sha256"]),
         ("split", ", ".join(filter(None, (module.splits.kind, module.splits.source)))),
@@ -116,49 +131,78 @@ def _facts_section(data: _Data) -> Section:
 
 def _findings_section(data: _Data) -> Section:
     """Count the images and patients with each finding; warn of findings that cannot be scored."""
-    images, patients, percent = {}, {}, {}
+    images, patients, known, percent = {}, {}, {}, {}
     for part in _PARTS:
         labels = data.labels[data.rows[part]]
         people = data.column("patient", part).to_numpy()
         images[part] = labels.sum(axis=0)
         patients[part] = [len(np.unique(people[column])) for column in labels.T]
-        percent[part] = 100.0 * images[part] / max(1, len(labels))
+        known[part] = data.known[data.rows[part]].sum(axis=0)
+        percent[part] = 100.0 * images[part] / np.maximum(1, known[part])
     rows = []
     for column, name in enumerate(data.names):
         counts = [_count(of[part][column]) for of in (images, patients) for part in _PARTS]
-        shares = [_percent(images[part][column], len(data.rows[part])) for part in _PARTS]
+        shares = [_percent(images[part][column], known[part][column]) for part in _PARTS]
         rows.append([name, *counts, *shares])
+    whole = "% of images" if data.known.all() else "% where known"
     table = Table(
         "Images and patients with each finding",
         ["finding", *_PARTS * 3],
         rows,
-        groups=[(what, len(_PARTS)) for what in ("images", "patients", "% of images")],
+        groups=[(what, len(_PARTS)) for what in ("images", "patients", whole)],
     )
     warnings = [
         f"{split}: {text}"
         for split in SPLIT_NAMES
-        for text in _scarce(data, split, images[split], patients[split])
+        for text in _scarce(data, split, images[split], patients[split], known[split])
     ]
     drawn = {split: percent[split][:-1] for split in data.parts if split != "all"}
     caption = "Prevalence of each finding by split, percent of the split's images"
+    if not data.known.all():
+        caption += " whose label is known"
     figure = page.prevalence_figure(drawn, data.names[:-1])
-    return Section("Findings", [table], warnings, figures=[(figure, caption)])
+    tables = [table, *_unknown_tables(data, known)]
+    return Section("Findings", tables, warnings, figures=[(figure, caption)])
+
+
+def _unknown_tables(data: _Data, known: Dict[str, np.ndarray]) -> List[Table]:
+    """Count the images whose label is unknown, if there are any, given those where it is known."""
+    if data.known.all():
+        return []
+    totals = {part: len(data.rows[part]) for part in _PARTS}
+    rows = []
+    for column, name in enumerate(data.names):
+        unknown = {part: totals[part] - known[part][column] for part in _PARTS}
+        shares = [_percent(unknown[part], totals[part]) for part in _PARTS]
+        rows.append([name, *(_count(unknown[part]) for part in _PARTS), *shares])
+    return [
+        Table(
+            "Images whose label is unknown: neither the loss nor the finding's score counts them",
+            ["finding", *_PARTS * 2],
+            rows,
+            groups=[(what, len(_PARTS)) for what in ("unknown", "% of images")],
+        )
+    ]
 
 
 def _scarce(
-    data: _Data, split: str, images: Sequence[int], patients: Sequence[int]
+    data: _Data,
+    split: str,
+    images: Sequence[int],
+    patients: Sequence[int],
+    known: Sequence[int],
 ) -> Iterator[str]:
     """Describe the labels that a split cannot score, or only with noise."""
-    total = len(data.rows[split])
-    if total == 0:
-        yield "no images."
+    if len(data.rows[split]) == 0:
+        if data.module.splits.kind != "all":
+            yield "no images."
         return
-    found = list(zip(data.module.names, images, patients))
-    absent = [name for name, number, _ in found if number == 0]
-    everywhere = [name for name, number, _ in found if number == total]
+    found = list(zip(data.names, images, patients, known))[: len(data.module.names)]
+    absent = [name for name, number, _, _ in found if number == 0]
+    everywhere = [name for name, number, _, total in found if 0 < number == total]
     noisy = [
         f"{name} ({people})"
-        for name, number, people in found
+        for name, number, people, total in found
         if 0 < number < total and people < _FEW_PATIENTS
     ]
     undefined = "nothing to learn from" if split == "train" else "the score is undefined"
@@ -175,10 +219,12 @@ def _pairs_section(data: _Data) -> Section:
     """Count images with two findings: the ten most frequent pairs, and all pairs on the page."""
     names = data.names[:-1]
     found = data.labels[data.rows["all"], :-1].astype(np.int64)
+    known = data.known[data.rows["all"], :-1].astype(np.int64)
     together = found.T @ found
-    images = np.diag(together)
+    # Images with the row's finding, and all images, where the column's label is known.
+    images, both_known = found.T @ known, known.T @ known
     # Share of the row's images that have the column's finding too; the diagonal is always 1.
-    shares = together / np.maximum(images, 1)[:, None]
+    shares = together / np.maximum(images, 1)
     np.fill_diagonal(shares, 0.0)
     heat = Table(
         "Images with both findings, over all splits; the diagonal counts all images with the"
@@ -189,12 +235,13 @@ def _pairs_section(data: _Data) -> Section:
         shades=shares,
     )
     above = np.triu_indices(len(names), k=1)
-    expected = np.outer(images, images) / max(1, len(found))
+    expected = images * images.T / np.maximum(both_known, 1)
     pairs = []
     for one, other in np.transpose(above)[np.argsort(-together[above], kind="stable")[:10]]:
         both = together[one, other]
         if both:
-            shares_text = [_percent(both, images[one]), _percent(both, images[other])]
+            of_each = (images[one, other], images[other, one])
+            shares_text = [_percent(both, count) for count in of_each]
             ratio = f"{both / expected[one, other]:.1f}"
             pairs.append([names[one], names[other], _count(both), *shares_text, ratio])
     top = Table(

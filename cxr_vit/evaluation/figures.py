@@ -124,7 +124,7 @@ def image_grid(
     for axis, image, labels in zip(axes, batch.images, batch.labels.tolist()):
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
         findings = [_cut(name, _IMAGE_LETTERS) for name, label in zip(names, labels) if label == 1]
-        none = "No Finding" if UNKNOWN not in labels else "none known"
+        none = "none known" if UNKNOWN in labels else dataset.records.without_finding
         axis.set_title("\n".join(_shortened(findings) or [none]), fontsize=_CARD_TEXT, pad=2)
     return figure
 

@@ -273,5 +273,8 @@ class ViTModule(nn.Module):
         return LearningRate.from_section(schedule, peak=optim.lr, total_steps=total_steps).at(step)
 
     def compute_metrics(self, logits: Tensor, labels: Tensor) -> Scores:
-        """Return the metrics of a whole split by name, from float32 ``[N, C]`` on the CPU."""
+        """Return the metrics of a whole split by name, from float32 ``[N, C]`` on the CPU.
+
+        Labels are 0, 1, or -1 for unknown: an override has to leave these entries out.
+        """
         return flat_scores(logits, labels, self.names)

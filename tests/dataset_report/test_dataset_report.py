@@ -404,6 +404,44 @@ def test_split_without_images_and_shared_patients_are_warned_of(hand_made, tmp_p
     assert report.rows(PEOPLE)["patients"][2] == "-"
 
 
+def test_unknown_labels_are_counted_and_are_neither_found_nor_absent(hand_made, tmp_path):
+    module = ChestXrayDataModule(Config(data=hand_made))
+    labels, splits = module.records.labels, module.splits
+    mass, nodule = FINDINGS.index("Mass"), FINDINGS.index("Nodule")
+    labels[splits.train, nodule] = -1
+    labels[splits.val[:2], mass] = -1
+    report = report_of(module, tmp_path)
+    rows = report.rows(COUNTS)
+    unknown = report.rows(next(caption for caption in report.tables() if "unknown" in caption))
+    sizes = [len(splits.train), len(splits.val), len(splits.test)]
+    assert unknown["Nodule"][:4] == [str(sizes[0]), "0", "0", str(sizes[0])]
+    assert unknown["Mass"][:5] == ["0", "2", "0", "2", "0.0"]
+    assert rows["Nodule"][0] == "0" and rows["Nodule"][8] == "-", "of no known label"
+    known = labels[splits.val, mass] >= 0
+    positive = (labels[splits.val, mass] == 1).sum()
+    assert rows["Mass"][9] == f"{100 * positive / known.sum():.1f}"
+    none = [(labels[rows] == 0).all(axis=1).sum() for rows in splits[:3]]
+    assert rows["No Finding"][:3] == list(map(str, none)) and none[0] == 0
+    assert f"unknown labels, which count in no loss and no score: train {100 / 14:.1f} %, val" in (
+        module.describe()
+    )
+    pair = report.tables()["The ten most frequent pairs, over all splits"][1:]
+    both = (labels[:, [mass, nodule]] == 1).all(axis=1).sum()
+    of_mass = ((labels[:, mass] == 1) & (labels[:, nodule] >= 0)).sum()
+    assert pair[0][:4] == ["Mass", "Nodule", str(both), f"{100 * both / of_mass:.1f}"]
+
+
+def test_column_of_no_finding_counts_as_it_is(hand_made, tmp_path):
+    """In another place and spelling than NIH's, as in other data sets."""
+    module = ChestXrayDataModule(Config(data=hand_made))
+    module.names = ["no_finding", *FINDINGS[1:]]
+    module.records.labels[:, 0] = 0
+    module.records.labels[module.splits.test, 0] = 1
+    rows = report_of(module, tmp_path).rows(COUNTS)
+    assert list(rows)[-1] == "no_finding"
+    assert rows["no_finding"][:3] == ["0", "0", str(len(module.splits.test))]
+
+
 def test_skipped_images_are_counted_and_named(hand_made, tmp_path):
     report = report_of(ChestXrayDataModule(Config(data=hand_made)), tmp_path)
     skipped = report.module.skipped
