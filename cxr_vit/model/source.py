@@ -282,7 +282,8 @@ def source_folder(model: ModelSection, *, config_only: bool) -> Path:
         return path
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"it is no safetensors file.{_conversion([path])}")
+            pickles = [path] if path.suffix in _PICKLES else []
+            raise ValueError(f"it is no safetensors file.{_conversion(pickles)}")
         return path
     if not _HUB_NAME.fullmatch(model.name):
         raise ValueError("it is no folder of this machine and no hub name (owner/model).")

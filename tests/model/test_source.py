@@ -431,6 +431,7 @@ def test_pickle_is_refused_with_the_command_that_converts_it(trunk: Path) -> Non
         torch.save({}, str(trunk / name))
     command = "python -m cxr_vit convert-weights"
     assert f"{command} '{trunk}/it'\"'\"'s.pt' NEW_FOLDER" in refusal(trunk / "it's.pt")
+    assert command not in refusal(trunk / "config.json")
     (trunk / "model.safetensors").unlink()
     assert f"{command} {trunk}/pytorch_model.bin NEW_FOLDER" in refusal(trunk)
 
