@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import List, NamedTuple, Sequence, Union
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Normalisation(NamedTuple):
 
     mean: PerChannel
     std: PerChannel
+
+    def of_channels(self, num_channels: int) -> Tuple[List[float], List[float]]:
+        """Return both as one number per channel; ModelError if there is another number of them."""
+        return per_channel(self.mean, num_channels), per_channel(self.std, num_channels)
 
     @classmethod
     def from_config(cls, config: Config) -> Normalisation:
@@ -108,7 +112,7 @@ class Normalise(nn.Module):
 
     def __init__(self, *, mean: PerChannel, std: PerChannel, num_channels: int) -> None:
         super().__init__()
-        means, stds = per_channel(mean, num_channels), per_channel(std, num_channels)
+        means, stds = Normalisation(mean, std).of_channels(num_channels)
         # (x / 255 - mean) / std as one multiplication and one addition. Not buffers: those would
         # be rounded in an fp16 model.
         self.factors = [(1.0 / (255.0 * s), -m / s) for m, s in zip(means, stds)]

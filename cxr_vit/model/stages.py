@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.key_names import hub_name
-from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel, per_channel
+from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
 from cxr_vit.model.vit import VitParts, layer_output, num_tokens
 
 
@@ -189,15 +189,16 @@ class StagedViT(nn.Module):
         preprocessor_config.json is written by hand: transformers 5.x writes it only if torchvision
         is installed. 4.x and 5.x read these keys.
         """
-        size, channels = self.config.image_size, self.config.num_channels
+        size = self.config.image_size
+        mean, std = self.normalisation.of_channels(self.config.num_channels)
         preprocessor = {
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": per_channel(self.normalisation.mean, channels),
+            "image_mean": mean,
             "image_processor_type": "ViTImageProcessor",
-            "image_std": per_channel(self.normalisation.std, channels),
+            "image_std": std,
             "resample": RESAMPLE[self.resample],
             "rescale_factor": 1 / 255,
             "size": {"height": size, "width": size},

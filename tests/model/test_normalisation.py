@@ -12,7 +12,9 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from cxr_vit import ViTModule
+from cxr_vit.config import BatchPlan
 from cxr_vit.data.images import read_gray
+from cxr_vit.engines.ipu.graphs import graph_shape
 from cxr_vit.errors import ConfigError, ModelError
 from cxr_vit.model.normalisation import Normalise
 from families import images, save
@@ -131,6 +133,22 @@ def test_fp16_does_not_round_the_numbers():
 def test_numbers_must_be_those_of_the_channels(make_module):
     with pytest.raises(ModelError, match="the model takes images of 1 channel"):
         make_module(None, *GIVEN, num_channels=1)
+
+
+def test_compiled_graphs_of_other_numbers_are_not_used(make_module):
+    """PopART finds a graph in the cache by its operations, not by the values of constants."""
+    keys = []
+    for overrides in (
+        (),
+        ("model.image_mean=0.5", "model.image_std=[0.5, 0.5, 0.5]"),
+        GIVEN,
+        GIVEN[:1],
+    ):
+        module = make_module(None, *overrides)
+        batch = BatchPlan.from_section(module.config.batch)
+        keys.append(json.dumps(graph_shape(module.config, batch, module.model), default=str))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("value", ["0", "1", "[]", "[0.5, 0]", "gray"])

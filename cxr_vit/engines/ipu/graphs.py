@@ -161,6 +161,9 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
     shape["image_size"] = config.data.image_size
     if config.data.has_unknown:  # the loss then has a mask
         shape["has_unknown"] = True
+    mean, std = model.normalisation.of_channels(model.config.num_channels)
+    if {*mean, *std} != {0.5}:  # constants, whose values PopART does not compare (ir.cpp, append)
+        shape["normalisation"] = [mean, std]
     for name in ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"):
         shape[name] = getattr(model.config, name)
     shape["layer_norm_eps"] = model.config.layer_norm_eps
