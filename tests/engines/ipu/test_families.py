@@ -10,7 +10,7 @@ import torch
 from cxr_vit.data.dataset import Batch
 from families import save
 
-from .commands import IPU, make_engine
+from .commands import IPU, compiled, make_engine
 
 #: Two stages of a layer each, and numbers of one's own per channel.
 SHARED = (
@@ -61,6 +61,7 @@ def test_losses_and_logits_are_those_of_the_torch_engine(
 
 def test_fp16_with_fp32_scales_promotes_nothing(ipu, commands, folder):
     """A LayerScale in fp32 would make the hidden states of all later layers fp32."""
+    _, inspection = ipu
     shared = (*SHARED, f"model.name={folder('dinov2')}", "pipeline.recompute=attention_mlp")
     config = commands.config(*shared, "engine.precision=fp16", "engine.weights=fp32", *IPU)
     seen = Counter()
@@ -76,4 +77,8 @@ def test_fp16_with_fp32_scales_promotes_nothing(ipu, commands, folder):
         size = engine.local_batch.host_batch_size
         output = engine.train_step(Batch.zeros(size, image_size=48, num_classes=14), lr=1e-4)
         assert torch.isfinite(output.losses).all()
+    for executable in compiled(inspection):
+        if hasattr(inspection, "unhandled_ops"):  # of PopTorch's compiler, by its front end
+            assert inspection.unhandled_ops(executable) == {}
+        assert not [name for name, _, _ in executable.ops if "upsample" in name]
     assert set(seen) == {torch.float16}, seen
