@@ -23,6 +23,8 @@ from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.nih import read_boxes, read_records, read_relabels
 from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import make_splits
+from cxr_vit.data.table import read_table_records
+from cxr_vit.data.tables import read_columns, read_header
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CxrVitError, ModelError
 from cxr_vit.model.source import read_config as read_saved_config
@@ -168,6 +170,54 @@ def boxes(folder: Path) -> Reader:
 def relabels(folder: Path) -> Reader:
     path = folder / "relabels.csv"
     return Reader(inputs.damaged_table([_RELABELS]), lambda data: read_relabels(_write(path, data)))
+
+
+_COLUMNS = {
+    "image": "path",
+    "patient": {"column": "path", "pattern": r"p\d+"},
+    **{key: key for key in ("split", "sex", "age", "view")},
+}
+_TABLE = "path,split,sex,age,view,Mass,Nodule\n" + "\n".join(
+    f"p{row // 2}/{row}.png,train,Female,5{row}.0,PA,{'1.0' if row % 2 else -1},{row % 3 % 2}"
+    for row in range(8)
+)
+
+
+def tables(folder: Path) -> Reader:
+    """A table with every column, joined to a valid one."""
+    _write(
+        folder / "views.csv",
+        b"path,room\n" + b"\n".join(b"p%d/%d.png,1" % (row // 2, row) for row in range(8)),
+    )
+    data: Any = {"format": "table", "csv": "t.csv", "join": ["views.csv"], "columns": _COLUMNS}
+    section = DataSection(
+        root=str(folder), labels=["Mass", "Nodule"], repeated_images="any", **data
+    )
+    path = folder / "t.csv"
+    seeds = [_TABLE, _TABLE.replace(",", ";")]
+    return Reader(
+        inputs.damaged_table(seeds),
+        lambda data: (_write(path, data), read_table_records(section), read_header(path, "*")),
+    )
+
+
+def parquet(folder: Path) -> Reader:
+    import pytest
+
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (extra: parquet)")
+    from pyarrow.parquet import write_table
+
+    path = folder / "t.parquet"
+    columns = {"a": ["x", None, "y"] * 9, "b": [1.0, None, -1.0] * 9, "c": [True, None, False] * 9}
+    write_table(
+        pyarrow.table({**columns, "d": pyarrow.array(["u"] * 27).dictionary_encode()}), path
+    )
+
+    def read(data: bytes) -> Any:
+        names = [name for name in read_header(_write(path, data), []) if name in "abcd"]
+        return read_columns(path, names)
+
+    return Reader(inputs.damaged_bytes([path.read_bytes()]), read)
 
 
 def lists(folder: Path) -> Reader:
@@ -519,6 +569,8 @@ def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callabl
         "IPUConfigs": own(ipu_configs),
         "entries of Graphcore's example": own(example_entries),
         "NIH's CSV": own(nih_csv),
+        "tables": own(tables),
+        "Parquet": own(parquet),
         "lists": own(lists),
         "boxes": own(boxes),
         "relabels": own(relabels),

@@ -13,7 +13,7 @@ from conftest import SMALL, engine_of
 from cxr_vit import Callback, ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config import load_config
 from cxr_vit.data.dataset import Batch
-from cxr_vit.errors import CheckpointError, ConfigError, ModelError
+from cxr_vit.errors import CheckpointError, ConfigError, DataError, ModelError
 from cxr_vit.training.checkpoint import load_checkpoint
 from fakes import loading
 
@@ -543,6 +543,17 @@ def test_checkpoint_with_other_labels_is_refused(trained, make_config):
     config = make_config("data.include_no_finding=true")
     with pytest.raises(ModelError, match=r"has the labels .*data\.include_no_finding"):
         ViTModule.load_from_checkpoint(trained, config=config)
+
+
+def test_checkpoint_knows_the_labels_that_a_pattern_matched(trained):
+    """The table need not be there: its labels are those of the checkpoint."""
+    table = ["data.format=table", "data.csv=gone.csv", "data.columns={image: a, patient: b}"]
+    config = load_config([trained / "config.yaml"], [*table, "data.labels='*'"])
+    module = ViTModule.load_from_checkpoint(trained, config=config)
+    module.setup()
+    assert module.names == ViTModule.load_from_checkpoint(trained).names
+    with pytest.raises(DataError, match=r"data\.csv=gone\.csv: no such file"):
+        ViTModule(config)
 
 
 def test_checkpoint_of_another_size_is_refused(trained, make_config):
