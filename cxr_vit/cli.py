@@ -207,12 +207,14 @@ class TrainArguments(NamedTuple):
 
 
 class EvaluateArguments(NamedTuple):
-    """Command line of evaluate.py."""
+    """Command line of evaluate.py; `files` and their overrides describe another data set."""
 
     checkpoint: Path
     split: Optional[str]
     out: Optional[Path]
     overrides: List[str]
+    files: List[Path]
+    data_overrides: List[str]
 
 
 class Parser(argparse.ArgumentParser):
@@ -333,8 +335,24 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     add("--checkpoint", type=Path, required=True, metavar="DIR", help=text)
     text = "default: test, or val where the split has no test images"
     add("--split", choices=["train", "val", "test"], help=text)
-    add("--out", type=Path, metavar="DIR", help="default: <run>/report")
-    parser.add_overrides("overrides of the run's configuration (train.py --help lists the fields)")
+    packaged = ", ".join(name for name in packaged_configs() if name.startswith("data/"))
+    text = (
+        "score another data set, every image of it unless --split is given: YAML files with its"
+        f" data section; those of the package by name: {packaged or 'none'}"
+    )
+    add("--data", nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    add("--out", type=Path, metavar="DIR", help="default: <run>/report, or with --data its <name>")
+    parser.add_overrides(
+        "overrides of the run's configuration, with --data those of data.* of the other data set's"
+        " (train.py --help lists the fields)"
+    )
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         raise ConfigError(f"{argv[0]}: a checkpoint or a run is given as --checkpoint {argv[0]}")
-    return EvaluateArguments(**vars(parser.parse(argv)))
+    given = parser.parse(argv)
+    files, more = split_overrides(given.data)
+    overrides = [*more, *given.overrides]
+    if given.data and not files:
+        raise ConfigError(f"--data {more[0]}: give a YAML file with the data section first.")
+    of_data = [text for text in overrides if files and text.startswith(("data.", "data="))]
+    of_run = [text for text in overrides if text not in of_data]
+    return EvaluateArguments(given.checkpoint, given.split, given.out, of_run, files, of_data)

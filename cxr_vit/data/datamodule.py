@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from cxr_vit.data.image_source import (
     verify,
 )
 from cxr_vit.data.label_names import label_names
+from cxr_vit.data.names import NameIndex
 from cxr_vit.data.nih import find_boxes, find_relabels, read_records
 from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.sampler import EvaluationSampler, TrainingSampler
@@ -279,6 +280,26 @@ def read_listed(data: DataSection) -> Tuple[List[Path], Records]:
         optional=[key for key in ("boxes", "relabels") if getattr(data, key) is None],
     )
     return [csv], records
+
+
+def training_images(data: DataSection) -> Callable[[str], bool]:
+    """Return whether an image, given by name or path, is one to train or to validate with.
+
+    Only the label files and lists are read, not the images; nothing is logged. Raises DataError if
+    they are missing or invalid.
+    """
+    package = logging.getLogger("cxr_vit")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        _, listed = read_listed(data)
+        splits = make_splits(listed, Path(data.root), data)
+    finally:
+        package.setLevel(level)
+    names = listed.table["image"]
+    index = NameIndex(names)
+    trained = set(names.iloc[np.concatenate([splits.train, splits.val])])
+    return lambda image: not trained.isdisjoint(index.matching(image))
 
 
 def prepare(data: DataSection) -> str:

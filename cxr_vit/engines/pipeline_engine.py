@@ -301,7 +301,8 @@ class PipelineEngine(TorchEngineBase):
         with self.group.waiting_for("its neighbours", lambda: _awaited(self._scoring_stages)):
             with torch.no_grad():
                 output: Optional[Tensor] = self._scoring.step(*inputs)
-            logits = torch.empty(batch.labels.shape) if output is None else output.float().cpu()
+            size = (len(batch.labels), self.num_classes)
+            logits = torch.empty(size) if output is None else output.float().cpu()
             dist.broadcast(logits, src=self._head_rank, group=self._stage_group)
         return logits
 

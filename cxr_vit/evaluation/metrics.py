@@ -24,7 +24,10 @@ Scores = Dict[str, Optional[float]]
 
 @dataclass(frozen=True)
 class EvalOutputs:
-    """A scored split: logits and labels are float32 ``[N, C]`` in the split's order."""
+    """A scored split: logits and labels are float32 ``[N, C]`` in the split's order.
+
+    `names` are the labels: those of the model, or of a data set with other ones.
+    """
 
     split: str
     step: int
@@ -33,6 +36,7 @@ class EvalOutputs:
     logits: Tensor
     labels: Tensor
     seconds: float
+    names: Sequence[str] = ()
 
     def tagged(self) -> Scores:
         """Return loss and scores under their tags, such as ``val/auroc_macro``."""

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -34,15 +33,18 @@ def _writing_to(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def make_folder(given: Optional[Path], default: Path) -> Path:
+def make_folder(given: Optional[Path], default: Path, *, levels: int = 1) -> Path:
     """Make the folder of a report, that of the run if none is given, and write to it once.
 
     Raises DataError if that is not possible, or if the run has a link there: it may lead anywhere.
+    The last `levels` folders of the default are in the run.
     """
     folder = given or default
-    if given is None and folder.is_symlink():
+    inside = [folder, *folder.parents][:levels]
+    links = [path for path in inside if path.is_symlink()]
+    if given is None and links:
         raise DataError(
-            f"the report cannot be written to {folder} (a symbolic link). Remove it, or give the"
+            f"the report cannot be written to {links[0]} (a symbolic link). Remove it, or give the"
             " folder with --out."
         )
     with _writing_to(folder):
@@ -67,7 +69,7 @@ def write_report(
     split, logits, labels = outputs.split, outputs.logits, outputs.labels
     assert len(records) == len(logits), "every image of the split is scored once"
     metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
-    predictions = _predictions(records, split, names, probabilities(logits).numpy())
+    predictions = _predictions(records, outputs, names)
     title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
     with _writing_to(folder):
@@ -81,17 +83,16 @@ def write_report(
     return metrics
 
 
-def _predictions(
-    records: Records, split: str, names: Sequence[str], probs: np.ndarray
-) -> pd.DataFrame:
+def _predictions(records: Records, outputs: EvalOutputs, names: Sequence[str]) -> pd.DataFrame:
     """Return one row per image, in the order of `records`: its labels and probabilities.
 
     An unknown label is None.
     """
-    table = records.table[["image", "patient"]].reset_index(drop=True).assign(split=split)
+    table = records.table[["image", "patient"]].reset_index(drop=True).assign(split=outputs.split)
+    probs, labels = probabilities(outputs.logits).numpy(), outputs.labels.int().numpy()
     for column, name in enumerate(names):
-        labels = pd.Series(records.labels[:, column], dtype=object)
-        table[name] = labels.where(labels != UNKNOWN, None)
+        of_name = pd.Series(labels[:, column], dtype=object)
+        table[name] = of_name.where(of_name != UNKNOWN, None)
         table[f"{name}_probability"] = probs[:, column]
     return table
 

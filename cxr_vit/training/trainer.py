@@ -39,6 +39,7 @@ from cxr_vit.engines.memory import explaining_out_of_memory
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, DataError
+from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
@@ -50,6 +51,7 @@ from cxr_vit.training.extensions import all_callbacks, all_loggers
 from cxr_vit.training.loggers import Logger, as_number
 from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
 from cxr_vit.training.saving import Saver, restore_callbacks
+from cxr_vit.training.scoring import match_of, outputs_of
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class Trainer:
     val_data: ChestXrayDataset
     durations: Durations
     checkpoints: CheckpointStore
+    match: LabelMatch
     validation_outputs: EvalOutputs
     test_outputs: EvalOutputs
 
@@ -178,6 +181,7 @@ class Trainer:
             found = find_run(self.config.run, ckpt_path, self.launch, stack)
             self.setup_data(datamodule, "fit")
             self._open_module(module)
+            self.match = match_of(module, datamodule, trains=True)
             self._open_splits(datamodule)
             restored = None
             if found.checkpoint:
@@ -258,7 +262,11 @@ class Trainer:
         *,
         split: str = "test",
     ) -> Scores:
-        """Score the test split, or another one; return the metrics by tag. See `validate`."""
+        """Score the test split, or another one; return the metrics by tag. See `validate`.
+
+        The data may have other labels than the module; see `data.label_map`. Raises ConfigError if
+        none has a counterpart.
+        """
         with self._scoring(module, datamodule, "test", ckpt_path):
             self._notify("on_test_start")
             self.test_outputs = self._score(datamodule.dataset(split), split)
@@ -342,6 +350,8 @@ class Trainer:
             find = coordinator(self.launch).call_once
             checkpoint = Path(find("checkpoint", lambda: str(self._find_checkpoint(path))))
         if datamodule is not None:
+            self.match = match_of(module, datamodule, trains=False)
+            self._print(*self.match.describe())
             self.setup_data(datamodule, stage)
         self._open_module(module)
         if checkpoint is not None:
@@ -509,11 +519,8 @@ class Trainer:
     def _score(self, dataset: ChestXrayDataset, split: str) -> EvalOutputs:
         """Score a split with the present weights."""
         start = time.perf_counter()
-        logits, labels = self._predict(dataset)
-        loss = self.engine.loss(logits, labels)
-        seconds = time.perf_counter() - start
-        scores = self.module.compute_metrics(logits, labels)
-        outputs = EvalOutputs(split, self.global_step, loss, scores, logits, labels, seconds)
+        scored, step = self._predict(dataset), self.global_step
+        outputs = outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
         self.callback_metrics.update(outputs.tagged())
         return outputs
 
