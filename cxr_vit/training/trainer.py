@@ -264,8 +264,7 @@ class Trainer:
     ) -> Scores:
         """Score the test split, or another one; return the metrics by tag. See `validate`.
 
-        The data may have other labels than the module; see `data.label_map`. Raises ConfigError if
-        none has a counterpart.
+        The data may have other labels than the module; see `data.label_map`.
         """
         with self._scoring(module, datamodule, "test", ckpt_path):
             self._notify("on_test_start")
