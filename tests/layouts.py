@@ -172,3 +172,17 @@ def google2019(folder: Path, *, patients: int = 12) -> Path:
     write_table(path, [*header, "Set Id"], rows)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     return folder
+
+
+def hospital(folder: Path, *, patients: int = 20) -> Path:
+    """A hospital's own table: one row per image, text patients, three labels, some not read."""
+    answers = _answers(2 * patients, 3, ("1", "0", ""), seed=0)
+    rows: List[List[object]] = []
+    for number in range(2 * patients):
+        name = f"{number:06}.png"
+        write_image(folder / f"ward {number % 3}" / name, number)
+        about = [f"HOSP-{number // 2:05}", "F" if number % 4 < 2 else "M", 30 + number // 2]
+        rows.append([name, *about, *answers[number]])
+    header = ["file", "patient", "sex", "age", "Effusion", "Cardiomegaly", "Pneumothorax"]
+    write_table(folder / "hospital.csv", header, rows)
+    return folder

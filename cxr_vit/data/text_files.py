@@ -134,8 +134,8 @@ def _check_root(root: Path) -> None:
     if not root.is_dir():
         raise DataError(
             f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
-            " chest-xray-nihcc) to the folder of the images, or write a synthetic data set:"
-            " python -m cxr_vit sample --out data/sample"
+            " chest-xray-nihcc) to the folder of the images, such as NIH's, or write a synthetic"
+            " data set: python -m cxr_vit sample --out data/sample"
         )
 
 
