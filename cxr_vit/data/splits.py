@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import NamedTuple, Sequence, Set, Tuple
+from typing import NamedTuple, Set, Tuple
 
 import numpy as np
 import pandas as pd
@@ -127,8 +127,7 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
             " from NIH, set data.train_list and data.test_list to such files, or set"
             " data.split=patient."
         )
-    index = NameIndex(records.table["image"])
-    listed = {key: _listed_images(records, index, path) for key, path in lists.items()}
+    listed = {key: _listed_images(records, path) for key, path in lists.items()}
     in_train, in_test = listed["train_list"], listed["test_list"]
     for key in ("train_list", "val_list"):
         if key in lists:
@@ -148,22 +147,21 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
     return Splits(train, val, np.flatnonzero(in_test), "official", source)
 
 
-def _listed_images(records: Records, index: NameIndex, path: Path) -> np.ndarray:
+def _listed_images(records: Records, path: Path) -> np.ndarray:
     """Return which images the list names, bool ``[len(records)]``.
 
     The list may have paths, names or names without extension; see `NameIndex`.
     """
     names, images = read_list(path), records.table["image"]
-    found: Set[str] = set()
-    absent = []
-    for name in names:
-        texts = index.matching(name)
-        found.update(texts)
-        if not texts:
-            absent.append(name)
-    listed: np.ndarray = images.isin(found).to_numpy(dtype=bool)
-    if index.depth > 1:
+    found = names.intersection(images)
+    absent = names - found
+    if absent:
+        index = NameIndex(images)
+        matches = {name: index.matching(name) for name in absent}
+        found.update(text for texts in matches.values() for text in texts)
+        absent = {name for name, texts in matches.items() if not texts}
         _check_depth(images, index, path, absent)
+    listed: np.ndarray = images.isin(found).to_numpy(dtype=bool)
     if not listed.any():
         raise DataError(
             f"{path}: names none of the {len(images)} images: it has"
@@ -176,7 +174,7 @@ def _listed_images(records: Records, index: NameIndex, path: Path) -> np.ndarray
     return listed
 
 
-def _check_depth(images: pd.Series, index: NameIndex, path: Path, absent: Sequence[str]) -> None:
+def _check_depth(images: pd.Series, index: NameIndex, path: Path, absent: Set[str]) -> None:
     """Raise DataError if the list has names where only paths tell the images apart."""
     short = {text: parts_of(text) for text in absent}
     short = {text: parts for text, parts in short.items() if len(parts) < index.depth}
