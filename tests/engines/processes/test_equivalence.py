@@ -304,6 +304,12 @@ def test_scores_match_one_process(results, alone, demo, name):
 
 
 @cases()
+def test_data_with_other_labels_are_scored(results, name):
+    for ours in results(name):
+        assert ours["shapes"] == [[9, 14], [9, 2]]
+
+
+@cases()
 def test_each_process_holds_only_its_own_stages(results, demo, name):
     case = CASES[name]
     every = {name for name, _ in make((*demo, *case.overrides))[2].model.named_parameters()}

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +95,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
             step += len(output.losses)
         images = list(opened_images)
         logits, labels = engine.predict_dataset(data.dataset("test"))
+        other, two = engine.predict_dataset(_with_two_labels(data.dataset("val")))
         state = engine.state_dict()
         here = {name for name, weight in model.named_parameters() if not weight.is_meta}
         stateful = {
@@ -104,6 +107,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
         "num_samples": sum(output.num_samples for output in outputs),
         "logits": logits,
         "labels": labels,
+        "shapes": [list(other.shape), list(two.shape)],
         "weights": state.weights,
         "optimizer": state.optimizer,
         "scale": state.scalars.get("scale", 1.0),
@@ -144,6 +148,13 @@ def _order(config: Config, dataset: ChestXrayDataset) -> TrainingSampler:
         start_step=0,
         total_steps=config.train.steps,
     )
+
+
+def _with_two_labels(dataset: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the first images of a split with less labels than the model has."""
+    records = dataset.records.take(np.arange(9))
+    reader = dataset._reader.select(records.table["image"].tolist())
+    return ChestXrayDataset(replace(records, labels=records.labels[:, :2]), reader)
 
 
 def _example(dataset: ChestXrayDataset, size: int) -> Batch:
