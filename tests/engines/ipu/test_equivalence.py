@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cxr_vit.config import load_config
+from cxr_vit.data.labels import FINDINGS
 from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
 
 from .commands import ROOT, SMALL, TORCH, compiled, make_engine
@@ -86,6 +87,11 @@ def test_evaluation_equals_the_torch_engines(ipu, commands):
     assert len(on_ipus) == 20, "each image of the test split, no padding"
     for ours, theirs in zip(on_ipus, on_torch):
         assert ours == near(theirs)
+    file = run.path / "other.yaml"
+    file.write_text("data: {label_map: {No Finding: Mass}, include_no_finding: true}\n")
+    other = ["--data", str(file), f"data.root={commands.data}", "--split", "test"]
+    with_another_label = commands.evaluate(run.checkpoint("best"), *other)
+    assert with_another_label == [[*row, row[FINDINGS.index("Mass")]] for row in on_ipus]
 
 
 @pytest.mark.parametrize(
