@@ -7,6 +7,8 @@ once. `train.py` and `evaluate.py` are the commands `train` and `evaluate`.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import logging
 import re
@@ -130,6 +132,8 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     A user-facing error is printed without a traceback, and the status is 2. With several processes
     only rank 0 prints output, and only the first rank that fails prints its error.
     """
+    # At its end Python would search the objects of all imports for garbage, a second of work.
+    atexit.register(gc.freeze)
     handler = logging.StreamHandler()  # to stderr, from WARNING on
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
