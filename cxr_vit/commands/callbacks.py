@@ -8,6 +8,7 @@ from cxr_vit.model.module import ViTModule
 from cxr_vit.planner.estimate import plan_of_run
 from cxr_vit.planner.figures import CARD, memory_figure, timeline_figure
 from cxr_vit.training.callback import Callback
+from cxr_vit.training.callbacks import draws_figures
 
 
 class PlanFigures(Callback):
@@ -15,7 +16,7 @@ class PlanFigures(Callback):
 
     def on_fit_start(self, trainer: Any, module: ViTModule) -> None:
         """Draw the plan, if the planner knows the model's shape."""
-        if not (trainer.choice.is_ipu and trainer.is_logging) or trainer.global_step:
+        if not (trainer.choice.is_ipu and draws_figures(trainer)) or trainer.global_step:
             return
         plan = plan_of_run(trainer.config)
         if plan is not None:

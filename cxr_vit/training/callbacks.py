@@ -20,6 +20,7 @@ from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training.callback import Callback, TrainOutputs
+from cxr_vit.training.loggers import Logger
 from cxr_vit.training.nonfinite import NonFiniteGuard
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,13 @@ class MetricsLogging(Callback):
         self._window = Window.model_validate(state_dict)
 
 
+def draws_figures(trainer: Any) -> bool:
+    """Whether a logger shows the figures of the current fit, which take a second to draw."""
+    return bool(trainer.is_logging) and any(
+        type(log).log_figures is not Logger.log_figures for log in trainer.loggers
+    )
+
+
 class FigureLogging(Callback):
     """Log training images at the start of a run, and ROC curves after each validation."""
 
@@ -183,14 +191,14 @@ class FigureLogging(Callback):
         """Log images as the model sees them, in a new run."""
         from cxr_vit.evaluation.figures import image_grid
 
-        if trainer.is_logging and not trainer.global_step:
+        if draws_figures(trainer) and not trainer.global_step:
             trainer.log_figures({"train/images": image_grid(trainer.train_data, module.names)})
 
     def on_validation_end(self, trainer: Any, module: ViTModule) -> None:
         """Log the ROC curves."""
         from cxr_vit.evaluation.figures import roc_overview
 
-        if trainer.is_logging:
+        if draws_figures(trainer):
             scored: EvalOutputs = trainer.validation_outputs
             figure = roc_overview(scored.logits, scored.labels, module.names)
             trainer.log_figures({"val/roc": figure})
