@@ -37,6 +37,7 @@ SMALL = (
     "train.checkpoint_every_steps=100",
     "train.keep_last=9",
     "engine.executable_cache=null",
+    "loggers=[jsonl]",
 )
 TORCH = ("engine.name=torch", "engine.device=cpu")
 IPU = ("engine.name=poptorch", "engine.device=auto")

@@ -15,8 +15,14 @@ from fakes import loading
 
 from .commands import ROOT, TORCH, Commands, Run
 
-#: These take minutes, and mean the same in both environments.
-SLOW = ("test_equivalence.py", "test_knobs.py", "test_state.py")
+#: These take minutes, and an IPU host has the environment of the SDK.
+SLOW = (
+    "test_equivalence.py",
+    "test_graphs.py",
+    "test_knobs.py",
+    "test_processes.py",
+    "test_state.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -33,7 +33,7 @@ def test_strict_compile_only_stops_before_compiling(ipu, commands, said):
 
 
 def test_a_run_that_fits_is_quiet_and_shows_its_plan(ipu, commands, said):
-    run = commands.train(*IPU)
+    run = commands.train(*IPU, "loggers=[tensorboard, jsonl]")
     assert run.status == 0
     assert not [message for message in messages(said) if "predicted memory" in message]
     board = EventAccumulator(str(run.path), size_guidance={"images": 0})

@@ -134,6 +134,7 @@ def test_two_processes_train_and_score_like_one(launched, commands, torch_run):
         commands,
         "train",
         *["--config", commands.file, *commands.overrides(*TWO), f"run.dir={run.path}"],
+        "loggers=[tensorboard, jsonl]",
     )
     near = {"rel": 0, "abs": 1e-5}
     assert run.logged == pytest.approx(expected.logged, **near)

@@ -25,6 +25,8 @@ LAMB = ("optim.name=lamb", "optim.max_grad_norm=null", "optim.lr=0.01")
 SGD = ("optim.name=sgd", "optim.max_grad_norm=null", "optim.lr=0.1")
 CONSTANTS = "{VariableAttributes.markAsConstant: [betas, eps, weight_decay]}"
 EIGHT = ("train.steps=8", "train.checkpoint_every_steps=4", "train.eval_every_steps=4")
+#: Two stages need three micro-batches per update, four need seven, which takes twice as long.
+SHORT = (*EIGHT, "pipeline.layers_per_stage=[2, 2]", "batch.gradient_accumulation=3")
 
 
 def optimizer_file(run, checkpoint="last"):
@@ -48,7 +50,8 @@ def trainer_state(run, checkpoint="last"):
     ids=["adamw", "lamb", "lamb without bias correction", "sgd", "combined sgd", "constants"],
 )
 def test_resume_repeats_the_uninterrupted_run(ipu, commands, optimizer):
-    settings = (*EIGHT, *optimizer, "model.dropout=0.1", "batch.device_iterations=2")
+    cut = EIGHT if optimizer == ADAMW else SHORT
+    settings = (*cut, *optimizer, "model.dropout=0.1", "batch.device_iterations=2")
     whole = commands.train(*settings)
     resumed = commands.resume_at(whole, 4)
     assert resumed.status == 0
@@ -63,7 +66,7 @@ def test_resume_repeats_the_uninterrupted_run(ipu, commands, optimizer):
 
 
 def test_resume_between_two_validations(ipu, commands):
-    settings = (*EIGHT, "train.checkpoint_every_steps=1", "model.dropout=0.1")
+    settings = (*SHORT, "train.checkpoint_every_steps=1", "model.dropout=0.1")
     whole = commands.train(*settings)
     resumed = commands.resume_at(whole, 3)
     assert resumed.losses == whole.losses[3:]
@@ -72,7 +75,7 @@ def test_resume_between_two_validations(ipu, commands):
 
 def test_state_includes_the_random_generator(ipu, commands):
     """Dropout repeats only because rng_state is saved; a new generator changes the losses."""
-    settings = (*EIGHT, "model.dropout=0.1")
+    settings = (*SHORT, "model.dropout=0.1")
     whole = commands.train(*settings)
     assert optimizer_file(whole)["rng_state"].dtype == torch.int64
     fresh = commands.resume_at(whole, 4, "train.resume_weights_only=true")
@@ -224,7 +227,7 @@ def test_losses_depend_on_the_moments(commands, torch_run):
     ids=["sgd from", "sgd to", "lamb from", "lamb to adamw", "lamb without bias", "combined sgd"],
 )
 def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, second, kinds):
-    first_run = commands.train(*EIGHT, *optimizer, *first)
+    first_run = commands.train(*SHORT, *optimizer, *first)
     given, own = kinds
     message = rf"state of {given}\b.*; this engine has {own}\b.*train\.resume_weights_only=true"
     with pytest.raises(CheckpointError, match=message):
@@ -238,7 +241,7 @@ def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, 
 
 def test_velocity_of_sgd_belongs_to_its_loss_scaling(ipu, commands):
     """PopART stores it multiplied by the scale."""
-    first_run = commands.train(*EIGHT, *SGD, "optim.loss_scaling=8")
+    first_run = commands.train(*SHORT, *SGD, "optim.loss_scaling=8")
     with pytest.raises(CheckpointError, match=r"scaling 8\.0; .* scaling 16\.0\."):
         commands.resume_at(first_run, 4, "optim.loss_scaling=16")
     assert commands.resume_at(first_run, 4).losses == first_run.losses[4:]
@@ -261,7 +264,7 @@ def test_another_cut_changes_no_loss_after_resume(ipu, commands):
 
 
 def test_sgd_equals_torchs(ipu, commands, torch_run):
-    settings = (*EIGHT, *SGD)
+    settings = (*SHORT, *SGD)
     run = commands.train(*settings)
     assert run.losses == pytest.approx(torch_run(*settings).losses, rel=0, abs=1e-5)
 
