@@ -1,7 +1,9 @@
 """Shared fixtures: a small synthetic data set and the configuration of a short run."""
 
+import gc
 import logging
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional
@@ -21,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
+# `processes` starts and watches processes.
+sys.path.append(str(ROOT / "tests" / "engines"))
 
 #: Overrides for a run that takes a moment on one core.
 SMALL = (

@@ -1,9 +1,10 @@
 """The ten lines of the documentation, with a callback, a logger and a module of a user's own.
 
-[torchrun --nproc-per-node 4] tests/ten_lines.py FOLDER SECTION.KEY=VALUE ...
+[torchrun --nproc-per-node 4] tests/ten_lines.py FOLDER ENGINES SECTION.KEY=VALUE ...
 
-Process r writes FOLDER/<r>.json, what it saw. Then it trains again, and process 2 alone asks for
-a stop. tests/test_api.py runs the same functions in its own process.
+ENGINES is JSON: name -> overrides. For each, process r writes FOLDER/<name>/<r>.json, what it saw.
+It then trains again, and process 2 alone asks for a stop. tests/test_api.py runs the same functions
+in its own process.
 """
 
 from __future__ import annotations
@@ -175,7 +176,13 @@ class Result:
 
 
 def main() -> None:
-    folder, overrides = Path(sys.argv[1]), sys.argv[2:]
+    folder, engines, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    for name, own in engines.items():
+        run_engine(folder / name, [*overrides, *own])
+
+
+def run_engine(folder: Path, overrides: Sequence[str]) -> None:
+    """Train and score on one engine."""
     (root,) = (word.partition("=")[2] for word in overrides if word.startswith("data.root="))
     names = (Path(root) / "test_list.txt").read_text(encoding="utf-8").split()
     images = [Path(root) / "images" / name for name in names]

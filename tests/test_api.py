@@ -2,15 +2,12 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from processes.launch import HAS_PIPELINING, finish, fork
 from safetensors.torch import save_file
 from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup
 
@@ -432,32 +429,33 @@ def test_weights_of_a_resumed_run_are_those_of_the_uninterrupted_one(ran, again)
 # Four processes
 
 
-@pytest.fixture(scope="module", params=PROCESSES)
-def processes(request, overrides, tmp_path_factory):
-    """What each of four processes saw: those of the pipeline engine, or four replicas."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if request.param == "pipeline" and version < (2, 10):
-        pytest.skip("the pipeline engine needs torch 2.10")
+@pytest.fixture(scope="module")
+def launched(overrides, tmp_path_factory):
+    """The folder of four processes that used each engine, and what they printed for it."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"],
-            *["--master-addr", "127.0.0.1", "--master-port", str(port)],
-            *[str(ROOT / "tests" / "ten_lines.py"), str(folder), *overrides],
-            *PROCESSES[request.param],
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=str(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    engines = {name: own for name, own in PROCESSES.items() if name == "torch" or HAS_PIPELINING}
+    for name in engines:
+        (folder / name).mkdir()
+    program = (ROOT / "tests" / "ten_lines.py", folder, json.dumps(engines), *overrides)
+    done = finish(fork(4, *program), timeout=300)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert done.stdout.splitlines()[0] == str(folder / "run")
-    assert f"{request.param} engine on CPU in 4 processes" in done.stdout
+    printed, text = {}, done.stdout
+    for name in reversed(list(engines)):
+        before, first, after = text.partition(f"{folder / name / 'run'}\n")
+        printed[name], text = first + after, before
+    assert text == ""
+    return folder, printed
+
+
+@pytest.fixture(scope="module", params=PROCESSES)
+def processes(request, launched):
+    """What each of four processes saw: those of the pipeline engine, or four replicas."""
+    if request.param == "pipeline" and not HAS_PIPELINING:
+        pytest.skip("the pipeline engine needs torch 2.10")
+    printed = launched[1][request.param]
+    folder = launched[0] / request.param
+    assert printed.splitlines()[0] == str(folder / "run")
+    assert f"{request.param} engine on CPU in 4 processes" in printed
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 

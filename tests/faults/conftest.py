@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Iterator
 
@@ -14,9 +13,6 @@ from cxr_vit.config import load_config
 
 from .forking import Server
 from .runs import SMALL
-
-# tests/engines/processes starts and watches torchrun's processes.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engines"))
 
 
 @pytest.fixture(scope="module")

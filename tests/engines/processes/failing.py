@@ -1,6 +1,6 @@
 """Run train.py with a fault in one of the processes.
 
-torchrun tests/engines/processes/failing.py FAULT RANK ARGUMENTS
+torchrun tests/engines/processes/failing.py FAULT[+FAULT] RANK ARGUMENTS
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def slow_disk() -> None:
     save = checkpoint.save_file
 
     def slowly(*arguments, **named):
-        time.sleep(4)
+        time.sleep(2)
         save(*arguments, **named)
 
     checkpoint.save_file = slowly
@@ -67,16 +67,17 @@ def slow_start() -> None:
     write = dataset.write_sample_if_absent
 
     def slowly(data):
-        time.sleep(5)
+        time.sleep(3)
         write(data)
 
     dataset.write_sample_if_absent = slowly
 
 
 if __name__ == "__main__":
-    fault, rank = sys.argv.pop(1), sys.argv.pop(1)
+    faults, rank = sys.argv.pop(1), sys.argv.pop(1)
     # As cli.run does, but before a fault imports the model.
     warnings.filterwarnings("ignore", message="The torchvision.datapoints")
     if os.environ["RANK"] == rank:
-        globals()[fault]()
+        for fault in faults.split("+"):
+            globals()[fault]()
     cli.run(train.main)

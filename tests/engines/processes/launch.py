@@ -67,6 +67,12 @@ def start(
     return start_command(command(processes, program, *arguments, more=more))
 
 
+def fork(processes: int, *program: Any) -> subprocess.Popen:
+    """Start a program in several processes that are forked after the imports; see forking.py."""
+    forking = ROOT / "tests" / "engines" / "processes" / "forking.py"
+    return start_command([sys.executable, *map(str, (forking, processes, *program))])
+
+
 def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Wait for the end; after the timeout terminate torchrun, which ends its processes."""
     try:
@@ -220,8 +226,8 @@ def saved_step(folder: Path) -> int:
     return int(json.loads(text)["step"])
 
 
-def assert_stopped(done: subprocess.CompletedProcess, folder: Path, reason: str) -> None:
+def assert_stopped(output: str, folder: Path, reason: str) -> None:
     """Assert that a run was saved where it stopped, and that it printed why."""
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("stopped at")]
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped at")]
     assert line.startswith(f"stopped at step {saved_step(folder)}: {reason}"), line
     assert list(losses(folder)) == list(range(1, saved_step(folder) + 1))

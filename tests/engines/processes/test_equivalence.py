@@ -1,6 +1,6 @@
 """N processes compute the same as one process.
 
-Two starts of torchrun, with two and with four processes, run all cases; see worker.py.
+Two starts, of two and of four processes, run all cases; see worker.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cxr_vit.config import load_config
 from cxr_vit.data.synthetic.dataset import write_sample
 from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
 
-from .launch import HAS_PIPELINING, finish, needs_pipelining, start
+from .launch import HAS_PIPELINING, finish, fork, needs_pipelining
 from .worker import CONFIG, copies, has_gradient, make, measure, pipeline, score
 
 pytestmark = [
@@ -172,7 +172,7 @@ def results(demo, tmp_path_factory):
         path = folder / "cases.json"
         path.write_text(json.dumps(chosen))
         done = finish(
-            start(processes, "tests/engines/processes/worker.py", path, folder), timeout=600
+            fork(processes, "tests/engines/processes/worker.py", path, folder), timeout=600
         )
         return folder, done
 

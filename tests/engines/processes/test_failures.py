@@ -8,10 +8,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, NamedTuple
 
 import pytest
 
+import train
 from conftest import SMALL
 from cxr_vit.data.synthetic.dataset import write_sample
 
@@ -43,6 +44,8 @@ FAILING = "tests/engines/processes/failing.py"
 
 MORE = ("batch.gradient_accumulation=4", "train.log_every_steps=1")
 LONG = "train.steps=100000"
+#: TensorBoard takes a second to import.
+JSONL = "loggers=[jsonl]"
 NO_VALIDATION = ("train.eval_every_steps=100000", "train.checkpoint_every_steps=100000")
 #: Three processes with one stage each; the middle one has two layers.
 PIPELINE = (*SMALL, *MORE, "engine.name=pipeline", "pipeline.layers_per_stage=[1, 2, 1]")
@@ -112,7 +115,8 @@ def only_error(errors: str, kind: str) -> str:
 @pytest.mark.parametrize("rank", [exhaustive(0), 1, exhaustive(2)])
 def test_killed_stage_ends_all_processes_and_is_named(launched, sample_root, tmp_path, rank):
     job = launched(
-        3, "train.py", *PIPELINE, f"data.root={sample_root}", LONG, f"run.dir={tmp_path}"
+        *(3, "train.py", *PIPELINE, f"data.root={sample_root}"),
+        *(LONG, JSONL, f"run.dir={tmp_path}"),
     )
     job.wait_for_step(tmp_path, 4)
     done = job.finish(since=job.signal(rank, signal.SIGKILL))
@@ -138,8 +142,8 @@ def test_only_the_failing_process_prints_its_error(launched, tmp_path):
     """Only the first stage reads images; they become unreadable during the run."""
     root, folder = tmp_path / "images", tmp_path / "run"
     write_sample(root, num_images=80, image_size=32, seed=0)
-    settings = (*PIPELINE, f"data.root={root}", "data.cache=off", LONG, f"run.dir={folder}")
-    job = launched(3, "train.py", *settings)
+    settings = (*TWO_STAGES, f"data.root={root}", "data.cache=off", LONG, f"run.dir={folder}")
+    job = launched(2, "train.py", *settings, JSONL)
     job.wait_for_step(folder, 2)
     broken = time.monotonic()
     for image in root.rglob("*.png"):
@@ -232,7 +236,7 @@ def test_silent_process_is_named_after_the_timeout(launched, sample_root, tmp_pa
         f"engine.timeout_s={TIMEOUT}",
         f"run.dir={tmp_path}",
     )
-    job = launched(processes, FAILING, "silence", rank, *settings, LONG, *NO_VALIDATION)
+    job = launched(processes, FAILING, "silence", rank, *settings, LONG, JSONL, *NO_VALIDATION)
     job.wait_for_step(tmp_path, 1)
     workers = job.workers()
     job.wait_for(lambda: state_of(workers[rank]) == "T")
@@ -257,25 +261,11 @@ RESTARTED = (*RESTARTED, "train.eval_every_steps=10", "data.num_workers=1")
 
 @pytest.fixture(scope="module")
 def whole(sample_root, tmp_path_factory):
-    """An uninterrupted run and its output."""
+    """The folder of an uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, run(2, "train.py", *RESTARTED, f"data.root={sample_root}", f"run.dir={folder}")
-
-
-@needs_pipelining
-def test_files_and_output_are_written_once(whole):
-    folder, done = whole
-    assert list(losses(folder)) == list(range(1, STEPS + 1))
-    assert tensorboard_steps(folder) == list(range(1, STEPS + 1))
-    (events,) = folder.glob("events.*")
-    names = {"config.yaml", "environment.json", "metrics.jsonl", events.name, "checkpoints"}
-    assert {path.name for path in folder.iterdir()} == names
-    lines = done.stdout.splitlines()
-    assert lines[0] == str(folder)
-    stages = [line for line in lines if line.startswith("Encoder")]
-    assert len(set(lines)) == len(lines) and len(stages) == 4, done.stdout
-    assert all(done.stderr.count(f"step {n}/{STEPS} ") == 1 for n in range(1, STEPS + 1))
-    assert error_lines(done.stderr) == [], done.stderr
+    words = (*RESTARTED, "engine.name=torch", f"data.root={sample_root}", f"run.dir={folder}")
+    assert train.main(list(words)) == 0
+    return folder
 
 
 @needs_pipelining
@@ -290,7 +280,7 @@ def test_restarted_job_resumes_from_its_last_checkpoint(launched, sample_root, t
     assert done.stdout.splitlines().count(str(folder)) == 2
     assert "from step" in done.stdout
     assert done.stderr.count("ProcessLost: ") == 1
-    compare(folder, whole[0])
+    compare(folder, whole)
 
 
 def saved_runs(root: Path) -> List[Path]:
@@ -319,7 +309,7 @@ def test_job_killed_before_its_first_checkpoint_starts_again(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert done.stdout.splitlines().count(str(folder)) == 2
     assert not (folder / ".lock").exists()
-    compare(folder, whole[0])
+    compare(folder, whole)
 
 
 def one_of_two_hosts(port: int, *arguments) -> subprocess.Popen:
@@ -343,7 +333,7 @@ def test_two_hosts_restart_together(launched, sample_root, tmp_path, whole):
     done = [host.finish() for host in hosts]
     assert [host.returncode for host in done] == [0, 0], [host.stderr for host in done]
     (folder,) = tmp_path.iterdir()
-    compare(folder, whole[0])
+    compare(folder, whole)
 
 
 ATTEMPTS = ["--max-restarts", "1"]
@@ -385,25 +375,11 @@ def test_ctrl_c_saves_and_stops_all_processes(launched, sample_root, tmp_path):
     os.killpg(job.process.pid, signal.SIGINT)
     done = job.finish(since=time.monotonic())
     assert done.returncode != 0
-    assert_stopped(done, tmp_path, "SIGINT received")
+    assert_stopped(done.stdout, tmp_path, "SIGINT received")
     stopped = saved_step(tmp_path)
     done = run(2, "train.py", "--resume", tmp_path, f"train.steps={stopped + 2}")
     assert f"from step {stopped}" in done.stdout
     assert list(losses(tmp_path)) == list(range(1, stopped + 3))
-
-
-@pytest.mark.parametrize("rank", [0, exhaustive(1)])
-def test_signal_to_one_process_saves_and_stops_all(launched, sample_root, tmp_path, rank):
-    """Even if the main process still writes when the others are done."""
-    settings = (*REPLICAS, f"data.root={sample_root}", LONG, f"run.dir={tmp_path}")
-    job = launched(2, FAILING, "slow_disk", 0, *settings, *NO_VALIDATION)
-    job.wait_for_step(tmp_path, 2)
-    done = job.finish(since=job.signal(rank, signal.SIGTERM))
-    assert done.returncode != 0
-    assert "exitcode  : 75" in done.stderr, done.stderr
-    assert error_lines(done.stderr) == [], done.stderr
-    reason = "SIGTERM received" if rank == 0 else "another process was interrupted"
-    assert_stopped(done, tmp_path, reason)
 
 
 @pytest.mark.exhaustive
@@ -413,7 +389,7 @@ def test_early_stopping_stops_all_processes(launched, sample_root, tmp_path):
     settings = (*TWO_STAGES, f"data.root={sample_root}", LONG, *patience, f"run.dir={tmp_path}")
     done = launched(2, "train.py", *settings).finish()
     assert done.returncode == 0, done.stderr
-    assert_stopped(done, tmp_path, "early stopping: 1 validations")
+    assert_stopped(done.stdout, tmp_path, "early stopping: 1 validations")
     assert error_lines(done.stderr) == [], done.stderr
 
 
@@ -426,19 +402,58 @@ def test_non_finite_loss_is_reported_once(launched, sample_root, tmp_path):
     assert "No checkpoint was written yet." in only_error(done.stderr, "NonFiniteLoss")
 
 
-def test_synthetic_data_set_and_cache_are_made_once(launched, tmp_path):
-    """Even if the main process, the only one that prints, is the last to reach them."""
-    root = tmp_path / "new" / "images"
-    settings = (
-        *REPLICAS,
-        f"data.root={root}",
-        "data.sample_images=60",
-        f"run.dir={tmp_path / 'run'}",
-    )
-    job = launched(2, FAILING, "slow_start", 0, *settings)
-    done = job.finish()
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"data.root={root} does not exist: writing a synthetic") == 1
+class Stopped(NamedTuple):
+    """A run of two processes on new synthetic images, one of which gets SIGTERM."""
+
+    rank: int
+    done: subprocess.CompletedProcess
+    folder: Path
+    images: Path
+
+
+@pytest.fixture(scope="module", params=[0, exhaustive(1)])
+def stopped(request, tmp_path_factory):
+    """The main process, the only one that prints and writes, is late.
+
+    It is the last to reach the images, and still writes when the other process is done.
+    """
+    place = tmp_path_factory.mktemp("stopped")
+    folder, images = place / "run", place / "new" / "images"
+    settings = (*REPLICAS, LONG, *NO_VALIDATION, f"run.dir={folder}")
+    settings = (*settings, f"data.root={images}", "data.sample_images=60")
+    with jobs() as launch:
+        job = launch(2, FAILING, "slow_start+slow_disk", 0, *settings)
+        job.wait_for_step(folder, 2)
+        done = job.finish(since=job.signal(request.param, signal.SIGTERM))
+    return Stopped(request.param, done, folder, images)
+
+
+def test_signal_to_one_process_saves_and_stops_all(stopped):
+    done = stopped.done
+    assert done.returncode != 0
+    assert "exitcode  : 75" in done.stderr, done.stderr
+    assert error_lines(done.stderr) == [], done.stderr
+    reason = "SIGTERM received" if stopped.rank == 0 else "another process was interrupted"
+    assert_stopped(done.stdout, stopped.folder, reason)
+
+
+def test_files_and_output_are_written_once(stopped):
+    done, folder = stopped.done, stopped.folder
+    steps = list(range(1, saved_step(folder) + 1))
+    assert list(losses(folder)) == tensorboard_steps(folder) == steps
+    (events,) = folder.glob("events.*")
+    names = {"config.yaml", "environment.json", "metrics.jsonl", events.name, "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == names
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(folder)
+    stages = [line for line in lines if line.startswith("Encoder")]
+    assert len(set(lines)) == len(lines) and len(stages) == 4, done.stdout
+    assert all(done.stderr.count(f"step {step}/100000 ") == 1 for step in steps), done.stderr
+
+
+def test_synthetic_data_set_and_cache_are_made_once(stopped):
+    done, images = stopped.done, stopped.images
+    assert done.stderr.count(f"data.root={images} does not exist: writing a synthetic") == 1
     assert done.stderr.count("INFO: cached 60 images in ") == 1, done.stderr
     assert "60 images of" in done.stdout
-    assert len(list(root.rglob("*.png"))) == 60
+    assert len(list(images.rglob("*.png"))) == 60

@@ -2,15 +2,13 @@
 
 import json
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from cxr_vit.planner.timeline import StageTime, simulate
 
-from .launch import ROOT, free_port, needs_pipelining
+from .launch import finish, fork, needs_pipelining
 
 COUNTS = (4, 12)
 TINY = (
@@ -22,21 +20,14 @@ TINY = (
 
 def update_seconds(sleeps_ms, out):
     """Time updates of four processes; return the median by number of micro-batches."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"),
-        *("--master-port", free_port(), "--nproc-per-node", 4, "-m", "benchmarks.pipeline_worker"),
-        *(*TINY, "--out", out, "--schedules", "1f1b", "--micro-batches", *COUNTS),
-        *("--rounds", 2, "--warm-steps", 1, "--stage-ms", *sleeps_ms),
-    ]
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=str(ROOT),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=240,
-        check=False,
+    done = finish(
+        fork(
+            *(4, "-m", "benchmarks.pipeline_worker", *TINY, "--out", out, "--schedules", "1f1b"),
+            *("--micro-batches", *COUNTS, "--rounds", 2, "--warm-steps", 1),
+            *("--stage-ms", *sleeps_ms),
+        )
     )
-    assert done.returncode == 0, done.stdout.decode()
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     seconds = {count: [] for count in COUNTS}
     for case in json.loads(out.read_text()):
         seconds[case["micro_batches"]] += case["seconds"]

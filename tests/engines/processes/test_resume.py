@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+import os
+import signal
+import threading
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
 
 import pytest
 import torch
@@ -19,10 +24,11 @@ from .launch import (
     ROOT,
     assert_stopped,
     events,
+    finish,
+    fork,
     jobs,
     losses,
     needs_pipelining,
-    run,
     saved_step,
 )
 from .worker import copies, has_gradient, pipeline
@@ -44,29 +50,31 @@ DEMO = (
     "optim.lr=3e-4",
     "optim.max_grad_norm=0.1",
     "engine.device=cpu",
+    "loggers=[jsonl]",
 )
 
 
 class Leg(NamedTuple):
-    """A part of a run, with the number of torchrun's processes; None without torchrun."""
+    """A part of a run, with the number of torchrun's processes; 1: in the process of the tests."""
 
-    processes: Optional[int]
+    processes: int
     overrides: Sequence[str]
     description: str
 
 
-ALONE = Leg(None, ("engine.name=torch", *copies(1)), "torch engine on CPU in fp32")
+ALONE = Leg(1, ("engine.name=torch", *copies(1)), "torch engine on CPU in fp32")
 FOUR_STAGES = Leg(4, pipeline("1f1b", "[1, 1, 1, 1]"), "pipeline engine on CPU in 4 processes")
 TWO_BY_TWO = Leg(4, pipeline("gpipe", "[2, 2]", 2), "pipeline engine on CPU in 4 processes")
+TWO_STAGES = Leg(2, pipeline("1f1b", "[2, 2]"), "pipeline engine on CPU in 2 processes")
 TWO_REPLICAS = Leg(2, ("engine.name=torch", *copies(2)), "torch engine on CPU in 2 processes")
 
 
 class Interrupted(NamedTuple):
-    """A run that was stopped several times, the steps where it was, and its last leg."""
+    """A run that was stopped several times, the steps where it was, and who scores it."""
 
     folder: Path
     stops: List[int]
-    last: Leg
+    scores: Leg
 
 
 @pytest.fixture(scope="module")
@@ -78,37 +86,80 @@ def whole(sample_root, tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def sigterm_after(folder: Path, step: int) -> Iterator[None]:
+    """Send this process SIGTERM when a run has made a step."""
+    ended = threading.Event()
+
+    def send() -> None:
+        while not any(done >= step for done in losses(folder)):
+            if ended.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # if the run has just ended
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def train_alone(arguments: Sequence[Any]) -> Tuple[int, str]:
+    """Run train.py in this process; return its status and output."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = train.main([str(word) for word in arguments])
+    return status, output.getvalue()
+
+
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(
-            [FOUR_STAGES, ALONE, TWO_BY_TWO, FOUR_STAGES], id="stages", marks=needs_pipelining
+            ([ALONE, TWO_BY_TWO, FOUR_STAGES, ALONE], TWO_STAGES),
+            id="stages",
+            marks=needs_pipelining,
         ),
-        pytest.param([TWO_REPLICAS, ALONE, TWO_REPLICAS], id="replicas"),
+        pytest.param(([ALONE, TWO_REPLICAS, ALONE], TWO_REPLICAS), id="replicas"),
     ],
 )
 def interrupted(request, sample_root, tmp_path_factory):
     """The same run, stopped by SIGTERM after step 10 and then every few steps."""
-    *stopped, last = request.param
+    (*stopped, last), scores = request.param
     folder = tmp_path_factory.mktemp("runs") / "interrupted"
     arguments = (*DEMO, f"data.root={sample_root}", f"run.dir={folder}")
     stops: List[int] = []
-    with jobs() as launch:
-        for leg in stopped:
+    for leg in stopped:
+        stop_leg(leg, arguments, folder, stops)
+        arguments = ("--resume", folder)
+    status, output = train_alone((*arguments, *last.overrides))
+    assert status == 0
+    assert last.description in output
+    assert f"from step {stops[-1]}" in output
+    return Interrupted(folder, stops, scores)
+
+
+def stop_leg(leg: Leg, arguments: Sequence[Any], folder: Path, stops: List[int]) -> None:
+    """Run a leg until SIGTERM stops it; append the step."""
+    step = stops[-1] + 3 if stops else 10
+    if leg.processes == 1:
+        with sigterm_after(folder, step):
+            status, output = train_alone((*arguments, *leg.overrides))
+        assert status == EXIT_STOPPED
+    else:
+        with jobs() as launch:
             job = launch(leg.processes, "train.py", *arguments, *leg.overrides)
-            job.wait_for_step(folder, stops[-1] + 3 if stops else 10)
+            job.wait_for_step(folder, step)
             done = job.finish(since=job.terminate())
-            assert leg.description in done.stdout, f"{done.stdout}\n{done.stderr}"
-            assert not stops or f"from step {stops[-1]}" in done.stdout
-            assert done.returncode == EXIT_STOPPED or leg.processes is not None
-            assert done.returncode != 0
-            assert_stopped(done, folder, "SIGTERM received")
-            stops.append(saved_step(folder))
-            arguments = ("--resume", folder)
-    done = run(last.processes, "train.py", *arguments, *last.overrides)
-    assert last.description in done.stdout
-    assert f"from step {stops[-1]}" in done.stdout
-    return Interrupted(folder, stops, last)
+        assert done.returncode != 0
+        output = done.stdout
+    assert leg.description in output
+    assert not stops or f"from step {stops[-1]}" in output
+    assert_stopped(output, folder, "SIGTERM received")
+    stops.append(saved_step(folder))
 
 
 def checkpoint(folder):
@@ -171,9 +222,11 @@ def test_checkpoint_loads_in_plain_transformers(interrupted, whole):
 
 
 def test_evaluate_writes_the_predictions_of_one_process(interrupted, sample_root, tmp_path):
-    leg, last = interrupted.last, checkpoint(interrupted.folder)
+    leg, last = interrupted.scores, checkpoint(interrupted.folder)
     given = ("--checkpoint", last, "--out", tmp_path / "ours", *leg.overrides)
-    assert leg.description in run(leg.processes, "evaluate.py", *given).stdout
+    done = finish(fork(leg.processes, ROOT / "evaluate.py", *given))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert leg.description in done.stdout
     given = ("--checkpoint", last, "--out", tmp_path / "expected", *ALONE.overrides)
     assert evaluate.main([str(word) for word in given]) == 0
     ours, expected = (predictions(tmp_path / name) for name in ("ours", "expected"))

@@ -1,6 +1,6 @@
 """Train several configurations one after another and save all results.
 
-torchrun ... tests/engines/processes/worker.py CASES FOLDER
+forking.py PROCESSES tests/engines/processes/worker.py CASES FOLDER
 
 CASES is a JSON file: name -> overrides of configs/vit_demo.yaml and the initial loss scale. Rank r
 writes FOLDER/<name>.<r>. The tests call `measure` in their own process for the results of one
