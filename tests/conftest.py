@@ -156,6 +156,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return SlowFilesFirst(config, log)
 
 
+#: Text and arithmetic, which depend neither on Python nor on torch; and the pages and the notebook,
+#: which are written for a current Python.
+ONE_ENVIRONMENT = (
+    "tests/planner/test_search.py",
+    "tests/test_architecture.py",
+    "tests/test_docs.py",
+    "tests/test_docs_run.py",
+    "tests/test_language.py",
+    "tests/test_notebook.py",
+)
+
+
+def leave_to_newer_python(items: List[pytest.Item]) -> None:
+    """On Python 3.8 run them only with what is exhaustive."""
+    if sys.version_info >= (3, 9):
+        return
+    files = {ROOT / file for file in ONE_ENVIRONMENT}
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the tests have imported from every garbage collection, which would take long."""
+    gc.collect()
+    gc.freeze()
+
+
 # make test-frontend: what runs on PopTorch's real front end
 
 
@@ -182,8 +210,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--front-end: {reason}. See docs/ipu.md, section 12.")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    """Leave out what has to do neither with the front end nor with the stand-in."""
+    """Leave out what runs elsewhere, and what --front-end is not about."""
+    leave_to_newer_python(items)
     if not config.getoption("front_end"):
         return
     folders = (ROOT / "tests" / "engines" / "ipu", ROOT / "tests" / "fakes")

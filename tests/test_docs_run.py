@@ -88,9 +88,6 @@ RUN = list({command.text: command for command in commands() if is_run(command)}.
 #: Starting processes takes ten seconds and more, so `make test` runs the first of these only.
 IN_PROCESSES = [command for command in RUN if command.launcher]
 
-# The pages are written for a current Python; `make test-all` runs them on an IPU host's too.
-pytestmark = [pytest.mark.exhaustive] if sys.version_info < (3, 9) else []
-
 
 def as_case(command: Command) -> Any:
     """Return the parameter of a test."""
