@@ -187,10 +187,9 @@ def long_run(sample_root):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(repository, long_run, tmp_path_factory):
+def uninterrupted(long_run, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    result = command(repository, "train.py", *long_run, f"run.dir={run}")
-    assert result.returncode == 0, result.stderr
+    assert train.main([*long_run, f"run.dir={run}"]) == 0
     return run
 
 
@@ -221,7 +220,7 @@ def wait_for_step(process, run, step):
     [(signal.SIGTERM, 75), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.exhaustive)],
 )
 def test_killed_run_resumes_to_the_same_weights(
-    repository, long_run, uninterrupted, tmp_path, number, status
+    repository, call, long_run, uninterrupted, tmp_path, number, status
 ):
     run = tmp_path / "run"
     process = start(repository, *long_run, f"run.dir={run}")
@@ -232,10 +231,10 @@ def test_killed_run_resumes_to_the_same_weights(
     if number == signal.SIGTERM:
         assert "SIGTERM received" in stdout
         assert "saving after this host batch" in stderr
-    resumed = command(repository, "train.py", "--resume", run)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.splitlines()[0] == str(run)
-    assert "from step" in resumed.stdout
+    resumed = call(train, "--resume", run)
+    assert resumed.status == 0, resumed.err
+    assert resumed.out.splitlines()[0] == str(run)
+    assert "from step" in resumed.out
     assert losses(run) == losses(uninterrupted)
     assert_same_weights(run, uninterrupted)
 
