@@ -229,7 +229,18 @@ class Splits(NamedTuple):
 
 
 def split_images(data: DataSection) -> Splits:
-    """Count the images of the splits from the lists; without them assume NIH's."""
+    """Count the images of the splits from the lists; without them assume NIH's.
+
+    A table is not read.
+    """
+    splits = _listed_images(data)
+    return splits._replace(training=math.ceil(splits.training * data.train_fraction))
+
+
+def _listed_images(data: DataSection) -> Splits:
+    if data.format == "table":
+        source = "assumed, as many as NIH's; --images N for those of the table"
+        return _drawn(data, _NIH_TRAINING, _NIH_TEST, source)
     if data.sample_images and not Path(data.root).exists():
         test = math.ceil(data.sample_images * _SAMPLE_TEST_SHARE)
         return _drawn(data, data.sample_images - test, test, "of the synthetic sample")

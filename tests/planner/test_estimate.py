@@ -137,6 +137,13 @@ def test_images_per_epoch_are_nihs_without_lists():
     assert make_plan(pod4(), images=1000).images == 1000
     patients = make_plan(pod4("data.split=patient", "data.val_fraction=0.1"))
     assert patients.images == 78_484  # 70 % of 112,120
+    assert make_plan(pod4("data.train_fraction=0.1")).images == 8_220  # of 82,197
+
+
+def test_images_of_a_table_are_assumed_and_the_plan_says_so():
+    plan = make_plan(pod4("data.format=table", "data.labels=[A, B]"))
+    assert plan.images == 82_197
+    assert "--images N" in plan.images_source
 
 
 def test_images_of_the_synthetic_sample_leave_out_its_test_images():
