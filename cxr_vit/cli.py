@@ -345,10 +345,15 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         f" data section; those of the package by name: {packaged or 'none'}"
     )
     add("--data", nargs="+", action="extend", default=[], metavar="FILE", help=text)
-    add("--out", type=Path, metavar="DIR", help="default: <run>/report, or with --data its <name>")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: <run>/report; with --data, its <name>",
+    )
     parser.add_overrides(
-        "overrides of the run's configuration, with --data those of data.* of the other data set's"
-        " (train.py --help lists the fields)"
+        "overrides of the run's configuration; with --data, those of data.* apply to the other data"
+        " set (train.py --help lists the fields)"
     )
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         raise ConfigError(f"{argv[0]}: a checkpoint or a run is given as --checkpoint {argv[0]}")

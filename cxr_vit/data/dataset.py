@@ -170,7 +170,7 @@ def dataset_of_files(
     reader = FileReader(
         files, names, image_size=image_size, max_megapixels=max_megapixels, resample=resample
     )
-    table = pd.DataFrame({"image": names})
+    table = pd.DataFrame({"image": names}, dtype=object)  # a name may be no UTF-8
     return ChestXrayDataset(Records(table, np.zeros((len(names), num_classes), np.uint8)), reader)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import List
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
+from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate, dataset_of_files
 from cxr_vit.data.images import FileReader
 from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
@@ -149,6 +150,14 @@ def test_without_images_keeps_labels_and_rows_and_reads_nothing(
     assert torch.equal(batch.labels, expected.labels)
     assert torch.equal(batch.indices, expected.indices)
     assert len(empty) == len(dataset) and empty.image_names == dataset.image_names
+
+
+def test_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    Image.fromarray(pixels(0)).save(path)
+    images = dataset_of_files([path], num_classes=2, image_size=SIDE)
+    assert images[0].image[0].tolist() == pixels(0).tolist()
+    assert images.image_names == [str(path)]
 
 
 def test_a_batch_of_zeros_is_all_padding() -> None:

@@ -158,7 +158,7 @@ def test_cells_of_a_csv_keep_their_meaning():
 
 
 def test_name_that_is_not_utf8_is_written_with_escapes(tmp_path):
-    write_csv(tmp_path / "skipped.csv", pd.DataFrame({"image": ["\udcff.png"]}))
+    write_csv(tmp_path / "skipped.csv", pd.DataFrame({"image": ["\udcff.png"]}, dtype=object))
     assert (tmp_path / "skipped.csv").read_bytes() == b"image\n\\udcff.png\n"
 
 
