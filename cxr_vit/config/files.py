@@ -16,9 +16,9 @@ _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def packaged_configs() -> Dict[str, Path]:
-    """Return name -> path of the configurations that come with the package."""
+    """Return name -> path of the configurations that come with the package, those of data last."""
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
-    paths = sorted(folder.rglob("*.yaml"))
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
