@@ -242,7 +242,8 @@ def test_ten_lines_run_outside_the_checkout(outside, tmp_path):
     shutil.copy(str(ROOT / "tests" / "ten_lines.py"), str(program))
     outside("sample", "--out", "sample", "--images", "60", "--size", "32")
     overrides = ["data.root=sample", *SMALL, "train.steps=3", "engine.name=torch"]
-    where = f"import runpy, sys; sys.argv = {['ten_lines.py', '.', '{"out": []}', *overrides]}"
+    words = ["ten_lines.py", ".", json.dumps({"out": []}), *overrides]
+    where = f"import runpy, sys; sys.argv = {words}"
     code = f"{where}; runpy.run_path({str(program)!r}, run_name='__main__'); import cxr_vit"
     printed = outside("-c", f"import os; os.mkdir('out'); {code}; print(cxr_vit.__file__)")
     assert ROOT not in Path(printed.splitlines()[-1]).parents
