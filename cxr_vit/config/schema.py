@@ -133,7 +133,7 @@ class DataSection(Section):
         **dict.fromkeys(["csv", "join", "images", "boxes", "relabels", "cache_dir"], "root"),
         **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
         **dict.fromkeys(["columns", "labels", "label_map", "label_separator"], "format"),
-        **dict.fromkeys(["uncertain", "blank", "repeated_images"], "format"),
+        **dict.fromkeys(["uncertain", "blank", "repeated_images", "split"], "format"),
     }
 
     root: PathText = option(

@@ -730,3 +730,11 @@ def test_large_configuration_is_read(write):
     config = read_config([write(f"callbacks: [{{class: a.B, args: {{x: {values}}}}}]")])
     assert config.callbacks[0].args["x"] == values
     assert read_config([write(dump_config(config))]) == config
+
+
+def test_a_split_of_nih_is_not_that_of_a_table(write: Write):
+    own = write("data: {format: table, csv: a.csv, labels: [A]}", "own.yaml")
+    nih = write("data: {split: official}", "nih.yaml")
+    assert read_config([nih, own]).data.split == "auto"
+    assert read_config([nih, own], ["data.split=patient"]).data.split == "patient"
+    assert read_config([own, nih]).data.split == "official"
