@@ -19,6 +19,7 @@ NEEDS = (
     "GPUs",
     "two hosts",
     "Slurm",
+    "the weights",
     "root",
     "the real images",
     "the network",
