@@ -125,6 +125,13 @@ def test_images_of_the_training_are_counted(run, sample_root, call, caplog):
     assert "give --split test" in log
 
 
+def test_scoring_validation_images_for_lack_of_test_images_is_said(run, call):
+    words = ("data.split=patient", "data.val_fraction=0.3", "data.test_fraction=0")
+    metrics, _, log = call(*words)
+    assert metrics["split"] == "val"
+    assert "no test images: scoring the validation images, which also chose the best" in log
+
+
 def test_training_data_that_are_gone_are_not_compared(run, call, chexpert, sample_root, tmp_path):
     moved = tmp_path / "elsewhere"
     sample_root.rename(moved)

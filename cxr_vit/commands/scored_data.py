@@ -50,6 +50,11 @@ class ScoredData:
         self, data: ChestXrayDataModule, match: LabelMatch, state: Mapping[str, Any], split: str
     ) -> Dict[str, Any]:
         """Return JSON-able facts for metrics.json; warn of what makes the scores wrong."""
+        if split == "val" and len(data.splits.test) == 0:
+            logger.warning(
+                "no test images: scoring the validation images, which also chose the best"
+                " checkpoint"
+            )
         return {**data.fingerprint(), "changed_since_training": data.warn_if_changed(state)}
 
     def named(self, outputs: EvalOutputs) -> EvalOutputs:
