@@ -64,6 +64,8 @@ def _refuse_type(path: Path, name: str, kind: Any) -> None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes numbers of patients float where one is missing
     return "" if value is None or value != value else str(value).strip()
 
 

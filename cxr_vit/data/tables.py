@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
 import re
 import warnings
 from pathlib import Path
-from typing import Callable, Collection, Dict, Iterable, List, Sequence, Tuple
+from typing import Callable, Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pandas as pd
@@ -98,7 +99,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pd.DataFrame:
     """Read these columns of a CSV, TSV or Parquet file as text, without blanks at the ends.
 
     The file has the columns, each once. An empty field is "". Raises DataError if the file is no
-    such table, if a row has more fields than the header, or if there are no rows.
+    such table, if a row has more or fewer fields than the header, or if there are no rows.
     """
     raw = read_raw(path, TABLE_LIMITS.size, unpacks=True)
     if raw.startswith(_PARQUET):
@@ -119,11 +120,25 @@ class _Stripped(Dict[str, str]):
         return self.setdefault(text, text.strip())
 
 
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module read fields as long as a line may be: its own limit is 131,072."""
+    before = csv.field_size_limit(TABLE_LIMITS.line)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+@_long_fields()
 def _csv_columns(path: Path, raw: bytes, names: Sequence[str]) -> List[List[str]]:
     separator, header = _split_header(path, _first_line(raw), names)
     refuse_absent(str(path), names, header, "Separate all lines alike.")
     places, width, stripped = [header.index(name) for name in names], len(header), _Stripped()
+    # A header may end with a separator where the rows do not.
+    least = max(column for column, name in enumerate(header, 1) if name)
     texts: List[List[str]] = [[] for _ in names]
+    short: List[Tuple[int, int]] = []
     row = -1  # the header
     try:
         lines = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", newline="")
@@ -138,11 +153,19 @@ def _csv_columns(path: Path, raw: bytes, names: Sequence[str]) -> List[List[str]
                     f"{path}: row {row} has more fields than the {width} of the header. Quote the"
                     f" fields that have a {separator!r} in their text."
                 )
+            if len(cells) < least:
+                short.append((row, len(cells)))
             cells += [""] * (width - len(cells))
             for column, place in zip(texts, places):
                 column.append(stripped[cells[place]])
     except csv.Error as error:
         raise DataError(f"{path}: not a readable CSV ({error} in row {row + 1}).") from error
+    if short:
+        first, count = short[0]
+        raise DataError(
+            f"{path}: {len(short)} of {row} rows are cut off, first row {first}: it has {count}"
+            f" fields, the header {least}. Fetch the file again, or write all fields of a row."
+        )
     return texts
 
 
@@ -163,6 +186,7 @@ def _first_line(raw: bytes) -> str:
     return next((line for line in lines if line.strip()), "")
 
 
+@_long_fields()
 def _split_header(path: Path, line: str, wanted: Collection[str]) -> Tuple[str, List[str]]:
     """Return the separator that finds the most of the wanted columns, and the header's fields."""
     try:
@@ -189,8 +213,11 @@ def refuse_rows(path: Path, wrong: np.ndarray, values: pd.Series, what: str, rem
         )
 
 
-def read_ages(texts: pd.Series) -> pd.Series:
-    """Read `58`, `058Y`, `011M` and `005D` as years; impossible ages become NaN."""
+def read_ages(texts: pd.Series, path: Optional[Path] = None) -> pd.Series:
+    """Read `58`, `058Y`, `011M` and `005D` as years; impossible ages become NaN.
+
+    With the path of the table, a warning counts the texts that are no age.
+    """
 
     def read(distinct: pd.Series) -> pd.Series:
         parts = distinct.str.extract(r"^(\d+(?:\.\d+)?)([YMD]?)$")
@@ -198,6 +225,10 @@ def read_ages(texts: pd.Series) -> pd.Series:
         return pd.to_numeric(parts[0], errors="coerce").astype(np.float64) / units
 
     years = per_text(texts, read)
+    unread = texts[(years.isna() & (texts != "")).to_numpy(dtype=bool)]
+    if path is not None and len(unread):
+        text = "%s: %d ages are not understood and count as unknown, e.g. %r"
+        logger.warning(text, path, len(unread), unread.iloc[0][:_SHOWN])
     impossible = years > _OLDEST_AGE_YEARS
     if impossible.any():
         text = "%d ages over %d years count as unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import sys
 from pathlib import Path
@@ -47,9 +48,12 @@ def test_the_separator_is_the_one_that_finds_the_columns(tmp_path: Path) -> None
     assert read(write(tmp_path / "c.csv", "one\nx\n"), "one") == {"one": ["x"]}
 
 
-def test_blanks_at_the_ends_short_rows_and_quoted_lines_are_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", 'id , text\n 1 ," two\nlines "\n2\n , \n3,x,,\n')
+def test_blanks_at_the_ends_quoted_lines_and_long_fields_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'id , text,\n 1 ," two\nlines "\n2,\n , \n3,x,,\n')
     assert read(path, "id", "text") == {"id": ["1", "2", "3"], "text": ["two\nlines", "", "x"]}
+    report = "a" * 140_000
+    assert read(write(tmp_path / "b.csv", f"id,text\n1,{report}\n"), "text") == {"text": [report]}
+    assert csv.field_size_limit() == 131_072  # of the whole process
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,8 @@ def test_blanks_at_the_ends_short_rows_and_quoted_lines_are_read(tmp_path: Path)
         ("id,text\n", "no rows below the header"),
         ("id,text,id\n1,2,3\n", "the column 'id' is there twice"),
         ("id" + ",x" * 1000 + "\n1\n", "more than 1000 columns"),
-        ("id,text\n1," + "a" * 140_000 + "\n", "not a readable CSV .field larger"),
+        ("id,text,\n1,a\n2\n3\n", r"2 of 3 rows are cut off, first row 2: it has 1 fields, the h"),
+        ('id,text\n1,"' + ("a" * 600_000 + "\n") * 2 + '"\n', "not a readable CSV .field larger"),
         ("id,text\n1," + "a" * 1_000_001 + "\n", "the longest of 1,000,004 bytes"),
         ("", "the file is empty"),
         ("id,text\n1,\0\n", "zero bytes"),
@@ -97,15 +102,15 @@ def parquet(tmp_path: Path) -> Path:
     from pyarrow.parquet import write_table
 
     columns = {
-        "image": ["a.png ", None, "c.png"],
-        "patient": pyarrow.array(["x", "y", "x"]).dictionary_encode(),
-        "whole": [1, None, -1],
-        "real": [1.0, float("nan"), -1.0],
-        "yes": [True, None, False],
-        "nothing": pyarrow.nulls(3),
-        "a.b": ["1", "2", "3"],
-        "list": [["a"], ["b"], None],
-        "bytes": [b"a", b"b", b"c"],
+        "image": ["a.png ", None, "c.png", "d.png"],
+        "patient": pyarrow.array(["x", "y", "x", "1.0"]).dictionary_encode(),
+        "whole": [1, None, -1, 2],
+        "real": [1.0, float("nan"), -1.0, 0.5],
+        "yes": [True, None, False, True],
+        "nothing": pyarrow.nulls(4),
+        "a.b": ["1", "2", "3", "4"],
+        "list": [["a"], ["b"], None, None],
+        "bytes": [b"a", b"b", b"c", b"d"],
     }
     path = tmp_path / "a.parquet"
     write_table(pyarrow.table(columns), path)
@@ -116,13 +121,13 @@ def test_parquet_is_read_as_text(parquet: Path) -> None:
     header = ["image", "patient", "whole", "real", "yes", "nothing", "a.b", "list", "bytes"]
     assert read_header(parquet, []) == header
     assert read(parquet, *header[:-2]) == {
-        "image": ["a.png", "", "c.png"],
-        "patient": ["x", "y", "x"],
-        "whole": ["1", "", "-1"],
-        "real": ["1.0", "", "-1.0"],
-        "yes": ["True", "", "False"],
-        "nothing": ["", "", ""],
-        "a.b": ["1", "2", "3"],
+        "image": ["a.png", "", "c.png", "d.png"],
+        "patient": ["x", "y", "x", "1.0"],
+        "whole": ["1", "", "-1", "2"],
+        "real": ["1", "", "-1", "0.5"],
+        "yes": ["True", "", "False", "True"],
+        "nothing": [""] * 4,
+        "a.b": ["1", "2", "3", "4"],
     }
 
 
