@@ -173,7 +173,7 @@ class DataSection(Section):
     repeated_images: Literal["error", "any", "majority"] = option(
         "error",
         "several rows of an image, as by several readers: refuse them, or a label is positive if"
-        " any, or if most of its known values are (table)",
+        " any of its known values is, or if more than half are; half of them is uncertain (table)",
     )
     label_map: Annotated[LabelMap, Words(LABEL_MAP_WORDS)] = option(
         {},

@@ -19,11 +19,12 @@ from cxr_vit.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_MEANINGS = {"negative": 0, "positive": 1, "unknown": UNKNOWN}
+#: What `data.uncertain` and `data.blank` may be, as labels.
+MEANINGS = {"negative": 0, "positive": 1, "unknown": UNKNOWN}
 _POSITIVE = ("1", "yes", "true", "positive", "y", "t")
 _NEGATIVE = ("0", "no", "false", "negative", "n", "f")
 _UNCERTAIN = ("-1", "u", "uncertain")
-_BLANK = ("", "nan", "na", "null")
+_BLANK = ("", "nan", "na", "null", "none")
 _HINT = (
     f"Write {', '.join(_POSITIVE)} for positive, {', '.join(_NEGATIVE)} for negative,"
     f" {', '.join(_UNCERTAIN)} for uncertain, or nothing."
@@ -58,8 +59,8 @@ def column_labels(
     words = {
         **dict.fromkeys(_POSITIVE, 1),
         **dict.fromkeys(_NEGATIVE, 0),
-        **dict.fromkeys(_UNCERTAIN, _MEANINGS[data.uncertain]),
-        **dict.fromkeys(_BLANK, _MEANINGS[data.blank]),
+        **dict.fromkeys(_UNCERTAIN, MEANINGS[data.uncertain]),
+        **dict.fromkeys(_BLANK, MEANINGS[data.blank]),
     }
     labels = np.empty((len(table), len(names)), dtype=np.int8)
     for column, name in enumerate(names):
@@ -68,6 +69,10 @@ def column_labels(
         labels[:, column] = read[codes]
         wrong = labels[:, column] == _WRONG
         refuse_rows(path, wrong, table[name], f"no value of the label {name!r}", _HINT)
+    healthy = np.array(list(map(is_no_finding, names)))
+    _warn_of_both(
+        path, (labels[:, healthy] == 1).any(axis=1) & (labels[:, ~healthy] == 1).any(axis=1)
+    )
     return labels
 
 
@@ -83,8 +88,9 @@ def listed_labels(
 ) -> np.ndarray:
     """Return the labels of a table with one column of all labels, int8 ``[rows, labels]``.
 
-    An empty field means `data.blank` for every label. What is no label is another finding, which
-    the log counts. Raises DataError if a name differs from a label in upper and lower case only.
+    A field without a label, or with a word for nothing, means `data.blank` for every label. What is
+    no label is another finding, which the log counts. Raises DataError if a name differs from a
+    label in upper and lower case only.
     """
     columns = {name: column for column, name in enumerate(names)}
     healthy = next((name for name in names if is_no_finding(name)), None)
@@ -92,10 +98,13 @@ def listed_labels(
     labels = np.zeros((len(distinct), len(names)), dtype=np.int8)
     counts = np.bincount(codes, minlength=len(distinct))
     others: Counter[str] = Counter()
+    has_both = np.zeros(len(distinct), dtype=bool)
     for row, field in enumerate(distinct):
-        if not field:
-            labels[row] = _MEANINGS[data.blank]
-        for token in _tokens(field, data.label_separator):
+        tokens = _tokens(field, data.label_separator)
+        if not tokens or (field.lower() in _BLANK and field not in columns):
+            labels[row], tokens = MEANINGS[data.blank], []
+        has_both[row] = len(set(map(is_no_finding, tokens))) > 1
+        for token in tokens:
             name = healthy if is_no_finding(token) and healthy else token
             if name in columns:
                 labels[row, columns[name]] = 1
@@ -105,7 +114,14 @@ def listed_labels(
     if others:
         text = "%s: %d other findings, which count as none of the labels: %s"
         logger.warning(text, path, len(others), _shown(others, names))
+    _warn_of_both(path, has_both[codes])
     return labels[codes]
+
+
+def _warn_of_both(path: Path, has_both: np.ndarray) -> None:
+    if has_both.any():
+        text = "%s: %d of %d rows have No Finding together with another label, first row %d"
+        logger.warning(text, path, has_both.sum(), len(has_both), int(np.argmax(has_both)) + 1)
 
 
 def _refuse_other_case(path: Path, others: Counter[str], names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 from cxr_vit.config.columns import Column, Columns, PatternColumn
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.label_columns import (
+    MEANINGS,
     column_labels,
     listed_labels,
     listed_tokens,
@@ -94,12 +95,8 @@ def read_table_records(data: DataSection) -> Tuple[List[Path], Records]:
     tables, joined = find_tables(data)
     names = data.labels if isinstance(data.labels, list) else labels_matching(data)
     parts = [_read_part(path, split, joined, names, data) for split, path in tables.items()]
-    part = _Part(
-        pd.concat([part.table for part in parts], ignore_index=True),
-        np.concatenate([part.labels for part in parts]),
-    )
     paths = list(tables.values())
-    table, labels = _one_row_per_image(paths[0], part, data.repeated_images)
+    table, labels = _one_row_per_image(paths, parts, data)
     warn_of_constant(labels, names)
     given = table.pop("split").to_numpy(dtype=object)
     assert data.columns is not None
@@ -130,7 +127,7 @@ def _read_part(
     refuse_rows(path, nobody, table["image"], "no patient", hint)
     table["split"] = split or _splits(path, table["split"])
     table["sex"] = table["sex"].map(lambda text: _SEXES.get(text.lower(), text))
-    table["age"] = read_ages(table["age"])
+    table["age"] = read_ages(table["age"], path)
     if "labels" in columns:
         labels = listed_labels(path, texts["labels"], names, data)
     else:
@@ -164,6 +161,7 @@ def _joined(path: Path, joined: Sequence[Path], wanted: Sequence[str]) -> pd.Dat
         refuse_rows(file, repeated, texts, what, "Each row of data.csv needs one partner at most.")
         table = table.merge(other, on=shared, how="left", indicator="_partner")
         lacking = int((table.pop("_partner") == "left_only").sum())
+        table = table.fillna("")  # the next file may be joined on these columns
         if lacking == len(table):
             raise DataError(
                 f"{file}: has a partner for none of the {lacking} rows of {path}, joined on"
@@ -173,7 +171,7 @@ def _joined(path: Path, joined: Sequence[Path], wanted: Sequence[str]) -> pd.Dat
         if lacking:
             text = "%s: no partner for %d of %d rows of %s; their cells are empty"
             logger.warning(text, file, lacking, len(table), path)
-    return table.fillna("")
+    return table
 
 
 def _keys(headers: Mapping[Path, List[str]]) -> Dict[Path, List[str]]:
@@ -227,37 +225,70 @@ def _counts(texts: pd.Series) -> List[Tuple[str, int]]:
 
 
 def _one_row_per_image(
-    path: Path, part: _Part, repeated_images: str
+    paths: Sequence[Path], parts: Sequence[_Part], data: DataSection
 ) -> Tuple[pd.DataFrame, np.ndarray]:
-    """Return one row per image, in the order of their first ones; merge the labels of several."""
-    table, labels = part
-    codes, distinct = pd.factorize(table["image"])
+    """Return one row per image, in the order of their first ones; merge the labels of several.
+
+    `paths` are the files of the parts.
+    """
+    table = pd.concat([part.table for part in parts], ignore_index=True)
+    labels = np.concatenate([part.labels for part in parts])
+    images = table["image"]
+    codes, distinct = pd.factorize(images)
     if len(distinct) == len(table):
         return table, labels
-    images = table["image"]
     repeated = images.duplicated().to_numpy()
-    if repeated_images == "error":
+    first = np.flatnonzero(~repeated)
+    rows = list(zip(paths, (len(part.table) for part in parts)))
+    if data.repeated_images == "error":
         hint = (
             "Keep one row per image, or set data.repeated_images to any or majority if several"
             " readers labelled an image."
         )
-        refuse_rows(path, repeated, images, "a repeated image", hint)
-    first = np.flatnonzero(~repeated)
+        _refuse_in_files(rows, repeated, images, "a repeated image{}", hint, first[codes])
     for key in _OF_IMAGE:
         values = pd.factorize(table[key])[0]  # NaN equals NaN
         differs = values != values[first][codes]
         hint = "All rows of an image have the same patient, split, sex, age and view."
-        what = f"another {key} than in the image's first row"
-        refuse_rows(path, differs, images, what, hint)
+        what = f"another {key} than in the image's first row{{}}"
+        _refuse_in_files(rows, differs, images, what, hint, first[codes])
     positive = _sums(codes, labels == 1, len(distinct))
     known = positive + _sums(codes, labels == 0, len(distinct))
-    threshold = 1 if repeated_images == "any" else np.maximum(1, (known + 1) // 2)
-    merged = np.where(known == 0, UNKNOWN, positive >= threshold).astype(np.int8)
+    merged = np.where(2 * positive > known, 1, 0)
+    if data.repeated_images == "any":
+        merged = np.where(positive > 0, 1, 0)
+    else:
+        merged[2 * positive == known] = MEANINGS[data.uncertain]
+    merged[known == 0] = UNKNOWN
     logger.info(
         "%s: %d rows of %d images; a label is positive by data.repeated_images=%s",
-        path, len(table), len(distinct), repeated_images,
+        ", ".join(map(str, paths)), len(table), len(distinct), data.repeated_images,
     )  # fmt: skip
-    return table.iloc[first].reset_index(drop=True), merged
+    return table.iloc[first].reset_index(drop=True), merged.astype(np.int8)
+
+
+def _refuse_in_files(
+    files: Sequence[Tuple[Path, int]],
+    wrong: np.ndarray,
+    images: pd.Series,
+    what: str,
+    remedy: str,
+    first: np.ndarray,
+) -> None:
+    """Raise DataError for the first file with a wrong row, with the rows as that file has them.
+
+    `files` are the tables that the rows come from, with their numbers of rows. `first` is the first
+    row of each row's image; with several files, it fills the place in `what`.
+    """
+    ends = np.cumsum([count for _, count in files])
+    for (path, count), end in zip(files, ends):
+        rows = slice(end - count, end)
+        if wrong[rows].any():
+            row = first[rows][int(np.argmax(wrong[rows]))]
+            place = int(np.searchsorted(ends, row, side="right"))
+            other, length = files[place]
+            where = f" (row {row - ends[place] + length + 1} of {other})" if files[1:] else ""
+            refuse_rows(path, wrong[rows], images[rows], what.format(where), remedy)
 
 
 def _sums(codes: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

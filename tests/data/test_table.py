@@ -188,6 +188,39 @@ def test_a_pattern_refuses_names_that_differ_in_case_only(tmp_path: Path) -> Non
     assert "the labels 'Mass' and 'mass' differ in case at most" in message
 
 
+def test_no_finding_together_with_another_label_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = ["1,P,,,,,1,0", "2,P,,,,,1,1", "3,P,,,,,0,1", "4,P,,,,,1,1", "5,P,,,,,-1,1"]
+    read(tmp_path, rows, HEADER.replace("Nodule", "No Finding"), labels=["No Finding", "Mass"])
+    text = "2 of 5 rows have No Finding together with another label, first row 2"
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/t.csv: {text}"]
+    caplog.clear()
+    for labels in (["Mass", "Nodule"], ["Mass", "Nodule", "no_finding"]):
+        listed(
+            tmp_path,
+            "Nodule",
+            "Mass|No Finding",
+            "No Finding",
+            "no finding|Mass",
+            "",
+            labels=labels,
+        )
+        assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/t.csv: {text}"]
+        caplog.clear()
+
+
+def test_ages_that_are_not_understood_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"{row}.png,P,,,{age},,{row % 2},0" for row, age in enumerate(("58", "", "5o", "old"))]
+    read(tmp_path, [*rows, "9.png,P,,,500,,1,1"], columns={**COLUMNS, "age": "years"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/t.csv: 2 ages are not understood and count as unknown, e.g. '5o'",
+        "1 ages over 120 years count as unknown",
+    ]
+
+
 # Labels in one column
 
 
@@ -212,6 +245,13 @@ def test_one_column_of_all_labels(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_an_empty_field_is_blank_and_the_separator_is_given(tmp_path: Path) -> None:
     found = listed(tmp_path, "Mass;Nodule", "", blank="negative", label_separator=";")
     assert found == [[1, 1], [0, 0]]
+
+
+def test_words_for_nothing_are_blank(tmp_path: Path) -> None:
+    fields = ["Mass", "|", "nan", "None", "NA", "null", " | ", "none|Mass"]
+    blank = [[-1, -1]] * 6
+    assert listed(tmp_path, *fields) == [[1, 0], *blank, [1, 0]]
+    assert listed(tmp_path, "Mass", "none", labels=["Mass", "none"]) == [[1, 0], [0, 1]]
 
 
 def test_no_finding_may_be_a_label_in_any_spelling(tmp_path: Path) -> None:
@@ -339,6 +379,12 @@ def test_tables_are_joined_on_the_columns_they_share(
     )
 
 
+def test_a_row_without_a_partner_has_none_in_the_next_table(tmp_path: Path) -> None:
+    seen = "path,report\na.png,r1\nb.png,r2\n"
+    records = joined(tmp_path, seen, "report,Nodule\nr1,1\nr9,0\n")
+    assert records.labels.tolist() == [[1, 1], [0, -1], [1, -1]]
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -372,7 +418,7 @@ def votes(*, middle: str = "P,train,M,50,PA") -> List[str]:
     ("policy", "expected"),
     [
         ("any", {"a": [1, 1], "b": [1, 0], "c": [1, -1], "d": [0, 1]}),
-        ("majority", {"a": [0, 0], "b": [1, 0], "c": [1, -1], "d": [0, 1]}),
+        ("majority", {"a": [0, 0], "b": [1, 0], "c": [-1, -1], "d": [0, 1]}),
     ],
 )
 def test_several_readers_of_an_image_vote(tmp_path: Path, policy: Any, expected: Any) -> None:
@@ -380,11 +426,29 @@ def test_several_readers_of_an_image_vote(tmp_path: Path, policy: Any, expected:
     assert dict(zip(records.table["image"], records.labels.tolist())) == expected
     assert records.given_split is not None and records.given_split.tolist() == ["train"] * 4
     assert records.table["age"].tolist() == [50] * 4
+    for meaning, label in (("positive", 1), ("negative", 0)):
+        changes = {"repeated_images": policy, "uncertain": meaning}
+        tie = read(tmp_path, ["c,P,,,,,1,0", "c,P,,,,,0,"], **changes).labels.tolist()
+        assert tie == [[1 if policy == "any" else label, 0]]
 
 
 def test_repeated_images_are_refused_by_default(tmp_path: Path) -> None:
     message = refused(tmp_path, votes())
     assert "a repeated image in 5 of 9 rows" in message and "data.repeated_images" in message
+
+
+def test_rows_of_several_files_are_named_as_in_their_file(tmp_path: Path) -> None:
+    write(tmp_path / "v.csv", ["e,P2,,M,1,,0,1", "c,P3,,M,1,,0,1", "e,P2,,M,1,,0,1"])
+    rows = [f"{image},P{image},,M,1,,1,0" for image in "abc"]
+    csv = {"train": "t.csv", "val": "v.csv"}
+    assert refused(tmp_path, rows, csv=csv).startswith(
+        f"{tmp_path}/v.csv: a repeated image (row 3 of {tmp_path}/t.csv) in 2 of 3 rows, first in"
+        " row 2: 'c'."
+    )
+    assert refused(tmp_path, rows, csv=csv, repeated_images="any").startswith(
+        f"{tmp_path}/v.csv: another patient than in the image's first row (row 3 of"
+        f" {tmp_path}/t.csv) in 1 of 3 rows, first in row 2: 'c'."
+    )
 
 
 @pytest.mark.parametrize(
