@@ -202,8 +202,9 @@ def find_images(root: Path, wanted: Optional[Iterable[str]] = None) -> Dict[str,
     Any nesting works: `images/` of NIH's archives, `images_001/images/` of Kaggle's copy, or one
     folder of resized images. A wanted text is a file name or a path with any extension or none; the
     file is the one whose folders agree with the text's longest, then the one of that very name,
-    then one of another extension. Nothing is read outside `root`, whatever a text is. Without
-    `wanted`, the key is the file name.
+    then one of another extension. A text whose own folder has images, but not this one, has no
+    file: `train/1.png` is not taken for `test/1.png`. Nothing is read outside `root`, whatever a
+    text is. Without `wanted`, the key is the file name.
 
     Raises DataError if two files fit alike, e.g. a resized copy beside the originals, or if one
     file fits two texts.
@@ -237,18 +238,26 @@ def _find_by_stem(
     found: Dict[str, str] = {}
     scores: Dict[str, int] = {}
     twice: Dict[str, str] = {}
+    places: List[List[str]] = []
     for folder, names in _walk(root):
         folders = parts_of(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve follows links)
         beginnings = index.beginnings(folders)
+        has_images = any(extension(name) in IMAGE_EXTENSIONS for name in names)
         for name in names:
             for text in index.find(beginnings, name):
                 score = 0 if name in taken else _score(text, folders, name)
+                has_images = has_images or score > 0
                 best = scores.get(text, 0)
                 if score > best:
                     found[text], scores[text] = os.path.join(folder, name), score
                     twice.pop(text, None)
                 elif score == best > 0:
                     twice.setdefault(text, os.path.join(folder, name))
+        if has_images:
+            places.append(folders)
+    for text in _absent_where_expected(scores, places):
+        del found[text], scores[text]
+        twice.pop(text, None)
     _refuse_twice(root, [f"{found[text]} and {path}" for text, path in twice.items()])
     if len(set(found.values())) < len(found):
         _drop_shared(found, scores)
@@ -296,6 +305,23 @@ def _score(text: str, folders: Sequence[str], name: str) -> int:
     return score + _FOLDER * agreement(parts[:-1], folders)
 
 
+def _absent_where_expected(scores: Mapping[str, int], places: Iterable[Sequence[str]]) -> List[str]:
+    """Return the texts of which a folder with images agrees in more folders than the found file.
+
+    `places` are the folders with images.
+    """
+    nearer: Dict[str, str] = {}  # text -> one folder more than agree
+    for text, score in scores.items():
+        folders = parts_of(text)[:-1]
+        agreeing = (score - 1) // _FOLDER
+        if agreeing < len(folders):
+            nearer[text] = "/".join(folders[-agreeing - 1 :])
+    wanted = set(nearer.values())
+    depths = {end.count("/") + 1 for end in wanted}
+    there = {"/".join(place[-depth:]) for place in places for depth in depths} & wanted
+    return [text for text, end in nearer.items() if end in there]
+
+
 def _drop_shared(found: Dict[str, str], scores: Mapping[str, int]) -> None:
     """Leave each file to the text that it fits best; the others have no file.
 
@@ -322,7 +348,7 @@ def _drop_shared(found: Dict[str, str], scores: Mapping[str, int]) -> None:
 
 
 def _log_differences(found: Mapping[str, str], scores: Mapping[str, int]) -> None:
-    """Log how many files differ from their texts in the extension, or in all folders."""
+    """Log how many files differ from their texts in the extension, and warn of other folders."""
     other = [text for text in found if scores[text] % _FOLDER == _OTHER_EXTENSION]
     if other:
         text = "%d images have another extension than their names, e.g. %s for %r"
@@ -330,7 +356,7 @@ def _log_differences(found: Mapping[str, str], scores: Mapping[str, int]) -> Non
     moved = [text for text in found if scores[text] < _FOLDER and len(parts_of(text)) > 1]
     if moved:
         text = "%d images are in other folders than their paths, found by name, e.g. %s for %r"
-        logger.info(text, len(moved), found[moved[0]], moved[0])
+        logger.warning(text, len(moved), found[moved[0]], moved[0])
 
 
 def read_gray(path: Union[str, Path], size: int, **how: Any) -> np.ndarray:

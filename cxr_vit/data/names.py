@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Dict, Iterable, List, Sequence
 
+from cxr_vit.errors import DataError
+
 #: Extensions of files that are read as images.
 IMAGE_EXTENSIONS = frozenset(["png", "jpg", "jpeg", "dcm", "dicom"])
 
@@ -13,6 +15,8 @@ EXTENSIONS = IMAGE_EXTENSIONS | frozenset(["dicm", "tif", "tiff", "bmp", "gif", 
 
 #: Folders deeper than this do not tell images apart in tables that people write.
 _DEEPEST = 16
+#: Texts that may be of one file by these folders; the time to find files grows with their number.
+_MOST_ALIKE = 100
 
 
 def parts_of(text: str) -> List[str]:
@@ -42,6 +46,7 @@ class NameIndex:
     Two paths are of the same image if their file names are equal but for the extension, and if so
     are the `depth` - 1 folders above them, as far as a text has folders. The depth is the smallest
     that keeps the texts apart: 1 if file names are unique, 3 for ``patient/study/view1.jpg``.
+    Raises DataError if folders keep too many apart that are far above the files.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -52,7 +57,14 @@ class NameIndex:
         for text, parts in split.items():
             depths.add(min(self.depth, len(parts)))
             key = "/".join([*parts[-self.depth : -1], stem(parts[-1])])
-            self._texts.setdefault(key, []).append(text)
+            alike = self._texts.setdefault(key, [])
+            alike.append(text)
+            if len(alike) > _MOST_ALIKE:
+                raise DataError(
+                    f"more than {_MOST_ALIKE} names of images agree in their last {_DEEPEST} parts"
+                    f" at most, e.g. {alike[0][-300:]!r} and {alike[1][-300:]!r}. Give shorter"
+                    " paths, or one spelling of each."
+                )
         self._depths = sorted(depths)
 
     def beginnings(self, folders: Sequence[str]) -> List[str]:

@@ -112,6 +112,38 @@ def test_a_missing_file_is_not_that_of_another_patient(tmp_path: Path) -> None:
     assert set(found(root, *CHEXPERT)) == set(CHEXPERT[:3])
 
 
+TABLE = [f"{number:04d}.png" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "expected"),
+    [
+        ("test", "train", 3),
+        ("/data/test", "deep/train", 3),
+        ("test/images", "train/images", 3),
+        ("a/test", "train", 3),
+        ("images", None, 6),
+        ("x/images", None, 6),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ""])
+def test_a_missing_file_is_not_one_of_the_same_name_in_another_folder(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    here: str,
+    there: Optional[str],
+    expected: int,
+    suffix: str,
+) -> None:
+    present = TABLE[: 3 if there else 0]
+    root = touch(tmp_path, *(f"{here.strip('/')}/{stem(name)}{suffix}" for name in present))
+    touch(root, *(f"{there or 'flat'}/{name}" for name in TABLE))
+    texts = [f"{here}/{name if suffix else stem(name)}" for name in TABLE]
+    assert set(found(root, *texts)) == set(texts[:expected])
+    message = f"6 images are in other folders than their paths, found by name, e.g. {root}/flat/"
+    assert [text[: len(message)] for text in caplog.messages] == ([] if there else [message])
+
+
 def test_the_longest_agreement_of_folders_counts(tmp_path: Path) -> None:
     root = touch(tmp_path, "small/p1/a.png", "large/p1/a.png", "large/p2/a.jpg")
     assert found(root, "x/large/p1/a.png") == {"x/large/p1/a.png": "large/p1/a.png"}
@@ -167,6 +199,13 @@ def test_paths_that_differ_deep_down_are_told_apart_by_the_folders(tmp_path: Pat
 )
 def test_the_depth_is_what_keeps_the_texts_apart(texts: List[str], depth: int) -> None:
     assert NameIndex(texts).depth == depth
+
+
+def test_many_paths_that_no_folder_near_the_file_tells_apart_are_refused() -> None:
+    texts = [f"{number}/{'x/' * 20}a.png" for number in range(101)]
+    assert NameIndex(texts[1:]).depth == 16
+    with pytest.raises(DataError, match=r"^more than 100 names of images agree in their last 16"):
+        NameIndex(texts)
 
 
 @pytest.mark.parametrize(
