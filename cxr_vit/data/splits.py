@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple, Set, Tuple
 
@@ -51,7 +52,7 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
     """Split the records as `data.split` says; list files are searched in `root`.
 
     Raises DataError if list files are missing, name none of the images or share one, if train or
-    val is empty, or if two splits share a patient (`random` only warns).
+    val is empty, or if two splits share a patient, also in another spelling (`random` only warns).
     """
     given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
     kind = data.split if data.split != "auto" else _automatic(records, root, data, bool(given))
@@ -63,7 +64,7 @@ def make_splits(records: Records, root: Path, data: DataSection) -> Splits:
         splits = _by_table(records, data)
     elif kind == "all":
         none = np.empty(0, dtype=np.int64)
-        return Splits(none, none, np.arange(len(records)), "all")
+        return _with_fraction(records, Splits(none, none, np.arange(len(records)), "all"), data)
     else:
         splits = (_by_patient if kind == "patient" else _at_random)(records, data)
     splits = _with_fraction(records, splits, data)
@@ -105,7 +106,11 @@ def _with_fraction(records: Records, splits: Splits, data: DataSection) -> Split
     Patients are drawn in one order, so that a smaller fraction is part of a larger one.
     """
     fraction, total = data.train_fraction, len(splits.train)
-    if fraction == 1 or not total:
+    if fraction == 1:
+        return splits
+    if not total:
+        text = "data.train_fraction=%g is ignored: the %s split has no training images"
+        logger.warning(text, fraction, splits.kind)
         return splits
     # Seeds of their own: test images are drawn with the first, validation images with the second.
     train, _ = _draw_patients(records, splits.train, fraction, data.split_seed + 2)
@@ -122,6 +127,12 @@ def _official(records: Records, root: Path, data: DataSection) -> Splits:
     """Split by list files; without a validation list, draw val from the training list."""
     lists = find_lists(root, data)
     if not {"train_list", "test_list"} <= set(lists):
+        given = [f"data.{key}" for key in LIST_NAMES if getattr(data, key) is not None]
+        if given and records.given_split is not None:
+            raise DataError(
+                f"lists replace the splits of the table: with {' and '.join(given)},"
+                " data.train_list and data.test_list are needed too. Set both, or data.split=table."
+            )
         raise DataError(
             f"the official split needs train_val_list.txt and test_list.txt in {root}. Fetch them"
             " from NIH, set data.train_list and data.test_list to such files, or set"
@@ -251,6 +262,31 @@ def _check_leak(records: Records, splits: Splits) -> None:
             advice = f"Fix the {what} or set data.split=patient."
             raise DataError(f"{text}: scores would be too high. {advice}")
         advice = "Use official or patient."
+        logger.warning("data.split=random: %s; scores on %s are too high. %s", text, name, advice)
+    if records.variant == "table":
+        _check_spellings(records, splits)
+
+
+def _check_spellings(records: Records, splits: Splits) -> None:
+    """Treat patients of two splits as shared if only their spelling differs: `7`, `007`, `7.0`."""
+    patients = records.table["patient"]
+    spelled = {text: re.sub(r"\.0+$", "", text).lstrip("0").lower() for text in patients.unique()}
+    if len(set(spelled.values())) == len(spelled):
+        return
+    for name, other in (("val", "train"), ("test", "train"), ("test", "val")):
+        mine, others = (patients.iloc[getattr(splits, part)] for part in (name, other))
+        there = {spelled[text]: text for text in others.unique()}
+        alike = mine[mine.map(spelled).isin(there) & ~mine.isin(others.unique())]
+        if not len(alike):
+            continue
+        first = alike.iloc[0]
+        text = (
+            f"{len(alike)} of {len(mine)} {name} images have a patient of {other} in another"
+            f" spelling, e.g. {first!r} and {there[spelled[first]]!r}"
+        )
+        advice = "Write the ids of patients in one way in all tables."
+        if splits.kind != "random":
+            raise DataError(f"{text}: scores would be too high. {advice}")
         logger.warning("data.split=random: %s; scores on %s are too high. %s", text, name, advice)
 
 

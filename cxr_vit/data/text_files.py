@@ -140,10 +140,18 @@ def _check_root(root: Path) -> None:
 
 
 def _in_folders(root: Path, given: str, *, key: str) -> Path:
-    """Return a file given relative to the current folder, else to the root."""
-    for path in (Path(given), root / given):
-        if path.is_file():
-            return path
+    """Return a file given relative to the current folder or to the root.
+
+    Raises DataError if there is none, or if each has another one.
+    """
+    found = [path for path in (Path(given), root / given) if path.is_file()]
+    if found and not found[0].samefile(found[-1]):
+        raise DataError(
+            f"{key}={given}: {Path.cwd() / given} and {root.absolute() / given} are two files. Give"
+            " the whole path of one, or remove the other."
+        )
+    if found:
+        return found[0]
     places = dict.fromkeys(str(folder / given) for folder in (Path.cwd(), root.absolute()))
     raise DataError(
         f"{key}={given}: no such file. Looked for {' and '.join(places)}. Correct {key} or"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import List, Optional, Sequence
 
@@ -98,11 +99,24 @@ def test_lists_that_are_given_come_before_the_table(tmp_path: Path) -> None:
     assert split(records, tmp_path, split="table", **lists).kind == "table"
 
 
-def test_all_images_are_the_test_split(tmp_path: Path) -> None:
+def test_one_list_of_a_table_with_splits_asks_for_the_others(tmp_path: Path) -> None:
+    records = records_of(given=given_by_patient())
+    (tmp_path / "v").write_text(records.table["image"][0])
+    message = r"lists replace the splits of the table: with data\.val_list, data\.train_list and"
+    with pytest.raises(DataError, match=message):
+        split(records, tmp_path, val_list=str(tmp_path / "v"))
+
+
+def test_all_images_are_the_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = records_of(given=given_by_patient())
     splits = split(records, tmp_path, split="all", train_fraction=0.5)
     assert numbers(splits) == [[], [], list(range(100))]
     assert describe_splits(splits) == "all split: train 0, val 0, test 100"
+    ignored = "data.train_fraction=0.5 is ignored: the {} split has no training images"
+    assert caplog.messages == [ignored.format("all")]
+    caplog.clear()
+    split(records_of(given=["test"] * 100), tmp_path, split="table", train_fraction=0.5)
+    assert caplog.messages == [ignored.format("table")]
     usable = np.arange(100) < 10
     assert len(splits.keep(usable).test) == 10
     with pytest.raises(DataError, match="the all split of 0 images leaves none for test"):
@@ -157,6 +171,32 @@ def test_patients_by_text_are_drawn_as_those_by_number(tmp_path: Path, kind: str
     assert split_hash(by_text, one) == split_hash(by_number, other)
 
 
+@pytest.mark.parametrize(("one", "other"), [("7", "7.0"), ("7", "007"), ("p7", "P7"), ("0", "0.0")])
+def test_a_patient_in_two_spellings_is_in_one_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, one: str, other: str
+) -> None:
+    people = [one, "a", other, "b", "c", "10", "1", "c"]
+    given = ["train", "train", "test", "test", "val", "train", "test", "val"]
+    records = records_of(people, given)
+    split(records, tmp_path)  # numbers, as NIH's, have one spelling
+    records = replace(records, variant="table")
+    count = "1 of 3 test images have a patient of train in another spelling, e.g."
+    with pytest.raises(DataError, match=rf"^{count} '{other}' and '{one}'.* Write the ids"):
+        split(records, tmp_path)
+    split(
+        replace(records, given_split=np.where(records.given_split == "test", "train", given)),
+        tmp_path,
+    )
+    many = replace(records_of([one, other] * 50), variant="table")
+    caplog.clear()
+    split(many, tmp_path, split="random", val_fraction=0.5, test_fraction=0)
+    assert "data.split=random: 50 of 50 val images share a patient with train" in caplog.text
+    few = replace(records_of([one, other]), variant="table")
+    caplog.clear()
+    split(few, tmp_path, split="random", val_fraction=0.5, test_fraction=0)
+    assert "data.split=random: 1 of 1 val images have a patient of train in anoth" in caplog.text
+
+
 # Fractions of the training images
 
 
@@ -184,7 +224,7 @@ def test_a_fraction_of_the_training_images_is_part_of_a_larger_one(
         assert in_train.sum() == len(splits.train)  # patients are whole
     count = f"{len(rows[1])} of {len(whole.train)} training images (train_fraction 0.1)"
     assert count in describe_splits(trained[0.1])
-    other = split(records, tmp_path, split="table", train_fraction=0.1, split_seed=2)
+    other = split(records, tmp_path, split=kind, train_fraction=0.1, split_seed=2)
     assert set(other.train.tolist()) != rows[1]
 
 

@@ -139,9 +139,9 @@ def test_values_of_a_label(tmp_path: Path, meaning: Any) -> None:
     }
     for value, texts in words.items():
         assert labels_of(tmp_path, *texts) == [value] * len(texts)
-    uncertain, blank = ["-1", "-1.0", "U", "uncertain"], ["", " ", "NaN", "na", "NULL"]
+    uncertain, blank = ["-1", "-1.0", "U", "uncertain"], ["", " ", "NaN", "na", "NULL", "None"]
     assert labels_of(tmp_path, *uncertain, uncertain=meaning, blank="negative") == [number] * 4
-    assert labels_of(tmp_path, *blank, blank=meaning, uncertain="negative") == [number] * 5
+    assert labels_of(tmp_path, *blank, blank=meaning, uncertain="negative") == [number] * 6
 
 
 @pytest.mark.parametrize("value", ["0.5", "maybe", "2", "10", "1.01", "-2", "inf", "-", "1 0"])
@@ -328,8 +328,15 @@ def test_a_file_is_found_in_the_current_folder_or_in_the_root(
         caught.value
     )
     in_root, in_here = write(root / "t.csv"), write(here / "t.csv", ROWS[:1])
+    for changes in ({}, {"csv": "a.csv", "join": ["t.csv"]}):
+        write(root / "a.csv")
+        with pytest.raises(DataError, match=rf"{here}/t\.csv and {root}/t\.csv are two files"):
+            check_data_root(section(root, **changes))
+    in_root.unlink()
+    in_root.symlink_to(in_here)
     assert read_table_records(data)[0] == [Path("t.csv")]
-    in_here.unlink()
+    in_root.unlink()
+    in_here.rename(in_root)
     check_data_root(data)
     assert read_table_records(data)[0] == [in_root]
     os.rename(in_root, here / "other.csv")
