@@ -159,6 +159,7 @@ def _joined(path: Path, joined: Sequence[Path], wanted: Sequence[str]) -> pd.Dat
         repeated = other.duplicated(shared).to_numpy()
         what = f"a repeated {' with '.join(shared)}"
         refuse_rows(file, repeated, texts, what, "Each row of data.csv needs one partner at most.")
+        other = other[(other[shared] != "").any(axis=1)]  # nothing is the partner of nothing
         table = table.merge(other, on=shared, how="left", indicator="_partner")
         lacking = int((table.pop("_partner") == "left_only").sum())
         table = table.fillna("")  # the next file may be joined on these columns

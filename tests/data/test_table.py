@@ -388,7 +388,7 @@ def test_tables_are_joined_on_the_columns_they_share(
 
 def test_a_row_without_a_partner_has_none_in_the_next_table(tmp_path: Path) -> None:
     seen = "path,report\na.png,r1\nb.png,r2\n"
-    records = joined(tmp_path, seen, "report,Nodule\nr1,1\nr9,0\n")
+    records = joined(tmp_path, seen, "report,Nodule\nr1,1\n,0\n")
     assert records.labels.tolist() == [[1, 1], [0, -1], [1, -1]]
 
 
