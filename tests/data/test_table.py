@@ -390,6 +390,8 @@ def test_a_row_without_a_partner_has_none_in_the_next_table(tmp_path: Path) -> N
     seen = "path,report\na.png,r1\nb.png,r2\n"
     records = joined(tmp_path, seen, "report,Nodule\nr1,1\n,0\n")
     assert records.labels.tolist() == [[1, 1], [0, -1], [1, -1]]
+    with pytest.raises(DataError, match=r"a partner for none of the 3 .* Row 1 has '' there and"):
+        joined(tmp_path, "path,report\nb.png,r2\n", "report,Nodule\nr9,1\n")
 
 
 @pytest.mark.parametrize(
