@@ -249,3 +249,17 @@ def test_unknown_labels_are_left_out_of_the_loss_of_a_module_without_them(
     outputs = trainer.test_outputs
     assert outputs.names == list(FINDINGS) and bool((outputs.labels == -1).any())
     assert loss == pytest.approx(float(masked_loss(outputs.logits, outputs.labels)), abs=1e-6)
+
+
+def test_a_modules_own_metrics_get_no_unknown_labels_if_its_data_have_none(
+    notebook, sample_root, tmp_path, make_config
+):
+    trainer, module, _ = notebook
+    seen = []
+    module.compute_metrics = lambda logits, labels: seen.append(labels) or {"mine": 1.0}
+    trainer.test(module, cxr_vit.ChestXrayDataModule(make_config(f"data.root={sample_root}")))
+    assert trainer.test_outputs.scores == {"mine": 1.0} and len(seen) == 1
+    write_unknown(sample_root, tmp_path / "unknown.csv")
+    words = (*UNKNOWN, f"data.csv={tmp_path / 'unknown.csv'}", "data.split=all")
+    scores = trainer.test(module, cxr_vit.ChestXrayDataModule(make_config(*words)))
+    assert len(seen) == 1 and "test/auroc_macro" in scores

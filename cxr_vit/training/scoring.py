@@ -50,12 +50,13 @@ def outputs_of(
     module = engine.module
     logits, labels = match.select(logits, labels)
     has_mask = module.config.data.has_unknown or not bool((labels == UNKNOWN).any())
-    if match.is_identity and has_mask:
+    is_own = match.is_identity and has_mask
+    if is_own:
         loss = engine.loss(logits, labels)
     else:
         loss = float(multi_label_loss(logits, labels, has_unknown=True))
     seconds = time.perf_counter() - start
-    if match.is_identity:
+    if is_own:
         scores = module.compute_metrics(logits, labels)
     else:
         scores = flat_scores(logits, labels, match.names)
