@@ -36,8 +36,10 @@ class LabelMatch(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the data set has the labels of the model in the same order."""
-        return self.data_names == self.model_names
+        """Whether each label is compared with itself, all in the order of the model."""
+        columns = list(range(len(self.model_names)))
+        same = self.data_names == self.model_names and self.columns == columns
+        return same and self.sources == [[column] for column in columns]
 
     def select(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         """Return the logits and the labels that are compared, ``[N, C]`` each."""
@@ -99,13 +101,10 @@ def match_labels(
     """Find the counterpart of each label of a data set among those of a model.
 
     The first that applies: `label_map`, if the model has all labels that it names; the same name
-    but for case, blanks and underscores; those labels of `label_map` that the model has. A data set
-    with the labels of the model in the same order needs no map.
+    but for case, blanks and underscores; those labels of `label_map` that the model has.
 
     Raises ConfigError if no label has a counterpart, or if the map has a label that the data lack.
     """
-    if list(data_names) == list(model_names):
-        return LabelMatch.same(model_names)
     in_data, in_model = _by_plain_name(data_names), _by_plain_name(model_names)
     mapped: Dict[int, List[Optional[int]]] = {}
     for name, targets in label_map.items():

@@ -51,13 +51,25 @@ def test_case_blanks_and_underscores_do_not_matter():
 
 def test_same_labels_need_no_map_and_other_orders_are_sorted():
     names = list(FINDINGS)
-    match = match_labels(names, FINDINGS, {"Mass": "Nodule"})
     logits = torch.randn(3, 14)
-    assert match.is_identity and match.describe() == []
+    match = match_labels(names, FINDINGS, {"Mass": ["Lung Lesion", "Nodule"]})
+    assert match.is_identity and match.describe() == [], "the name wins over a part of the map"
     assert match.select(logits, logits)[0] is logits
     match = match_labels(names[::-1], FINDINGS, {})
     assert not match.is_identity
     assert torch.equal(match.select(logits, logits)[0], logits.flip(1))
+
+
+def test_a_map_counts_where_the_labels_are_the_same():
+    match = match_labels(FINDINGS, FINDINGS, {"Mass": "Nodule"})
+    assert not match.is_identity
+    mass, nodule = FINDINGS.index("Mass"), FINDINGS.index("Nodule")
+    logits = torch.randn(3, 14)
+    selected, labels = match.select(logits, logits)
+    assert torch.equal(selected[:, mass], logits[:, nodule]) and torch.equal(labels, logits)
+    assert "compared: Mass with Nodule" in match.describe()
+    with pytest.raises(ConfigError, match="no label 'Tube'"):
+        match_labels(FINDINGS, FINDINGS, {"Tube": "Mass"})
 
 
 @pytest.mark.parametrize(
