@@ -60,8 +60,11 @@ COLUMNS_WORDS = (
     " column, or to {column: name, pattern: regular expression}"
 )
 
-#: A label's name is a tag of the logs and a column of predictions.csv.
-LONGEST_LABEL, LABEL_PATTERN = 100, r"^\S(.*\S)?$"
+#: A label's name is a tag of the logs, a column of predictions.csv and text on the terminal: no
+#: characters that control it or the direction of text.
+LONGEST_LABEL = 100
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"
+LABEL_PATTERN = rf"^[^\s{_CONTROLS}]([^{_CONTROLS}]*[^\s{_CONTROLS}])?$"
 LabelName = Annotated[str, Field(min_length=1, max_length=LONGEST_LABEL, pattern=LABEL_PATTERN)]
 #: The names in order, or a pattern such as ``"finding_*"`` that names columns.
 Labels = Union[Annotated[List[LabelName], Field(min_length=1, max_length=1000)], LabelName]
@@ -74,13 +77,26 @@ LABEL_MAP_WORDS = "a mapping of a label to a label of the model or to a list of 
 Meaning = Literal["negative", "positive", "unknown"]
 
 
+#: Columns of predictions.csv beside those of the labels.
+IMAGE_COLUMNS = ("image", "patient", "split")
+
+
+def probability_column(name: str) -> str:
+    """Return the column of predictions.csv that has the probabilities of a label."""
+    return f"{name}_probability"
+
+
 def repeated_name(names: Sequence[str]) -> Optional[str]:
-    """Return which two names differ in upper and lower case at most, or None."""
+    """Return which two columns of predictions.csv would differ in case at most, or None."""
     seen: Dict[str, str] = {}
     for name in names:
         if name.lower() in seen:
             return f"the labels {seen[name.lower()]!r} and {name!r} differ in case at most"
         seen[name.lower()] = name
+    taken = {*IMAGE_COLUMNS, *(probability_column(name).lower() for name in names)}
+    for name in names:
+        if name.lower() in taken:
+            return f"the label {name!r} has the name of another column of predictions.csv"
     return None
 
 

@@ -251,7 +251,7 @@ def _table_problems(data: DataSection) -> Iterator[Problem]:
         return
     repeated = repeated_name(data.labels)
     if repeated:
-        yield Problem("data.labels:", f"{repeated}.", advice="Rename the column of one.")
+        yield Problem("data.labels:", f"{repeated}.", advice="Rename a column of the table.")
     for label in data.label_map:
         if label not in data.labels:
             yield Problem(

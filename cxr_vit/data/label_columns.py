@@ -42,7 +42,7 @@ def refuse_names(path: Path, names: Sequence[str]) -> None:
         if len(name) > LONGEST_LABEL or not re.fullmatch(LABEL_PATTERN, name):
             raise DataError(
                 f"{path}: the column {name[:LONGEST_LABEL]!r} cannot be a label: its name is longer"
-                f" than {LONGEST_LABEL} characters or of several lines. List data.labels."
+                f" than {LONGEST_LABEL} characters or has control characters. List data.labels."
             )
     repeated = repeated_name(names)
     if repeated:

@@ -10,8 +10,10 @@ from typing import Any, Dict, Iterator, Optional, Sequence
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from cxr_vit.config.columns import IMAGE_COLUMNS, probability_column
 from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.text_files import write_csv
 from cxr_vit.errors import DataError
@@ -88,12 +90,13 @@ def _predictions(records: Records, outputs: EvalOutputs, names: Sequence[str]) -
 
     An unknown label is None.
     """
-    table = records.table[["image", "patient"]].reset_index(drop=True).assign(split=outputs.split)
+    table = records.table[["image", "patient"]].reset_index(drop=True)
+    table = table.assign(split=outputs.split)[list(IMAGE_COLUMNS)]
     probs, labels = probabilities(outputs.logits).numpy(), outputs.labels.int().numpy()
     for column, name in enumerate(names):
         of_name = pd.Series(labels[:, column], dtype=object)
         table[name] = of_name.where(of_name != UNKNOWN, None)
-        table[f"{name}_probability"] = probs[:, column]
+        table[probability_column(name)] = probs[:, column]
     return table
 
 
@@ -112,7 +115,7 @@ def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> N
         prevalence = positives / known if known else None
         numbers = (auroc, metrics["average_precision"][name], prevalence)
         counts = [str(without)] if unknown else []
-        table.add_row(name, str(positives), *map(_number, numbers), *counts)
+        table.add_row(escape(name), str(positives), *map(_number, numbers), *counts)
     table.add_section()
     macro = _number(metrics["auroc_macro"]), _number(metrics["average_precision_macro"])
     table.add_row("mean of findings", "", *macro)
@@ -123,7 +126,8 @@ def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> N
     console.print(f"macro AUROC {_mean_text(metrics)}", highlight=False)
     undefined = [name for name, auroc in metrics["auroc"].items() if auroc is None]
     if undefined:
-        console.print(f"undefined (no positive or no negative image): {', '.join(undefined)}")
+        listed = escape(", ".join(undefined))
+        console.print(f"undefined (no positive or no negative image): {listed}")
     console.print(NOTICE)
 
 

@@ -14,7 +14,7 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.text_files import csv_line, original_text, write_csv
 from cxr_vit.errors import DataError
-from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.metrics import EvalOutputs, evaluate
 from cxr_vit.evaluation.report import make_folder, print_table, write_report
 
 
@@ -221,3 +221,13 @@ def test_folder_without_permission_is_noticed_before_scoring(tmp_path, monkeypat
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(DataError, match=rf"written to {tmp_path} \(Permission denied\).* --out"):
         make_folder(tmp_path, tmp_path)
+
+
+def test_names_of_labels_are_no_markup():
+    names = ["Mass [/]", "Mass [left]"]
+    labels = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    metrics = {"split": "test", **evaluate(labels, labels, names)}
+    console = Console(file=io.StringIO(), width=80)
+    print_table(metrics, console)
+    text = console.file.getvalue()
+    assert "Mass [/] " in text and "negative image): Mass [left]" in text
