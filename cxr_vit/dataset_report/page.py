@@ -199,7 +199,7 @@ def prevalence_figure(percent: Mapping[str, np.ndarray], names: Sequence[str]) -
     """Draw the prevalence of the C findings by split, float ``[C]`` in percent of its images."""
     figure, axis = _figure(6.0, "% of the split's images")
     _draw_bars(axis.barh, percent)
-    axis.set_yticks(np.arange(len(names)), labels=list(names), fontsize=9)
+    axis.set_yticks(np.arange(len(names)), labels=list(names), fontsize=9, parse_math=False)
     axis.margins(y=0.02)
     axis.invert_yaxis()
     axis.legend(fontsize=9)

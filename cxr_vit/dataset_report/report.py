@@ -27,6 +27,9 @@ NOTICE = (
 
 _PARTS: Tuple[str, ...] = (*SPLIT_NAMES, "all")
 
+#: Findings of the table of all pairs and of the figure; more make a page that is hard to open.
+_MOST_SHOWN = 40
+
 #: The score of a finding with fewer patients in a split is mostly noise.
 _FEW_PATIENTS = 10
 _ADULT_YEARS = 18
@@ -156,11 +159,14 @@ def _findings_section(data: _Data) -> Section:
         for split in SPLIT_NAMES
         for text in _scarce(data, split, images[split], patients[split], known[split])
     ]
-    drawn = {split: percent[split][:-1] for split in data.parts if split != "all"}
+    shown = _most_frequent(images["all"][:-1])
+    drawn = {split: percent[split][shown] for split in data.parts if split != "all"}
     caption = "Prevalence of each finding by split, percent of the split's images"
     if not data.known.all():
         caption += " whose label is known"
-    figure = page.prevalence_figure(drawn, data.names[:-1])
+    if len(shown) < len(data.names) - 1:
+        caption += f"; the {len(shown)} most frequent findings"
+    figure = page.prevalence_figure(drawn, [data.names[column] for column in shown])
     tables = [table, *_unknown_tables(data, known)]
     return Section("Findings", tables, warnings, figures=[(figure, caption)])
 
@@ -226,13 +232,15 @@ def _pairs_section(data: _Data) -> Section:
     # Share of the row's images that have the column's finding too; the diagonal is always 1.
     shares = together / np.maximum(images, 1)
     np.fill_diagonal(shares, 0.0)
+    shown = _most_frequent(np.diagonal(together))
+    few = f" Of {len(names)} findings, the {len(shown)} most frequent ones are shown."
     heat = Table(
         "Images with both findings, over all splits; the diagonal counts all images with the"
         " finding. The darker a cell, the larger the share of the row's images that have the"
-        " column's finding too.",
-        ["", *names],
-        [[name, *map(_count, together[row])] for row, name in enumerate(names)],
-        shades=shares,
+        f" column's finding too.{few if len(shown) < len(names) else ''}",
+        ["", *(names[column] for column in shown)],
+        [[names[row], *map(_count, together[row, shown])] for row in shown],
+        shades=shares[np.ix_(shown, shown)],
     )
     above = np.triu_indices(len(names), k=1)
     expected = images * images.T / np.maximum(both_known, 1)
@@ -254,6 +262,11 @@ def _pairs_section(data: _Data) -> Section:
     several = _count((per_image > 1).sum())
     note = f"{several} images have more than one finding, at most {per_image.max()}."
     return Section("Pairs of findings", [top], notes=[note], markup=page.table_html(heat))
+
+
+def _most_frequent(images: np.ndarray) -> np.ndarray:
+    """Return the columns of the findings with the most images, in their order."""
+    return np.sort(np.argsort(-images, kind="stable")[:_MOST_SHOWN])
 
 
 def _patients_section(data: _Data) -> Section:

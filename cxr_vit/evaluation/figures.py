@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import cycle
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,6 +31,8 @@ _CARD_COLUMNS = 4
 _CARD_LINES = 2
 #: Letters of the name of a label in a legend, and over an image.
 _CURVE_LETTERS, _IMAGE_LETTERS = 26, 18
+#: Labels whose curves are drawn; a figure of more takes long and cannot be read.
+_MOST_CURVES = 40
 #: Colours and styles of up to 20 curves.
 _STYLES = [(f"C{color}", style) for style in ("-", "--") for color in range(10)]
 
@@ -38,7 +40,13 @@ _STYLES = [(f"C{color}", style) for style in ("-", "--") for color in range(10)]
 def roc_figure(
     logits: Tensor, labels: Tensor, names: Sequence[str], *, title: str = "validation ROC"
 ) -> Figure:
-    """Draw the ROC curve of each label from float32 ``[N, C]``, headed by its AUROC."""
+    """Draw the ROC curve of each label from float32 ``[N, C]``, headed by its AUROC.
+
+    Of more than 40 labels, those with the most positive images are drawn; the title says so.
+    """
+    if len(names) > _MOST_CURVES:
+        title += f"; the {_MOST_CURVES} most frequent of {len(names)} labels"
+        logits, labels, names = _most_frequent(logits, labels, names)
     scores, known = evaluate(logits, labels, names), scorable(logits, labels)
     rows = math.ceil(len(names) / _COLUMNS)
     figure = Figure(figsize=(2.5 * _COLUMNS, 2.6 * rows + 0.4), layout="constrained")
@@ -51,7 +59,7 @@ def roc_figure(
             false_positives, true_positives, _ = binary_roc(probs, truth)
             axis.plot(false_positives.numpy(), true_positives.numpy(), linewidth=1.6)
         text = "undefined" if auroc is None else f"{auroc:.3f}"
-        axis.set_title(f"{name}\n{text} ({positives} positive)", fontsize=9)
+        axis.set_title(f"{name}\n{text} ({positives} positive)", fontsize=9, parse_math=False)
         axis.set_aspect("equal")
         axis.set_xticks([0, 1])
         axis.set_yticks([0, 1])
@@ -65,8 +73,14 @@ def roc_figure(
 def roc_overview(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Figure:
     """Draw the ROC curves of float32 ``[N, C]`` into one chart for TensorBoard's card.
 
-    The legend has the AUROC of each label, the highest first.
+    The legend has the AUROC of each label, the highest first. Of more than 40 labels, those with
+    the most positive images are drawn.
     """
+    macro = evaluate(logits, labels, names)["auroc_macro"]
+    heading = "AUROC undefined" if macro is None else f"macro AUROC {macro:.3f}"
+    if len(names) > _MOST_CURVES:
+        heading += f"\n{_MOST_CURVES} most frequent of {len(names)}"
+        logits, labels, names = _most_frequent(logits, labels, names)
     scores, known = evaluate(logits, labels, names), scorable(logits, labels)
     figure = Figure(figsize=_CARD, dpi=_CARD_DPI, layout="constrained")
     axis = figure.subplots()
@@ -90,12 +104,11 @@ def roc_overview(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Figure
     axis.set_xlabel("false positive rate", fontsize=_CARD_TEXT, labelpad=-6)
     axis.set_ylabel("true positive rate", fontsize=_CARD_TEXT, labelpad=-6)
     lines, texts = axis.get_legend_handles_labels()
-    macro = scores["auroc_macro"]
-    figure.legend(
+    legend = figure.legend(
         lines[:_CARD_CURVES],
         texts[:_CARD_CURVES],
         loc="outside right center",
-        title="AUROC undefined" if macro is None else f"macro AUROC {macro:.3f}",
+        title=heading,
         title_fontsize=_CARD_TEXT,
         fontsize=_CARD_TEXT,
         alignment="left",
@@ -104,7 +117,18 @@ def roc_overview(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Figure
         labelspacing=0.05,
         borderpad=0,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
+
+
+def _most_frequent(
+    logits: Tensor, labels: Tensor, names: Sequence[str]
+) -> Tuple[Tensor, Tensor, List[str]]:
+    """Return the columns of the labels with the most positive images, in their order."""
+    counts = (labels == 1).sum(dim=0).numpy()
+    columns = np.sort(np.argsort(-counts, kind="stable")[:_MOST_CURVES]).tolist()
+    return logits[:, columns], labels[:, columns], [names[column] for column in columns]
 
 
 def image_grid(
@@ -125,7 +149,8 @@ def image_grid(
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
         findings = [_cut(name, _IMAGE_LETTERS) for name, label in zip(names, labels) if label == 1]
         none = "none known" if UNKNOWN in labels else dataset.records.without_finding
-        axis.set_title("\n".join(_shortened(findings) or [none]), fontsize=_CARD_TEXT, pad=2)
+        heading = "\n".join(_shortened(findings) or [none])
+        axis.set_title(heading, fontsize=_CARD_TEXT, pad=2, parse_math=False)
     return figure
 
 

@@ -144,3 +144,34 @@ def test_image_grid_is_legible_in_a_card(dataset):
     assert figure.get_figwidth() == 4
     assert 2 <= figure.get_figheight() <= 3
     assert_legible(figure)
+
+
+@pytest.mark.parametrize("draw", [roc_figure, roc_overview])
+def test_names_are_no_formulas(draw):
+    names = ["Dose $\\mGy$", "$\\bad$"]
+    figure = draw(*scored(names), names)
+    FigureCanvasAgg(figure).draw()
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert any("Dose $\\mGy$" in text for text in texts)
+
+
+def test_findings_of_the_grid_are_no_formulas(dataset):
+    names = ["$\\bad$"] * len(FINDINGS)
+    dataset.records.labels[:] = 1
+    FigureCanvasAgg(image_grid(dataset, names)).draw()
+
+
+def test_of_many_labels_the_most_frequent_are_drawn():
+    names = [f"finding {number}" for number in range(45)]
+    logits, labels = scored(names)
+    labels[:, [3, 8, 20, 30, 44]] = 0
+    shown = [name for name, count in zip(names, labels.sum(dim=0)) if count]
+    figure = roc_figure(logits, labels, names, title="ROC")
+    assert figure._suptitle.get_text() == "ROC; the 40 most frequent of 45 labels"
+    assert [axis.get_title().partition("\n")[0] for axis in figure.axes] == shown
+    overview = roc_overview(logits, labels, names)
+    assert len(overview.axes[0].lines) == 1 + 40
+    (legend,) = overview.legends
+    macro = evaluate(logits, labels, names)["auroc_macro"]
+    assert legend.get_title().get_text() == f"macro AUROC {macro:.3f}\n40 most frequent of 45"
+    assert_legible(overview)
