@@ -79,12 +79,30 @@ def labels_matching(data: DataSection) -> List[str]:
     used = {str(column) for column in _columns(data.columns).values()}
     headers = [read_header(path, used) for path in (first, *joined)]
     names = [name for name in dict.fromkeys(chain(*headers)) if name and name not in used]
-    words = re.escape(data.labels).replace(r"\*", ".*").replace(r"\?", ".")
-    matching = [name for name in names if re.fullmatch(words, name)]
+    matching = [name for name in names if _matches(data.labels, name)]
     if not matching:
         refuse_absent(str(first), [data.labels], names, "Correct data.labels.")
     refuse_names(first, matching)
     return matching
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether ``*`` (any text) and ``?`` (a character) match a name, without backtracking.
+
+    The parts between two ``*`` are found from left to right, each as early as possible.
+    """
+    first, *parts = [re.escape(part).replace(r"\?", ".") for part in pattern.split("*")]
+    if not parts:
+        return re.fullmatch(first, name) is not None
+    found, last = re.match(first, name), parts.pop()
+    for part in parts:
+        if found is None:
+            return False
+        found = re.compile(part).search(name, found.end())
+    start = len(name) - len(pattern.rpartition("*")[2])
+    if found is None or start < found.end():
+        return False
+    return re.compile(last).match(name, start) is not None
 
 
 def read_table_records(data: DataSection) -> Tuple[List[Path], Records]:
