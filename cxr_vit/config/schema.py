@@ -159,7 +159,7 @@ class DataSection(Section):
         None, "where the table has what is read of it (table)"
     )
     labels: Annotated[Optional[Labels], Words(LABELS_WORDS)] = option(
-        None, "the labels to learn, in the order of the logits; null: NIH's findings (table)"
+        None, "the labels to learn, in the order of the logits; null: NIH's findings; a table needs them"
     )
     label_separator: Annotated[str, Field(min_length=1, max_length=10)] = option(
         "|", "text between two labels in the column of all labels (table)"
