@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Dict, List, Optional, Sequence, Union
+import sys
+from importlib import import_module
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import Annotated, Literal
@@ -11,6 +14,82 @@ from typing_extensions import Annotated, Literal
 SplitName = Literal["train", "val", "test"]
 
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+#: The parser of regular expressions; its name without the underscore is deprecated.
+_PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+#: Characters that a pattern searches at most, and at least for a pattern that may be used.
+_LONGEST_TEXT, _SHORTEST_TEXT = 1000, 100
+#: Steps that the search of one text may take, about a second.
+_MOST_STEPS = 2e7
+
+
+def searchable_length(pattern: str) -> int:
+    """Return how many characters a regular expression may search in about a second at most.
+
+    Each repetition without an end can stop at any character, and a search can begin at any unless
+    the pattern begins with ``^``: n characters take about n^k / k! steps for k of these. Other
+    alternatives multiply. Raises ValueError for a pattern whose steps grow exponentially, or that
+    may search less than 100 characters; `re.error` for no regular expression.
+    """
+    parsed = _PARSER.parse(pattern)
+    is_anchored = parsed.state.flags & re.MULTILINE == 0 and [*parsed][:1] in (
+        [(_PARSER.AT, _PARSER.AT_BEGINNING)],
+        [(_PARSER.AT, _PARSER.AT_BEGINNING_STRING)],
+    )
+    choices = list(_choices(parsed, in_repeat=False))
+    unbounded = sum(math.isinf(number) for number in choices) + (not is_anchored)
+    others = math.prod(number for number in choices if math.isfinite(number))
+    length = (_MOST_STEPS * math.factorial(unbounded) / others) ** (1 / max(1, unbounded))
+    if length < _SHORTEST_TEXT:
+        raise ValueError("has too many repetitions and alternatives, which may take very long")
+    return min(_LONGEST_TEXT, int(length))
+
+
+def _choices(items: Any, *, in_repeat: bool) -> Iterator[float]:
+    """Yield the number of ways of each item of a parsed pattern that has several."""
+    for operator, value in items:
+        name = str(operator)
+        parts, repeats = _parts(name, value), False
+        if name.endswith("_REPEAT"):
+            least, most, _ = value
+            repeats = most > 1
+            if (most > _LONGEST_TEXT and most != _PARSER.MAXREPEAT) or least > _LONGEST_TEXT:
+                raise ValueError(f"repeats something more than {_LONGEST_TEXT:,} times")
+            yield math.inf if most == _PARSER.MAXREPEAT else most - least + 1
+        elif name.startswith("GROUPREF"):
+            yield math.inf
+        elif name == "BRANCH":
+            yield len(parts)
+        else:
+            for part in parts:
+                yield from _choices(part, in_repeat=in_repeat)
+            continue
+        if in_repeat:
+            raise ValueError(
+                "has a repetition or alternatives in a repetition, which may take very long"
+            )
+        for part in parts:
+            yield from _choices(part, in_repeat=repeats)
+
+
+def _parts(name: str, value: Any) -> List[Any]:
+    """Return the patterns inside an item of a parsed pattern."""
+    if name == "BRANCH":
+        return list(value[1])
+    if name == "ATOMIC_GROUP":
+        return [value]
+    if name == "GROUPREF_EXISTS":
+        return [part for part in value[1:] if part is not None]
+    if name.endswith("_REPEAT") or name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        return [value[-1]]
+    return []
+
+
+class Words(NamedTuple):
+    """Describe what a field accepts, in place of its type: ``Annotated[type, Words("...")]``."""
+
+    text: str
 
 
 class PatternColumn(BaseModel):
@@ -25,16 +104,22 @@ class PatternColumn(BaseModel):
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
+            searchable_length(pattern)
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{pattern!r} {error}. Write a simpler one.") from error
         return pattern
 
     def __str__(self) -> str:
         return self.column
 
 
-Column = Union[_Name, PatternColumn]
+Column = Annotated[
+    Union[_Name, PatternColumn],
+    Words("the name of a column, or {column: name, pattern: regular expression}"),
+]
 
 
 class Columns(BaseModel):

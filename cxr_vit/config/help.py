@@ -9,7 +9,8 @@ from typing import Any, List, Mapping, Sequence, Union
 from pydantic.fields import FieldInfo
 from typing_extensions import Annotated, Literal, get_args, get_origin
 
-from cxr_vit.config.schema import LISTS, SECTIONS, Config, Words
+from cxr_vit.config.columns import Words
+from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
 from cxr_vit.errors import did_you_mean, suggestion
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
@@ -43,25 +44,33 @@ _SYNONYMS = {
 }
 
 
+def is_merged(location: Sequence[Any]) -> bool:
+    """Whether a location is inside a mapping whose keys are merged: ``data.columns.patient``."""
+    return len(location) > 2 and location[1] in SECTIONS.get(location[0], Section).merged
+
+
 def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """Convert an error of pydantic into a line: where, what was given, what is allowed.
 
     `detail` is an item of `ValidationError.errors()`; `places` is dotted key -> file and line.
     """
     location = [str(part) for part in detail["loc"]]
-    key = ".".join(location[:2])
-    place = places.get(key) or places.get(location[0])
+    key = ".".join(location[: 3 if is_merged(location) else 2])
+    place = places.get(key) or places.get(".".join(location[:2])) or places.get(location[0])
     where = f"{place}: " if place else ""
     if location[0] in LISTS:
         field = Config.model_fields[location[0]]
         return f"{where}{location[0]}: must be {allowed(field)}; wrong is {detail['input']!r}."
     if detail["type"] == "extra_forbidden":
         return where + _unknown(location)
+    field = SECTIONS[location[0]].model_fields[location[1]]
+    if is_merged(location):
+        if detail["type"] == "missing":
+            return f"{where}{key} is missing: {location[0]}.{location[1]} is {allowed(field)}."
+        field = SECTIONS[location[0]].merged[location[1]].model_fields[location[2]]
     where += f"{key}={_written(detail['input'])}"
     if detail["type"] == "value_error":
         return f"{where}: {detail['ctx']['error']}"
-    section, _, name = key.partition(".")
-    field = SECTIONS[section].model_fields[name]
     is_choice = detail["type"] == "literal_error"
     hint = suggestion(str(detail["input"]), _choices(field.annotation)) if is_choice else ""
     return f"{where}: must be {allowed(field)}.{hint}"
@@ -85,7 +94,13 @@ def _written(value: Any) -> str:
 def _unknown(location: List[str]) -> str:
     """Return the message for an unknown key, with the nearest known one."""
     section, name = location[0], location[-1]
-    sibling = did_you_mean(name, SECTIONS[section].model_fields) if section in SECTIONS else None
+    siblings = SECTIONS[section].model_fields if section in SECTIONS else {}
+    if is_merged(location):
+        section, siblings = (
+            ".".join(location[:2]),
+            SECTIONS[section].merged[location[1]].model_fields,
+        )
+    sibling = did_you_mean(name, siblings)
     elsewhere = [f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields]
     synonym = _SYNONYMS.get(did_you_mean(name, _SYNONYMS) or "")
     near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), synonym)

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from cxr_vit.config.files import find_config
-from cxr_vit.config.help import explain, one_line
+from cxr_vit.config.help import explain, is_merged, one_line
 from cxr_vit.config.rules import check
 from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
 from cxr_vit.errors import ConfigError
@@ -88,8 +88,8 @@ def load_config(files: Files, overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files and overrides (``section.key=value``), and validate the result.
 
     `files` is one path or a list of paths. Later files win over earlier ones, and overrides over
-    every file; lists are replaced whole. Raises ConfigError with every unknown or duplicate key,
-    wrong type, value out of range and broken rule.
+    every file; lists are replaced whole, and `data.columns` is merged key by key. Raises
+    ConfigError with every unknown or duplicate key, wrong type, value out of range and broken rule.
     """
     return check(read_config(files, overrides))
 
@@ -109,9 +109,13 @@ def read_config(files: Files, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config(**merged)
     except ValidationError as error:
-        # A field of several types has one error per type: keep the first.
-        first = {detail["loc"][:2]: detail for detail in reversed(error.errors(include_url=False))}
-        details = list(reversed(list(first.values())))
+        # A field of several types has one error per type: keep the first, or one with its own text.
+        kept: Dict[Tuple[Union[int, str], ...], Any] = {}
+        for detail in error.errors(include_url=False):
+            key = detail["loc"][: 3 if is_merged(detail["loc"]) else 2]
+            if key not in kept or detail["type"] == "value_error" != kept[key]["type"]:
+                kept[key] = detail
+        details = list(kept.values())
     hidden = len(problems) + len(details) - _MOST_PROBLEMS
     for detail in details[: max(0, _MOST_PROBLEMS - len(problems))]:
         problems.append(explain(detail, reader.places))
@@ -172,8 +176,9 @@ class _Reader:
         layer: Dict[str, Any] = {}
         for text in overrides:
             for section, values in self._read_override(text).items():
-                if isinstance(values, dict) and isinstance(layer.get(section), dict):
-                    layer[section].update(values)
+                below = layer.get(section)
+                if isinstance(values, dict) and isinstance(below, dict):
+                    below.update(_merged(section, below, values))
                 else:
                     layer[section] = values
         return self._one_of_each_pair(layer)
@@ -197,6 +202,8 @@ class _Reader:
         self.places[key] = _COMMAND_LINE
         self.places.setdefault(section, _COMMAND_LINE)
         plain = None if node is None else self._plain(node, key, lambda node: _COMMAND_LINE)
+        name, _, inner = name.partition(".") if is_merged(key.split(".")) else (name, "", "")
+        plain = {inner: plain} if inner else plain
         return self._mappings_only({section: {name: plain} if name else plain})
 
     def _plain(
@@ -313,4 +320,13 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
             if any(values.get(key) is not None for key in pair):
                 invalid += pair
         base[section] = {key: below[key] for key in below if key not in invalid}
-        base[section].update(values)
+        base[section].update(_merged(section, base[section], values))
+
+
+def _merged(section: str, below: Mapping[str, Any], values: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the values of a section, with the keys of `below` in mappings that are merged."""
+    merged = dict(values)
+    for key in SECTIONS.get(section, Section).merged:
+        if isinstance(values.get(key), dict) and isinstance(below.get(key), dict):
+            merged[key] = {**below[key], **values[key]}
+    return merged

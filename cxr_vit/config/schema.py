@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Tuple, Type, Union, cast
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from cxr_vit.config.columns import (
     Labels,
     Meaning,
     SplitName,
+    Words,
 )
 from cxr_vit.config.poptorch_options import SCOPES, typed_options, with_popart_options
 
@@ -34,12 +35,6 @@ SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
 #: Characters of a path, Linux's limit.
 _LONGEST_PATH = 4096
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class Words(NamedTuple):
-    """Describe what a field accepts, in place of its type: ``Annotated[type, Words("...")]``."""
-
-    text: str
 
 
 def option(default: Any, text: str, **limits: Any) -> Any:
@@ -99,6 +94,8 @@ class Section(BaseModel):
 
     #: Key -> owner: a later layer that gives the owner resets the key.
     belongs_to: ClassVar[Dict[str, str]] = {}
+    #: Keys with a mapping of which a later file or an override may give single keys.
+    merged: ClassVar[Dict[str, Type[BaseModel]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +126,7 @@ class RunSection(Section):
 class DataSection(Section):
     """Images and labels: files, columns, split, size and cache."""
 
+    merged: ClassVar[Dict[str, Type[BaseModel]]] = {"columns": Columns}
     belongs_to: ClassVar[Dict[str, str]] = {
         **dict.fromkeys(["csv", "join", "images", "boxes", "relabels", "cache_dir"], "root"),
         **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
@@ -159,7 +157,8 @@ class DataSection(Section):
         None, "where the table has what is read of it (table)"
     )
     labels: Annotated[Optional[Labels], Words(LABELS_WORDS)] = option(
-        None, "the labels to learn, in the order of the logits; null: NIH's findings; a table needs them"
+        None,
+        "the labels to learn, in the order of the logits; null: NIH's findings; a table needs them",
     )
     label_separator: Annotated[str, Field(min_length=1, max_length=10)] = option(
         "|", "text between two labels in the column of all labels (table)"

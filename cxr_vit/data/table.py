@@ -11,7 +11,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy as np
 import pandas as pd
 
-from cxr_vit.config.columns import Column, Columns, PatternColumn
+from cxr_vit.config.columns import Column, Columns, PatternColumn, searchable_length
 from cxr_vit.config.schema import DataSection
 from cxr_vit.data.label_columns import (
     MEANINGS,
@@ -215,7 +215,11 @@ def _values(
     texts = table[str(column)]
     if not isinstance(column, PatternColumn):
         return texts
-    pattern = re.compile(column.pattern)
+    pattern, longest = re.compile(column.pattern), searchable_length(column.pattern)
+    too_long = (texts.str.len() > longest).to_numpy(dtype=bool)
+    what = f"a text too long to search for data.columns.{key}.pattern={column.pattern}"
+    hint = f"It searches at most {longest} characters: simplify it or shorten the text."
+    refuse_rows(path, too_long, texts, what, hint)
     group = min(1, pattern.groups)
     found = [pattern.search(text) for text in texts]
     unmatched = np.array([match is None or match[group] is None for match in found], dtype=bool)

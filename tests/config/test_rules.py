@@ -7,6 +7,7 @@ from typing import List
 import pytest
 
 from cxr_vit.config import check, dump_config, load_config, read_config
+from cxr_vit.config.columns import PatternColumn, searchable_length
 from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import SECTIONS
 from cxr_vit.errors import ConfigError
@@ -441,13 +442,23 @@ def test_one_column_of_all_labels_has_no_uncertain_ones():
     ("override", "message"),
     [
         (
-            "data.columns={image: path}",
-            "data.columns={'image': 'path'}: must be a mapping of image",
+            "data.columns={image: path, patient: null}",
+            "command line: data.columns.patient=null: must be the name of a column, or {",
         ),
+        ("data.columns=[image]", "data.columns=['image']: must be a mapping of image, patient (bo"),
+        (
+            "data.columns.vew=AP",
+            "unknown key 'data.columns.vew'. Did you mean 'data.columns.view'?",
+        ),
+        ("data.columns.sex={column: b}", "data.columns.sex={'column': 'b'}: must be the name of"),
+        ("data.labels=[image]", "the label 'image' has the name of another column of predictions"),
+        ("data.labels=[Mass, mass_probability]", "'mass_probability' has the name of another col"),
+        ('data.labels=["Mass\\tA"]', "must be a list of names"),
+        ('data.labels=["A\u202ebc"]', "must be a list of names"),
         ("data.columns={image: a, patient: b, pth: c}", "unknown key 'data.columns.pth'."),
         (
             "data.columns={image: a, patient: {column: b, pattern: '('}}",
-            "must be a mapping of image, patient (both needed)",
+            "data.columns.patient=(: '(' is no regular expression: missing )",
         ),
         ("data.csv={training: a}", "must be a path, or train, val, test: a path each"),
         ("data.labels=[]", "must be a list of names, or a pattern such as finding_*"),
@@ -458,6 +469,58 @@ def test_one_column_of_all_labels_has_no_uncertain_ones():
 )
 def test_a_wrong_description_of_a_table_is_refused(override, message):
     assert message in only_problem(*TABLE, override)
+
+
+def test_missing_columns_are_named(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("data:\n  format: table\n  csv: t.csv\n  labels: a*\n  columns: {view: v}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = str(caught.value).splitlines()
+    words = "data.columns is a mapping of image, patient (both needed)"
+    assert [line.partition(", split")[0] for line in lines] == [
+        f"{file}:5: data.columns.{key} is missing: {words}" for key in ("image", "patient")
+    ]
+
+
+def test_columns_are_merged_key_by_key_until_another_format(tmp_path):
+    file = tmp_path / "view.yaml"
+    file.write_text("data: {columns: {view: V, sex: S}}\n")
+    table = tmp_path / "table.yaml"
+    table.write_text(f"data: {{format: table, csv: t, labels: [Mass], columns: {COLUMNS}}}\n")
+    columns = read_config(
+        [table, file], ["data.columns.sex=null", "data.columns.view=W"]
+    ).data.columns
+    assert (columns.image, columns.view, columns.sex) == ("path", "W", None)
+    columns = read_config([], ["data.columns.age=a", f"data.columns={COLUMNS}"]).data.columns
+    assert (columns.image, columns.age) == ("path", "a")
+    columns = read_config([table, file, table]).data.columns
+    assert columns.view is None, "data.format begins with no column"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("^(a+)+$", "(a|aa)+$", "(a?a?)*b", "a?" * 30 + "a" * 30, "(ba|b)" * 30),
+        *(r"\w+\w+\w+\w+\w+b", "(?:){99999999}", "(?=(a+)+)b", r"(.+)(\1)*b", "((a{9})?){9}"),
+    ],
+)
+def test_a_pattern_that_may_take_very_long_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"may take very long|more than 1,000 times") as caught:
+        PatternColumn(column="a", pattern=pattern)
+    assert "Write a simpler one" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        *((r"patient\d+", 1000), ("(train|valid)/", 1000), (r"^p\d+/(p\d+)/", 1000)),
+        *((r"(\w+)_\d+\.png", 493), (r"patient(\d+)/study(\d+)/view(\d+)", 148)),
+    ],
+)
+def test_patterns_of_names_and_paths_are_legal(pattern, length):
+    assert PatternColumn(column="a", pattern=pattern).pattern == pattern
+    assert searchable_length(pattern) == length
 
 
 def test_files_of_a_table_stay_with_another_root(tmp_path):

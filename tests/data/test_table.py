@@ -125,6 +125,13 @@ def test_a_pattern_without_match_is_counted(tmp_path: Path) -> None:
 # Labels in a column each
 
 
+def test_a_text_that_is_too_long_for_a_pattern_is_refused(tmp_path: Path) -> None:
+    columns = {**COLUMNS, "patient": {"column": "path", "pattern": r"\w+\d+"}}
+    message = refused(tmp_path, [*ROWS, f"{'a' * 500},P,,,,,1,0"], columns=columns)
+    assert "a text too long to search for data.columns.patient.pattern" in message
+    assert "in 1 of 5 rows, first in row 5" in message and "at most 493 characters" in message
+
+
 def labels_of(root: Path, *values: str, **changes: Any) -> List[int]:
     rows = [f"{row}.png,P{row},,,,,{value},0" for row, value in enumerate(values)]
     return read(root, rows, **changes).labels[:, 0].tolist()
@@ -180,6 +187,24 @@ def test_a_pattern_names_the_columns_of_labels(tmp_path: Path) -> None:
         else:
             with pytest.raises(DataError, match=r"t\.csv: no column .* It has the columns part, i"):
                 label_names(section(tmp_path, labels=labels))
+
+
+def test_a_pattern_of_many_stars_is_matched_at_once(tmp_path: Path) -> None:
+    header = f"{HEADER},{'a' * 3000},{'a' * 90}b"
+    rows = [f"{row},1,0" for row in ROWS]
+    read(tmp_path, rows, header, labels="M*")
+    assert label_names(section(tmp_path, labels="*a*a*a*a*a*a*a*a*b")) == ["a" * 90 + "b"]
+    for labels in ("M*a?s", "?ass*", "M*s*s", "Mas*"):
+        assert label_names(section(tmp_path, labels=labels)) == ["Mass"]
+    for labels in ("Mass*Mass", "M*ass*s", "Mas*ss", "Mass?"):
+        with pytest.raises(DataError, match="no column"):
+            label_names(section(tmp_path, labels=labels))
+
+
+@pytest.mark.parametrize("name", ["Mass\x1b[31m", "patient", "Mass_probability"])
+def test_a_pattern_refuses_columns_that_cannot_be_labels(tmp_path: Path, name: str) -> None:
+    message = refused(tmp_path, [f"{row},1" for row in ROWS], f"{HEADER},{name}", labels="*a*")
+    assert "control characters" in message or "another column of predictions.csv" in message
 
 
 def test_a_pattern_refuses_names_that_differ_in_case_only(tmp_path: Path) -> None:
