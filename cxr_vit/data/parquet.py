@@ -11,8 +11,8 @@ import numpy as np
 from cxr_vit.data.text_files import TABLE_LIMITS
 from cxr_vit.errors import DataError
 
-#: Rows that are converted at a time.
-_BATCH = 65_536
+#: Rows that are read at a time: the limit of text is checked after each of these.
+_BATCH = 1024
 
 
 def parquet_header(path: Path, raw: bytes) -> List[str]:
@@ -32,24 +32,52 @@ def parquet_columns(path: Path, raw: bytes, names: Sequence[str]) -> List[List[s
     with _file(path, raw) as file:
         for name in names:
             _refuse_type(path, name, file.schema_arrow.field(name).type)
+    import pyarrow
+
     # Dictionaries keep a long text that all rows share in memory once.
     with _file(path, raw, read_dictionary=list(names)) as file:
         rows = file.metadata.num_rows
         if rows > TABLE_LIMITS.lines:
             raise DataError(f"{path}: {rows:,} rows; at most {TABLE_LIMITS.lines:,} are read.")
+        size = _uncompressed_size(file.metadata, names)
+        if size > TABLE_LIMITS.size:
+            raise DataError(
+                f"{path}: {size:,} bytes in the columns that are read; at most"
+                f" {TABLE_LIMITS.size:,} are read. Give a table of images."
+            )
         for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
             for name in names:
                 column = batch.column(batch.schema.get_field_index(name)).dictionary_encode()
-                codes = column.indices.fill_null(len(column.dictionary)).to_numpy()
-                words = [_text(value) for value in column.dictionary.to_pylist()]
-                lengths = np.array([*map(len, words), 0])
+                # The dictionary may be that of a whole file.
+                used, codes = np.unique(_codes(column), return_inverse=True)
+                found = column.dictionary.take(pyarrow.array(used[used >= 0])).to_pylist()
+                words = [""] * int((used < 0).sum()) + [_text(value) for value in found]
+                lengths = np.array([*map(len, words)])
                 characters += int(lengths[codes].sum())
-                texts[name].append(np.array([*words, ""], dtype=object)[codes])
-            if characters > TABLE_LIMITS.size:
-                raise DataError(
-                    f"{path}: more than {TABLE_LIMITS.size:,} characters. Give a table of images."
-                )
+                if characters > TABLE_LIMITS.size:
+                    raise DataError(
+                        f"{path}: more than {TABLE_LIMITS.size:,} characters. Give a table of"
+                        " images."
+                    )
+                texts[name].append(np.array(words, dtype=object)[codes])
     return [np.concatenate([np.empty(0, object), *parts]).tolist() for parts in texts.values()]
+
+
+def _codes(column: Any) -> np.ndarray:
+    """Return the places of a column's values in its dictionary, -1 for none."""
+    codes: np.ndarray = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return codes
+
+
+def _uncompressed_size(metadata: Any, names: Sequence[str]) -> int:
+    """Return the bytes of columns after decompression, as the file has them."""
+    size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        size += sum(
+            chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in names
+        )
+    return size
 
 
 def _refuse_type(path: Path, name: str, kind: Any) -> None:

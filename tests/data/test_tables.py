@@ -6,7 +6,7 @@ import csv
 import gzip
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
@@ -152,6 +152,33 @@ def test_a_parquet_file_of_much_text_in_few_bytes_is_refused(
     write_table(pyarrow.table({"a": [None] * 40_000}), path)
     with pytest.raises(DataError, match="40,000 rows; at most 30,000 are read"):
         read(path, "a")
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "RLE_DICTIONARY"])
+def test_a_parquet_bomb_is_refused_after_few_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Plain text by the size in its metadata, a dictionary after the first rows that are too much."""
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (extra: parquet)")
+    from pyarrow import parquet
+
+    monkeypatch.setattr("cxr_vit.data.parquet.TABLE_LIMITS", text_files.Limits(10**6, 30_000, 9))
+    is_dictionary = encoding == "RLE_DICTIONARY"
+    how = {} if is_dictionary else {"column_encoding": {"a": encoding}}
+    table = pyarrow.table({"a": ["x" * 1000] * 20_000, "b": ["y" * 2000] * 20_000})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path, compression="gzip", use_dictionary=is_dictionary, **how)
+    whole, read_rows = parquet.ParquetFile.iter_batches, []
+
+    def counted(*args: Any, **options: Any) -> Iterator[Any]:
+        for batch in whole(*args, **options):
+            read_rows.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    with pytest.raises(DataError, match=r"bytes in the columns|more than 1,000,000 characters"):
+        read(path, "a")
+    assert sum(read_rows) <= (0 if encoding == "PLAIN" else 1024)
 
 
 def test_a_damaged_parquet_file_is_refused(parquet: Path) -> None:
