@@ -431,6 +431,23 @@ def test_unknown_labels_are_counted_and_are_neither_found_nor_absent(hand_made, 
     assert pair[0][:4] == ["Mass", "Nodule", str(both), f"{100 * both / of_mass:.1f}"]
 
 
+def test_of_many_findings_the_most_frequent_pairs_are_shown(hand_made, tmp_path):
+    module = ChestXrayDataModule(Config(data=hand_made))
+    labels = np.zeros((len(module.records), 45), np.int8)
+    labels[:, 5:] = np.arange(40) % 7 <= np.arange(len(labels))[:, None] % 9
+    object.__setattr__(module.records, "labels", labels)
+    module.names = ["$\\bad$", *(f"finding {column}" for column in range(1, 45))]
+    report = report_of(module, tmp_path)
+    (caption,) = [text for text in report.tables() if text.startswith("Images with both")]
+    assert caption.endswith("Of 45 findings, the 40 most frequent ones are shown.")
+    table = report.tables()[caption]
+    assert table[0] == ["", *module.names[5:]] and len(table) == 1 + 40
+    found = labels[np.concatenate(module.splits[:3])].astype(int)
+    together = (found.T @ found)[5:, 5:]
+    assert [row[1:] for row in table[1:]] == [list(map(str, row)) for row in together.tolist()]
+    assert "; the 40 most frequent findings" in report.page
+
+
 def test_column_of_no_finding_counts_as_it_is(hand_made, tmp_path):
     """In another place and spelling than NIH's, as in other data sets."""
     module = ChestXrayDataModule(Config(data=hand_made))
