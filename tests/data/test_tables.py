@@ -158,7 +158,7 @@ def test_a_parquet_file_of_much_text_in_few_bytes_is_refused(
 def test_a_parquet_bomb_is_refused_after_few_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """Plain text by the size in its metadata, a dictionary after the first rows that are too much."""
+    """Plain text by the size in its metadata, repeated text after the first rows."""
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (extra: parquet)")
     from pyarrow import parquet
 
