@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from cxr_vit.config import Config
 from cxr_vit.config.architectures import SIZES
 from cxr_vit.errors import ModelError
-from cxr_vit.model.source import Preprocessor, read_preprocessor, source_folder
+from cxr_vit.model.source import (
+    PREPROCESSOR,
+    Preprocessor,
+    SourceError,
+    read_config,
+    read_preprocessor,
+    source_folder,
+)
 from cxr_vit.model.vit import loading
 
 logger = logging.getLogger(__name__)
@@ -24,15 +32,14 @@ RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _DEFAULT = 0.5
 
 
-def per_channel(value: PerChannel, num_channels: int) -> List[float]:
-    """Return one number per channel; ModelError if `value` has another number of them."""
+def per_channel(value: PerChannel, num_channels: int, name: str) -> List[float]:
+    """Return one number per channel; ModelError if `value`, the `name`, has another number."""
     values = [value] * num_channels if isinstance(value, (int, float)) else list(value)
     values = values * num_channels if len(values) == 1 else values
     if len(values) != num_channels:
         raise ModelError(
-            f"model.image_mean and model.image_std have {len(values)} numbers; the model takes"
-            f" images of {num_channels} channel{'s' * (num_channels != 1)}. Give one number, or one"
-            " per channel."
+            f"{name} has {len(values)} numbers; the model takes images of {num_channels}"
+            f" channel{'s' * (num_channels != 1)}. Give one number, or one per channel."
         )
     return values
 
@@ -45,7 +52,8 @@ class Normalisation(NamedTuple):
 
     def of_channels(self, num_channels: int) -> Tuple[List[float], List[float]]:
         """Return both as one number per channel; ModelError if there is another number of them."""
-        return per_channel(self.mean, num_channels), per_channel(self.std, num_channels)
+        mean = per_channel(self.mean, num_channels, "the mean")
+        return mean, per_channel(self.std, num_channels, "the standard deviation")
 
     @classmethod
     def from_config(cls, config: Config) -> Normalisation:
@@ -53,49 +61,97 @@ class Normalisation(NamedTuple):
 
         The latter are in their preprocessor_config.json; without one they are 0.5. Logs where the
         file and the configuration differ, and what was read of the file. Raises ModelError if it
-        cannot be read.
+        cannot be read, or has other channels than the model.
         """
-        model = config.model
-        saved = None
+        model, saved, channels = config.model, None, SIZES["vit-base"].num_channels
         if model.name not in SIZES:
             with loading(model.name):
-                saved = read_preprocessor(source_folder(model, config_only=True))
-        found = cls(_DEFAULT, _DEFAULT)
+                place = source_folder(model, config_only=True)
+                channels = read_config(place).num_channels
+                saved = _saved(config, place)
+        found = []
+        for key, given in (("mean", model.image_mean), ("std", model.image_std)):
+            if given is None and saved is not None and getattr(saved, key) is not None:
+                found.append(getattr(saved, key))
+                name = f"the {key} in the {saved.file} of {model.name}"
+            else:
+                found.append(_DEFAULT if given is None else given)
+                name = f"model.image_{key}"
+            per_channel(found[-1], channels, name)
+        if model.name not in SIZES:
+            _log_default(config, saved)
         if saved is not None:
-            _log_differences(config, saved)
-            found = cls(saved.mean, saved.std)
-        return cls(
-            found.mean if model.image_mean is None else model.image_mean,
-            found.std if model.image_std is None else model.image_std,
-        )
+            _log_differences(config, saved, channels)
+        return cls(*found)
 
 
-def _log_differences(config: Config, saved: Preprocessor) -> None:
+def _saved(config: Config, place: Path) -> Optional[Preprocessor]:
+    """Read how images are prepared for the weights; needless if the configuration says it."""
+    model = config.model
+    try:
+        return read_preprocessor(place)
+    except ValueError as error:
+        if model.image_mean is None or model.image_std is None:
+            raise SourceError(
+                f"{error} Correct it, or set model.image_mean and model.image_std."
+            ) from error
+        logger.warning("%s It is ignored: model.image_mean and model.image_std are set.", error)
+        return None
+
+
+def _log_default(config: Config, saved: Optional[Preprocessor]) -> None:
+    """Say which numbers neither the configuration nor a file has."""
+    model = config.model
+    given = (("mean", model.image_mean), ("std", model.image_std))
+    absent = [key for key, value in given if value is None and getattr(saved, key, None) is None]
+    if not absent:
+        return
+    what = f"no {PREPROCESSOR} beside {model.name}"
+    if saved is not None:
+        what = f"the {saved.file} of {model.name} has no {' and no '.join(absent)}"
+    logger.info(
+        "%s: images are normalised with %s; set %s",
+        what,
+        ", ".join(f"{key} {_DEFAULT}" for key in absent),
+        " and ".join(f"model.image_{key}" for key in absent),
+    )
+
+
+def _log_differences(config: Config, saved: Preprocessor, channels: int) -> None:
     model, data = config.model, config.data
-    file = f"the preprocessor_config.json of {model.name}"
-    counting, read = [], []
+    file = f"the {saved.file} of {model.name}"
+    counting, there, read = [], [], []
     for key, given, found in (
         ("mean", model.image_mean, saved.mean),
         ("std", model.image_std, saved.std),
     ):
-        count = max(len(found), len(given) if isinstance(given, (list, tuple)) else 1)
-        if given is not None and per_channel(given, count) != per_channel(found, count):
-            counting.append(f"model.image_{key}={_words(given)} and not {_words(found)}")
+        if found is None:
+            continue
+        if given is not None and _differ(given, found, channels):
+            counting.append(f"model.image_{key}={_words(given)}")
+            there.append(f"{key} {_words(found)}")
         elif given is None and set(found) != {_DEFAULT}:
             read.append(f"{key} {_words(found)}")
     if counting:
-        logger.warning("images are normalised with %s, as in %s", ", ".join(counting), file)
+        used, others = ", ".join(counting), ", ".join(there)
+        logger.warning("images are normalised with %s; %s has %s", used, file, others)
     if read:
         logger.info("images are normalised with %s, from %s", ", ".join(read), file)
-    others = []
+    differing = []
     if saved.size not in (None, data.image_size):
-        others.append(f"{saved.size} pixels, and data.image_size={data.image_size}")
+        differing.append(f"{saved.size} pixels, and data.image_size={data.image_size}")
     names = {number: name for name, number in RESAMPLE.items()}
     if saved.resample not in (None, RESAMPLE[data.resample]):
         name = names.get(saved.resample or 0, f"filter {saved.resample}")
-        others.append(f"resample={name}, and data.resample={data.resample}")
-    if others:
-        logger.info("%s has %s; the configuration counts", file, "; ".join(others))
+        differing.append(f"resample={name}, and data.resample={data.resample}")
+    if differing:
+        logger.info("%s has %s; the configuration counts", file, "; ".join(differing))
+
+
+def _differ(given: PerChannel, found: Sequence[float], channels: int) -> bool:
+    both = [[v] if isinstance(v, (int, float)) else list(v) for v in (given, found)]
+    own, its = (values * channels if len(values) == 1 else values for values in both)
+    return own != its
 
 
 def _words(value: PerChannel) -> str:

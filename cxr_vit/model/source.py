@@ -18,6 +18,7 @@ from typing import (
     Dict,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -33,6 +34,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -55,7 +58,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FETCHED = ((CONFIG, PREPROCESSOR), (_WEIGHTS, _INDEX, "model-*.safetensors"), ("*.safetensors",))
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-#: Names of tensors and of files that can be shown in a message.
+#: Names of tensors that can be shown in a message.
 _PLAIN = re.compile(r"[\w.-]{1,200}", re.ASCII)
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
@@ -105,6 +108,34 @@ _Size = Union[
     Annotated[Dict[str, Optional[_Side]], Field(max_length=10)],
     None,
 ]
+#: What a key must be where pydantic's words would name types of Python.
+_SIDES_WORDS = "a number of pixels, or a list of height and width"
+_NUMBERS_WORDS = "a number, or a list of one number per channel, in a usable range"
+_KEY_WORDS = {
+    **{"image_mean": _NUMBERS_WORDS, "image_std": _NUMBERS_WORDS},
+    **{"mean": _NUMBERS_WORDS, "std": _NUMBERS_WORDS},
+    **{"image_size": _SIDES_WORDS, "img_size": _SIDES_WORDS},
+    "id2label": "an object of numbers and labels",
+    "architectures": "a list of names",
+}
+
+
+class SourceError(ValueError):
+    """A source of weights that is refused with advice of its own."""
+
+
+def _absent_if_unknown(
+    value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+) -> Any:
+    """Read a value that is only compared: one of another form is absent, with a warning."""
+    try:
+        return handler(value)
+    except ValidationError:
+        logger.warning(
+            "%s: %s=%s is of an unknown form and is ignored",
+            *(info.context, info.field_name, repr(value)[:60]),
+        )
+        return None
 
 
 class SavedConfig(BaseModel):
@@ -240,6 +271,8 @@ class _TimmPreprocessor(BaseModel):
     input_size: Optional[Annotated[List[_Side], Field(min_length=3, max_length=3)]] = None
     interpolation: Optional[str] = None
 
+    _compared = field_validator("input_size", "interpolation", mode="wrap")(_absent_if_unknown)
+
 
 class _SavedPreprocessor(BaseModel):
     """The keys of a preprocessor_config.json that are used."""
@@ -257,17 +290,22 @@ class _SavedPreprocessor(BaseModel):
     crop_size: _Size = None
     resample: Optional[Annotated[int, Field(ge=0, le=5)]] = None
 
+    _compared = field_validator(
+        *("do_resize", "size", "do_center_crop", "crop_size", "resample"), mode="wrap"
+    )(_absent_if_unknown)
+
 
 class Preprocessor(NamedTuple):
     """How images are prepared for the weights."""
 
-    #: Of gray levels of 0 to 1: one value for every channel, or one per channel.
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
+    #: Of gray levels of 0 to 1: one value for every channel, or one per channel; None if unknown.
+    mean: Optional[Tuple[float, ...]]
+    std: Optional[Tuple[float, ...]]
     #: Side of a square in pixels, if there is one.
     size: Optional[int]
     #: Pillow's number of the filter, if it is known.
     resample: Optional[int]
+    file: str = PREPROCESSOR
 
 
 def source_folder(model: ModelSection, *, config_only: bool) -> Path:
@@ -281,9 +319,9 @@ def source_folder(model: ModelSection, *, config_only: bool) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix != ".safetensors":
-            pickles = [path] if path.suffix in _PICKLES else []
-            raise ValueError(f"it is no safetensors file.{_conversion(pickles)}")
+        if path.suffix.lower() != ".safetensors":
+            pickles = [path] if path.suffix.lower() in _PICKLES else []
+            raise _no_weights("it is no safetensors file.", pickles)
         return path
     if not _HUB_NAME.fullmatch(model.name):
         raise ValueError("it is no folder of this machine and no hub name (owner/model).")
@@ -294,7 +332,19 @@ def source_folder(model: ModelSection, *, config_only: bool) -> Path:
     _fetch(model, (*described, *weights))
     if not (folder / _WEIGHTS).exists() and not (folder / _INDEX).exists():
         _fetch(model, (*described, *any_name))
+        if not constants.HF_HUB_OFFLINE and not any(folder.glob("*.safetensors")):
+            raise _no_safetensors(model)
     return folder
+
+
+def _no_safetensors(model: ModelSection) -> SourceError:
+    revision = "" if model.revision is None else f", revision={model.revision!r}"
+    code = f"snapshot_download({model.name!r}{revision}, local_dir='FOLDER')"
+    return SourceError(
+        "the repository has no safetensors file. Download it with python -c"
+        f' "from huggingface_hub import snapshot_download; {code}", and convert its pickle, e.g.'
+        " python -m cxr_vit convert-weights FOLDER/pytorch_model.bin NEW_FOLDER."
+    )
 
 
 def _fetch(model: ModelSection, patterns: Sequence[str]) -> Path:
@@ -327,7 +377,7 @@ def _config(place: Path) -> Dict[str, Any]:
         raise ModelError(f"{path} is of a {str(kind)[:60]!r} model; {_SUPPORTED}.")
     for key in _CODE:
         if content.get(key) is not None:
-            raise ValueError(
+            raise SourceError(
                 f"{path} names code to run ({key}). It is not run; remove {key} if the weights are"
                 " those of a plain ViT."
             )
@@ -361,14 +411,14 @@ def _derived(
 ) -> SavedConfig:
     """Make the config of a model that has none of Hugging Face's."""
     path = _beside(place, CONFIG)
-    arguments = _validated(_TimmArguments, content.get("model_args") or {}, path)
+    arguments = _validated(_TimmArguments, content.get("model_args") or {}, path, "model_args")
     size = _timm_preprocessor(content, path).input_size
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found = config_of(shapes, names.kind, _sides(arguments.img_size) or (size and size[1:]))
     width = found["hidden_size"]
     heads = arguments.num_heads or _HEADS.get(width) or (width // 64 if width % 64 == 0 else None)
     if heads is None:
-        raise ValueError(
+        raise SourceError(
             f"the number of heads of a model of the width {width} is unknown: put it into {CONFIG},"
             ' {"architecture": "vit", "model_args": {"num_heads": ...}}.'
         )
@@ -382,25 +432,33 @@ def _derived(
     return _validated(SavedConfig, values, place)
 
 
-def _validated(schema: Type[_Schema], content: Any, path: Path) -> _Schema:
+def _validated(schema: Type[_Schema], content: Any, path: Path, key: str = "") -> _Schema:
+    """Check a JSON object, the value of a key or a whole file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {key}={repr(content)[:60]} is no JSON object.")
     try:
-        return schema.model_validate(content)
+        return schema.model_validate(content, context=path)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(_words(error))}.") from None
+        words = list(dict.fromkeys(_words(error, content)))
+        raise ValueError(f"{path}: {'; '.join(words[:3])}.") from None
 
 
-def _words(error: ValidationError) -> Iterator[str]:
-    for detail in error.errors()[:3]:
+def _words(error: ValidationError, content: Mapping[str, Any]) -> Iterator[str]:
+    for detail in error.errors():
         if detail["type"] == "value_error":
             yield str(detail["ctx"]["error"])
-        else:
-            key = ".".join(str(part) for part in detail["loc"])
-            yield f"{key}={repr(detail['input'])[:60]}: {detail['msg']}"
+        else:  # of a value in it, or of one form of several
+            key = str(detail["loc"][0])
+            must = _KEY_WORDS.get(key)
+            words = f"must be {must}" if must else detail["msg"]
+            yield f"{key}={repr(content.get(key, detail['input']))[:60]}: {words}"
 
 
 def _read_json(path: Path, limit: int) -> Dict[str, Any]:
     try:
         return read_json(path, limit=limit)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         _refuse_pointer(path)
         raise ValueError(f"{path} cannot be read: {error}.") from error
@@ -414,49 +472,51 @@ def read_preprocessor(place: Path) -> Optional[Preprocessor]:
     """
     path = _beside(place, PREPROCESSOR)
     if not path.exists():
-        return _of_timm(_timm_preprocessor(_config(place), _beside(place, CONFIG)))
+        path = _beside(place, CONFIG)
+        return _of_timm(_timm_preprocessor(_config(place), path), path)
     saved = _validated(_SavedPreprocessor, _read_json(path, _PREPROCESSOR_LIMIT), path)
     # Normalisation of what a factor makes of gray levels, in terms of those of 0 to 1.
     factor = 1.0 if saved.do_rescale is False else saved.rescale_factor or 1 / 255
     scale = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 1 / (255 * factor)
+    mean, std = _listed(saved.image_mean), _listed(saved.image_std)
     if saved.do_normalize is False:
         mean, std = [0.0], [1.0]
-    elif saved.image_mean is None or saved.image_std is None:
-        return None
-    else:
-        mean, std = _listed(saved.image_mean), _listed(saved.image_std)
     _check_channels(path, mean, std)
     crop = _sides(saved.crop_size) if saved.do_center_crop is not False else []
     sides = crop or (_sides(saved.size) if saved.do_resize is not False else [])
     return Preprocessor(
-        tuple(value * scale for value in mean),
-        tuple(value * scale for value in std),
+        None if mean is None else tuple(value * scale for value in mean),
+        None if std is None else tuple(value * scale for value in std),
         sides[0] if len(set(sides)) == 1 else None,
         saved.resample,
     )
 
 
 def _timm_preprocessor(content: Dict[str, Any], path: Path) -> _TimmPreprocessor:
-    return _validated(_TimmPreprocessor, content.get("pretrained_cfg", content), path)
+    saved = content.get("pretrained_cfg")
+    return _validated(
+        _TimmPreprocessor, content if saved is None else saved, path, "pretrained_cfg"
+    )
 
 
-def _of_timm(saved: _TimmPreprocessor) -> Optional[Preprocessor]:
-    if saved.mean is None or saved.std is None:
+def _of_timm(saved: _TimmPreprocessor, path: Path) -> Optional[Preprocessor]:
+    if saved.mean is None and saved.std is None:
         return None
-    _check_channels(Path(CONFIG), saved.mean, saved.std)
+    _check_channels(path, saved.mean, saved.std)
     sides = saved.input_size[1:] if saved.input_size else []
     size = sides[0] if len(set(sides)) == 1 else None
     resample = _TIMM_FILTERS.get(saved.interpolation or "")
-    return Preprocessor(tuple(saved.mean), tuple(saved.std), size, resample)
+    mean, std = (None if values is None else tuple(values) for values in (saved.mean, saved.std))
+    return Preprocessor(mean, std, size, resample, CONFIG)
 
 
-def _check_channels(path: Path, mean: List[float], std: List[float]) -> None:
-    if len(mean) != len(std):
+def _check_channels(path: Path, mean: Optional[List[float]], std: Optional[List[float]]) -> None:
+    if mean and std and 1 < len(mean) != len(std) > 1:
         raise ValueError(f"{path}: {len(mean)} values of the mean, {len(std)} of the deviation.")
 
 
-def _listed(value: Union[float, List[float]]) -> List[float]:
-    return value if isinstance(value, list) else [value]
+def _listed(value: Union[float, List[float], None]) -> Optional[List[float]]:
+    return [value] if isinstance(value, (int, float)) else value
 
 
 def _sides(size: Union[int, List[int], Dict[str, Optional[int]], None]) -> List[int]:
@@ -473,8 +533,10 @@ class SavedTensor(NamedTuple):
     """A tensor, or some rows of one, in a safetensors file; read when needed."""
 
     file: Any
+    path: Path
     name: str
     shape: Tuple[int, ...]
+    dtype: str
     #: The first row, if it is not the whole of the stored one.
     start: Optional[int] = None
 
@@ -524,6 +586,11 @@ def _translated(
     tensors = {}
     for full, (name, third) in names.tensors.items():
         tensor = stored[name]
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{tensor.path}: {name} is of the type {tensor.dtype}; weights are of"
+                f" {', '.join(_FLOATS)}."
+            )
         if third is not None:
             rows = tensor.shape[0] if tensor.shape else 0
             if not rows or rows % 3:
@@ -551,14 +618,10 @@ def _opened(place: Path) -> Iterator[Dict[str, SavedTensor]]:
                 if not _PLAIN.fullmatch(name):
                     raise ValueError(f"{path}: {name[:40]!a} is no name of a tensor of a ViT.")
                 tensor = file.get_slice(name)
-                if tensor.get_dtype() not in _FLOATS:
-                    raise ValueError(
-                        f"{path}: {name} is of the type {tensor.get_dtype()}; weights are of"
-                        f" {', '.join(_FLOATS)}."
-                    )
                 if name in tensors:
                     raise ValueError(f"{path}: {name} is in another file of the folder as well.")
-                tensors[name] = SavedTensor(file, name, tuple(tensor.get_shape()))
+                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                tensors[name] = SavedTensor(file, path, name, shape, dtype)
         yield tensors
 
 
@@ -582,24 +645,29 @@ def _weight_files(place: Path) -> List[Path]:
 
 def _only_file(folder: Path) -> Path:
     """Return the only safetensors file of a folder."""
-    files = sorted(path for path in folder.iterdir() if _PLAIN.fullmatch(path.name))
-    found = [path for path in files if path.suffix == ".safetensors"]
+    files = sorted(path for path in folder.iterdir() if path.name.isprintable())
+    found = [path for path in files if path.suffix.lower() == ".safetensors"]
     if not found:
-        pickles = [path for path in files if path.suffix in _PICKLES]
+        pickles = [path for path in files if path.suffix.lower() in _PICKLES]
         pickles.sort(key=lambda path: not path.name.startswith("pytorch_model"))
-        raise ValueError(f"{folder} has no {_WEIGHTS}.{_conversion(pickles)}")
+        raise _no_weights(f"{folder} has no {_WEIGHTS}.", pickles)
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:10])
-        raise ValueError(f"{folder} has no {_WEIGHTS}, but {names}: set model.name to one of them.")
+        raise SourceError(
+            f"{folder} has no {_WEIGHTS}, but {names}: set model.name to one of them."
+        )
     return found[0]
 
 
-def _conversion(pickles: List[Path]) -> str:
-    """Return a sentence with the command that converts a pickle, if there is one."""
+def _no_weights(reason: str, pickles: List[Path]) -> ValueError:
+    """Return an error with the command that converts a pickle, if there is one."""
     if not pickles:
-        return ""
+        return ValueError(reason)
     command = f"python -m cxr_vit convert-weights {shlex.quote(str(pickles[0]))} NEW_FOLDER"
-    return f" Pickles ({pickles[0].suffix}) are not read, they can run code; convert it: {command}."
+    return SourceError(
+        f"{reason} Pickles ({pickles[0].suffix}) are not read, they can run code; convert it:"
+        f" {command}."
+    )
 
 
 def _check_start(path: Path) -> None:
@@ -617,6 +685,6 @@ def _check_start(path: Path) -> None:
 def _refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(
+            raise SourceError(
                 f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull there."
             )

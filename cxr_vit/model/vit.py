@@ -53,6 +53,7 @@ from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.source import (
     SavedConfig,
     SavedTensor,
+    SourceError,
     open_weights,
     read_config,
     source_folder,
@@ -311,11 +312,12 @@ def loading(name: str) -> Iterator[None]:
         reason = str(error)
         if isinstance(error, OSError):
             reason = f"{error.filename or name}: {error.strerror or error}."
-        raise ModelError(
-            f"cannot load model.name={name!r}: {reason} Set it to a folder with"
-            " config.json and model.safetensors, to a hub name this machine can reach, or to a"
-            f" size: {', '.join(SIZES)}."
-        ) from error
+        advice = (
+            " Set it to a folder with config.json and model.safetensors, to a hub name this machine"
+            f" can reach, or to a size: {', '.join(SIZES)}."
+        )
+        advice = "" if isinstance(error, SourceError) else advice
+        raise ModelError(f"cannot load model.name={name!r}: {reason}{advice}") from error
 
 
 def _check_depth(layers_per_stage: Sequence[int], depth: int) -> None:

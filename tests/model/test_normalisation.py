@@ -60,22 +60,68 @@ def test_one_number_of_the_weights_is_for_all_channels(make_module, caplog):
     assert (saved(module)["image_mean"], saved(module)["image_std"]) == ([0.0] * 3, [1.0] * 3)
     module = make_module({"do_normalize": False}, *GIVEN)
     assert {key: saved(module)[key] for key in IMAGENET} == IMAGENET
-    assert "model.image_mean=[0.485, 0.456, 0.406] and not 0.0" in caplog.text
+    assert "model.image_mean=[0.485, 0.456, 0.406], model.image_std" in caplog.text
+    assert "has mean 0.0, std 1.0" in caplog.text
 
 
-@pytest.mark.parametrize("preprocessor", [None, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}])
-def test_a_half_is_the_default_and_needs_no_words(make_module, caplog, preprocessor):
-    module = make_module(preprocessor)
+def test_a_half_of_the_weights_needs_no_words(make_module, caplog):
+    module = make_module({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     assert saved(module)["image_mean"] == saved(module)["image_std"] == [0.5] * 3
     assert "normalised" not in caplog.text
+
+
+def test_a_half_as_the_default_is_named(make_module, caplog, tmp_path):
+    assert saved(make_module(None))["image_mean"] == [0.5] * 3
+    line = (
+        f"no preprocessor_config.json beside {tmp_path / 'start'}: images are normalised with mean"
+        " 0.5, std 0.5; set model.image_mean and model.image_std"
+    )
+    assert line in caplog.text
+    caplog.clear()
+    make_module(None, *GIVEN)
+    assert "normalised" not in caplog.text
+
+
+def test_one_of_mean_and_deviation_is_taken(make_module, caplog):
+    module = make_module({"image_mean": IMAGENET["image_mean"], "resample": 3})
+    assert saved(module)["image_mean"] == IMAGENET["image_mean"]
+    assert saved(module)["image_std"] == [0.5] * 3
+    assert "has no std: images are normalised with std 0.5; set model.image_std" in caplog.text
+    assert "has resample=bicubic" in caplog.text
+    module = make_module({"image_mean": 0.4, "image_std": IMAGENET["image_std"]})
+    assert saved(module)["image_mean"] == [0.4] * 3
+    assert saved(module)["image_std"] == IMAGENET["image_std"]
+
+
+def test_keys_that_are_only_compared_may_have_any_form(make_module, caplog):
+    module = make_module({**IMAGENET, "size": "large", "resample": "bicubic"})
+    assert saved(module)["image_mean"] == IMAGENET["image_mean"]
+    assert "size='large' is of an unknown form and is ignored" in caplog.text
+
+
+def test_damaged_file_is_refused_only_if_it_is_needed(make_module, caplog):
+    bad = {"image_mean": "a"}
+    with pytest.raises(ModelError, match=r"Correct it, or set model\.image_mean and") as caught:
+        make_module(bad)
+    assert "Set it to a folder" not in str(caught.value)
+    assert "Input should be" not in str(caught.value)
+    assert saved(make_module(bad, *GIVEN))["image_mean"] == IMAGENET["image_mean"]
+    assert "It is ignored: model.image_mean and model.image_std are set" in caplog.text
+
+
+def test_file_of_other_channels_is_named(make_module):
+    with pytest.raises(ModelError, match=r"the mean in the preprocessor_config\.json of .* has 4"):
+        make_module({"image_mean": [0.5] * 4, "image_std": [0.5] * 4})
 
 
 def test_configuration_counts_and_a_difference_is_named(make_module, caplog):
     module = make_module(IMAGENET, "model.image_mean=0.45", "model.image_std=0.229")
     assert saved(module)["image_mean"] == [0.45] * 3
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "model.image_mean=0.45 and not [0.485, 0.456, 0.406]" in line
-    assert "model.image_std=0.229 and not [0.229, 0.224, 0.225]" in line
+    assert line.startswith(
+        "images are normalised with model.image_mean=0.45, model.image_std=0.229; the preprocessor_"
+    )
+    assert line.endswith("has mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]")
 
 
 def test_configuration_that_says_the_same_needs_no_words(make_module, caplog):

@@ -224,7 +224,9 @@ def test_config_that_names_code_is_refused(trunk: Path, key: str, value: Any) ->
 )
 def test_value_out_of_range_is_named_in_one_line(trunk: Path, key: str, value: Any) -> None:
     edit_config(trunk, **{key: value})
-    assert key in refusal(trunk)
+    message = refusal(trunk)
+    assert key in message
+    assert "constrained" not in message and f"{key}." not in message
 
 
 @pytest.mark.parametrize(
@@ -277,6 +279,8 @@ def test_config_that_is_no_text_file_is_refused_in_one_line(trunk: Path, kind: s
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n")
     message = refusal(trunk)
     assert "Git LFS pointer" in message or kind != "LFS"
+    assert f"{path} cannot be read: Is a directory" in message or kind != "folder"
+    assert "Set it to a folder" not in message or kind != "LFS"
 
 
 def test_sides_of_a_square_are_read_as_one_number(trunk: Path) -> None:
@@ -383,6 +387,8 @@ def test_weights_that_are_no_floats_are_refused(trunk: Path) -> None:
     weights = load_file(path)
     save_file({**weights, "layernorm.weight": torch.ones(24, dtype=torch.int32)}, path)
     assert "layernorm.weight is of the type I32" in refusal(trunk)
+    save_file({**weights, "decoder.steps": torch.ones(1, dtype=torch.int64)}, path)
+    build(trunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -421,6 +427,10 @@ def test_only_safetensors_file_may_have_any_name(trunk: Path) -> None:
     (trunk / "model.safetensors").rename(path)
     for name in (trunk, path):
         assert all(torch.equal(build(name).state_dict()[key], whole[key]) for key in whole)
+    path.rename(trunk / "my weights.SafeTensors")
+    build(trunk)
+    build(trunk / "my weights.SafeTensors")
+    (trunk / "my weights.SafeTensors").rename(path)
     shutil.copy(str(path), str(trunk / "dino_head.safetensors"))
     assert "but backbone.safetensors, dino_head.safetensors: set model.name to" in refusal(trunk)
     assert torch.equal(build(path).state_dict()["classifier.weight"], whole["classifier.weight"])
@@ -487,7 +497,7 @@ def test_preprocessor_config_is_read(
     tmp_path: Path, keys: Dict[str, Any], size: Any, resample: Any
 ) -> None:
     found = preprocessor(tmp_path, **NORMALISATION, **keys)
-    assert found == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), size, resample)
+    assert found[:4] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), size, resample)
 
 
 @pytest.mark.parametrize(
@@ -511,17 +521,20 @@ def test_mean_and_deviation_are_of_gray_levels_of_0_to_1(
 def test_preprocessing_that_no_file_describes_is_unknown(trunk: Path) -> None:
     assert read_preprocessor(trunk) is None
     assert read_preprocessor(trunk / "model.safetensors") is None
-    assert preprocessor(trunk, size=224) is None
+    assert preprocessor(trunk, size=224)[:3] == (None, None, 224)
 
 
 def test_pretrained_cfg_of_timm_describes_the_preprocessing(tmp_path: Path) -> None:
     keys = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 224, 224]}
-    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 224, 3)
+    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 224, 3, "config.json")
     given = {"architecture": "vit_tiny", "pretrained_cfg": {**keys, "interpolation": "bicubic"}}
     assert preprocessor(tmp_path, "config.json", **given) == expected
     flat = {"architecture": "vit_tiny", **keys, "interpolation": "bicubic"}  # timm 0.6
     assert preprocessor(tmp_path, "config.json", **flat) == expected
     assert preprocessor(tmp_path, "config.json", architecture="a", pretrained_cfg={}) is None
+    assert preprocessor(tmp_path, "config.json", architecture="a", pretrained_cfg=None) is None
+    with pytest.raises(ValueError, match=r"pretrained_cfg=\[1\] is no JSON object"):
+        preprocessor(tmp_path, "config.json", architecture="a", pretrained_cfg=[1])
 
 
 @pytest.mark.parametrize(
@@ -533,11 +546,7 @@ def test_pretrained_cfg_of_timm_describes_the_preprocessing(tmp_path: Path) -> N
         ({"image_std": [1e-30] * 3}, "image_std"),
         ({"image_mean": [0.5] * 1000}, "image_mean"),
         ({"image_mean": []}, "image_mean"),
-        ({"image_std": [0.5]}, "3 values of the mean, 1 of the deviation"),
-        ({"size": -1}, "size"),
-        ({"size": {"height": "a"}}, "size"),
-        ({"crop_size": True}, "crop_size"),
-        ({"resample": 99}, "resample"),
+        ({"image_std": [0.5] * 2}, "3 values of the mean, 2 of the deviation"),
         ({"rescale_factor": 0}, "rescale_factor"),
         ({"do_normalize": "no"}, "do_normalize"),
     ],
@@ -549,6 +558,18 @@ def test_invalid_preprocessor_config_names_the_key(
         preprocessor(tmp_path, **{**NORMALISATION, **keys})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"size": -1}, {"size": {"height": "a"}}, {"crop_size": True}, {"resample": 99}],
+)
+def test_invalid_values_that_are_only_compared_are_absent(
+    tmp_path: Path, keys: Dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = preprocessor(tmp_path, **NORMALISATION, **keys)
+    assert found[:4] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), None, None)
+    assert f"preprocessor_config.json: {next(iter(keys))}=" in caplog.text
 
 
 # Hub names
@@ -641,6 +662,19 @@ def test_weights_of_a_hub_name_are_fetched_when_they_are_needed(
     source.source_folder(section, config_only=False)
     assert len(asked) == second
     assert (local / f"{weights}.safetensors").exists()
+
+
+def test_hub_name_without_safetensors_says_how_to_convert_it(
+    trunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trunk / "model.safetensors").unlink()
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: str(trunk))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match="the repository has no safetensors file") as caught:
+        build("somebody/vit")
+    message = str(caught.value)
+    assert "\n" not in message and "convert-weights FOLDER/pytorch_model.bin" in message
+    assert "Set it to a folder" not in message
 
 
 class Hub(BaseHTTPRequestHandler):
