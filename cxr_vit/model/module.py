@@ -21,8 +21,9 @@ from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.normalisation import Normalisation
 from cxr_vit.model.optim import build_optimizer, parameter_groups
 from cxr_vit.model.schedule import LearningRate
+from cxr_vit.model.source import read_preprocessor
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.model.vit import build_vit, check_source
+from cxr_vit.model.vit import build_vit, check_source, loading
 
 #: Methods of a LightningModule that have no counterpart -> what to override instead.
 _NOT_CALLED = {
@@ -179,14 +180,28 @@ class ViTModule(nn.Module):
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint.
 
-        Raises CheckpointError if they are damaged, or of another model.
+        Raises CheckpointError if they are damaged, of another model, or trained on images that were
+        normalised differently. With the module's own `checkpoint`, its configuration counts.
         """
         verify_checkpoint(checkpoint, needs_optimizer=False)
+        if checkpoint != self.checkpoint:
+            self._check_normalisation(checkpoint)
         try:
             weights = load_file(str(checkpoint / WEIGHTS))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{checkpoint}: {error}. Use another checkpoint.") from error
         self.model.load_weights(weights)
+
+    def _check_normalisation(self, checkpoint: Path) -> None:
+        with loading(str(checkpoint)):
+            saved = read_preprocessor(checkpoint)
+        for key, own in self.model.normalised().items():
+            found = saved and (saved.mean if key == "image_mean" else saved.std)
+            if found and list(found) != own:
+                raise CheckpointError(
+                    f"{checkpoint} was trained with {key}={list(found)}, and this module has {own}."
+                    f" Set model.{key}, or make the module with ViTModule.load_from_checkpoint."
+                )
 
     def _refuse_unsaved_state(self) -> None:
         """Raise ModelError for state that a checkpoint would not hold."""

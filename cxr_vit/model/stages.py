@@ -183,22 +183,26 @@ class StagedViT(nn.Module):
             for name, parameter in self.hub_parameters()
         }
 
+    def normalised(self) -> Dict[str, List[float]]:
+        """Return mean and standard deviation of the images, per channel, by their hub names."""
+        mean, std = self.normalisation.of_channels(self.config.num_channels)
+        return {"image_mean": mean, "image_std": std}
+
     def hub_files(self) -> Dict[str, str]:
         """Return the files that `from_pretrained` needs beside the weights: name -> text.
 
         preprocessor_config.json is written by hand: transformers 5.x writes it only if torchvision
         is installed. 4.x and 5.x read these keys.
         """
-        size = self.config.image_size
-        mean, std = self.normalisation.of_channels(self.config.num_channels)
+        size, normalised = self.config.image_size, self.normalised()
         preprocessor = {
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": mean,
+            "image_mean": normalised["image_mean"],
             "image_processor_type": "ViTImageProcessor",
-            "image_std": std,
+            "image_std": normalised["image_std"],
             "resample": RESAMPLE[self.resample],
             "rescale_factor": 1 / 255,
             "size": {"height": size, "width": size},

@@ -60,6 +60,8 @@ _SLOTS = {
     "torch.Adam": (_ADAM, {"max_exp_avg_sq"}),
     "torch.SGD": (set(), {"momentum_buffer"}),
 }
+#: Facts of the normalisation, which older checkpoints do not have.
+_IMAGES = {"image_mean", "image_std"}
 _REMOVED, _DAMAGED = ".removed", ".damaged"
 
 
@@ -249,12 +251,18 @@ def check_json(what: str, value: Any) -> None:
 
 def check_facts(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a run cannot go on because facts differ from the saved ones."""
-    changed = [fact for fact, value in own.items() if saved.get(fact) != value]
+    changed = [
+        fact
+        for fact, value in own.items()
+        if saved.get(fact) != value and (fact in saved or fact not in _IMAGES)
+    ]
     if not changed:
         return
     consequence = "scores would not compare, and images it was trained on could be scored"
     if set(changed) <= {"seed", "global_batch_size"}:
         consequence = "the order of the samples would be another one"
+    if set(changed) <= _IMAGES:
+        consequence = "the weights were trained on images with other values"
     raise CheckpointError(
         f"{checkpoint} cannot be resumed with another {', '.join(changed)}: {consequence}. Restore"
         f" the old setting, or start a new run from its weights: model.name={checkpoint}"

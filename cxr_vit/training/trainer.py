@@ -368,9 +368,8 @@ class Trainer:
                 f"ckpt_path={ckpt_path!r} is a checkpoint of the run that fit() makes, and this"
                 " trainer has made none. Give a path."
             )
-        if ckpt_path == "best":  # it is missing until a validation
-            return checkpoint_of(self.run.path)
-        return checkpoint_of(self.run.checkpoints / "last")
+        is_best = ckpt_path == "best"  # it is missing until a validation
+        return checkpoint_of(self.run.path if is_best else self.run.checkpoints / "last")
 
     def _use_run(self, folder: RunFolder) -> None:
         self.run = folder
@@ -405,6 +404,7 @@ class Trainer:
             **self.datamodule.fingerprint(),
             "seed": self.config.run.seed,
             "global_batch_size": self.batch.global_batch_size,
+            **self.module.model.normalised(),
         }
 
     def _describe_run(self, *, is_new: bool) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, Trainer, ViTModule
+from cxr_vit.checkpoint_files import state_text
 from cxr_vit.engines.torch_engine import TorchEngine
 from cxr_vit.errors import (
     CheckpointError,
@@ -199,6 +200,22 @@ def test_run_with_other_facts_is_not_resumed(make, override, fact):
     make("train.steps=3").fit()
     with pytest.raises(CheckpointError, match=f"with another {fact}"):
         make(override).resume()
+
+
+def test_run_with_another_normalisation_is_neither_resumed_nor_scored(make):
+    first = make("train.steps=3").fit()
+    other = make("model.image_mean=0.4", "model.image_std=[0.5, 0.5, 0.5]")
+    with pytest.raises(CheckpointError, match="another image_mean: the weights were trained on im"):
+        other.resume()
+    again = make("model.image_mean=0.4")
+    checkpoint = first.run.checkpoints / "last"
+    with pytest.raises(CheckpointError, match=r"image_mean=\[0\.5, 0\.5, 0\.5\], and this module"):
+        again.trainer.test(again.module, again.data, ckpt_path=checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["image_mean"] == state["image_std"] == [0.5] * 3
+    older = {key: value for key, value in state.items() if key not in ("image_mean", "digest")}
+    (checkpoint / "trainer_state.json").write_text(state_text(older))
+    make("model.image_mean=0.4").resume()  # written before the fact was
 
 
 def test_checkpoint_with_other_labels_is_not_resumed(make, make_config):
