@@ -86,8 +86,46 @@ def test_key_names_another_state_dict(tmp_path: Path, capsys: Any) -> None:
         file, "--key", "nobody"
     )
     assert "has no tensors in 'student'" in refusal(file, "--key", "student")
+    assert "no dictionary '' but the keys ['net']" in refusal(file, "--key", "student..net")
+    for key in (".", "..", "student.", "student.net."):
+        assert "has no dictionary" in refusal(file, "--key", key)
     assert torch.equal(convert(file, "--key", "student.net")["cls_token"], OTHERS["cls_token"])
     assert "not taken: teacher; --key NAME chooses" in capsys.readouterr().out
+
+
+@needs_safe_torch
+def test_key_may_have_dots(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"student": {"a.b": WEIGHTS, "a": {"c": OTHERS}}})
+    assert torch.equal(convert(file, "--key", "student.a.b")["cls_token"], WEIGHTS["cls_token"])
+    shutil.rmtree(str(tmp_path / "out"))
+    assert torch.equal(convert(file, "--key", "student.a.c")["cls_token"], OTHERS["cls_token"])
+
+
+@needs_safe_torch
+def test_tied_tensors_are_written_each(tmp_path: Path) -> None:
+    tied = torch.arange(5000.0).view(50, 100)
+    found = convert(saved(tmp_path, {"a": tied, "b": tied, "c": tied.t()}))
+    assert torch.equal(found["a"], tied) and torch.equal(found["b"], tied)
+    assert torch.equal(found["c"], tied.t())
+
+
+@needs_safe_torch
+def test_names_that_share_a_storage_are_limited(tmp_path: Path) -> None:
+    tied = torch.arange(5000.0)
+    many = {str(index): tied for index in range(50)}
+    assert "its tensors have more bytes than the file" in refusal(saved(tmp_path, many))
+
+
+@needs_safe_torch
+def test_errors_of_the_file_system_name_the_file(tmp_path: Path) -> None:
+    file = saved(tmp_path, WEIGHTS)
+    os.mkfifo(str(tmp_path / "config.json"))
+    with pytest.raises(ModelError, match=r"config\.json: a named pipe"):
+        convert(file)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"weights\.pth.*: Not a directory"):
+        main(["convert-weights", str(file), str(file / "below")])
 
 
 @needs_safe_torch
@@ -160,7 +198,10 @@ def test_pickle_that_would_run_code_is_refused(tmp_path: Path, place: str) -> No
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": WEIGHTS, "best": np.float64(1)}, "scalar, which is no tensor and may run code"),
+        (
+            {"model": WEIGHTS, "best": np.float64(1)},
+            "scalar, which is no tensor but a number of NumPy",
+        ),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear, which is no tensor"),
         ({}, "has no tensors, but the keys []"),
         ([torch.ones(1)], "has no tensors, but a list"),

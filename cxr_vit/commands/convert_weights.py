@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from cxr_vit.cli import COMMANDS, Parser
 from cxr_vit.console import count
@@ -24,6 +25,10 @@ _PLACES = (
     *("state_dict", "model_state_dict", "model", "teacher", "target_encoder", "encoder"),
     *("module", "model_ema", "network", "net", "backbone", "student"),
 )
+#: The output has at most this many times the bytes of the file, where names share a storage.
+_TIED = 4
+#: What NumPy's scalars are made of in a pickle.
+_NUMPY = re.compile(r"numpy\._?core\.multiarray\.scalar|numpy\.dtype")
 #: Dictionaries in each other, at most.
 _DEPTH = 5
 _LFS_POINTER = b"version https://git-lfs"
@@ -45,13 +50,17 @@ def convert_weights(argv: Sequence[str]) -> int:
     _check_paths(file, out)
     tensors, place, others = _state_dict(file, _load(file), arguments.key)
     kept, left_out = _floats(file, tensors)
-    out.mkdir(parents=True, exist_ok=True)
-    copied = [name for name in _CONFIGS if _copy(file.parent / name, out / name)]
+    copied = _configs(file.parent, out)
 
     from safetensors.torch import save_file
 
-    with replacing(out / _WEIGHTS) as temporary:
-        save_file(kept, str(temporary), metadata={"format": "pt"})
+    with _naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in copied.items():
+            with replacing(out / name) as temporary:
+                temporary.write_bytes(content)
+        with replacing(out / _WEIGHTS) as temporary:
+            save_file(kept, str(temporary), metadata={"format": "pt"})
     where = f" of {place!r}" if place else ""
     print(
         f"{count(len(kept), 'tensor')}{where} in {out / _WEIGHTS}; use them with model.name={out}"
@@ -67,15 +76,24 @@ def convert_weights(argv: Sequence[str]) -> int:
 def _check_paths(file: Path, out: Path) -> None:
     if not file.is_file():
         raise ModelError(f"{file}: no such file, or no regular file.")
-    with file.open("rb") as opened:
+    with _naming(file), file.open("rb") as opened:
         if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ModelError(f"{file} is a Git LFS pointer, not the file. Run git lfs pull there.")
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         raise ModelError(f"{file} is a safetensors file already. Set model.name to it.")
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out} is no folder. Name a new one.")
     if (out / _WEIGHTS).exists():
         raise ModelError(f"{out / _WEIGHTS} exists. Name another folder.")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise ModelError with the name of the file for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{error.filename or path}: {error.strerror or error}.") from error
 
 
 def _load(file: Path) -> Any:
@@ -120,10 +138,12 @@ def _check_archive(file: Path) -> bool:
 def _reason(error: Exception) -> str:
     unsafe = re.search(r"GLOBAL (\S+)|whose module (\S+) is", str(error))
     if unsafe:
+        name = (unsafe.group(1) or unsafe.group(2))[:100]
+        what = "and may run code; nothing of it was run. If you trust its author, save"
+        what = "but a number of NumPy. Save" if _NUMPY.fullmatch(name) else what
         return (
-            f"holds {(unsafe.group(1) or unsafe.group(2))[:100]}, which is no tensor and may run"
-            " code; nothing of it was run. If you trust its author, save its state dict alone where"
-            " it was made: torch.save(model.state_dict(), ...)."
+            f"holds {name}, which is no tensor {what} its state dict alone where it was made:"
+            " torch.save(model.state_dict(), ...)."
         )
     lines = [line.strip() for line in str(error).split("\n") if "documentation" not in line]
     reason = next((line for line in reversed(lines) if line), "it ends early")
@@ -138,16 +158,17 @@ def _state_dict(
 
     path: List[str] = []
     others: List[str] = []
-    parts: List[Optional[str]] = [*key.split(".")] if key else [None] * _DEPTH
-    for part in parts:
-        if not isinstance(content, dict):
+    parts = key.split(".") if key else None
+    for _ in range(_DEPTH if parts is None else len(parts)):
+        if not isinstance(content, dict) or parts == []:
             break
         found = [name for name in _PLACES if isinstance(content.get(name), dict)]
-        if part is None and not found:
+        if parts is None and not found:
             break
-        name = part or found[0]
+        name = found[0] if parts is None else _first_key(content, parts)
         if not isinstance(content.get(name), dict):
             raise ModelError(f"{file} has no dictionary {name!r} but {_keys(content)}.")
+        parts = parts and parts[name.count(".") + 1 :]
         others += [".".join([*path, other]) for other in found if other != name]
         path.append(name)
         content = content[name]
@@ -163,6 +184,13 @@ def _state_dict(
             " --key NAME says where they are."
         )
     return tensors, ".".join(path), others
+
+
+def _first_key(content: Dict[Any, Any], parts: List[str]) -> str:
+    """Return the longest beginning of a dotted key that names a dictionary, else its first part."""
+    beginnings = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    there = [name for name in beginnings if isinstance(content.get(name), dict)]
+    return [*there, parts[0]][0]
 
 
 def _keys(content: Dict[Any, Any]) -> str:
@@ -182,8 +210,11 @@ def _floats(file: Path, tensors: Dict[str, Any]) -> Tuple[Dict[str, Any], List[s
             kept[name] = value.detach()
         else:
             left_out.append(name)
-    # A view may repeat an element as often as it likes.
-    if sum(value.numel() * value.element_size() for value in kept.values()) > file.stat().st_size:
+    # A view may repeat an element as often as it likes, and many names may share a storage. Each of
+    # the tied ones is written.
+    sizes = {name: value.numel() * value.element_size() for name, value in kept.items()}
+    repeats = any(size > kept[name].untyped_storage().nbytes() for name, size in sizes.items())
+    if repeats or sum(sizes.values()) > _TIED * file.stat().st_size:
         raise ModelError(f"{file}: its tensors have more bytes than the file.")
     copies = {
         name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()
@@ -191,11 +222,12 @@ def _floats(file: Path, tensors: Dict[str, Any]) -> Tuple[Dict[str, Any], List[s
     return copies, left_out
 
 
-def _copy(source: Path, target: Path) -> bool:
-    """Copy a file that exists, unless there is one already."""
-    if not source.exists() or target.exists():
-        return False
-    content = read_bytes(source, limit=_CONFIG_LIMIT)
-    with replacing(target) as temporary:
-        temporary.write_bytes(content)
-    return True
+def _configs(folder: Path, out: Path) -> Dict[str, bytes]:
+    """Read the configs that lie beside the file, except those that the output has already."""
+    found = {}
+    for name in _CONFIGS:
+        source = folder / name
+        if source.exists() and not (out / name).exists():
+            with _naming(source):
+                found[name] = read_bytes(source, limit=_CONFIG_LIMIT)
+    return found

@@ -16,6 +16,13 @@ from cxr_vit.regular_files import read_json
 CONFIG_LIMIT = 4 << 20
 
 
+#: Hugging Face's defaults for keys that a config.json does not have.
+_DEFAULTS = {
+    **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3},
+    **{"patch_size": 16, "intermediate_size": 3072, "mlp_ratio": 4},
+}
+
+
 class Kind(NamedTuple):
     """How the shape of a kind of model differs from that of a ViT.
 
@@ -84,12 +91,14 @@ def known_architecture(name: str) -> Optional[Architecture]:
         return _from_local(config)
     match = re.search(
         r"(?:vit|deit)-(tiny|small|base|large|huge)(-distilled)?-patch(\d+)"
-        r"|(?:dinov2-(small|base|large)|rad-dino)$",
+        r"|(?:^|/)(?:dinov2-(small|base|large)|rad-dino|vit-mae-(base|large|huge))$",
         name,
     )
     if match is None:
         return None
-    size, distilled, patch, dino = match.groups()
+    size, distilled, patch, dino, mae = match.groups()
+    if mae is not None:
+        return SIZES[f"vit-{mae}"]._replace(patch_size=14 if mae == "huge" else 16)
     if patch is None:  # DINOv2's, and RAD-DINO, which is a base
         return SIZES[f"vit-{dino or 'base'}"]._replace(patch_size=14, kind="dinov2")
     kind = "deit" if distilled else "vit"  # DeiT without the token is saved as a ViT
@@ -116,9 +125,13 @@ def _local_config(name: str) -> Optional[Dict[str, Any]]:
         return None
     file = (place if place.is_dir() else place.parent) / "config.json"
     try:
-        return read_json(file, limit=CONFIG_LIMIT)
+        config = read_json(file, limit=CONFIG_LIMIT)
     except (OSError, ValueError):
         return {}
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in (*KINDS, "vit_mae"):
+        return config
+    return {**_DEFAULTS, **({"patch_size": 14} if kind == "dinov2" else {}), **config}
 
 
 def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:

@@ -263,8 +263,8 @@ def _table_problems(data: DataSection) -> Iterator[Problem]:
 def _multiple_problems(config: Config) -> Iterator[Problem]:
     """Yield the values that are not a multiple of another, and fractions that add up to 1."""
     data, batch, steps = config.data, config.batch, config.train.steps
-    known = known_architecture(config.model.name)
-    if known is not None:
+    known, name = known_architecture(config.model.name), config.model.name
+    if known is not None and (name in SIZES or Path(name).exists()):  # others are a guess
         patch = known.patch_size or config.model.patch_size
         patches = f"model.patch_size={patch}"
         if known.patch_size:

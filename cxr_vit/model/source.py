@@ -399,7 +399,7 @@ def read_config(place: Path) -> SavedConfig:
     content = _config(place)
     kind = _kind(content)
     if kind is None:
-        with _opened(place) as stored:
+        with opened_files(place) as stored:
             return _derived(place, content, *_translated(stored, kind))
     return _validated(
         SavedConfig, {**_DEFAULTS.get(kind, {}), **content, "kind": kind}, _beside(place, CONFIG)
@@ -560,7 +560,7 @@ def open_weights(place: Path) -> Iterator[Dict[str, SavedTensor]]:
     """
     content = _config(place)
     kind = _kind(content)
-    with _opened(place) as stored:
+    with opened_files(place) as stored:
         names, tensors = _translated(stored, kind)
         if names.prefix:
             logger.info("%s: dropped the prefix %s of all names", place, names.prefix)
@@ -604,7 +604,7 @@ def _translated(
 
 
 @contextlib.contextmanager
-def _opened(place: Path) -> Iterator[Dict[str, SavedTensor]]:
+def opened_files(place: Path) -> Iterator[Dict[str, SavedTensor]]:
     """Open the safetensors files; yield stored name -> tensor."""
     with contextlib.ExitStack() as stack:
         tensors: Dict[str, SavedTensor] = {}

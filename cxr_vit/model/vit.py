@@ -55,6 +55,7 @@ from cxr_vit.model.source import (
     SavedTensor,
     SourceError,
     open_weights,
+    opened_files,
     read_config,
     source_folder,
 )
@@ -167,6 +168,12 @@ def check_source(
     _check_depth(layers_per_stage, saved.num_hidden_layers)
     has_head = FAMILIES[saved.kind].model.__name__ in (saved.architectures or [])
     return None if not has_head or all(map(_UNNAMED.match, saved.labels)) else saved.labels
+
+
+def check_files(model: ModelSection) -> None:
+    """Raise ModelError if a weight file of a local folder is missing, truncated or no such file."""
+    with loading(model.name), opened_files(source_folder(model, config_only=True)):
+        pass
 
 
 def build_vit(

@@ -7,6 +7,7 @@ that a layer's backward pass needs besides is estimated.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config import BatchPlan, Config
@@ -42,6 +43,12 @@ class ModelShape(NamedTuple):
     def from_config(cls, config: Config) -> ModelShape:
         """Read the shape from a configuration; ConfigError if `model.name` does not imply it."""
         found = known_architecture(config.model.name)
+        if found is None and Path(config.model.name).exists():
+            raise ConfigError(
+                f"model.name={config.model.name} has no config.json with the shape of the model: it"
+                " is known after loading, and nothing is loaded to plan. Give the size (vit-base,"
+                " ...) or the hub name of the same shape."
+            )
         if found is None:
             raise ConfigError(
                 f"model.name={config.model.name} does not imply its size, and nothing is loaded to"

@@ -113,6 +113,14 @@ def test_image_size_that_is_not_a_multiple_of_the_patch():
     )
 
 
+def test_patch_size_of_a_hub_name_is_a_guess_and_refuses_no_image_size(tmp_path):
+    hub = ["model.name=facebook/dinov2-base", "pipeline.layers_per_stage=[12]"]
+    assert load_config([], [*hub, "data.image_size=225"]).data.image_size == 225
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    message = only_problem(f"model.name={tmp_path}", *hub[1:], "data.image_size=225")
+    assert "is not a multiple of 14, the patch size of model.name=" in message
+
+
 def test_image_smaller_than_a_patch():
     message = only_problem("data.image_size=12", "model.patch_size=16")
     assert message.endswith("Nearest legal image sizes: 16.")

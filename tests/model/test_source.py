@@ -368,6 +368,18 @@ def test_file_that_holds_no_tensors_says_why(trunk: Path, content: bytes, words:
     assert words in refusal(trunk)
 
 
+def test_check_looks_at_the_weights_of_a_folder(trunk: Path) -> None:
+    words = ["check", f"model.name={trunk}", "data.image_size=32"]
+    words += ["pipeline.layers_per_stage=[1, 1]", "model.patch_size=8"]
+    assert cli.main(words) == 0
+    path = trunk / "model.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:-9], content[:9], b"version https://git-lfs.github.com/spec/v1\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"truncated|LFS pointer"):
+            cli.main(words)
+
+
 @pytest.mark.parametrize("part", [0.001, 0.5, 0.999])
 def test_truncated_weights_are_named_as_such(trunk: Path, part: float) -> None:
     path = trunk / "model.safetensors"

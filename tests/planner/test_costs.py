@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import DeiTConfig, Dinov2Config, ViTConfig, ViTForImageClassification
 
 from conftest import module_of
 from cxr_vit.config import read_config
@@ -341,13 +341,15 @@ def test_hub_name_implies_size_and_patches():
         ("facebook/deit-tiny-distilled-patch16-224", "vit-tiny", 16, 198),
         ("facebook/dinov2-large", "vit-large", 14, 257),
         ("microsoft/rad-dino", "vit-base", 14, 257),
+        ("facebook/vit-mae-base", "vit-base", 16, 197),
+        ("facebook/vit-mae-huge", "vit-huge", 14, 257),
     ],
 )
 def test_hub_name_implies_the_kind(name, size, patch, tokens):
     shape = ModelShape.from_config(read_config([], [f"model.name={name}"]))
     assert (shape.hidden_size, shape.patch_size) == (SIZES[size].hidden_size, patch)
     assert shape.tokens == tokens
-    assert shape.head_size == shape.hidden_size * (2 if patch == 14 else 1)
+    assert shape.head_size == shape.hidden_size * (2 if "dino" in name else 1)
 
 
 def test_published_parameters_of_dinov2():
@@ -359,7 +361,33 @@ def test_published_parameters_of_dinov2():
     assert trunk == 86_579_712
 
 
-@pytest.mark.parametrize("name", ["facebook/dinov2-giant", "facebook/dinov2-with-registers-base"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "dinov2"])
+def test_absent_keys_of_a_config_have_hugging_faces_defaults(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    config = read_config([], [f"model.name={tmp_path}", "data.image_size=224"])
+    shape = ModelShape.from_config(config)
+    theirs = {"vit": ViTConfig, "deit": DeiTConfig, "dinov2": Dinov2Config}[kind]()
+    assert shape[:4] == (
+        *(theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads),
+        getattr(theirs, "intermediate_size", 3072),
+    )
+    assert (shape.patch_size, shape.num_channels) == ({"dinov2": 14}.get(kind, 16), 3)
+
+
+def test_folder_of_timm_is_known_after_loading(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    with pytest.raises(ConfigError, match="is known after loading") as caught:
+        ModelShape.from_config(read_config([], [f"model.name={tmp_path}"]))
+    assert "folder with its config.json" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("facebook/dinov2-giant", "facebook/dinov2-with-registers-base"),
+        *("someone/my-dinov2-base", "someone/not-rad-dino", "someone/my-vit-mae-base"),
+    ],
+)
 def test_other_kinds_are_not_implied(name):
     with pytest.raises(ConfigError, match="does not imply its size"):
         ModelShape.from_config(read_config([], [f"model.name={name}"]))
