@@ -175,6 +175,8 @@ def repeated_name(names: Sequence[str]) -> Optional[str]:
     """Return which two columns of predictions.csv would differ in case at most, or None."""
     seen: Dict[str, str] = {}
     for name in names:
+        if name in seen.values():
+            return f"the label {name!r} is listed twice"
         if name.lower() in seen:
             return f"the labels {seen[name.lower()]!r} and {name!r} differ in case at most"
         seen[name.lower()] = name

@@ -350,6 +350,7 @@ def _drop_shared(found: Dict[str, str], scores: Mapping[str, int]) -> None:
 def _log_differences(found: Mapping[str, str], scores: Mapping[str, int]) -> None:
     """Log how many files differ from their texts in the extension, and warn of other folders."""
     other = [text for text in found if scores[text] % _FOLDER == _OTHER_EXTENSION]
+    other = [text for text in other if extension(text)]  # a name may have none
     if other:
         text = "%d images have another extension than their names, e.g. %s for %r"
         logger.info(text, len(other), found[other[0]], other[0])

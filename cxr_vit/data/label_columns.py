@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ _HINT = (
 )
 #: In place of a value that is none of these.
 _WRONG = -2
+
+#: Between labels in one column, as tables have them.
+_SEPARATORS = ("|", ";", ",", "/", "+")
 
 #: Labels that a message lists.
 _SHOWN_TOKENS = 50
@@ -68,7 +72,7 @@ def column_labels(
         read = np.array([_read_value(text, words) for text in distinct], dtype=np.int8)
         labels[:, column] = read[codes]
         wrong = labels[:, column] == _WRONG
-        refuse_rows(path, wrong, table[name], f"no value of the label {name!r}", _HINT)
+        refuse_rows(path, wrong, table[name], f"not a value of the label {name!r}", _HINT)
     healthy = np.array(list(map(is_no_finding, names)))
     _warn_of_both(
         path, (labels[:, healthy] == 1).any(axis=1) & (labels[:, ~healthy] == 1).any(axis=1)
@@ -111,6 +115,7 @@ def listed_labels(
             elif not is_no_finding(token):
                 others[token] += int(counts[row])
     _refuse_other_case(path, others, names)
+    _refuse_other_separator(path, others, names, data.label_separator)
     if others:
         text = "%s: %d other findings, which count as none of the labels: %s"
         logger.warning(text, path, len(others), _shown(others, names))
@@ -131,6 +136,19 @@ def _refuse_other_case(path: Path, others: Counter[str], names: Sequence[str]) -
             raise DataError(
                 f"{path}: {count} rows have the label {token!r}, which data.labels spells"
                 f" {labels[token.lower()]!r}. Spell both alike."
+            )
+
+
+def _refuse_other_separator(
+    path: Path, others: Mapping[str, int], names: Sequence[str], separator: str
+) -> None:
+    """Raise DataError for a token that another separator divides into labels."""
+    for mark, (token, count) in itertools.product(_SEPARATORS, others.items()):
+        parts = _tokens(token, mark)
+        if len(parts) > 1 and all(part in names or is_no_finding(part) for part in parts):
+            raise DataError(
+                f"{path}: {count} rows have {token!r}, which data.label_separator={separator!r}"
+                f" does not divide. Set data.label_separator={mark!r}."
             )
 
 

@@ -125,6 +125,8 @@ def _facts_section(data: _Data) -> Section:
                 f" with {other}: scores on {split} are too optimistic."
             )
     notes = [] if warnings else ["No patient is in two splits."]
+    if (data.table["patient"] == data.table["image"]).all():
+        notes = ["Patients are not known: each image counts as one of its own."]
     outside = len(data.table) - len(rows["all"])
     if outside:
         notes.append(f"{_count(outside)} images are in no split and are not counted below.")

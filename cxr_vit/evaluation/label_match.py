@@ -69,7 +69,7 @@ class LabelMatch(NamedTuple):
             for name, source in zip(self.names, self._sources())
             if source != [name]
         ]
-        lines = [f"{len(self.names)} of the data's {len(self.data_names)} labels are scored"]
+        lines = [f"scored labels: {len(self.names)} of the data's {len(self.data_names)}"]
         if renamed:
             lines.append(f"compared: {', '.join(renamed)}")
         if own:

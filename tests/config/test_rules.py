@@ -419,7 +419,7 @@ def test_keys_of_a_table_need_its_format(override, message):
         ("data.split=table", "data.split=table needs data.columns.split, or a file per split"),
         ("data.label_separator=;", "data.label_separator=; is for one column of all labels."),
         ("data.labels=[Mass, mass]", "data.labels: the labels 'Mass' and 'mass' differ in case"),
-        ("data.labels=[Mass, Mass]", "data.labels: the labels 'Mass' and 'Mass' differ in case"),
+        ("data.labels=[Mass, Mass]", "data.labels: the label 'Mass' is listed twice"),
         (
             "data.label_map={Mas: Mass}",
             "data.label_map: 'Mas' is none of data.labels. Did you mean",

@@ -154,7 +154,7 @@ def test_values_of_a_label(tmp_path: Path, meaning: Any) -> None:
 @pytest.mark.parametrize("value", ["0.5", "maybe", "2", "10", "1.01", "-2", "inf", "-", "1 0"])
 def test_another_value_of_a_label_is_refused(tmp_path: Path, value: str) -> None:
     message = refused(tmp_path, [ROWS[0], f"5.png,P,,,,,1,{value}", f"6.png,P,,,,,1,{value}"])
-    assert "no value of the label 'Nodule' in 2 of 3 rows, first in row 2" in message
+    assert "not a value of the label 'Nodule' in 2 of 3 rows, first in row 2" in message
     assert repr(value) in message and "Write 1, yes, true, positive, y, t for positive" in message
 
 
@@ -512,3 +512,9 @@ def test_other_log_lines_are_information(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level(logging.INFO)
     read(tmp_path, votes(), repeated_images="any")
     assert "9 rows of 4 images; a label is positive by data.repeated_images=any" in caplog.text
+
+
+def test_another_separator_of_labels_is_named(tmp_path: Path) -> None:
+    rows, columns = ("1.png,a,Mass;Nodule", "2.png,b,Mass"), {**COLUMNS, "labels": "all"}
+    message = refused(tmp_path, rows, "path,who,all", columns=columns)
+    assert "1 rows have 'Mass;Nodule'" in message and "label_separator=';'" in message

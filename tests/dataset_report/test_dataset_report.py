@@ -500,7 +500,7 @@ def test_no_skipped_images_are_reported_as_none(report):
 
 def test_names_are_escaped(hand_made, tmp_path, monkeypatch):
     module = ChestXrayDataModule(Config(data=hand_made))
-    bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]})
+    bell = pd.DataFrame({"image": [f"\x1b[31m{HOSTILE}"], "reason": ["\udc80 <b>"]}, dtype=object)
     _replace_skipped(monkeypatch, module, bell)
     monkeypatch.setattr(report_page, "choose_images", lambda *_, **__: [0])
     report = report_of(module, tmp_path)

@@ -36,7 +36,7 @@ def test_labels_without_a_counterpart_are_named():
     without = match.facts()["labels_without_counterpart"]
     assert without == {"data": ["Fracture", "Airspace opacity"], "model": ["Hernia"]}
     assert "\n".join(match.describe()).splitlines() == [
-        "2 of the data's 4 labels are scored",
+        "scored labels: 2 of the data's 4",
         "compared: Nodule or mass with Mass",
         "labels of the data without a counterpart in the model: Fracture, Airspace opacity",
         "labels of the model without one in the data: Hernia",
