@@ -254,6 +254,13 @@ _CELLS = [
 ]
 
 
+def regular_expressions() -> Strategy:
+    """Expressions of repetitions, groups and alternatives, also wrong ones."""
+    repeats = ["a?", "a+", "a*", ".*?", "{2}", "{1,3}", "*", "+", "?"]
+    others = ["a", "b", "ab", ".", "(", "(?:", "(?=", ")", "|", "[ab]", "^", "$", r"\w", r"\1"]
+    return st.lists(st.sampled_from([*repeats, *others]), max_size=14).map("".join)
+
+
 def damaged_table(seeds: Sequence[str]) -> Strategy:
     """Comma-separated files with cells replaced, and lines and columns cut, doubled or moved."""
     change = st.tuples(

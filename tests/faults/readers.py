@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -12,10 +13,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule, cli
 from cxr_vit.config import load_config, read_config
+from cxr_vit.config.columns import PatternColumn, searchable_length
 from cxr_vit.config.schema import DataSection, ModelSection
 from cxr_vit.data.image_source import open_image_source
 from cxr_vit.data.images import gray_or_reason
@@ -199,6 +202,21 @@ def tables(folder: Path) -> Reader:
         inputs.damaged_table(seeds),
         lambda data: (_write(path, data), read_table_records(section), read_header(path, "*")),
     )
+
+
+def patterns(folder: Path) -> Reader:
+    """Patterns of columns, and the texts that they take longest to search."""
+
+    def read(pattern: str) -> None:
+        try:
+            PatternColumn(column="a", pattern=pattern)
+        except ValidationError:
+            return
+        length = searchable_length(pattern) - 1
+        for text in ("a" * length, ("ab" * length)[:length]):
+            re.search(pattern, f"{text}!")
+
+    return Reader(inputs.regular_expressions(), read)
 
 
 def parquet(folder: Path) -> Reader:
@@ -570,6 +588,7 @@ def all_readers(folder: Path, run: Path, sample_root: Path) -> Dict[str, Callabl
         "entries of Graphcore's example": own(example_entries),
         "NIH's CSV": own(nih_csv),
         "tables": own(tables),
+        "patterns": own(patterns),
         "Parquet": own(parquet),
         "lists": own(lists),
         "boxes": own(boxes),
