@@ -5,6 +5,7 @@ Only images in a split are counted; "all" is the splits together.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple
 
@@ -323,18 +324,26 @@ def _patient_facts(data: _Data, part: str, each: np.ndarray, ages: np.ndarray) -
 def _skipped_section(skipped: pd.DataFrame) -> Section:
     if skipped.empty:
         return Section("Missing and skipped images", notes=["None."])
-    counts = skipped["reason"].value_counts()
-    reasons = [[_count(count), str(reason)] for reason, count in counts.items()]
-    if len(reasons) > 10:
-        reasons = [*reasons[:10], [_count(counts.iloc[10:].sum()), "other reasons"]]
+    # Not with pandas' texts: a file's name may be no UTF-8.
+    rows = [(str(image), str(reason)) for image, reason in zip(skipped["image"], skipped["reason"])]
+    counts = Counter(reason for _, reason in rows).most_common()
+    reasons = [[_count(count), reason] for reason, count in counts[:10]]
+    if len(counts) > 10:
+        reasons.append([_count(sum(count for _, count in counts[10:])), "other reasons"])
     # Rare reasons first, three images each, so that missing images do not hide damaged ones.
-    rarest = np.argsort(skipped["reason"].map(counts).to_numpy(), kind="stable")
-    examples = skipped[["image", "reason"]].iloc[rarest].groupby("reason", sort=False).head(3)[:10]
+    number = dict(counts)
+    rarest = sorted(rows, key=lambda row: number[row[1]])
+    seen: Counter[str] = Counter()
+    examples = []
+    for row in rarest:
+        seen[row[1]] += 1
+        if seen[row[1]] <= 3:
+            examples.append(row)
     warning = f"Images of the CSV that are missing or were skipped: {_count(len(skipped))}."
     caption = "Examples, at most three per reason, rare reasons first"
     tables = [
         Table("Reasons", ["images", "reason"], reasons, 2),
-        Table(caption, ["image", "reason"], examples.astype(str).to_numpy().tolist(), 2),
+        Table(caption, ["image", "reason"], examples[:10], 2),
     ]
     return Section("Missing and skipped images", tables, [warning])
 
