@@ -155,7 +155,7 @@ def test_training_data_that_are_gone_are_not_compared(run, call, chexpert, sampl
         (["data.labels=[Fracture, Support Devices]", "data.label_map={}"], "no label in common"),
         (["data.label_map={Tube: Mass}"], "data.label_map: 'Tube' is none of data.labels"),
         (["data.root=nowhere"], "nowhere"),
-        (["data.colums=1"], "unknown key 'data.colums'. Did you mean 'data.columns'?"),
+        (["data.column=1"], "unknown key 'data.column'. Did you mean 'data.columns'?"),
         (["callbacks=[]"], "scoring has no callbacks"),
     ],
 )

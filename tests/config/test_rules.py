@@ -455,8 +455,8 @@ def test_one_column_of_all_labels_has_no_uncertain_ones():
         ),
         ("data.columns=[image]", "data.columns=['image']: must be a mapping of image, patient (bo"),
         (
-            "data.columns.vew=AP",
-            "unknown key 'data.columns.vew'. Did you mean 'data.columns.view'?",
+            "data.columns.viewed=AP",
+            "unknown key 'data.columns.viewed'. Did you mean 'data.columns.view'?",
         ),
         ("data.columns.sex={column: b}", "data.columns.sex={'column': 'b'}: must be the name of"),
         ("data.labels=[image]", "the label 'image' has the name of another column of predictions"),
