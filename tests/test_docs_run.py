@@ -101,11 +101,28 @@ def needs_pipelining(command: Command) -> bool:
     return "configs/vit_pod4_cpu.yaml" in command.text or "--calibrate" in command.text
 
 
+def run_python(page: str) -> None:
+    """Run the Python blocks of a page in order, as one program."""
+    text = "\n".join(block for path, block in blocks("python") if path == ROOT / page)
+    exec(compile(text, page, "exec"), {"__name__": "example"})
+
+
+def write_hospital(folder: Path, sample_root: Path) -> None:
+    """Make the table of docs/tutorials/own_data.md, in the current folder."""
+    root = folder / "data" / "hospital"
+    if not root.exists():
+        shutil.copytree(sample_root, root)
+    if not (root / "hospital.csv").exists():
+        run_python("docs/tutorials/own_data.md")
+
+
 @pytest.mark.parametrize("command", [as_case(command) for command in RUN])
-def test_command_runs(command, folder, monkeypatch, capsys):
+def test_command_runs(command, folder, sample_root, monkeypatch, capsys):
     if needs_pipelining(command) and not HAS_PIPELINING:
         pytest.skip("the pipeline engine needs torch 2.10")
     monkeypatch.chdir(folder)
+    if "hospital.yaml" in command.text:
+        write_hospital(folder, sample_root)
     if any("runs/" in word for word in command.arguments) and not runs(folder, "torch"):
         assert cli.main(["train", "--config", "configs/vit_demo.yaml"]) == 0
     if command.launcher or command.variables:
@@ -162,14 +179,16 @@ def python_pages() -> Iterator[str]:
 
 @pytest.mark.parametrize("page", sorted(set(python_pages())))
 def test_python_examples_run(page, folder, tmp_path, monkeypatch, sample_root):
-    """The blocks of a page run in order, as one program."""
     here = make_folder(tmp_path / "checkout", sample_root)
     monkeypatch.chdir(here)
     text = "\n".join(block for path, block in blocks("python") if path == ROOT / page)
     if "runs" in text and "Trainer" not in text:  # reads a run
         assert cli.main(["train", "--config", "configs/vit_demo.yaml"]) == 0
-    names = {"__name__": "example"}
-    exec(compile(text, page, "exec"), names)
+    if "data/hospital" in text:
+        write_hospital(here, sample_root)
+        assert (here / "data" / "hospital" / "hospital.csv").exists()
+    else:
+        run_python(page)
 
 
 # docs/slurm/train.sbatch, with stand-ins for Slurm and torchrun
