@@ -121,18 +121,23 @@ def make(make_config: Callable[..., Config], tmp_path: Path) -> Callable[..., An
     return make
 
 
-#: Files that take a minute or more, the slowest first.
+#: Files that take half a minute or more, the slowest first.
 SLOW_FILES = (
+    "tests/engines/ipu/test_state.py",
+    "tests/engines/ipu/test_equivalence.py",
     "tests/engines/processes/test_failures.py",
+    "tests/engines/processes/test_resume.py",
+    "tests/engines/processes/test_equivalence.py",
     "tests/test_docs_run.py",
+    "tests/test_package.py",
+    "tests/test_notebook.py",
+    "tests/engines/ipu/test_graphs.py",
+    "tests/engines/ipu/test_processes.py",
     "tests/test_commands.py",
     "tests/faults/test_kills.py",
-    "tests/engines/processes/test_resume.py",
     "tests/test_api.py",
-    "tests/test_notebook.py",
-    "tests/engines/ipu/test_state.py",
-    "tests/engines/processes/test_equivalence.py",
-    "tests/engines/ipu/test_equivalence.py",
+    "tests/data/test_prepare.py",
+    "tests/engines/test_base.py",
 )
 
 

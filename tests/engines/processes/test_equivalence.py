@@ -84,19 +84,19 @@ FOUR = "[1, 1, 1, 1]"
 CASES: Dict[str, Case] = {
     "torch, 2 replicas": Case(2, copies(2)),
     "torch, 4 replicas on 2": Case(2, (*SMALL, *copies(4)), SMALL),
-    "gpipe, 2 stages": Case(2, pipeline("gpipe", "[2, 2]")),
-    "1f1b, 2 stages": Case(2, pipeline("1f1b", "[2, 2]")),
-    "interleaved, 4 stages on 2": Case(2, pipeline("interleaved_1f1b", FOUR)),
+    "gpipe, 2 stages": Case(2, (*SMALL, *pipeline("gpipe", "[2, 2]")), SMALL),
+    "1f1b, 2 stages": Case(2, (*SMALL, *pipeline("1f1b", "[2, 2]")), SMALL),
+    "interleaved, 4 stages on 2": Case(2, (*SMALL, *pipeline("interleaved_1f1b", FOUR)), SMALL),
     "device iterations": Case(
         2,
         (*SMALL, *pipeline("1f1b", "[1, 3]"), "batch.device_iterations=2"),
         (*SMALL, "batch.device_iterations=2"),
     ),
     "bf16, 2 stages": Case(2, (*BF16, *pipeline("1f1b", "[2, 2]")), BF16),
-    "gpipe, 4 stages": Case(4, pipeline("gpipe", FOUR)),
+    "gpipe, 4 stages": Case(4, (*SMALL, *pipeline("gpipe", FOUR)), SMALL),
     "1f1b, 4 stages": Case(4, pipeline("1f1b", FOUR)),
-    "interleaved, 4 stages": Case(4, pipeline("interleaved_1f1b", FOUR)),
-    "1f1b, 2 replicas x 2 stages": Case(4, pipeline("1f1b", "[2, 2]", 2)),
+    "interleaved, 4 stages": Case(4, (*SMALL, *pipeline("interleaved_1f1b", FOUR)), SMALL),
+    "1f1b, 2 replicas x 2 stages": Case(4, (*SMALL, *pipeline("1f1b", "[2, 2]", 2)), SMALL),
     "interleaved, 2 replicas x 4 stages on 2": Case(
         4, (*SMALL, *pipeline("interleaved_1f1b", FOUR, 2)), SMALL
     ),
