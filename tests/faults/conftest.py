@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from typing import Iterator
@@ -13,6 +14,15 @@ from cxr_vit.config import load_config
 
 from .forking import Server
 from .runs import SMALL
+
+
+@pytest.fixture(scope="module", autouse=True)
+def visible_objects() -> Iterator[None]:
+    """Undo `freeze` of tests/conftest.py: Hypothesis looks for references to its generators."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -53,9 +53,9 @@ CLIPPED, UNCLIPPED = "optim.max_grad_norm=0.15", "optim.max_grad_norm=null"
     [
         (7, 1, 1, ["engine.loader_mode=sync"], CLIPPED),
         (7, 1, 1, ["engine.loader_mode=sync"], UNCLIPPED),
-        (16, 4, 1, ["engine.loader_mode=sync"], UNCLIPPED),
+        (8, 4, 1, ["engine.loader_mode=sync"], UNCLIPPED),
         (7, 4, 2, ["engine.loader_mode=sync"], CLIPPED),
-        (16, 1, 2, ["engine.loader_mode=async"], UNCLIPPED),
+        (8, 1, 2, ["engine.loader_mode=async"], UNCLIPPED),
         (7, 1, 1, ["engine.loader_mode=async_rebatched", "data.num_workers=2"], CLIPPED),
     ],
 )
