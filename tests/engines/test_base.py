@@ -129,7 +129,8 @@ def test_hung_worker_is_named_with_its_image_and_ended(make_config, make_engine,
     )
     assert words in str(raised.value)
     assert "\n" not in str(raised.value) and "--resume" in str(raised.value)
-    assert children() == before, "nothing is left that Python would wait for at its end"
+    # Those of another test may end meanwhile.
+    assert children() <= before, "nothing is left that Python would wait for at its end"
     assert callable(handler) is False or signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
 
 
