@@ -224,9 +224,11 @@ def test_training_with_a_faulty_worker_ends_and_is_resumed(
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("DataError: ") == (1 if fault == "hung" else 2), done.stderr
     assert re.search(r"was reading \d+_\d+\.png \(/.*\.png\)\.", done.stderr)
-    # A worker that is ended while it sends may say on its own that its pipe is closed (Python 3.8).
-    of_worker = r"Traceback \(most recent call last\):\n(?: .*\n)+BrokenPipeError: .*\n"
-    assert "Traceback" not in re.sub(of_worker, "", done.stderr)
+    # Workers that are ended while they send may say on their own, and at once, that the pipe is
+    # closed (Python 3.8).
+    files = re.findall(r'File "(.*?)"', done.stderr)
+    assert all("multiprocessing" in file for file in files), done.stderr
+    assert files or "Traceback" not in done.stderr
     state = json.loads((folder / "checkpoints" / "last" / "trainer_state.json").read_text())
     assert state["step"] == 2
     train.main(["--resume", str(folder)])
