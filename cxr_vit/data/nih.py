@@ -17,7 +17,7 @@ import pandas as pd
 
 from cxr_vit.data.labels import FINDINGS, multi_hot
 from cxr_vit.data.records import BOX_SIDES, RELABELS, Records
-from cxr_vit.data.tables import per_text, read_ages, read_table, refuse_rows, to_numbers
+from cxr_vit.data.table_files import per_text, read_ages, read_table, refuse_rows, to_numbers
 from cxr_vit.data.text_files import CSV_FILES
 from cxr_vit.errors import DataError, did_you_mean
 from cxr_vit.files import find_file

@@ -22,7 +22,7 @@ from cxr_vit.data.label_columns import (
     warn_of_constant,
 )
 from cxr_vit.data.records import UNKNOWN, Records
-from cxr_vit.data.tables import (
+from cxr_vit.data.table_files import (
     read_ages,
     read_columns,
     read_header,

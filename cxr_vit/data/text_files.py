@@ -26,7 +26,7 @@ from typing import (
     Union,
 )
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.schema import DataSection, TableFiles
 from cxr_vit.data.names import EXTENSIONS, parts_of
 from cxr_vit.errors import DataError
 from cxr_vit.files import find_file, replacing
@@ -101,9 +101,10 @@ def check_data_root(data: DataSection) -> None:
         find_lists(root, data)
 
 
-def find_csv(root: Path, given: Any) -> Path:
+def find_csv(root: Path, given: Optional[TableFiles]) -> Path:
     """Return the label CSV: the given file, else NIH's in `root`; raise DataError without one."""
     _check_root(root)
+    assert not isinstance(given, dict), "a file per split is for data.format=table"
     if given is not None:
         return _in_folders(root, given, key="data.csv")
     found = _find(root, None, CSV_FILES, key="data.csv")
@@ -133,8 +134,8 @@ def find_tables(data: DataSection) -> Tuple[Dict[str, Path], List[Path]]:
 def _check_root(root: Path) -> None:
     if not root.is_dir():
         raise DataError(
-            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above"
-            " chest-xray-nihcc) to the folder of the images, such as NIH's, or write a synthetic"
+            f"data.root={root} is not a folder. Set data.root (or DATASET_DIR, the folder above it)"
+            " to the folder of the images, such as NIH's chest-xray-nihcc, or write a synthetic"
             " data set: python -m cxr_vit sample --out data/sample"
         )
 

@@ -14,7 +14,7 @@ import pytest
 
 from cxr_vit.data.nih import read_records
 from cxr_vit.data.records import RELABELS, Records
-from cxr_vit.data.tables import read_table
+from cxr_vit.data.table_files import read_table
 from cxr_vit.data.text_files import find_csv
 from cxr_vit.errors import DataError
 

@@ -27,7 +27,7 @@ from cxr_vit.data.nih import read_boxes, read_records, read_relabels
 from cxr_vit.data.records import RELABELS
 from cxr_vit.data.splits import make_splits
 from cxr_vit.data.table import read_table_records
-from cxr_vit.data.tables import read_columns, read_header
+from cxr_vit.data.table_files import read_columns, read_header
 from cxr_vit.engines.base import EngineState
 from cxr_vit.errors import CxrVitError, ModelError
 from cxr_vit.model.source import read_config as read_saved_config

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from cxr_vit.data import text_files
-from cxr_vit.data.tables import read_columns, read_header
+from cxr_vit.data.table_files import read_columns, read_header
 from cxr_vit.errors import DataError
 
 ROWS = [["a.png", "001", "1.0"], ["b,c;d.png", "P 2", ""], ["ä.png", "nan", "NA"]]
@@ -79,7 +79,9 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
 def test_a_gzip_bomb_and_a_damaged_gzip_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cxr_vit.data.tables.TABLE_LIMITS", text_files.Limits(10_000, 9999, 9999))
+    monkeypatch.setattr(
+        "cxr_vit.data.table_files.TABLE_LIMITS", text_files.Limits(10_000, 9999, 9999)
+    )
     path = write(tmp_path / "a.csv.gz", "id,x\n" + "1,2\n" * 3000)
     assert len(path.read_bytes()) < 200
     with pytest.raises(DataError, match="unpacks to more than the limit of 10,000 bytes"):
