@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.linked_images import NIH, original_images, write_linked_set
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
-from cxr_vit.config.schema import AugmentSection
+from cxr_vit.config.data_sections import AugmentSection
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.cache import CacheIndex, CachePaths, CacheSettings, open_images
 from cxr_vit.data.cache_build import build_cache

@@ -30,8 +30,9 @@ def configuration() -> str:
         section = SECTIONS[name]
         lines += [f"## {name}", "", str(section.__doc__).strip(), ""]
         lines += _table({f"{name}.{key}": field for key, field in section.model_fields.items()})
-        for first, second in section.exclusive:
-            lines += [f"`{name}.{first}` and `{name}.{second}` exclude each other.", ""]
+        for first, *others in section.exclusive:
+            keys = ", ".join(f"`{name}.{key}`" for key in others)
+            lines += [f"Of `{name}.{first}` and {keys} only one counts.", ""]
     return "\n".join(lines)
 
 

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Annotated, Literal, get_args, get_origin
 
 from cxr_vit.config.columns import Words
-from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
+from cxr_vit.config.fields import Section
+from cxr_vit.config.schema import LISTS, SECTIONS, Config
 from cxr_vit.errors import did_you_mean, suggestion
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}

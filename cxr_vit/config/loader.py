@@ -19,10 +19,11 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import yaml
 from pydantic import ValidationError
 
+from cxr_vit.config.fields import Section
 from cxr_vit.config.files import find_config
 from cxr_vit.config.help import explain, is_merged, one_line
 from cxr_vit.config.rules import check
-from cxr_vit.config.schema import LISTS, SECTIONS, Config, Section
+from cxr_vit.config.schema import LISTS, SECTIONS, Config
 from cxr_vit.errors import ConfigError
 from cxr_vit.regular_files import read_bytes
 
@@ -169,7 +170,7 @@ class _Reader:
                 f"{file}: a configuration has sections with keys, e.g. 'optim: {{lr: 1e-4}}'"
             )
         layer = self._plain(node, "", lambda node: f"{file}:{node.start_mark.line + 1}")
-        return self._one_of_each_pair(self._mappings_only(layer))
+        return self._one_of_each_group(self._mappings_only(layer))
 
     def read_overrides(self, overrides: Sequence[str]) -> Dict[str, Any]:
         """Read all overrides as one layer; the last value of a key counts."""
@@ -181,7 +182,7 @@ class _Reader:
                     below.update(_merged(section, below, values))
                 else:
                     layer[section] = values
-        return self._one_of_each_pair(layer)
+        return self._one_of_each_group(layer)
 
     def _read_override(self, text: str) -> Dict[str, Any]:
         """Read ``section.key=value`` as a layer of one value."""
@@ -255,15 +256,16 @@ class _Reader:
                 layer.pop(name, None)
         return layer
 
-    def _one_of_each_pair(self, layer: Dict[str, Any]) -> Dict[str, Any]:
+    def _one_of_each_group(self, layer: Dict[str, Any]) -> Dict[str, Any]:
         """Report exclusive keys given together; drop the second, so that other errors are found."""
         for name, section in SECTIONS.items():
             values = layer.get(name, {})
-            for first, second in section.exclusive:
-                if values.get(first) is not None and values.get(second) is not None:
-                    where = self.places[f"{name}.{second}"]
-                    self.problems.append(f"{where}: {name}: give '{first}' or '{second}', not both")
-                    del values[second]
+            for group in section.exclusive:
+                first, *others = [key for key in group if values.get(key) is not None] or [""]
+                for other in others:
+                    where = self.places[f"{name}.{other}"]
+                    self.problems.append(f"{where}: {name}: give '{first}' or '{other}', not both")
+                    del values[other]
         return layer
 
 
@@ -316,9 +318,9 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
         if below.get("format") == "table" and "format" not in values:
             # Names of files of a layout, in whatever root it is.
             invalid = [key for key in invalid if key not in ("csv", "join")]
-        for pair in known.exclusive:
-            if any(values.get(key) is not None for key in pair):
-                invalid += pair
+        for group in known.exclusive:
+            if any(values.get(key) is not None for key in group):
+                invalid += group
         base[section] = {key: below[key] for key in below if key not in invalid}
         base[section].update(_merged(section, base[section], values))
 

@@ -9,6 +9,8 @@ from typing import Iterator, Optional, Sequence
 
 from cxr_vit.config.architectures import SIZES, known_architecture, known_depth
 from cxr_vit.config.columns import repeated_name
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.fields import LARGEST_IMAGE, SMALLEST_IMAGE
 from cxr_vit.config.help import one_line
 from cxr_vit.config.ipu_rules import ipu_problems
 from cxr_vit.config.plans import (
@@ -19,13 +21,7 @@ from cxr_vit.config.plans import (
     fill_rest,
     given_accumulation,
 )
-from cxr_vit.config.schema import (
-    LARGEST_IMAGE,
-    SMALLEST_IMAGE,
-    Config,
-    DataSection,
-    PipelineSection,
-)
+from cxr_vit.config.schema import Config, PipelineSection
 from cxr_vit.errors import ConfigError, Problem, suggestion
 
 _NEEDED = {

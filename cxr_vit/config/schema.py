@@ -1,7 +1,5 @@
 """The sections of a configuration: their fields, types, ranges, defaults and help texts."""
 
-import os
-import re
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast
 
 from pydantic import (
@@ -17,101 +15,28 @@ from pydantic import (
 from typing_extensions import Annotated, Literal
 
 from cxr_vit.config.columns import (
-    COLUMNS_WORDS,
-    LABEL_MAP_WORDS,
-    LABELS_WORDS,
-    Columns,
-    LabelMap,
-    Labels,
-    Meaning,
-    SplitName,
     Words,
 )
+from cxr_vit.config.data_sections import AugmentSection, DataSection
+from cxr_vit.config.fields import (
+    ChannelDeviations,
+    ChannelMeans,
+    Count,
+    Execution,
+    FloatType,
+    Fraction,
+    InnerFraction,
+    LayerCounts,
+    PathText,
+    Probability,
+    Proportion,
+    Proportions,
+    RecomputeWord,
+    Section,
+    Seed,
+    option,
+)
 from cxr_vit.config.poptorch_options import SCOPES, typed_options, with_popart_options
-
-#: Legal values of `data.image_size`, pixels.
-SMALLEST_IMAGE, LARGEST_IMAGE = 8, 2048
-
-#: Characters of a path, Linux's limit.
-_LONGEST_PATH = 4096
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def option(default: Any, text: str, **limits: Any) -> Any:
-    """Make a field; `text` is its description in ``train.py --help``."""
-    return Field(default, description=text, **limits)
-
-
-def _expand(text: str) -> str:
-    """Replace `${VARIABLE:-default}` and a leading `~`; an unset variable needs a default."""
-
-    def value(match: "re.Match[str]") -> str:
-        name, default = match.groups()
-        # As in a shell, `:-` also covers a variable that is set but empty.
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ValueError(
-                f"environment variable {name} is not set; set it or write ${{{name}:-default}}"
-            )
-        return found
-
-    path = os.path.expanduser(_VARIABLE.sub(value, text)) if len(text) <= _LONGEST_PATH else text
-    if len(path) > _LONGEST_PATH:
-        raise ValueError(f"longer than a path can be, {_LONGEST_PATH} characters")
-    if re.search("[\0\ud800-\udfff]", path):
-        raise ValueError("a path must be UTF-8 text; rename the file or its folder")
-    return path
-
-
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Change = Annotated[float, Field(ge=0, le=0.5)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Proportion = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-InnerFraction = Annotated[float, Field(gt=0, lt=1)]
-FloatType = Literal["fp32", "fp16"]
-OnProblem = Literal["error", "skip"]
-Execution = Literal["pipelined", "sharded"]
-TableFiles = Union[PathText, Dict[SplitName, PathText]]
-LayerCounts = Annotated[List[Annotated[int, Field(ge=-1)]], Field(min_length=1)]
-RecomputeWord = Literal["stage_inputs", "every_layer", "attention_mlp"]
-ChannelMeans = Annotated[List[InnerFraction], Field(min_length=1)]
-ChannelDeviations = Annotated[List[Proportion], Field(min_length=1)]
-Proportions = Optional[Union[Proportion, List[Proportion]]]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are immutable and finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    #: Pairs of keys of which exactly one counts: giving the second replaces the first's default.
-    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = ()
-
-    #: Key -> owner: a later layer that gives the owner resets the key.
-    belongs_to: ClassVar[Dict[str, str]] = {}
-    #: Keys with a mapping of which a later file or an override may give single keys.
-    merged: ClassVar[Dict[str, Type[BaseModel]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_of_each_pair(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        for first, second in cls.exclusive:
-            given = [key for key in (first, second) if data.get(key) is not None]
-            if len(given) == 2:
-                raise ValueError(f"give '{first}' or '{second}', not both")
-            if given == [second]:
-                data[first] = None
-            elif first in data and not given:
-                del data[first]  # `epochs: null` beside no `steps` means the default
-        return data
 
 
 class RunSection(Section):
@@ -121,187 +46,6 @@ class RunSection(Section):
     root: PathText = option("runs", "parent folder of the run folders")
     dir: Optional[PathText] = option(None, "run folder, instead of <root>/<name>-<time>")
     seed: Seed = option(0, "seed of weights, sample order, augmentation and dropout")
-
-
-class DataSection(Section):
-    """Images and labels: files, columns, split, size and cache."""
-
-    merged: ClassVar[Dict[str, Type[BaseModel]]] = {"columns": Columns}
-    belongs_to: ClassVar[Dict[str, str]] = {
-        **dict.fromkeys(["csv", "join", "images", "boxes", "relabels", "cache_dir"], "root"),
-        **dict.fromkeys(["train_list", "val_list", "test_list", "sample_images"], "root"),
-        **dict.fromkeys(["columns", "labels", "label_map", "label_separator"], "format"),
-        **dict.fromkeys(["uncertain", "blank", "repeated_images", "split"], "format"),
-    }
-
-    root: PathText = option(
-        "${DATASET_DIR:-.}/chest-xray-nihcc",
-        "folder with the CSV, the list files and the images",
-        validate_default=True,
-    )
-    format: Literal["nih", "table"] = option(
-        "nih", "NIH's CSV, or any table whose columns data.columns names"
-    )
-    csv: Annotated[Optional[TableFiles], Words("a path, or train, val, test: a path each")] = (
-        option(
-            None,
-            "file of the labels, relative to the current folder or to the root; null: NIH's in the"
-            " root. A table is CSV, TSV or Parquet (also .gz), one file or one per split",
-        )
-    )
-    join: List[PathText] = option(
-        [],
-        "tables that add columns to those of data.csv, joined on the columns they share (table)",
-    )
-    columns: Annotated[Optional[Columns], Words(COLUMNS_WORDS)] = option(
-        None, "where the table has what is read of it (table)"
-    )
-    labels: Annotated[Optional[Labels], Words(LABELS_WORDS)] = option(
-        None,
-        "the labels to learn, in the order of the logits; null: NIH's findings; a table needs them",
-    )
-    label_separator: Annotated[str, Field(min_length=1, max_length=10)] = option(
-        "|", "text between two labels in the column of all labels (table)"
-    )
-    uncertain: Meaning = option(
-        "unknown",
-        "what -1 means as a label; an unknown label counts neither in the loss nor in a score"
-        " (table)",
-    )
-    blank: Meaning = option("unknown", "what an empty field means as a label (table)")
-    repeated_images: Literal["error", "any", "majority"] = option(
-        "error",
-        "several rows of an image, as by several readers: refuse them, or a label is positive if"
-        " any of its known values is, or if more than half are; half of them is uncertain (table)",
-    )
-    label_map: Annotated[LabelMap, Words(LABEL_MAP_WORDS)] = option(
-        {},
-        "for evaluate.py --data: labels of this data set and the labels of the model that they are"
-        " compared with, the most probable one of several; the others are compared by name",
-    )
-    images: Optional[PathText] = option(
-        None, "folder of the images (may be nested), if not the root"
-    )
-    boxes: Optional[PathText] = option(
-        None, "BBox_List_2017.csv, if not in the root; none: boxes are not read"
-    )
-    relabels: Optional[PathText] = option(
-        None, "Google's 2019 labels by radiologists, if not in the root; none: they are not read"
-    )
-    split: Literal["auto", "table", "official", "patient", "random", "all"] = option(
-        "auto",
-        "the table's split column or its files by split, list files, random by patient, or random"
-        " by image (leaks patients); all: every image is a test image, for evaluation; auto:"
-        " official if lists are given, else table if it has splits, else official if the list files"
-        " exist, else patient",
-    )
-    train_list: Optional[PathText] = option(
-        None,
-        "the official split's training list (with or without the validation images),"
-        " if it is not in the root under one of its names",
-    )
-    val_list: Optional[PathText] = option(
-        None,
-        "names of the validation images; null: val_list.txt (or val_list_NIH.txt,"
-        " community_val_list.txt) of the root, else drawn from the training list by patient",
-    )
-    test_list: Optional[PathText] = option(None, "the official split's test list")
-    split_seed: Seed = option(1337, "seed of all random splits")
-    val_fraction: InnerFraction = option(
-        0.05, "fraction of the images for validation (official: of its training list)"
-    )
-    test_fraction: Fraction = option(0.2, "fraction of the images for testing (patient, random)")
-    train_fraction: Proportion = option(
-        1.0,
-        "fraction of the training images to use, drawn by patient with split_seed; a smaller"
-        " fraction is part of a larger one",
-    )
-    image_size: int = option(
-        224, "side of the model's input, pixels", ge=SMALLEST_IMAGE, le=LARGEST_IMAGE
-    )
-    include_no_finding: bool = option(
-        False, "make 'No Finding' a 15th label, as Graphcore's tutorial does"
-    )
-    on_missing: OnProblem = option("error", "what to do with CSV rows whose image is missing")
-    on_bad_image: OnProblem = option(
-        "error",
-        "damaged or unexpected images: list them and stop, or skip them and write skipped.csv",
-    )
-    resample: Literal["bilinear", "bicubic", "lanczos"] = option(
-        "bilinear", "filter that resizes images, antialiased; part of the cache's settings"
-    )
-    max_megapixels: Annotated[int, Field(ge=1, le=178)] = option(
-        64, "refuse larger images without reading them (a few kB can decode to gigabytes)"
-    )
-    cache: Literal["auto", "require", "off"] = option(
-        "auto",
-        "one file of the decoded and resized images: build it on first use, require a"
-        " finished one, or decode in every epoch (and each image once at every start, to check it)",
-    )
-    cache_dir: Optional[PathText] = option(None, "cache folder; null: <data.root>/cxr_vit_cache")
-    cache_workers: Optional[Annotated[int, Field(ge=1, le=256)]] = option(
-        None, "processes that build the cache; null: one per core"
-    )
-    num_workers: int = option(0, "loader processes; 0: load in the main process", ge=0, le=128)
-    worker_timeout_s: Optional[Annotated[float, Field(gt=0, le=1e6)]] = option(
-        300,  # less than engine.timeout_s, after which the other processes would end first
-        "seconds to wait for a batch of the loader processes before the run ends; null: without"
-        " limit. With num_workers=0 a file system that hangs is not noticed",
-    )
-    sample_images: Optional[Annotated[int, Field(ge=20)]] = option(
-        None,
-        "number of images of a synthetic data set to write if the root does not exist;"
-        " applies only to the root it is given with",
-    )
-
-    @property
-    def has_unknown(self) -> bool:
-        """Whether labels may be unknown, which the loss then leaves out."""
-        return self.format == "table" and "unknown" in (self.uncertain, self.blank)
-
-
-class AugmentSection(Section):
-    """Augmentation of training images: each range is sampled uniformly, and 0 is off."""
-
-    rotation: float = option(0.0, "maximum rotation in either direction, degrees", ge=0, le=45)
-    shift: Change = option(0.0, "maximum shift along each axis, either way: fraction of the side")
-    scale: Change = option(0.0, "maximum change of size, larger or smaller, e.g. 0.1")
-    crop: float = option(
-        1.0,
-        "random resized crop: smallest fraction of the area that is kept (1: off); less than half"
-        " would cut the lungs",
-        ge=0.5,
-        le=1,
-    )
-    crop_ratio: float = option(1.1, "maximum aspect ratio of a crop, wide or high", ge=1, le=1.5)
-    brightness: Change = option(0.0, "maximum change of the factor on gray levels")
-    contrast: Change = option(
-        0.0, "maximum change of the factor on the distance from the image's mean"
-    )
-    gamma: Change = option(0.0, "maximum change of the exponent of gray levels")
-    horizontal_flip: Probability = option(
-        0.0, "probability of mirroring, which puts the heart on the other side"
-    )
-
-    @property
-    def moves(self) -> bool:
-        """Whether images are rotated, shifted, scaled, cropped or flipped."""
-        return self.shows_beyond or self.crop < 1 or self.horizontal_flip > 0
-
-    @property
-    def shows_beyond(self) -> bool:
-        """Whether pixels beyond the border of an image may come into view."""
-        return self.rotation > 0 or self.shift > 0 or self.scale > 0
-
-    @property
-    def recolours(self) -> bool:
-        """Whether gray levels change."""
-        return self.brightness > 0 or self.contrast > 0 or self.gamma > 0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any augmentation is on."""
-        return self.moves or self.recolours
 
 
 class ModelSection(Section):
@@ -331,6 +75,24 @@ class ModelSection(Section):
         "activation of the MLP: exact GELU or its tanh form, the only one of an IPU; null: as in"
         " the config.json of the weights",
     )
+    drop_path: Fraction = option(
+        0.0,
+        "stochastic depth: probability that an image skips a branch of the last layer; it rises"
+        " linearly from 0 in the first",
+    )
+    pooling: Optional[Literal["class", "mean", "both"]] = option(
+        None,
+        "input of the head: the normalised class token, the mean of the patches, normalised, or the"
+        " class token beside the mean of the patches, after the norm; null: as the weights have it"
+        " (both: DINOv2)",
+    )
+    head_std: Optional[PositiveFloat] = option(
+        None, "standard deviation of a new head's weights; null: as in the config.json, or 0.02"
+    )
+    freeze: Annotated[
+        Union[Literal["none", "trunk"], Count],
+        Words("none, trunk or an integer >= 1"),
+    ] = option("none", "what is not trained: nothing, all but the head, or the first N layers")
     head_bias: Literal["prior", "zero"] = option(
         "prior",
         "bias of a new head: log-odds of the training prevalence, or zero (Hugging Face's default)",
@@ -392,7 +154,7 @@ class PipelineSection(Section):
 class BatchSection(Section):
     """Samples per forward pass, per weight update and per host call."""
 
-    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
+    exclusive: ClassVar[Tuple[Tuple[str, ...], ...]] = (
         ("gradient_accumulation", "global_batch_size"),
     )
     micro_batch_size: Count = option(1, "samples in one forward pass of one replica")
@@ -408,12 +170,50 @@ class BatchSection(Section):
         None, "replicas in evaluation; null: as in training (IPU)"
     )
 
+    @property
+    def images_per_update(self) -> int:
+        """Size of the global batch."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        assert self.gradient_accumulation is not None
+        return self.micro_batch_size * self.gradient_accumulation * self.replicas
+
+
+class LossSection(Section):
+    """The loss: a mean over images and labels; unknown labels count as 0."""
+
+    name: Literal["bce", "weighted_bce", "focal", "asymmetric"] = option(
+        "bce",
+        "binary cross-entropy; the same with positives weighted by their rarity; focal loss; or"
+        " asymmetric loss (ASL)",
+    )
+    max_positive_weight: float = option(
+        20.0,
+        "largest weight of a label's positives, which is negatives / positives of the training"
+        " images (weighted_bce)",
+        ge=1,
+    )
+    gamma: float = option(2.0, "exponent of the focus on what is predicted badly (focal)", ge=0)
+    negative_gamma: float = option(4.0, "the same for negatives (asymmetric)", ge=0)
+    positive_gamma: float = option(1.0, "the same for positives (asymmetric)", ge=0)
+    clip: float = option(
+        0.05, "probability below which a negative has no loss (asymmetric)", ge=0, lt=1
+    )
+
 
 class OptimSection(Section):
     """The optimizer."""
 
+    exclusive: ClassVar[Tuple[Tuple[str, ...], ...]] = (("lr", "base_lr"),)
     name: Literal["adamw", "lamb", "sgd"] = option("adamw", "the optimizer (lamb: IPU only)")
-    lr: PositiveFloat = option(2e-4, "peak learning rate")
+    lr: Optional[PositiveFloat] = option(2e-4, "peak learning rate")
+    base_lr: Optional[PositiveFloat] = option(
+        None, "peak learning rate for 256 images per update: lr = base_lr x global batch / 256"
+    )
+    layer_decay: Proportion = option(
+        1.0, "factor on the rate from each layer to the one before it; 1: the same rate for all"
+    )
+    head_lr_scale: PositiveFloat = option(1.0, "factor on the rate of the head")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled weight decay")
     decay_all: bool = option(
         False, "decay all parameters, with biases, norms, class token, position embeddings"
@@ -421,6 +221,7 @@ class OptimSection(Section):
     beta1: Fraction = option(0.9, "decay of the first moment (adamw, lamb)")
     beta2: Fraction = option(0.999, "decay of the second moment (adamw, lamb)")
     momentum: Fraction = option(0.9, "momentum (sgd)")
+    nesterov: bool = option(False, "Nesterov's form of the momentum (sgd)")
     eps: PositiveFloat = option(1e-8, "added to the root of the second moment")
     max_grad_norm: Optional[PositiveFloat] = option(
         None, "maximum global gradient norm; null: no clipping"
@@ -445,20 +246,24 @@ class OptimSection(Section):
 class ScheduleSection(Section):
     """The learning rate over the steps."""
 
-    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (("warmup_ratio", "warmup_steps"),)
-    name: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "decay after the warm-up, to 0 at the last step (constant: none)"
+    exclusive: ClassVar[Tuple[Tuple[str, ...], ...]] = (
+        ("warmup_ratio", "warmup_steps", "warmup_epochs"),
     )
+    name: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "decay after the warm-up, to min_lr at the last step (constant: none)"
+    )
+    min_lr: NonNegativeFloat = option(0.0, "rate at the last step (cosine, linear)")
     warmup_ratio: Optional[Probability] = option(
         0.0, "fraction of all steps in which the rate rises from 0"
     )
     warmup_steps: Optional[NonNegativeInt] = option(None, "the same as a number of steps")
+    warmup_epochs: Optional[NonNegativeFloat] = option(None, "the same as a number of epochs")
 
 
 class TrainSection(Section):
     """Length of the training, and intervals of logging, validation and checkpoints."""
 
-    exclusive: ClassVar[Tuple[Tuple[str, str], ...]] = (
+    exclusive: ClassVar[Tuple[Tuple[str, ...], ...]] = (
         ("epochs", "steps"),
         ("eval_every_epochs", "eval_every_steps"),
         ("checkpoint_every_epochs", "checkpoint_every_steps"),
@@ -493,6 +298,30 @@ class TrainSection(Section):
     early_stopping_patience: Optional[Count] = option(
         None, "validations without a better macro AUROC before training stops"
     )
+
+
+class EvaluationSection(Section):
+    """How images are scored once the training is over (evaluate.py, Trainer.test)."""
+
+    views: Literal["center", "flip", "ten_crop"] = option(
+        "center",
+        "views of each image whose probabilities are averaged: one; it and its mirror image (twice"
+        " the time); or the center, the corners and their mirror images (ten times; needs"
+        " data.resize)",
+    )
+
+
+class ProbeSection(Section):
+    """The linear probe on the features of the frozen model (python -m cxr_vit probe)."""
+
+    rates: Annotated[List[PositiveFloat], Field(min_length=1)] = option(
+        [1.0, 0.1, 0.01],
+        "rates of the gradient descent to try, as fractions of the largest stable one",
+    )
+    weight_decays: Annotated[List[NonNegativeFloat], Field(min_length=1)] = option(
+        [1e-4, 1e-3, 1e-2, 1e-1, 1.0], "weight decays (L2, on standardised features) to try"
+    )
+    steps: Count = option(2000, "steps of the descent, each over all training images")
 
 
 class EngineSection(Section):
@@ -620,9 +449,12 @@ class Config(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     pipeline: PipelineSection = Field(default_factory=PipelineSection)
     batch: BatchSection = Field(default_factory=BatchSection)
+    loss: LossSection = Field(default_factory=LossSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    probe: ProbeSection = Field(default_factory=ProbeSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     planner: PlannerSection = Field(default_factory=PlannerSection)
     callbacks: Annotated[List[Extension], Words(_EXTENSION_WORDS)] = option(
@@ -631,6 +463,17 @@ class Config(Section):
     loggers: Annotated[List[Union[LoggerName, Extension]], Words(_LOGGER_WORDS)] = option(
         ["tensorboard", "jsonl"], "loggers: built-in ones, or subclasses of cxr_vit.Logger"
     )
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate: `optim.lr`, or what `optim.base_lr` is for the global batch.
+
+        ``lr = base_lr * global batch / 256`` (Goyal et al. 2017; He et al. 2022).
+        """
+        if self.optim.lr is not None:
+            return self.optim.lr
+        assert self.optim.base_lr is not None
+        return self.optim.base_lr * self.batch.images_per_update / 256
 
     def changed(self, **values: Any) -> "Config":
         """Return a copy with some keys of sections and some lists replaced, without validation.

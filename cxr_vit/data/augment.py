@@ -14,7 +14,7 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
-from cxr_vit.config.schema import AugmentSection
+from cxr_vit.config.data_sections import AugmentSection
 
 #: Random numbers per image, each uniform in [0, 1). Their order and their count are part of the
 #: result: with another name, also at the end, all images are augmented differently.

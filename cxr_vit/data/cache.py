@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Annotated
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.images import ImageReader, gray_or_reason
 from cxr_vit.errors import DataError
 from cxr_vit.files import write_text

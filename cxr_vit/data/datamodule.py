@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader
 
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.config.plans import BatchPlan
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.schema import Config
 from cxr_vit.data.augment import Augmentation
 from cxr_vit.data.dataset import ChestXrayDataset, collate
 from cxr_vit.data.image_source import (

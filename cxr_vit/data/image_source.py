@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 import numpy as np
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.cache import (
     CacheIndex,
     CachePaths,

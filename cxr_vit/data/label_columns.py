@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_vit.config.columns import LABEL_PATTERN, LONGEST_LABEL, is_no_finding, repeated_name
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.records import UNKNOWN
 from cxr_vit.data.table_files import refuse_rows
 from cxr_vit.errors import DataError, did_you_mean

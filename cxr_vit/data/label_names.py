@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.labels import nih_names
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Set, Tuple
 import numpy as np
 import pandas as pd
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.names import NameIndex, parts_of, stem
 from cxr_vit.data.records import Records
 from cxr_vit.data.text_files import LIST_NAMES, find_lists, read_list

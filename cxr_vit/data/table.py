@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_vit.config.columns import Column, Columns, PatternColumn, searchable_length
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.label_columns import (
     MEANINGS,
     column_labels,

@@ -26,7 +26,8 @@ from typing import (
     Union,
 )
 
-from cxr_vit.config.schema import DataSection, TableFiles
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.fields import TableFiles
 from cxr_vit.data.names import EXTENSIONS, parts_of
 from cxr_vit.errors import DataError
 from cxr_vit.files import find_file, replacing

@@ -81,7 +81,7 @@ class TorchEngineBase(Engine):
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
         self.num_classes = len(module.names)
-        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.peak_lr)
         freeze_others(self.model, self.optimizer)
         #: State that the optimizer's constructor made, as Adagrad's does.
         self._first_slots = {

@@ -266,7 +266,7 @@ class ViTModule(nn.Module):
         """Return the parameters in groups, as torch's optimizers take them.
 
         The parameters are those of this process's stages (`model.hub_parameters`); those in no
-        group are frozen. A group's own ``"lr"`` keeps its ratio to `optim.lr` under the schedule.
+        group are frozen. A group's own ``"lr"`` keeps its ratio to `config.peak_lr`.
         """
         return parameter_groups(self.model.hub_parameters(), self.config.optim)
 
@@ -280,12 +280,12 @@ class ViTModule(nn.Module):
             raise ConfigError(
                 f"{type(self).__name__}.parameter_groups returned no group: nothing is trained."
             )
-        return build_optimizer(groups, self.config.optim)
+        return build_optimizer(groups, self.config.optim, lr=self.config.peak_lr)
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Return the learning rate of update `step`, counted from 0: a function of the step."""
-        optim, schedule = self.config.optim, self.config.schedule
-        return LearningRate.from_section(schedule, peak=optim.lr, total_steps=total_steps).at(step)
+        schedule, peak = self.config.schedule, self.config.peak_lr
+        return LearningRate.from_section(schedule, peak=peak, total_steps=total_steps).at(step)
 
     def compute_metrics(self, logits: Tensor, labels: Tensor) -> Scores:
         """Return the metrics of a whole split by name, from float32 ``[N, C]`` on the CPU.

@@ -35,7 +35,9 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: List[Dict[str, Any]], optim: OptimSection, *, lr: float
+) -> torch.optim.Optimizer:
     """Build torch's AdamW (Loshchilov and Hutter, 2019) or SGD.
 
     `groups` is empty in a process of the pipeline engine whose stages are all frozen.
@@ -48,9 +50,9 @@ def build_optimizer(groups: List[Dict[str, Any]], optim: OptimSection) -> torch.
     groups = groups or [{"params": []}]  # torch refuses an empty list, not an empty group
     if optim.name == "adamw":
         betas = (optim.beta1, optim.beta2)
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum)
     raise ConfigError(
         f"optim.name={optim.name} exists only in PopTorch; torch has adamw and sgd. Set"
         " optim.name, or engine.name=poptorch on a machine with IPUs."
@@ -75,8 +77,8 @@ def learning_rate_ratios(
     if is_whole and len(set(ratios)) == 1 and ratios[0] != 1.0:
         raise ConfigError(
             f"configure_optimizers uses lr={optimizer.param_groups[0]['lr']:g} for all parameters,"
-            f" and optim.lr={lr:g} is what the schedule and the logs mean. Pass"
-            " lr=self.config.optim.lr; only some groups may have a rate of their own."
+            f" and {lr:g} is what the schedule and the logs mean. Pass"
+            " lr=self.config.peak_lr; only some groups may have a rate of their own."
         )
     return ratios
 

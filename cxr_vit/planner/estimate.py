@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
 from cxr_vit.config import BatchPlan, Config
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.config.ipu_rules import reserved_ipus
-from cxr_vit.config.schema import DataSection
 from cxr_vit.data.text_files import find_lists, read_list
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.planner.costs import StageCost, StageMemory

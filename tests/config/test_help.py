@@ -55,7 +55,7 @@ def test_choices_are_listed():
 
 def test_help_lists_the_defaults():
     lines = help_text().split("\n")
-    assert "  optim.lr  (number > 0; default 0.0002)" in lines
+    assert "  optim.lr  (number > 0 or null; default 0.0002)" in lines
     assert "  optim.decay_all  (true or false; default false)" in lines
     assert "  optim.max_grad_norm  (number > 0 or null; default null)" in lines
     assert "  data.root  (text, not empty; default ${DATASET_DIR:-.}/chest-xray-nihcc)" in lines

@@ -174,8 +174,8 @@ def test_null_unsets_an_optional_field(write, text):
 
 
 def test_null_of_a_required_value_is_an_error(write):
-    message = problem([write("optim:\n  lr: null\n")])
-    assert "my.yaml:2: optim.lr=null: must be number > 0" in message
+    message = problem([write("optim:\n  eps: null\n")])
+    assert "my.yaml:2: optim.eps=null: must be number > 0" in message
 
 
 @pytest.mark.parametrize(

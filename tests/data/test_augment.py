@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cxr_vit.config.schema import AugmentSection
+from cxr_vit.config.data_sections import AugmentSection
 from cxr_vit.data.augment import Augmentation
 
 SIDE = 32

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_vit.config.schema import BatchSection, Config, DataSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import BatchSection, Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.splits import SPLIT_NAMES

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.records import Records
 from cxr_vit.data.splits import Splits, describe_splits, make_splits, split_hash
 from cxr_vit.errors import DataError

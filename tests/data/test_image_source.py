@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import Config
 from cxr_vit.data.cache import CacheReader
 from cxr_vit.data.datamodule import ChestXrayDataModule, prepare
 from cxr_vit.data.image_source import ImageSource, cache_paths, open_image_source, verify

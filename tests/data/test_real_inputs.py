@@ -15,7 +15,8 @@ from PIL import Image
 
 from conftest import SMALL
 from cxr_vit.config import load_config
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule, prepare, verify_cache
 from cxr_vit.data.image_source import cache_paths, open_image_source, verify
 from cxr_vit.data.images import find_images, read_gray

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule, _Content
 from cxr_vit.data.images import find_images, read_gray
 from cxr_vit.data.labels import FINDINGS

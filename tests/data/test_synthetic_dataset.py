@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cxr_vit.config import Config
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.synthetic.anatomy import draw_image

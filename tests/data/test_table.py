@@ -11,7 +11,7 @@ from typing import Any, List, Sequence, Tuple
 import numpy as np
 import pytest
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.label_names import label_names
 from cxr_vit.data.records import Records
 from cxr_vit.data.table import read_table_records

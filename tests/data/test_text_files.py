@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, Optional
 
 import pytest
 
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.text_files import check_data_root, read_list, read_text
 from cxr_vit.errors import DataError
 
@@ -193,7 +193,7 @@ def test_a_sample_may_be_written_later(tmp_path: Path) -> None:
 def test_the_root_is_checked_before_slow_imports(tmp_path: Path) -> None:
     code = """
 import sys, time
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 started = time.perf_counter()
 from cxr_vit.data.text_files import check_data_root
 from cxr_vit.errors import DataError

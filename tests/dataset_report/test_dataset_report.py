@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_vit.config.schema import Config, DataSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.dataset_report import page as report_page

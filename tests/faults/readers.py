@@ -19,7 +19,8 @@ from safetensors.torch import save
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule, cli
 from cxr_vit.config import load_config, read_config
 from cxr_vit.config.columns import PatternColumn, searchable_length
-from cxr_vit.config.schema import DataSection, ModelSection
+from cxr_vit.config.data_sections import DataSection
+from cxr_vit.config.schema import ModelSection
 from cxr_vit.data.image_source import open_image_source
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.labels import FINDINGS

@@ -49,7 +49,7 @@ def test_weight_decay_shrinks_only_decayed_parameters():
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optim = OptimSection(lr=0.1, weight_decay=0.5)
     groups = parameter_groups([("a.weight", weight), ("a.bias", bias)], optim)
-    optimizer = build_optimizer(groups, optim)
+    optimizer = build_optimizer(groups, optim, lr=0.1)
     weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.allclose(weight, torch.full((2, 2), 0.95))
@@ -57,16 +57,16 @@ def test_weight_decay_shrinks_only_decayed_parameters():
 
 
 def test_settings_are_passed_to_the_optimizer():
-    optim = OptimSection(lr=0.3, beta1=0.8, beta2=0.95, eps=1e-6)
+    optim = OptimSection(beta1=0.8, beta2=0.95, eps=1e-6)
     groups = parameter_groups([("a.weight", nn.Parameter(torch.ones(2, 2)))], optim)
-    optimizer = build_optimizer(groups, optim)
+    optimizer = build_optimizer(groups, optim, lr=0.3)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.95), 1e-6)
 
 
 def test_optimizer_of_poptorch_is_refused_with_advice():
     with pytest.raises(ConfigError, match=r"torch has adamw and sgd.*engine\.name=poptorch"):
-        build_optimizer([], OptimSection(name="lamb"))
+        build_optimizer([], OptimSection(name="lamb"), lr=0.1)
 
 
 def test_ratios_are_those_of_the_groups_own_rates():
@@ -74,7 +74,7 @@ def test_ratios_are_those_of_the_groups_own_rates():
         {"params": [nn.Parameter(torch.ones(1))]},
         {"params": [nn.Parameter(torch.ones(1))], "lr": 0.02},
     ]
-    optimizer = build_optimizer(groups, OptimSection(lr=0.2))
+    optimizer = build_optimizer(groups, OptimSection(), lr=0.2)
     assert learning_rate_ratios(optimizer, nn.Linear(1, 1), 0.2) == [1.0, pytest.approx(0.1)]
 
 
@@ -87,7 +87,7 @@ def test_parameters_in_no_group_are_frozen(model):
 
 def test_process_whose_stages_are_frozen_has_an_optimizer_without_parameters():
     for name in ("adamw", "sgd"):
-        optimizer = build_optimizer([], OptimSection(name=name, lr=0.1))
+        optimizer = build_optimizer([], OptimSection(name=name), lr=0.1)
         assert [group["params"] for group in optimizer.param_groups] == [[]]
         optimizer.step()
         assert learning_rate_ratios(optimizer, nn.Linear(1, 1), 0.1) == [1]

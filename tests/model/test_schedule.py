@@ -13,14 +13,14 @@ TUTORIAL_STEPS = 2496
 
 def rate(total_steps: int, *overrides: str) -> LearningRate:
     config = read_config([], overrides)
-    return LearningRate.from_section(config.schedule, peak=config.optim.lr, total_steps=total_steps)
+    return LearningRate.from_section(config.schedule, peak=config.peak_lr, total_steps=total_steps)
 
 
 @pytest.fixture
 def tutorial_rate() -> LearningRate:
     config = read_config([POD4])
     return LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=TUTORIAL_STEPS
+        config.schedule, peak=config.peak_lr, total_steps=TUTORIAL_STEPS
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_vit.config.columns import NO_FINDING
-from cxr_vit.config.schema import DataSection
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.synthetic.anatomy import draw_image
 from cxr_vit.errors import ConfigError, DataError

@@ -102,9 +102,9 @@ class PopTorchEngine(Engine):
             self.model.half()
         dtype = torch.float16 if self.precision == "fp16" else torch.float32
         set_compute_dtype(self.model, dtype)
-        self.optimizer = module_optimizer(module, config.optim)
+        self.optimizer = module_optimizer(module, config)
         mark_constants(self.optimizer, config.engine.poptorch_options["training"])
-        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.optim.lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.peak_lr)
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cxr_vit.config.poptorch_options import MARK_CONSTANT
-from cxr_vit.config.schema import OptimSection
+from cxr_vit.config.schema import Config, OptimSection
 from cxr_vit.engines.optim import NO_STATE, WHOLE
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
@@ -41,7 +41,7 @@ _ADAMW = {"Accl1": "exp_avg", "Accl2": "exp_avg_sq", "Step": "step"}
 _SEPARATOR = "___"
 
 
-def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.Optimizer:
+def module_optimizer(module: ViTModule, config: Config) -> poptorch.optim.Optimizer:
     """Return the optimizer of a module: PopTorch's counterpart of ours, or the module's own.
 
     Raises ConfigError if the module's own is one of torch's, or does not clip as configured.
@@ -49,7 +49,7 @@ def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.O
     from poptorch import optim as poptorch_optim
 
     if type(module).configure_optimizers is ViTModule.configure_optimizers:
-        return poptorch_optimizer(module.parameter_groups(), optim)
+        return poptorch_optimizer(module.parameter_groups(), config.optim, lr=config.peak_lr)
     own = module.configure_optimizers()
     if not isinstance(own, poptorch_optim.Optimizer):
         raise ConfigError(
@@ -58,7 +58,7 @@ def module_optimizer(module: ViTModule, optim: OptimSection) -> poptorch.optim.O
             " optimizers of poptorch.optim (AdamW, Adam, LAMB, SGD, RMSprop): return one of them"
             " where self.for_ipu is true, or set engine.name=torch."
         )
-    _check_settings(own, optim)
+    _check_settings(own, config.optim)
     return own
 
 
@@ -98,7 +98,7 @@ def _max_grad_norm(optimizer: poptorch.optim.Optimizer) -> float:
 
 
 def poptorch_optimizer(
-    groups: List[Dict[str, Any]], optim: OptimSection
+    groups: List[Dict[str, Any]], optim: OptimSection, *, lr: float
 ) -> poptorch.optim.Optimizer:
     """Build PopTorch's AdamW, LAMB or SGD.
 
@@ -107,7 +107,7 @@ def poptorch_optimizer(
     from poptorch import optim as poptorch_optim
 
     shared: Dict[str, Any] = {
-        "lr": optim.lr,
+        "lr": lr,
         "weight_decay": optim.weight_decay,
         "loss_scaling": 1.0 if optim.loss_scaling == "auto" else optim.loss_scaling,
         "accum_type": _DTYPES[optim.accumulator],
