@@ -266,7 +266,8 @@ class Demo:
         compute, gradient, optimizer = self._optimizer(module, precision, rounding)
         losses: List[float] = []
         unusable: List[float] = []
-        rates = LearningRate.from_section(self.config.schedule, peak=case.lr, total_steps=updates)
+        config = self.config.changed(optim={"lr": case.lr})
+        rates = LearningRate.from_config(config, updates)
         for step, rows in enumerate(self._rows(seed, updates)):
             losses.append(0.0)
             for part in rows.split(batch.micro_batch_size):

@@ -107,9 +107,7 @@ def plain_loop(config: Config, loss: Callable[[Tensor, Tensor], Tensor]) -> Resu
         lr=config.optim.lr,
         weight_decay=config.optim.weight_decay,
     )
-    schedule = LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=int(config.train.steps or 0)
-    )
+    schedule = LearningRate.from_config(config, int(config.train.steps or 0))
     most = math.inf if config.optim.max_grad_norm is None else config.optim.max_grad_norm
     dataset: Any = data.dataset("train")
     losses, norms = [], []

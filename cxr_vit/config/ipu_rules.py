@@ -314,6 +314,13 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
             what,
             advice="Set optim.max_grad_norm=null, or optim.name=adamw.",
         )
+    if optim.nesterov and not optim.use_combined_accum:
+        yield Problem(
+            "optim.nesterov=true with optim.use_combined_accum=false:",
+            "PopART may clear the accumulated gradient before Nesterov's form reads it (its"
+            " sgd2decompose.cpp does not order them).",
+            "Set optim.use_combined_accum=true.",
+        )
     if optim.second_moment == "fp16" and optim.name != "sgd" and optim.eps < LEAST_FP16_EPS:
         yield Problem(
             f"optim.second_moment=fp16 with optim.eps={optim.eps:g}:",

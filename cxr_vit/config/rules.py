@@ -52,6 +52,7 @@ def check(config: Config) -> Config:
         *_recompute_problems(config.pipeline),
         *_engine_problems(config),
         *_optimizer_problems(config),
+        *_schedule_problems(config),
         *_data_problems(config.data),
         *_multiple_problems(config),
     ]
@@ -128,6 +129,13 @@ def _model_problems(config: Config) -> Iterator[Problem]:
     problem = depth_problem(layers, depth) if depth is not None else None
     if problem:
         yield problem
+    freeze, depth = config.model.freeze, depth or sum(layers)
+    if isinstance(freeze, int) and freeze > depth:
+        yield Problem(
+            f"model.freeze={freeze}",
+            f"freezes {freeze} layers; the model has {depth}.",
+            f"Set {depth} or fewer, or trunk for all but the head.",
+        )
     if eval_layers is not None and sum(eval_layers) != sum(layers):
         yield Problem(
             f"pipeline.eval_layers_per_stage={eval_layers}",
@@ -178,6 +186,7 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
         ("bias_correction", "lamb"),
         ("max_weight_norm", "lamb"),
         ("use_combined_accum", "sgd"),
+        ("nesterov", "sgd"),
     ):
         value = getattr(optim, key)
         if value == default[key].default or optim.name == name:
@@ -193,6 +202,35 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
             f"optim.{key}={given} with optim.name={optim.name}",
             rule,
             advice=f"Leave it out, or set optim.name={name}.",
+        )
+    if optim.nesterov and optim.name == "sgd" and not optim.momentum:
+        yield Problem(
+            "optim.nesterov=true with optim.momentum=0:",
+            "there is no momentum to have its form.",
+            "Set optim.momentum, 0.9 for example, or leave optim.nesterov out.",
+        )
+
+
+def _schedule_problems(config: Config) -> Iterator[Problem]:
+    schedule, peak = config.schedule, config.peak_lr
+    if schedule.min_lr and schedule.name == "constant":
+        yield Problem(
+            f"schedule.min_lr={schedule.min_lr:g} with schedule.name=constant:",
+            "the rate never falls.",
+            "Leave it out, or set schedule.name=cosine or linear.",
+        )
+    elif schedule.min_lr >= peak:
+        given = "optim.lr" if config.optim.lr is not None else "optim.base_lr"
+        yield Problem(
+            f"schedule.min_lr={schedule.min_lr:g}",
+            f"is not below the peak rate, {peak:g}.",
+            f"Lower it, or raise {given}.",
+        )
+    if schedule.warmup_epochs is not None and config.train.epochs is None:
+        yield Problem(
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g}",
+            f"needs train.epochs, and train.steps={config.train.steps} is given.",
+            "Set schedule.warmup_steps or schedule.warmup_ratio, or train.epochs.",
         )
 
 

@@ -92,7 +92,10 @@ class ModelSection(Section):
     freeze: Annotated[
         Union[Literal["none", "trunk"], Count],
         Words("none, trunk or an integer >= 1"),
-    ] = option("none", "what is not trained: nothing, all but the head, or the first N layers")
+    ] = option(
+        "none",
+        "what is not trained: nothing, all but the head, or the embeddings and the first N layers",
+    )
     head_bias: Literal["prior", "zero"] = option(
         "prior",
         "bias of a new head: log-odds of the training prevalence, or zero (Hugging Face's default)",
@@ -211,9 +214,11 @@ class OptimSection(Section):
         None, "peak learning rate for 256 images per update: lr = base_lr x global batch / 256"
     )
     layer_decay: Proportion = option(
-        1.0, "factor on the rate from each layer to the one before it; 1: the same rate for all"
+        1.0,
+        "factor on the rate from each layer to the one before it, beginning at the head, which has"
+        " the whole rate; 1: the same rate for all",
     )
-    head_lr_scale: PositiveFloat = option(1.0, "factor on the rate of the head")
+    head_lr_scale: PositiveFloat = option(1.0, "factor on the rate of the head, its norm included")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled weight decay")
     decay_all: bool = option(
         False, "decay all parameters, with biases, norms, class token, position embeddings"
@@ -221,7 +226,9 @@ class OptimSection(Section):
     beta1: Fraction = option(0.9, "decay of the first moment (adamw, lamb)")
     beta2: Fraction = option(0.999, "decay of the second moment (adamw, lamb)")
     momentum: Fraction = option(0.9, "momentum (sgd)")
-    nesterov: bool = option(False, "Nesterov's form of the momentum (sgd)")
+    nesterov: bool = option(
+        False, "Nesterov's form of the momentum (sgd; on IPUs with use_combined_accum)"
+    )
     eps: PositiveFloat = option(1e-8, "added to the root of the second moment")
     max_grad_norm: Optional[PositiveFloat] = option(
         None, "maximum global gradient norm; null: no clipping"
@@ -250,9 +257,13 @@ class ScheduleSection(Section):
         ("warmup_ratio", "warmup_steps", "warmup_epochs"),
     )
     name: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "decay after the warm-up, to min_lr at the last step (constant: none)"
+        "cosine", "decay after the warm-up, to min_lr at the end of the training (constant: none)"
     )
-    min_lr: NonNegativeFloat = option(0.0, "rate at the last step (cosine, linear)")
+    min_lr: NonNegativeFloat = option(
+        0.0,
+        "rate at the end of the training; groups with another rate end with the same fraction of"
+        " theirs (cosine, linear)",
+    )
     warmup_ratio: Optional[Probability] = option(
         0.0, "fraction of all steps in which the rate rises from 0"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Dict, Mapping
+from typing import Dict, Iterable, Mapping, Tuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cxr_vit.errors import CheckpointError
 
@@ -39,6 +39,22 @@ def check_kind(given: str, own: str) -> None:
         " the engine and optimizer that wrote it, or from the weights alone with a new optimizer:"
         " train.resume_weights_only=true."
     )
+
+
+def check_trained(
+    slots: Mapping[str, Mapping[str, Tensor]], parameters: Iterable[Tuple[str, nn.Parameter]]
+) -> None:
+    """Refuse a state, by hub name, of a run in which a parameter was frozen that is trained here.
+
+    Raises CheckpointError with the first such parameter.
+    """
+    for name, parameter in parameters if slots else ():
+        if parameter.requires_grad and name not in slots:
+            raise CheckpointError(
+                f"the checkpoint lacks the optimizer state of {name}, which was frozen in that run."
+                " Freeze it again (model.freeze), or resume from the weights alone with a new"
+                " optimizer: train.resume_weights_only=true."
+            )
 
 
 def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:

@@ -28,10 +28,9 @@ from cxr_vit.engines.base import (
     process_peak_gib,
 )
 from cxr_vit.engines.devices import DeviceChoice
-from cxr_vit.engines.optim import NO_STATE, check_kind, torch_slots
+from cxr_vit.engines.optim import NO_STATE, check_kind, check_trained, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.engines.workers import with_user_errors
-from cxr_vit.errors import CheckpointError
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import freeze_others, learning_rate_ratios
 
@@ -81,7 +80,7 @@ class TorchEngineBase(Engine):
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
         self.num_classes = len(module.names)
-        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.peak_lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, config.peak_lr)
         freeze_others(self.model, self.optimizer)
         #: State that the optimizer's constructor made, as Adagrad's does.
         self._first_slots = {
@@ -273,15 +272,10 @@ class TorchEngineBase(Engine):
         check_kind(state.optimizer_kind, self.optimizer_kind)
         self.model.load_weights(state.weights)
         self.optimizer.state.clear()
+        check_trained(state.optimizer, self.model.hub_parameters())
         for name, parameter in self.model.hub_parameters():
-            if state.optimizer and parameter.requires_grad and name not in state.optimizer:
-                raise CheckpointError(
-                    f"the checkpoint lacks the optimizer state of {name}, which was frozen in that"
-                    " run. Freeze it again, or resume from the weights alone with a new optimizer:"
-                    " train.resume_weights_only=true."
-                )
             slots = torch_slots(state.optimizer.get(name, {})) or self._first_slots.get(name)
-            if slots:
+            if slots and parameter.requires_grad:
                 self.optimizer.state[parameter] = {
                     # AdamW keeps its step count on the CPU for parameters on any device.
                     slot: value.clone() if slot == "step" else value.to(parameter, copy=True)

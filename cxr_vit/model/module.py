@@ -268,7 +268,8 @@ class ViTModule(nn.Module):
         The parameters are those of this process's stages (`model.hub_parameters`); those in no
         group are frozen. A group's own ``"lr"`` keeps its ratio to `config.peak_lr`.
         """
-        return parameter_groups(self.model.hub_parameters(), self.config.optim)
+        depth = self.model.config.num_hidden_layers
+        return parameter_groups(self.model.hub_parameters(), self.config, depth=depth)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer. For IPUs (`for_ipu`) an override must return one of poptorch.optim.
@@ -284,8 +285,7 @@ class ViTModule(nn.Module):
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Return the learning rate of update `step`, counted from 0: a function of the step."""
-        schedule, peak = self.config.schedule, self.config.peak_lr
-        return LearningRate.from_section(schedule, peak=peak, total_steps=total_steps).at(step)
+        return LearningRate.from_config(self.config, total_steps).at(step)
 
     def compute_metrics(self, logits: Tensor, labels: Tensor) -> Scores:
         """Return the metrics of a whole split by name, from float32 ``[N, C]`` on the CPU.

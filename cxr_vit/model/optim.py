@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Tuple
+import re
+from typing import Any, Dict, Iterable, List, Tuple, Union
 
 import torch
 from torch import nn
 
-from cxr_vit.config.schema import OptimSection
+from cxr_vit.config.schema import Config, OptimSection
 from cxr_vit.errors import ConfigError
+
+#: What the hub names of the head begin with; `fc_norm` normalises the mean of the patches.
+_HEAD = ("classifier.", "fc_norm.")
+_TRUNK = re.compile(r"\w+\.(embeddings|encoder\.layer\.(?P<layer>\d+))\.")
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -20,19 +25,59 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith(("_token", "position_embeddings"))
 
 
+def layer_id(name: str, depth: int) -> int:
+    """Return the place of a parameter, by hub name, in the order of the forward pass.
+
+    It is 0 in the embeddings, i + 1 in encoder layer i, and `depth` + 1 in the final norm and the
+    head.
+    """
+    place = None if name.startswith(_HEAD) else _TRUNK.match(name)
+    if place is None:
+        return depth + 1
+    return 0 if place["layer"] is None else 1 + int(place["layer"])
+
+
+def is_trained(name: str, freeze: Union[str, int], depth: int) -> bool:
+    """Whether `model.freeze` leaves a parameter to be trained."""
+    if name.startswith(_HEAD) or freeze == "none":
+        return True
+    return freeze != "trunk" and layer_id(name, depth) > int(freeze)
+
+
+def rate_scale(name: str, optim: OptimSection, depth: int) -> float:
+    """Return the factor on the rate of a parameter.
+
+    The layer decay is that of MAE (He et al. 2022, its `param_groups_lrd`), which has it from BEiT
+    (Bao et al. 2022).
+    """
+    scale = optim.layer_decay ** (depth + 1 - layer_id(name, depth))
+    return scale * optim.head_lr_scale if name.startswith(_HEAD) else scale
+
+
 def parameter_groups(
-    parameters: Iterable[Tuple[str, nn.Parameter]], optim: OptimSection
+    parameters: Iterable[Tuple[str, nn.Parameter]], config: Config, *, depth: int
 ) -> List[Dict[str, Any]]:
-    """Split (hub name, parameter) pairs into non-empty groups with and without weight decay."""
-    decayed: List[nn.Parameter] = []
-    kept: List[nn.Parameter] = []
+    """Group (hub name, parameter) pairs by their rate and by whether weight decay applies.
+
+    The groups with the lowest rate come first, and the decayed ones of each rate. A group has an
+    ``"lr"`` if it is not `config.peak_lr`. `depth` is the number of encoder layers of the whole
+    model. Frozen parameters are in no group.
+    """
+    optim = config.optim
+    found: Dict[Tuple[float, bool], List[nn.Parameter]] = {}
     for name, parameter in parameters:
-        (decayed if optim.decay_all or is_decayed(name, parameter) else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        if is_trained(name, config.model.freeze, depth):
+            is_kept = not (optim.decay_all or is_decayed(name, parameter))
+            key = rate_scale(name, optim, depth), is_kept
+            found.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": found[scale, is_kept],
+            "weight_decay": 0.0 if is_kept else optim.weight_decay,
+            **({} if scale == 1.0 else {"lr": config.peak_lr * scale}),
+        }
+        for scale, is_kept in sorted(found)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -52,35 +97,32 @@ def build_optimizer(
         betas = (optim.beta1, optim.beta2)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
     raise ConfigError(
         f"optim.name={optim.name} exists only in PopTorch; torch has adamw and sgd. Set"
         " optim.name, or engine.name=poptorch on a machine with IPUs."
     )
 
 
-def learning_rate_ratios(
-    optimizer: torch.optim.Optimizer, model: nn.Module, lr: float
-) -> List[float]:
-    """Return the rate of each group divided by `lr`, which the schedule keeps.
+def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:
+    """Return the rate of each group divided by `lr`, the peak, which the schedule keeps.
 
     Raises ConfigError if it is no optimizer, as where `configure_optimizers` returns also a
-    scheduler, or if all groups of the whole model have the same other rate.
+    scheduler, or if groups without a rate of their own have another one than `lr`.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"configure_optimizers returned {type(optimizer).__name__}. Return one optimizer; a"
             " schedule is ViTModule.learning_rate(step, total_steps)."
         )
-    ratios = [group["lr"] / lr for group in optimizer.param_groups]
-    is_whole = not any(parameter.is_meta for parameter in model.parameters())
-    if is_whole and len(set(ratios)) == 1 and ratios[0] != 1.0:
+    rates, default = [group["lr"] for group in optimizer.param_groups], optimizer.defaults["lr"]
+    if default != lr and default in rates:
         raise ConfigError(
-            f"configure_optimizers uses lr={optimizer.param_groups[0]['lr']:g} for all parameters,"
-            f" and {lr:g} is what the schedule and the logs mean. Pass"
-            " lr=self.config.peak_lr; only some groups may have a rate of their own."
+            f"configure_optimizers passes lr={default:g} to {type(optimizer).__name__}, and"
+            f" {lr:g} is what the schedule and the logs mean. Pass lr=self.config.peak_lr; only"
+            " groups may have rates of their own."
         )
-    return ratios
+    return [rate / lr for rate in rates]
 
 
 def freeze_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -364,12 +364,82 @@ def test_no_layers_left():
         ("sgd", "bias_correction=false", "is for lamb. Leave it out, or set optim.name=lamb."),
         ("adamw", "max_weight_norm=5", "is for lamb."),
         ("adamw", "use_combined_accum=true", "is for sgd."),
+        ("adamw", "nesterov=true", "is for sgd."),
+        ("lamb", "nesterov=true", "is for sgd."),
     ],
 )
 def test_setting_of_another_optimizer(name, setting, rule):
     problem = only_problem(f"optim.name={name}", f"optim.{setting}")
     assert problem.startswith(f"optim.{setting}")
     assert f"with optim.name={name} {rule}" in problem
+
+
+def test_nesterov_needs_a_momentum():
+    settings = ("optim.name=sgd", "optim.nesterov=true")
+    assert only_problem(*settings, "optim.momentum=0") == (
+        "optim.nesterov=true with optim.momentum=0: there is no momentum to have its form. Set"
+        " optim.momentum, 0.9 for example, or leave optim.nesterov out."
+    )
+    assert load_config([], [*VALID, *settings]).optim.nesterov
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["min_lr=2e-4"],
+            "schedule.min_lr=0.0002 is not below the peak rate, 0.0002. Lower it, or raise"
+            " optim.lr.",
+        ),
+        (
+            ["min_lr=1e-5", "name=constant"],
+            "schedule.min_lr=1e-05 with schedule.name=constant: the rate never falls. Leave it"
+            " out, or set schedule.name=cosine or linear.",
+        ),
+        (
+            ["warmup_epochs=5"],
+            "schedule.warmup_epochs=5 needs train.epochs, and train.steps=7 is given. Set"
+            " schedule.warmup_steps or schedule.warmup_ratio, or train.epochs.",
+        ),
+    ],
+)
+def test_schedules_that_have_no_meaning(settings, message):
+    overrides = [f"schedule.{setting}" for setting in settings]
+    assert only_problem(*overrides, "train.steps=7") == message
+
+
+def test_floor_is_compared_with_the_rate_of_the_global_batch():
+    """1e-3 for 256 images is 1e-3 / 32 for 8."""
+    settings = ("optim.base_lr=1e-3", "batch.gradient_accumulation=8")
+    message = only_problem(*settings, "schedule.min_lr=1e-4")
+    assert message.startswith("schedule.min_lr=0.0001 is not below the peak rate, 3.125e-05. Lower")
+    assert message.endswith("or raise optim.base_lr.")
+    assert load_config([], [*VALID, *settings, "schedule.min_lr=1e-5"]).peak_lr == 3.125e-5
+
+
+def test_rate_for_256_images_replaces_the_rate_and_the_other_way_round(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optim: {base_lr: 0.5}\nbatch: {global_batch_size: 64}", encoding="utf-8")
+    config = load_config([recipe], VALID)
+    assert (config.optim.lr, config.peak_lr) == (None, 0.125)
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config([tmp_path / "run.yaml"]) == config
+    config = load_config([recipe], [*VALID, "optim.lr=0.3"])
+    assert (config.optim.base_lr, config.peak_lr) == (None, 0.3)
+    with pytest.raises(ConfigError, match="give 'lr' or 'base_lr', not both"):
+        load_config([], [*VALID, "optim={lr: 0.1, base_lr: 0.2}"])
+
+
+def test_more_frozen_layers_than_there_are():
+    assert only_problem("model.freeze=5") == (
+        "model.freeze=5 freezes 5 layers; the model has 4. Set 4 or fewer, or trunk for all but the"
+        " head."
+    )
+    for value in ("4", "trunk", "none"):
+        load_config([], [*VALID, f"model.freeze={value}"])
+    unknown = [*VALID, "model.name=someone/chest-model", "model.freeze=5"]
+    with pytest.raises(ConfigError, match="the model has 4"):  # as pipeline.layers_per_stage says
+        load_config([], unknown)
 
 
 # Tables

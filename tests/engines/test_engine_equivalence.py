@@ -28,9 +28,7 @@ def run(config):
 def measure(config):
     data = ChestXrayDataModule(config)
     module = module_of(config, data)
-    rate = LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=config.train.steps
-    )
+    rate = LearningRate.from_config(config, config.train.steps)
     losses, norms, step = [], [], 0
     with engine_of(config, module) as engine:
         for batch in engine.loader(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config.plans import StagePlan
-from cxr_vit.config.schema import ModelSection, OptimSection
+from cxr_vit.config.schema import Config, ModelSection, OptimSection
 from cxr_vit.data.images import read_gray
 from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import ModelError
@@ -139,7 +139,9 @@ def test_no_traced_graph_interpolates(tmp_path):
 def test_tokens_scales_and_positions_are_not_decayed(kind, tmp_path):
     save(kind, tmp_path)
     model = load(tmp_path)
-    decayed, _ = parameter_groups(model.hub_parameters(), OptimSection(weight_decay=0.1))
+    decayed, _ = parameter_groups(
+        model.hub_parameters(), Config(optim=OptimSection(weight_decay=0.1)), depth=4
+    )
     found = {id(weight) for weight in decayed["params"]}
     names = {name for name, weight in model.hub_parameters() if id(weight) in found}
     assert len(names) == 2 * 6 + 2, "six matrices a layer, patches, head"

@@ -680,5 +680,5 @@ def test_another_rate_for_all_parameters_is_refused(make_config):
     config = make_config("optim.lr=1e-3")
     module = OwnRate(config)
     module.setup()
-    with pytest.raises(ConfigError, match=r"lr=1e-05 for all parameters, and optim\.lr=0\.001"):
+    with pytest.raises(ConfigError, match=r"passes lr=1e-05 to Adam, and 0\.001 is what"):
         engine_of(config, module)

@@ -12,16 +12,12 @@ TUTORIAL_STEPS = 2496
 
 
 def rate(total_steps: int, *overrides: str) -> LearningRate:
-    config = read_config([], overrides)
-    return LearningRate.from_section(config.schedule, peak=config.peak_lr, total_steps=total_steps)
+    return LearningRate.from_config(read_config([], overrides), total_steps)
 
 
 @pytest.fixture
 def tutorial_rate() -> LearningRate:
-    config = read_config([POD4])
-    return LearningRate.from_section(
-        config.schedule, peak=config.peak_lr, total_steps=TUTORIAL_STEPS
-    )
+    return LearningRate.from_config(read_config([POD4]), TUTORIAL_STEPS)
 
 
 # The numbers of Graphcore's tutorial
@@ -71,6 +67,62 @@ def test_rate_does_not_depend_on_earlier_steps():
     forward = rate(20, "schedule.warmup_ratio=0.3")
     descending = [backward.at(step) for step in reversed(range(20))]
     assert descending[::-1] == [forward.at(step) for step in range(20)]
+
+
+# The floor, and the warm-up in epochs
+
+MAE = ("optim.lr=1e-3", "schedule.min_lr=1e-5", "schedule.warmup_epochs=2", "train.epochs=6")
+
+
+def test_cosine_with_a_floor_at_every_step():
+    """MAE's lr_sched.py for 6 epochs of 2 steps, 2 of them warm-up, computed by hand.
+
+    The fall is 0.00099 * 0.5 * (1 + cos(pi * k / 8)) for k from 0 to 8.
+    """
+    expected = [
+        0, 0.00025, 0.0005, 0.00075,
+        0.001, 0.000962320369, 0.000855017857, 0.000694428299, 0.000505,
+        0.000315571701, 0.000154982143, 0.0000476796314, 0.00001, 0.00001,
+    ]  # fmt: skip
+    found = rate(12, *MAE)
+    assert [found.at(step) for step in range(14)] == pytest.approx(expected, rel=1e-8)
+    assert found.at(12) == 1e-5
+
+
+def test_linear_with_a_floor_at_every_step():
+    found = rate(12, *MAE, "schedule.name=linear", "schedule.min_lr=2e-4")
+    expected = [0, 25, 50, 75, 100, 90, 80, 70, 60, 50, 40, 30, 20]
+    assert [found.at(step) * 1e5 for step in range(13)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_warm_up_then_constant_at_every_step():
+    """EVA-X: the peak is kept to the end."""
+    found = rate(12, "optim.lr=1e-3", "schedule.warmup_epochs=2", "train.epochs=6",
+                 "schedule.name=constant")  # fmt: skip
+    expected = [0, 0.00025, 0.0005, 0.00075, *[0.001] * 9]
+    assert [found.at(step) for step in range(13)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_floor_of_a_rate_for_256_images():
+    """MAE's minimum is a rate, not a rate for 256 images."""
+    overrides = ("optim.base_lr=1e-3", "batch.gradient_accumulation=64", "schedule.min_lr=1e-5")
+    assert (rate(10, *overrides).at(0), rate(10, *overrides).at(10)) == (2.5e-4, 1e-5)
+
+
+def test_warm_up_of_5_of_75_epochs_is_exact_at_any_steps_per_epoch():
+    config = read_config([], ["train.epochs=75", "schedule.warmup_epochs=5"])
+    for steps in range(1, 3000):
+        assert LearningRate.from_config(config, 75 * steps).warmup_steps == 5 * steps
+
+
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "total", "steps"),
+    [("0.1", "0.3", 30, 10), ("0.7", "1", 10, 7), ("1e-4", "1e-3", 20, 2), ("1", "3", 10, 4),
+     ("0", "3", 10, 0), ("2", "1", 10, 20)],
+)  # fmt: skip
+def test_warm_up_epochs_are_decimals_and_rounded_up_to_steps(warmup, epochs, total, steps):
+    overrides = (f"schedule.warmup_epochs={warmup}", f"train.epochs={epochs}")
+    assert rate(total, *overrides).warmup_steps == steps
 
 
 # Comparison with the schedules of transformers

@@ -47,7 +47,7 @@ from cxr_vit.engines.ipu.options import (
     on_hardware,
     save_weights_apart,
 )
-from cxr_vit.engines.optim import check_kind
+from cxr_vit.engines.optim import check_kind, check_trained
 from cxr_vit.engines.processes import Launch
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import freeze_others, learning_rate_ratios
@@ -104,7 +104,7 @@ class PopTorchEngine(Engine):
         set_compute_dtype(self.model, dtype)
         self.optimizer = module_optimizer(module, config)
         mark_constants(self.optimizer, config.engine.poptorch_options["training"])
-        self.lr_ratios = learning_rate_ratios(self.optimizer, self.model, config.peak_lr)
+        self.lr_ratios = learning_rate_ratios(self.optimizer, config.peak_lr)
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
@@ -252,6 +252,7 @@ class PopTorchEngine(Engine):
     def load_state_dict(self, state: EngineState) -> None:
         """Load weights, optimizer state and random state, before or after compilation."""
         check_kind(state.optimizer_kind, self.optimizer_kind)
+        check_trained(state.optimizer, self.model.hub_parameters())
         self.graphs.detach()  # the next attach sends what is loaded here
         self.model.load_weights(state.weights)
         self.updates = int(state.scalars.get("updates", 0))

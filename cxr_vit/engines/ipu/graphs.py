@@ -121,7 +121,20 @@ def guarded(doing: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 #: Settings that a compiled graph does not depend on.
 _NOT_COMPILED = {
-    "optim": {"lr", "weight_decay", "decay_all", "beta1", "beta2", "eps", "momentum"},
+    # Every weight has a rate and a weight decay of its own on the device, whatever the groups are.
+    "optim": {
+        "lr",
+        "base_lr",
+        "layer_decay",
+        "head_lr_scale",
+        "weight_decay",
+        "decay_all",
+        "beta1",
+        "beta2",
+        "eps",
+        "momentum",
+        "nesterov",  # below
+    },
     "engine": {
         "name",
         "device",
@@ -158,6 +171,11 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
     shape["parameters"] = {
         name: list(parameter.shape) for name, parameter in model.hub_parameters()
     }
+    frozen = [name for name, weight in model.hub_parameters() if not weight.requires_grad]
+    if frozen:
+        shape["frozen"] = frozen
+    if config.optim.nesterov:
+        shape["nesterov"] = True
     shape["image_size"] = config.data.image_size
     if config.data.has_unknown:  # the loss then has a mask
         shape["has_unknown"] = True

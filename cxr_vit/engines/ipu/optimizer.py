@@ -116,6 +116,9 @@ def poptorch_optimizer(
         return poptorch_optim.SGD(
             groups,
             momentum=optim.momentum,
+            # Compiled in either way; PopART tells graphs with and without it apart by what is
+            # given, not by its value.
+            nesterov=optim.nesterov or None,
             velocity_accum_type=_DTYPES[optim.first_moment],
             use_combined_accum=optim.use_combined_accum,
             **shared,

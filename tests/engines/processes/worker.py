@@ -79,9 +79,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     config, data, module = make(overrides)
     model = module.model
     dataset, batches, outputs = data.dataset("train"), [], []
-    rate = LearningRate.from_section(
-        config.schedule, peak=config.optim.lr, total_steps=config.train.steps
-    )
+    rate = LearningRate.from_config(config, config.train.steps)
     start = EngineState(model.weights(), scalars={**EAGER_SCALER, "scale": scale})
     built = [(name, weakref.ref(weight)) for name, weight in model.named_parameters()]
     with engine_of(config, module, launch) as engine:
