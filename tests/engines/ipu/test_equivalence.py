@@ -131,6 +131,7 @@ def test_placement_settings_change_no_loss(ipu, commands, torch_run, setting):
         "model.layer_norm_eps=0.01",
         "optim={name: sgd, lr: 0.1, use_combined_accum: true}",
         "optim={name: sgd, lr: 0.1}",
+        "optim={name: sgd, lr: 0.1, nesterov: true, use_combined_accum: true}",
     ],
 )
 def test_settings_of_model_and_optimizer_mean_the_same(ipu, commands, torch_run, setting):
@@ -204,3 +205,16 @@ def test_graphs_with_the_mask_have_a_cache_of_their_own(ipu, commands, masked):
     known = folder("data.uncertain=negative", "data.blank=negative")
     nih = folder("data={format: nih, csv: null, columns: null, labels: null}")
     assert folder() != known == nih
+
+
+def test_graphs_depend_on_what_is_frozen_and_not_on_the_rates(ipu, commands):
+    def folder(*overrides):
+        cache = f"engine.executable_cache={commands.folder / 'cache'}"
+        with make_engine(commands.config(UNCLIPPED, *overrides, cache)) as engine:
+            return engine.graphs.cache.path
+
+    rates = ("optim.layer_decay=0.65", "optim.head_lr_scale=10", "optim.base_lr=0.01")
+    sgd = ("optim.name=sgd", "optim.use_combined_accum=true")
+    assert folder() == folder(*rates, "schedule.min_lr=1e-6")
+    others = [("model.freeze=1",), ("model.freeze=trunk",), sgd, (*sgd, "optim.nesterov=true")]
+    assert len({folder(), *(folder(*other) for other in others)}) == 5

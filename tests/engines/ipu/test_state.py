@@ -196,6 +196,35 @@ def test_adamw_run_resumes_on_the_other_engine(ipu, commands, torch_run, first, 
     ]
 
 
+RATES = (
+    *EIGHT,
+    "model.freeze=1",
+    "optim.layer_decay=0.65",
+    "optim.head_lr_scale=10",
+    "schedule.min_lr=1e-5",
+)
+
+
+def test_rates_of_layers_and_frozen_layers_mean_the_same_on_the_other_engine(
+    ipu, commands, torch_run
+):
+    expected, first_run = torch_run(*RATES), commands.train(*RATES)
+    assert first_run.losses == pytest.approx(expected.losses, rel=0, abs=1e-5)
+    assert first_run.losses != pytest.approx(torch_run(*EIGHT).losses, rel=0, abs=1e-3)
+    for run, there in ((first_run, TORCH), (expected, IPU)):
+        resumed = commands.resume_at(run, 4, *there)
+        assert resumed.losses == pytest.approx(expected.losses[4:], rel=0, abs=1e-5)
+        trained = {name.partition("/")[0] for name in optimizer_file(resumed)}
+        assert not [name for name in trained if name.startswith("vit.embeddings.")]
+        assert "vit.encoder.layer.1.output.dense.bias" in trained
+    message = r"lacks the optimizer state of vit\.embeddings\.cls_token.*\(model\.freeze\)"
+    with pytest.raises(CheckpointError, match=message):
+        commands.resume_at(first_run, 4, "model.freeze=none")
+    frozen = commands.resume_at(first_run, 4, "model.freeze=trunk", "train.steps=6")
+    assert frozen.losses[0] == first_run.losses[4]
+    assert frozen.losses[1] != first_run.losses[5]
+
+
 def test_losses_depend_on_the_moments(commands, torch_run):
     """Otherwise the test above would pass without the moments."""
     expected = torch_run(*EIGHT)

@@ -14,6 +14,7 @@ import torch
 
 from cxr_vit.config import load_config
 from cxr_vit.data.synthetic.dataset import write_sample
+from cxr_vit.model.key_names import hub_name
 from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
 
 from .launch import HAS_PIPELINING, finish, fork, needs_pipelining
@@ -51,6 +52,16 @@ DEEP = (
 )
 #: Two of five labels are unknown.
 MASKED = (*SMALL, *UNKNOWN, "train.steps=3")
+#: The embeddings and two of the four layers are frozen; the others have three rates.
+RATES = (
+    *SMALL,
+    "train.steps=3",
+    "model.freeze=2",
+    "optim.layer_decay=0.65",
+    "optim.head_lr_scale=10",
+    "optim.max_grad_norm=0.5",
+)
+PROBE = (*SMALL, "train.steps=3", "model.freeze=trunk", "optim.head_lr_scale=10")
 
 
 class Case(NamedTuple):
@@ -122,6 +133,10 @@ CASES: Dict[str, Case] = {
     "unknown labels, 2 replicas x 2 stages": Case(
         4, (*MASKED, *pipeline("interleaved_1f1b", FOUR, 2)), MASKED
     ),
+    "frozen, 2 replicas x 4 stages on 2": Case(
+        4, (*RATES, *pipeline("interleaved_1f1b", FOUR, 2)), RATES
+    ),
+    "frozen, 3 of 4 stages": Case(4, (*PROBE, *pipeline("gpipe", FOUR)), PROBE),
 }
 
 
@@ -216,6 +231,7 @@ def assert_weights_agree(ours, theirs, tolerance=1e-5):
     assert ours["optimizer"].keys() == theirs["optimizer"].keys()
     for name in filter(has_gradient, theirs["weights"]):
         assert_near(ours["weights"][name], theirs["weights"][name], name, tolerance)
+    for name in filter(has_gradient, theirs["optimizer"]):
         assert ours["optimizer"][name].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for slot, value in theirs["optimizer"][name].items():
             assert_near(ours["optimizer"][name][slot], value, f"{slot} of {name}", tolerance)
@@ -321,11 +337,27 @@ def test_each_process_holds_only_its_own_stages(results, demo, name):
             assert 0 < len(own) < len(every)
         assert set(ours["here"]) == own, rank
         assert set(ours["alive"]) == own, f"{rank}: weights of other stages stay in memory"
-        assert set(ours["stateful"]) == own, rank
+        trained = results(name)[0]["optimizer"].keys()
+        assert set(ours["stateful"]) == {name for name in own if hub_name_of(name) in trained}, rank
 
 
 def stage_of(parameter: str) -> int:
     return int(parameter.split(".")[1])  # stages.<i>.<path>
+
+
+def hub_name_of(parameter: str) -> str:
+    return hub_name(parameter.split(".", 2)[2])
+
+
+@cases("frozen")
+def test_frozen_weights_keep_their_values_and_have_no_state(results, demo, name):
+    case, (ours, *_) = CASES[name], results(name)
+    trunk = "model.freeze=trunk" in case.overrides
+    start = make((*demo, *case.overrides))[2].model.weights()
+    changed = {name for name in start if not torch.equal(start[name], ours["weights"][name])}
+    trained = ("classifier.",) if trunk else ("vit.encoder.layer.2.", "vit.encoder.layer.3.")
+    trained += () if trunk else ("vit.layernorm.", "classifier.")
+    assert changed == ours["optimizer"].keys() == {n for n in start if n.startswith(trained)}
 
 
 @cases()
