@@ -122,6 +122,10 @@ def test_inner_stage_without_layers_is_refused(key):
             "optim.use_combined_accum=true with optim.accumulator=fp32 and optim.first_moment=fp32",
         ),
         (
+            ["optim.name=sgd", "optim.nesterov=true"],
+            "optim.nesterov=true with optim.use_combined_accum=false: PopART may clear the",
+        ),
+        (
             [
                 "optim.name=sgd",
                 "optim.use_combined_accum=true",
@@ -181,7 +185,7 @@ def test_rule(overrides, start):
             "batch.replicas=2",
         ],
         ["optim.name=sgd", "optim.second_moment=fp16"],
-        ["optim.name=sgd", "optim.use_combined_accum=true"],
+        ["optim.name=sgd", "optim.use_combined_accum=true", "optim.nesterov=true"],
         ["engine.loader_mode=async", "engine.rebatched_worker_size=8"],
         [
             "pipeline.eval_layers_per_stage=[6, 6]",

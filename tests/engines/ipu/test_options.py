@@ -547,6 +547,10 @@ def test_combined_accumulator_of_sgd(ipu, commands):
         ipu, commands, "optim.name=sgd", "optim.use_combined_accum=true"
     )
     assert given["optimizer_type"].name == "SGD1"
+    assert [group["nesterov"] for group in given["groups"]] == [(False, True)] * 2
+    combined = ("optim.use_combined_accum=true", "optim.nesterov=true", *UNCLIPPED)
+    given, _ = optimizer_dictionary(ipu, commands, "optim.name=sgd", *combined)
+    assert [group["nesterov"] for group in given["groups"]] == [(True, False)] * 2
 
 
 def test_no_clipping_is_an_infinite_norm(ipu, commands):
