@@ -181,6 +181,13 @@ def test_check_prints_the_batch_arithmetic(pod4_check):
     assert re.search(r"host batch +128 samples per host call", pod4_check.out)
 
 
+def test_check_prints_the_rate_that_a_rate_for_256_images_is(capsys, repository):
+    arguments = ["check", "--config", str(repository / "configs" / "vit_demo.yaml")]
+    assert main([*arguments, "optim.base_lr=1e-3", "batch={global_batch_size: 64}"]) == 0
+    expected = "\npeak rate       0.00025 = optim.base_lr=0.001 x 64 / 256 samples\n"
+    assert expected in capsys.readouterr().out
+
+
 def test_check_prints_the_device_allocation(pod4_check):
     found = re.findall(r"^(Embedding|Encoder +\d+|Head) +--> stage (\d)$", pod4_check.out, re.M)
     expected = [("Embedding", "0")]

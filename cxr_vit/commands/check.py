@@ -23,6 +23,9 @@ def check(argv: Sequence[str]) -> int:
         check_files(config.model)
     print(dump_config(config))
     print(*BatchPlan.from_section(config.batch).describe(), sep="\n")
+    if config.optim.base_lr is not None:
+        of = f"optim.base_lr={config.optim.base_lr:g} x {config.batch.images_per_update} / 256"
+        print(f"peak rate       {config.peak_lr:g} = {of} samples")
     print(*StagePlan.from_list(config.pipeline.layers_per_stage).describe(), sep="\n")
     print(describe_processes(config))
     refused = ipu_problems(config)
