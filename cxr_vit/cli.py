@@ -45,6 +45,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fine-tune a Vision Transformer, or resume a run", "train:main"),
     "evaluate": Command("score a split with a checkpoint and write the report", "evaluate:main"),
+    "probe": Command(
+        "fit a linear probe on the features of the frozen model, in minutes on a CPU", "probe:probe"
+    ),
     "check": Command(
         "validate a configuration; print it, the batch arithmetic and the stages", "check:check"
     ),

@@ -325,14 +325,14 @@ class EvaluationSection(Section):
 class ProbeSection(Section):
     """The linear probe on the features of the frozen model (python -m cxr_vit probe)."""
 
-    rates: Annotated[List[PositiveFloat], Field(min_length=1)] = option(
-        [1.0, 0.1, 0.01],
-        "rates of the gradient descent to try, as fractions of the largest stable one",
+    weight_decays: Annotated[List[NonNegativeFloat], Field(min_length=1, max_length=100)] = option(
+        [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0],
+        "weight decays to try (L2 on standardised features); scikit-learn's C is 1 / (training"
+        " images x weight decay)",
     )
-    weight_decays: Annotated[List[NonNegativeFloat], Field(min_length=1)] = option(
-        [1e-4, 1e-3, 1e-2, 1e-1, 1.0], "weight decays (L2, on standardised features) to try"
+    steps: Count = option(
+        500, "largest number of steps of the descent, each over all training images"
     )
-    steps: Count = option(2000, "steps of the descent, each over all training images")
 
 
 class EngineSection(Section):

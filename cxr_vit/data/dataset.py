@@ -100,6 +100,11 @@ class ChestXrayDataset(Dataset[Sample]):
         return list(self.records.table["image"])
 
     @property
+    def labels(self) -> Tensor:
+        """Labels by row, float32 ``[N, C]``."""
+        return self._labels
+
+    @property
     def num_classes(self) -> int:
         """Number of label columns."""
         return self._labels.shape[1]
