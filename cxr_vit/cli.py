@@ -48,6 +48,10 @@ COMMANDS = {
     "probe": Command(
         "fit a linear probe on the features of the frozen model, in minutes on a CPU", "probe:probe"
     ),
+    "summarize": Command(
+        "compare runs: mean and standard deviation over the seeds of a recipe, or of several",
+        "summarize:summarize",
+    ),
     "check": Command(
         "validate a configuration; print it, the batch arithmetic and the stages", "check:check"
     ),

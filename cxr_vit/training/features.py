@@ -40,7 +40,7 @@ _BLOCK = 4096
 
 
 class Features(NamedTuple):
-    """Features ``[N, F]`` and labels ``[N, C]`` of a split, float32, and the file that keeps them."""
+    """Of a split: features ``[N, F]`` and labels ``[N, C]``, float32, and the former's file."""
 
     values: Tensor
     labels: Tensor
