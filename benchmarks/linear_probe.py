@@ -53,19 +53,22 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(*files_and_overrides(arguments))
     data = ChestXrayDataModule(config)
-    result: Dict[str, Any] = {
-        "command": "python -m benchmarks.linear_probe",
+    results: Dict[str, Any] = {
         "config": {key: config.flat()[key] for key in ("model.name", "data.image_size")},
         "images": {split: len(data.dataset(split)) for split in SPLITS},
-        **describe_machine("torch", "scikit-learn", "numpy"),
     }
     reader = FeatureReader(config, data)
     kept = {split: reader.read(split) for split in SPLITS}
     parts = {split: Part(features.values, features.labels) for split, features in kept.items()}
-    result["features"] = compare(parts, data.names, config.probe)
+    results["features"] = compare(parts, data.names, config.probe)
     parts = {split: Part(pixels(data, split), parts[split].labels) for split in SPLITS}
-    result["pixels"] = compare(parts, data.names, config.probe)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    results["pixels"] = compare(parts, data.names, config.probe)
+    about = {
+        "command": "python -m benchmarks.linear_probe",
+        **describe_machine("torch", "scikit-learn", "numpy"),
+        "results": results,
+    }
+    arguments.out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -63,8 +63,8 @@ def test_seeds_of_one_recipe(write, tmp_path, capsys):
     (group,) = summary(tmp_path / "runs" / "summary")["groups"]
     macro = [test[0] for test in tests]
     assert group["test_auroc"] == {
-        "count": 3,
-        "undefined": 0,
+        "num_defined": 3,
+        "num_undefined": 0,
         "mean": pytest.approx(0.73),
         "sd": pytest.approx(statistics.stdev(macro)),
         "smallest": 0.70,
@@ -113,11 +113,11 @@ def test_undefined_scores_stay_undefined_and_are_counted(write, tmp_path):
     ]
     summarise(*runs, "--out", tmp_path)
     (group,) = summary(tmp_path)["groups"]
-    assert (group["test_auroc"]["count"], group["test_auroc"]["undefined"]) == (1, 1)
+    assert (group["test_auroc"]["num_defined"], group["test_auroc"]["num_undefined"]) == (1, 1)
     assert group["test_auroc"]["sd"] is None
     assert group["labels"]["Hernia"]["mean"] is None
-    assert group["labels"]["Hernia"]["undefined"] == 2
-    assert group["val_auroc"]["undefined"] == 1
+    assert group["labels"]["Hernia"]["num_undefined"] == 2
+    assert group["val_auroc"]["num_undefined"] == 1
 
 
 def test_best_step_is_the_first_of_equal_ones(write):

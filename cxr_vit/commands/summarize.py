@@ -178,8 +178,8 @@ def _number(value: Optional[float], digits: int) -> str:
 
 
 def _count(spread: Spread) -> str:
-    undefined = f" ({spread.undefined} undefined)" if spread.undefined else ""
-    return f"{spread.count}{undefined}"
+    undefined = f" ({spread.num_undefined} undefined)" if spread.num_undefined else ""
+    return f"{spread.num_defined}{undefined}"
 
 
 def _mean_and_sd(spread: Spread) -> str:
@@ -187,5 +187,5 @@ def _mean_and_sd(spread: Spread) -> str:
     if spread.mean is None:
         return "-"
     sd = "" if spread.sd is None else f" ± {spread.sd:.4f}"
-    undefined = f" ({spread.undefined} undefined)" if spread.undefined else ""
+    undefined = f" ({spread.num_undefined} undefined)" if spread.num_undefined else ""
     return f"{spread.mean:.4f}{sd}{undefined}"

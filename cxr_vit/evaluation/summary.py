@@ -67,10 +67,10 @@ class Run(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean, standard deviation (n - 1), smallest and largest of the `count` defined values."""
+    """Mean, standard deviation (n - 1), smallest and largest of the defined values."""
 
-    count: int
-    undefined: int
+    num_defined: int
+    num_undefined: int
     mean: Optional[float]
     sd: Optional[float]
     smallest: Optional[float]
@@ -133,12 +133,12 @@ def read_run(path: Path) -> Run:
         best_step=int(best["step"]),
         last_step=int(max(event["step"] for event in events)),
         val_auroc=best[_MACRO],
-        test_auroc=test and test["auroc_macro"],
+        test_auroc=test["auroc_macro"] if test else None,
         images_per_s=_images_per_s(speeds),
         minutes=_minutes(speeds, config.batch.images_per_update),
         val=labels,
-        test=test and test["auroc"],
-        test_step=test and test["step"],
+        test=test["auroc"] if test else None,
+        test_step=test["step"] if test else None,
         facts=_data_facts(path / "environment.json"),
     )
 
@@ -281,7 +281,7 @@ def difference(group: Group, first: Group, measure: str) -> Optional[Dict[str, O
         return None
     error = None
     if own.sd is not None and other.sd is not None:
-        error = math.sqrt(own.sd**2 / own.count + other.sd**2 / other.count)
+        error = math.sqrt(own.sd**2 / own.num_defined + other.sd**2 / other.num_defined)
     return {"mean": own.mean - other.mean, "standard_error": error}
 
 
@@ -343,7 +343,7 @@ def summary_figure(groups: Sequence[Group]) -> Figure:
             values = [macro, *((getattr(run, split) or {}).get(name) for name in labels)]
             points = [(v, y + offset) for y, v in enumerate(values) if v is not None]
             axis.plot(*zip(*points), style, color=color, markersize=3.5, alpha=0.45, linestyle="")
-        means = [(s.mean, y + offset, s.sd or 0.0) for y, s in enumerate(spreads) if s.count]
+        means = [(s.mean, y + offset, s.sd or 0.0) for y, s in enumerate(spreads) if s.num_defined]
         name = f"{group.name}: {len(group.runs)} run{'s' if len(group.runs) > 1 else ''}"
         x, y, sd = zip(*means) if means else ((), (), ())
         axis.errorbar(x, y, xerr=sd, fmt="|", color=color, markersize=9, capsize=2.5, label=name)
