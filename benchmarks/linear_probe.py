@@ -55,14 +55,17 @@ def main(argv: Sequence[str]) -> int:
     data = ChestXrayDataModule(config)
     results: Dict[str, Any] = {
         "config": {key: config.flat()[key] for key in ("model.name", "data.image_size")},
-        "images": {split: len(data.dataset(split)) for split in SPLITS},
+        "images": {
+            "all": len(data.records),
+            **{split: len(data.dataset(split)) for split in SPLITS},
+        },
     }
     reader = FeatureReader(config, data)
     kept = {split: reader.read(split) for split in SPLITS}
     parts = {split: Part(features.values, features.labels) for split, features in kept.items()}
     results["features"] = compare(parts, data.names, config.probe)
     parts = {split: Part(pixels(data, split), parts[split].labels) for split in SPLITS}
-    results["pixels"] = compare(parts, data.names, config.probe)
+    results["pixels"] = {"side": SIDE, **compare(parts, data.names, config.probe)}
     about = {
         "command": "python -m benchmarks.linear_probe",
         **describe_machine("torch", "scikit-learn", "numpy"),

@@ -238,7 +238,7 @@ def test_help_of_a_command_lists_its_options(name, capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: {program(name)} ")
-    without = ("sample", "evaluate", "import-ipu-config", "convert-weights")
+    without = ("sample", "evaluate", "import-ipu-config", "convert-weights", "summarize")
     assert ("--config FILE" in out) == (name not in without)
 
 

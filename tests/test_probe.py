@@ -38,7 +38,7 @@ def reader_of(words, *more):
 
 
 def test_run_has_the_best_head_and_scores_as_the_probe_did(run, words):
-    found = json.loads((run / "probe.json").read_text())
+    found = json.loads((run / "heads.json").read_text())
     scores = {head["weight_decay"]: head["val_auroc_macro"] for head in found["heads"]}
     assert len(scores) == 9
     best = scores[found["weight_decay"]]
@@ -157,12 +157,12 @@ def test_pipeline_engine_is_refused(words):
 
 
 def test_validation_without_a_defined_finding_is_refused(words, tmp_path, monkeypatch):
-    from cxr_vit.commands import probe
+    from cxr_vit.commands import probe_run
 
     monkeypatch.setattr(
-        probe,
+        probe_run,
         "score_heads",
-        lambda fits, *rest: [probe.Scored(f, {"auroc_macro": None}) for f in fits],
+        lambda fits, *rest: [probe_run.Scored(f, {"auroc_macro": None}) for f in fits],
     )
     folder = tmp_path / "run"
     with pytest.raises(DataError, match="no finding has both positive and negative validation"):
