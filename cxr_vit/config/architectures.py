@@ -26,13 +26,13 @@ _DEFAULTS = {
 class Kind(NamedTuple):
     """How the shape of a kind of model differs from that of a ViT.
 
-    `extra_tokens` are no patches: the class token, and DeiT's distillation token. The head takes
-    `head_inputs` vectors of the model's width: the class token, and in DINOv2 the mean of the
-    patches. `layer_scale` is a factor per channel on the output of attention and of the MLP.
+    `extra_tokens` are no patches: the class token, and DeiT's distillation token. `pooling` is that
+    of Hugging Face's classifier, one of `POOLINGS`. `layer_scale` is a factor per channel on the
+    output of attention and of the MLP.
     """
 
     extra_tokens: int = 1
-    head_inputs: int = 1
+    pooling: str = "class"
     layer_scale: bool = False
 
 
@@ -40,14 +40,17 @@ class Kind(NamedTuple):
 KINDS: Dict[str, Kind] = {
     "vit": Kind(),
     "deit": Kind(extra_tokens=2),
-    "dinov2": Kind(head_inputs=2, layer_scale=True),
+    "dinov2": Kind(pooling="both", layer_scale=True),
 }
+
+#: `model.pooling` -> vectors of the model's width that the head takes.
+POOLINGS = {"class": 1, "mean": 1, "both": 2}
 
 
 class Architecture(NamedTuple):
     """Shape of a model and the standard deviation of its random weights.
 
-    `kind` is a key of `KINDS`. `intermediate_size` None means an MLP four times as wide as the
+    `kind` is a key of `KINDS`, `pooling` None that of the kind. `intermediate_size` None means an MLP four times as wide as the
     model; `patch_size` None means `model.patch_size`. A narrow model learns faster from wider
     weights: at a width of 96, ViT's 0.02 (made for 768) leaves the first layers nearly silent.
     """
@@ -61,6 +64,7 @@ class Architecture(NamedTuple):
     num_channels: int = 3
     kind: str = "vit"
     qkv_bias: bool = True
+    pooling: Optional[str] = None
 
     @property
     def mlp_size(self) -> int:
@@ -146,6 +150,7 @@ def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:
     if not all(isinstance(size, int) and size >= 1 for size in (*sizes, patch, mlp)):
         return None
     width, depth, heads, channels = sizes
+    pooling = config.get("pooling")
     return Architecture(
         width,
         depth,
@@ -155,4 +160,5 @@ def _from_local(config: Dict[str, Any]) -> Optional[Architecture]:
         num_channels=channels,
         kind=kind if isinstance(kind, str) and kind in KINDS else "vit",
         qkv_bias=config.get("qkv_bias") is not False,
+        pooling=pooling if isinstance(pooling, str) and pooling in POOLINGS else None,
     )

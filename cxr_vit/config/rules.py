@@ -21,7 +21,7 @@ from cxr_vit.config.plans import (
     fill_rest,
     given_accumulation,
 )
-from cxr_vit.config.schema import Config, PipelineSection
+from cxr_vit.config.schema import Config, LossSection, PipelineSection
 from cxr_vit.errors import ConfigError, Problem, suggestion
 
 _NEEDED = {
@@ -53,6 +53,7 @@ def check(config: Config) -> Config:
         *_engine_problems(config),
         *_optimizer_problems(config),
         *_schedule_problems(config),
+        *_loss_problems(config.loss),
         *_data_problems(config.data),
         *_multiple_problems(config),
     ]
@@ -232,6 +233,33 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
             f"needs train.epochs, and train.steps={config.train.steps} is given.",
             "Set schedule.warmup_steps or schedule.warmup_ratio, or train.epochs.",
         )
+
+
+#: Key of the loss -> the loss it is for, and its smallest value above 0.
+_LOSS_KEYS = {
+    "max_positive_weight": ("weighted_bce", 1.0),
+    "gamma": ("focal", 1.0),
+    "negative_gamma": ("asymmetric", 1.0),
+    "positive_gamma": ("asymmetric", 1.0),
+    "clip": ("asymmetric", 1e-6),
+}
+
+
+def _loss_problems(loss: LossSection) -> Iterator[Problem]:
+    """Yield settings of another loss, which would be ignored, and those without a finite slope."""
+    for key, (name, least) in _LOSS_KEYS.items():
+        value = getattr(loss, key)
+        if value != type(loss).model_fields[key].default and loss.name != name:
+            advice = f"Leave it out, or set loss.name={name}."
+            yield Problem(
+                f"loss.{key}={value} with loss.name={loss.name}", f"is for {name}.", advice=advice
+            )
+        elif 0 < value < least:
+            yield Problem(
+                f"loss.{key}={value}",
+                f"is between 0 and {least:g}, where gradients are beyond the range of fp32.",
+                advice=f"Set 0, or {least:g} or more.",
+            )
 
 
 def _data_problems(data: DataSection) -> Iterator[Problem]:

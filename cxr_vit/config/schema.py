@@ -25,6 +25,7 @@ from cxr_vit.config.fields import (
     Execution,
     FloatType,
     Fraction,
+    Gamma,
     InnerFraction,
     LayerCounts,
     PathText,
@@ -195,13 +196,12 @@ class LossSection(Section):
         "largest weight of a label's positives, which is negatives / positives of the training"
         " images (weighted_bce)",
         ge=1,
+        le=1e6,
     )
-    gamma: float = option(2.0, "exponent of the focus on what is predicted badly (focal)", ge=0)
-    negative_gamma: float = option(4.0, "the same for negatives (asymmetric)", ge=0)
-    positive_gamma: float = option(1.0, "the same for positives (asymmetric)", ge=0)
-    clip: float = option(
-        0.05, "probability below which a negative has no loss (asymmetric)", ge=0, lt=1
-    )
+    gamma: Gamma = option(2.0, "exponent of the focus on what is predicted badly (focal)")
+    negative_gamma: Gamma = option(4.0, "the same for negatives (asymmetric)")
+    positive_gamma: Gamma = option(1.0, "the same for positives (asymmetric)")
+    clip: Fraction = option(0.05, "probability below which a negative has no loss (asymmetric)")
 
 
 class OptimSection(Section):

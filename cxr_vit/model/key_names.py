@@ -48,6 +48,8 @@ _CLASS_TOKEN = re.compile(r"(|.*\.)cls_token$")
 #: What precedes the class token where nothing else precedes the trunk's names.
 _TRUNK_TOKEN = re.compile(rf"(({'|'.join(KINDS)})\.)?{re.escape(_EMBEDDINGS)}")
 _HEAD = re.compile(r"^(head|classifier|cls_classifier)\.")
+#: The norm of the mean of the patches, which is beside the trunk as the head is.
+_MEAN_NORM = re.compile(r"^fc_norm\.(weight|bias)$")
 #: Of pretraining and of distillation; no classifier on the class token needs them.
 _UNUSED = re.compile(
     r"^((.*\.)?mask_token$|decoder[._]|pooler\.|pre_logits\.|head_dist\.|distillation_classifier\."
@@ -64,7 +66,6 @@ _PARAMETER = re.compile(
 _REASONS = (
     (r"(register_tokens|reg_token)$", "it has register tokens, which are not supported"),
     (r"\.mlp\.(w12|w3|weights_in|weights_out|gate_proj)\.", "SwiGLU layers are not supported"),
-    (r"^fc_norm\.", "it pools the mean of the tokens (fc_norm), not the class token"),
 )
 
 
@@ -109,7 +110,8 @@ def translate(names: Iterable[str], kind: Optional[str] = None) -> KeyNames:
             if full in tensors:
                 raise ValueError(f"it has the weights {full} twice.")
             tensors[full] = Stored(name, third)
-            if not _HEAD.match(full) and not _PARAMETER.fullmatch(full.partition(".")[2]):
+            is_head = _HEAD.match(full) or _MEAN_NORM.match(full)
+            if not is_head and not _PARAMETER.fullmatch(full.partition(".")[2]):
                 unknown.append(name)
     if unknown:
         raise ValueError(_refusal(unknown, local))
@@ -157,6 +159,8 @@ def _full_names(name: str, kind: str, is_timm: bool) -> List[Tuple[str, Optional
     """Return the hub names of a tensor, with the third of its rows that each has."""
     if _HEAD.match(name):
         return [(_HEAD.sub("classifier.", name), None)]
+    if _MEAN_NORM.match(name):
+        return [(name, None)]
     if not is_timm:
         return [(hub_name(f"{kind}.{name}"), None)]
     name = _renamed(name, _TIMM if kind == "dinov2" else _TIMM + _TIMM_VIT)

@@ -17,11 +17,11 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.label_names import label_names
 from cxr_vit.errors import CheckpointError, ConfigError, ModelError
 from cxr_vit.evaluation.metrics import Scores, flat_scores
-from cxr_vit.model.loss import multi_label_loss
+from cxr_vit.model.loss import multi_label_loss, positive_weight
 from cxr_vit.model.normalisation import Normalisation
 from cxr_vit.model.optim import build_optimizer, parameter_groups
 from cxr_vit.model.schedule import LearningRate
-from cxr_vit.model.source import read_preprocessor
+from cxr_vit.model.source import read_config, read_preprocessor
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import build_vit, check_source, loading
 
@@ -53,7 +53,8 @@ class ViTModule(nn.Module):
     Parameters
     ----------
     data
-        Gives the prevalence for `model.head_bias`; not needed to score a checkpoint.
+        Gives the prevalence for `model.head_bias` and `loss.name=weighted_bce`; not needed to score
+        a checkpoint.
     checkpoint
         Folder of a checkpoint whose weights to load instead of those of `model.name`.
 
@@ -160,10 +161,35 @@ class ViTModule(nn.Module):
             **self.normalisation._asdict(),
             resample=config.data.resample,
         )
+        self._set_positive_weight()
         if self.checkpoint is not None:
             self.load_weights(self.checkpoint)
         self._refuse_unsaved_state()
         self._check_loss()
+
+    def _set_positive_weight(self) -> None:
+        """Set what `weighted_bce` needs, and record it in the model's config.json.
+
+        A checkpoint has that of its training images, whatever the images it scores.
+        """
+        if self.config.loss.name != "weighted_bce":
+            return
+        saved = None
+        if self.checkpoint is not None:
+            with loading(str(self.checkpoint)):
+                saved = read_config(self.checkpoint).positive_weight
+        if saved is not None and len(saved) == len(self.names):
+            weight = torch.tensor(saved)
+        elif self.data is not None:
+            weight = positive_weight(self.data.prevalence(), self.config.loss)
+        else:
+            raise ModelError(
+                "loss.name=weighted_bce needs the training images, for the weights of their"
+                " positives: make the module with its data, ViTModule(config, data), or set"
+                " loss.name."
+            )
+        self.register_buffer("_positive_weight", weight, persistent=False)
+        self.model.config.positive_weight = weight.tolist()
 
     def _check_loss(self) -> None:
         """Raise ModelError if the loss of two samples is no scalar."""
@@ -240,16 +266,21 @@ class ViTModule(nn.Module):
         """Build the undivided model, in fp32: `ViTForImageClassification`, DeiT's or DINOv2's.
 
         An override may replace its `classifier` by any module that maps ``[B, in_features]`` of the
-        present one to ``[B, C]``. DINOv2's takes the class token and the mean of the patches.
+        present one to ``[B, C]``. What it takes is said by `model.pooling`.
         """
         config = self.config
+        prevalence = None if self.data is None else self.data.prevalence()
+        if prevalence is not None and config.loss.name == "weighted_bce":
+            # The constant prediction with the least loss is that of the weighted labels.
+            positive = prevalence * positive_weight(prevalence, config.loss).double().numpy()
+            prevalence = positive / (positive + 1.0 - prevalence)
         return build_vit(
             config.model,
             names=self.names,
             image_size=config.data.image_size,
             layers_per_stage=config.pipeline.layers_per_stage,
             seed=config.run.seed,
-            prevalence=None if self.data is None else self.data.prevalence(),
+            prevalence=prevalence,
             for_ipu=self.for_ipu,
         )
 
@@ -260,7 +291,13 @@ class ViTModule(nn.Module):
         compiles the function once, so it may not depend on values in Python. Labels are 0, 1, or
         -1 for unknown if `config.data.has_unknown`.
         """
-        return multi_label_loss(logits, labels, has_unknown=self.config.data.has_unknown)
+        return multi_label_loss(
+            logits,
+            labels,
+            self.config.loss,
+            has_unknown=self.config.data.has_unknown,
+            positive_weight=self._buffers.get("_positive_weight"),
+        )
 
     def parameter_groups(self) -> List[Dict[str, Any]]:
         """Return the parameters in groups, as torch's optimizers take them.

@@ -169,6 +169,10 @@ class SavedConfig(BaseModel):
     dtype: Optional[_FloatName] = None
     torch_dtype: Optional[_FloatName] = None
     num_labels: Annotated[int, Field(ge=0, le=100_000)] = 2
+    #: Of this project's own checkpoints: the head's input if it is not Hugging Face's, and the
+    #: weights of the positives of each label.
+    pooling: Optional[Literal["class", "mean", "both"]] = None
+    positive_weight: Optional[List[Annotated[float, Field(gt=0, le=1e6)]]] = None
     id2label: Optional[
         Annotated[
             Dict[_LabelNumber, Annotated[str, Field(max_length=1000)]], Field(max_length=100_000)

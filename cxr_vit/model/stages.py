@@ -65,7 +65,7 @@ class Stage(nn.Module):
             value = layer_output(layer(value))
         if self._head:
             norm, classifier = self._head
-            value = classifier(self._pool(norm(value)))
+            value = classifier(self._pool(value, norm))
         return value
 
 

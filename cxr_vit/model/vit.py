@@ -13,7 +13,6 @@ import logging
 import re
 from typing import (
     Any,
-    Callable,
     Dict,
     Iterator,
     List,
@@ -45,7 +44,7 @@ from transformers import (
 )
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings, Dinov2LayerScale
 
-from cxr_vit.config.architectures import KINDS, SIZES
+from cxr_vit.config.architectures import KINDS, POOLINGS, SIZES
 from cxr_vit.config.rules import depth_problem, image_size_problem
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
@@ -66,36 +65,51 @@ logger = logging.getLogger(__name__)
 LayerScale = Dinov2LayerScale
 
 _HEAD = "classifier."
+#: The norm of the mean of the patches, in place of the trunk's last one, as in MAE and timm.
+_MEAN_NORM = "fc_norm"
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 
 
-def _class_token(hidden: Tensor) -> Tensor:
-    return hidden[:, 0]
+class Pool(NamedTuple):
+    """Converts the tokens of the last layer to the input of the head.
 
+    `pooling` is one of `POOLINGS`; the first `extra_tokens` tokens are no patches.
+    """
 
-def _class_token_and_mean(hidden: Tensor) -> Tensor:
-    # In fp32: the sum over the patches may be beyond the range of fp16.
-    mean = hidden[:, 1:].float().mean(dim=1).to(hidden.dtype)
-    return torch.cat([hidden[:, 0], mean], dim=1)
+    pooling: str
+    extra_tokens: int
+
+    def __call__(self, tokens: Tensor, norm: nn.Module) -> Tensor:
+        """Map ``[B, tokens, width]`` to ``[B, width]`` or, with both, ``[B, 2 width]``."""
+        if self.pooling == "mean":
+            mean: Tensor = norm(self._mean(tokens))
+            return mean
+        hidden = norm(tokens)
+        if self.pooling == "class":
+            return hidden[:, 0]
+        return torch.cat([hidden[:, 0], self._mean(hidden)], dim=1)
+
+    def _mean(self, hidden: Tensor) -> Tensor:
+        # In fp32: the sum over the patches may be beyond the range of fp16.
+        return hidden[:, self.extra_tokens :].float().mean(dim=1).to(hidden.dtype)
 
 
 class Family(NamedTuple):
-    """Hugging Face's classes for a kind of model, and what the head makes of the tokens.
+    """Hugging Face's classes for a kind of model.
 
     The trunk is the attribute of the classifier with the name of the kind.
     """
 
     model: Type[PreTrainedModel]
     config: Type[PretrainedConfig]
-    pool: Callable[[Tensor], Tensor]
 
 
 #: `model_type` of config.json -> family; `KINDS` has what its shape needs.
 FAMILIES: Dict[str, Family] = {
-    "vit": Family(ViTForImageClassification, ViTConfig, _class_token),
-    "deit": Family(DeiTForImageClassification, DeiTConfig, _class_token),
-    "dinov2": Family(Dinov2ForImageClassification, Dinov2Config, _class_token_and_mean),
+    "vit": Family(ViTForImageClassification, ViTConfig),
+    "deit": Family(DeiTForImageClassification, DeiTConfig),
+    "dinov2": Family(Dinov2ForImageClassification, Dinov2Config),
 }
 
 
@@ -117,7 +131,7 @@ class _FixedEmbeddings(Dinov2Embeddings):
 class VitParts:
     """Hugging Face's submodules as ``(path, module)``, in the order of the forward pass.
 
-    `pool` converts the normalised tokens to the input of the head.
+    `pool` converts the tokens to the input of the head, with the `norm`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -129,9 +143,15 @@ class VitParts:
             prefix, layers = f"{kind}.layers", trunk.layers
         self.embedding: Tuple[str, nn.Module] = (f"{kind}.embeddings", trunk.embeddings)
         self.layers = [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
-        self.norm: Tuple[str, nn.Module] = (f"{kind}.layernorm", trunk.layernorm)
-        self.pool = FAMILIES[kind].pool
+        pooling = getattr(model.config, "pooling", KINDS[kind].pooling)
+        self.pool = Pool(pooling, KINDS[kind].extra_tokens)
+        norm = model.fc_norm if pooling == "mean" else trunk.layernorm
+        self.norm: Tuple[str, nn.Module] = (_norm_name(kind, pooling), norm)
         self.head: Tuple[str, nn.Module] = ("classifier", model.classifier)
+
+
+def _norm_name(kind: str, pooling: str) -> str:
+    return _MEAN_NORM if pooling == "mean" else f"{kind}.layernorm"
 
 
 def layer_output(output: Any) -> Tensor:
@@ -200,7 +220,8 @@ def build_vit(
     `for_ipu` builds what PopTorch can run: eager attention, and GELU in its tanh form, which is the
     only one an IPU has. The model's config records it.
 
-    Position embeddings of another image size are interpolated, as transformers does it.
+    Position embeddings of another image size are interpolated, as transformers does it. A head of
+    another `model.pooling` than that of the weights is replaced, with its norm.
 
     Raises ModelError if the weights cannot be loaded, or are incomplete or unexpected.
     """
@@ -258,7 +279,12 @@ def _from_size(
         initializer_range=size.initializer_range,
         **_settings(model, names, for_ipu, "gelu"),
     )
-    return ViTForImageClassification(config)
+    vit = ViTForImageClassification(config)
+    pooling = model.pooling or KINDS["vit"].pooling
+    _set_pooling(vit, pooling)
+    if model.head_std is not None or pooling == "both":
+        _draw_head(vit.classifier, model.head_std or size.initializer_range)
+    return vit
 
 
 def _from_pretrained(
@@ -277,30 +303,78 @@ def _from_pretrained(
         **_settings(model, names, for_ipu, saved.hidden_act),
         "image_size": image_size,
     }
-    vit = _empty(FAMILIES[saved.kind], settings)
     with loading(model.name), open_weights(folder) as tensors:
+        before = _pooling_of(saved, tensors)
+        pooling = model.pooling or before
+        vit = _empty(FAMILIES[saved.kind], settings, pooling)
         weights = _at_size(model.name, tensors, saved, image_size)
-        unfit = _check_weights(model.name, vit, weights)
+        weights = _with_norm(model.name, weights, saved.kind, pooling)
+        # A norm of another pooling is new, as the head is.
+        norms = [_norm_name(saved.kind, other) for other in (pooling, before)]
+        may_be_new = (_HEAD,) if norms[0] == norms[1] else (_HEAD, f"{norms[0]}.")
+        unfit = _check_weights(model.name, vit, weights, may_be_new)
         vit.to_empty(device="cpu")
-        head_is_new = bool(unfit) or saved.labels != list(names)
+        head_is_new = bool(unfit) or pooling != before or saved.labels != list(names)
+        VitParts(vit).norm[1].reset_parameters()
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
-                if not (head_is_new and name.startswith(_HEAD)):
-                    parameter.copy_(weights[hub_name(name)].read())
-    if head_is_new:  # as Hugging Face draws it
-        torch.nn.init.trunc_normal_(vit.classifier.weight, std=saved.initializer_range)
-        torch.nn.init.zeros_(vit.classifier.bias)
-        if not unfit:
-            logger.warning(
-                "%s has other labels (%s): its head is replaced", model.name, saved.labels
-            )
+                stored = weights.get(hub_name(name))
+                if stored is not None and not (head_is_new and name.startswith(_HEAD)):
+                    parameter.copy_(stored.read())
+    if head_is_new:
+        _draw_head(vit.classifier, model.head_std or saved.initializer_range)
+        if not any(name.startswith(_HEAD) for name in unfit):
+            other = f"other labels ({saved.labels})"
+            other = other if pooling == before else f"another pooling ({before})"
+            logger.warning("%s has %s: its head is replaced", model.name, other)
     return vit.eval(), head_is_new
 
 
-def _empty(family: Family, settings: Mapping[str, Any]) -> PreTrainedModel:
+def _pooling_of(saved: SavedConfig, tensors: Mapping[str, SavedTensor]) -> str:
+    """Return the pooling of a model: our config.json names it, else a norm or the kind implies it.
+
+    Only the mean has a norm of its own beside the trunk.
+    """
+    has_mean = any(name.startswith(f"{_MEAN_NORM}.") for name in tensors)
+    return saved.pooling or ("mean" if has_mean else KINDS[saved.kind].pooling)
+
+
+def _with_norm(
+    name: str, weights: Mapping[str, _Stored], kind: str, pooling: str
+) -> Dict[str, _Stored]:
+    """Leave out the norm of another pooling."""
+    other = f"{kind}.layernorm." if pooling == "mean" else f"{_MEAN_NORM}."
+    left_out = sorted(key for key in weights if key.startswith(other))
+    if left_out:
+        logger.info("%s: left out %s (pooling: %s)", name, ", ".join(left_out), pooling)
+    return {key: value for key, value in weights.items() if key not in left_out}
+
+
+def _draw_head(head: nn.Linear, std: float) -> None:
+    """Draw the weights as Hugging Face does."""
+    torch.nn.init.trunc_normal_(head.weight, std=std)
+    torch.nn.init.zeros_(head.bias)
+
+
+def _set_pooling(vit: PreTrainedModel, pooling: str) -> None:
+    """Replace the last norm and the head where Hugging Face's have another pooling."""
+    config, kind = vit.config, KINDS[vit.config.model_type]
+    if pooling == kind.pooling:
+        return
+    config.pooling = pooling
+    if pooling == "mean":
+        vit.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        getattr(vit, config.model_type).layernorm = nn.Identity()
+    if POOLINGS[pooling] != POOLINGS[kind.pooling]:
+        inputs = POOLINGS[pooling] * config.hidden_size
+        vit.classifier = nn.Linear(inputs, vit.classifier.out_features)
+
+
+def _empty(family: Family, settings: Mapping[str, Any], pooling: str) -> PreTrainedModel:
     """Build a model without weights, which are allocated once they are known to fit."""
     with torch.device("meta"):
         vit = family.model(family.config(**settings))
+        _set_pooling(vit, pooling)
     embeddings = VitParts(vit).embedding[1]
     if isinstance(embeddings, Dinov2Embeddings):
         embeddings.mask_token = None  # for its pretraining; 4.x has it always
@@ -373,11 +447,14 @@ class _Resized(NamedTuple):
         return torch.cat([first, plane.flatten(2).transpose(1, 2)], dim=1)
 
 
+_Stored = Union[SavedTensor, _Resized]
+
+
 def _at_size(
     name: str, tensors: Mapping[str, SavedTensor], saved: SavedConfig, image_size: int
-) -> Dict[str, Union[SavedTensor, _Resized]]:
+) -> Dict[str, _Stored]:
     """Return the tensors with position embeddings for images of this size."""
-    weights: Dict[str, Union[SavedTensor, _Resized]] = dict(tensors)
+    weights: Dict[str, _Stored] = dict(tensors)
     key, extra = f"{saved.kind}.embeddings.position_embeddings", KINDS[saved.kind].extra_tokens
     side, (rows, columns) = image_size // saved.patch_size, saved.grid
     positions = tensors.get(key)
@@ -394,14 +471,14 @@ def _at_size(
 
 
 def _check_weights(
-    name: str, vit: nn.Module, weights: Mapping[str, Union[SavedTensor, _Resized]]
+    name: str, vit: nn.Module, weights: Mapping[str, _Stored], may_be_new: Tuple[str, ...]
 ) -> Set[str]:
-    """Refuse weights that do not fit, except the head's; return those of the head."""
+    """Refuse weights that do not fit, except those that may be new; return these."""
     own = {hub_name(key): tuple(value.shape) for key, value in vit.named_parameters()}
     missing = own.keys() - weights.keys()
     unexpected = weights.keys() - own.keys()
     mismatched = {key for key in own.keys() & weights.keys() if own[key] != weights[key].shape}
-    head = {key for key in missing | mismatched | unexpected if key.startswith(_HEAD)}
+    head = {key for key in missing | mismatched | unexpected if key.startswith(may_be_new)}
     problems = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
         for what, keys in (

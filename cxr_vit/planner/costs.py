@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from cxr_vit.config import BatchPlan, Config
-from cxr_vit.config.architectures import KINDS, Kind, known_architecture
+from cxr_vit.config.architectures import KINDS, POOLINGS, Kind, known_architecture
 from cxr_vit.config.ipu_rules import eval_layers, eval_proportion
 from cxr_vit.data.label_names import label_names
 from cxr_vit.errors import ConfigError
@@ -55,7 +55,8 @@ class ModelShape(NamedTuple):
                 " plan. Give a size (vit-base, ...), a hub name such as"
                 " google/vit-base-patch16-224-in21k, or a folder with its config.json."
             )
-        size = config.data.image_size
+        size, kind = config.data.image_size, KINDS[found.kind]
+        pooling = config.model.pooling or found.pooling or kind.pooling
         return cls(
             hidden_size=found.hidden_size,
             num_layers=found.num_layers,
@@ -66,7 +67,7 @@ class ModelShape(NamedTuple):
             image_size=size,
             num_labels=len(label_names(config.data)),
             image_bytes=size * size,  # one gray byte per pixel
-            kind=KINDS[found.kind],
+            kind=kind._replace(pooling=pooling),
             qkv_bias=found.qkv_bias,
         )
 
@@ -107,7 +108,7 @@ class ModelShape(NamedTuple):
     @property
     def head_size(self) -> int:
         """Numbers that the classifier takes."""
-        return self.kind.head_inputs * self.hidden_size
+        return POOLINGS[self.kind.pooling] * self.hidden_size
 
     def embedding_flops(self) -> int:
         """Return the operations of the embedding, forward."""

@@ -179,6 +179,10 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
     shape["image_size"] = config.data.image_size
     if config.data.has_unknown:  # the loss then has a mask
         shape["has_unknown"] = True
+    if config.loss.name != "bce":
+        shape["loss"] = [config.loss.model_dump(), getattr(model.config, "positive_weight", None)]
+    if hasattr(model.config, "pooling"):  # another than Hugging Face's
+        shape["pooling"] = model.config.pooling
     mean, std = model.normalisation.of_channels(model.config.num_channels)
     if {*mean, *std} != {0.5}:  # constants, whose values PopART does not compare (ir.cpp, append)
         shape["normalisation"] = [mean, std]
