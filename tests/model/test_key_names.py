@@ -26,7 +26,7 @@ from transformers import (
 
 from cxr_vit.config.schema import ModelSection
 from cxr_vit.errors import ModelError
-from cxr_vit.model.key_names import translate
+from cxr_vit.model.key_names import Stored, translate
 from cxr_vit.model.source import open_weights, read_config
 from cxr_vit.model.vit import build_vit
 
@@ -262,6 +262,13 @@ def test_head_of_timm_is_that_of_hugging_face(tmp_path: Path) -> None:
         assert not [name for name in tensors if "dist" in name and "token" not in name]
 
 
+def test_norm_of_the_mean_is_beside_the_trunk_whatever_the_prefix() -> None:
+    names = [f"module.{name}" for name in timm_names("fc_norm.weight", "fc_norm.bias")]
+    found = translate(name for name in names if not name.startswith("module.norm."))
+    assert found.tensors["fc_norm.weight"] == Stored("module.fc_norm.weight")
+    assert "vit.layernorm.weight" not in found.tensors
+
+
 # What is no ViT
 
 
@@ -272,7 +279,6 @@ def timm_names(*more: str, without: str = "-") -> List[str]:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (timm_names("fc_norm.weight", without="norm."), "pools the mean of the tokens (fc_norm)"),
         (timm_names("reg_token"), "it has register tokens, which are not supported: reg_token"),
         (timm_names("blocks.0.mlp.w12.weight"), "SwiGLU layers are not supported"),
         (timm_names("blocks.0.attn.q_bias", "rel_pos"), "2 unexpected: blocks.0.attn.q_bias, rel"),
