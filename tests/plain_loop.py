@@ -28,6 +28,13 @@ UNKNOWN = (
     f"data.labels=[{', '.join(FINDINGS)}]",
 )
 
+#: Poolings and losses of published recipes; every engine computes them alike.
+RECIPES = (
+    ("model.pooling=mean", "loss.name=asymmetric", "model.head_std=1e-3"),
+    ("model.pooling=both", "loss.name=weighted_bce"),
+    ("loss.name=focal",),
+)
+
 
 def write_unknown(root: Path, table: Path) -> None:
     """Write the labels of a synthetic data set as a table, in which two of five are unknown."""

@@ -50,9 +50,10 @@ POOLINGS = {"class": 1, "mean": 1, "both": 2}
 class Architecture(NamedTuple):
     """Shape of a model and the standard deviation of its random weights.
 
-    `kind` is a key of `KINDS`, `pooling` None that of the kind. `intermediate_size` None means an MLP four times as wide as the
-    model; `patch_size` None means `model.patch_size`. A narrow model learns faster from wider
-    weights: at a width of 96, ViT's 0.02 (made for 768) leaves the first layers nearly silent.
+    `kind` is a key of `KINDS`; `pooling` None means that of the kind. `intermediate_size` None
+    means an MLP four times as wide as the model; `patch_size` None means `model.patch_size`. A
+    narrow model learns faster from wider weights: at a width of 96, ViT's 0.02 (made for 768)
+    leaves the first layers nearly silent.
     """
 
     hidden_size: int

@@ -315,7 +315,9 @@ def _from_pretrained(
         unfit = _check_weights(model.name, vit, weights, may_be_new)
         vit.to_empty(device="cpu")
         head_is_new = bool(unfit) or pooling != before or saved.labels != list(names)
-        VitParts(vit).norm[1].reset_parameters()
+        norm = VitParts(vit).norm[1]
+        assert isinstance(norm, nn.LayerNorm)
+        norm.reset_parameters()
         with torch.no_grad():
             for name, parameter in vit.named_parameters():
                 stored = weights.get(hub_name(name))

@@ -442,6 +442,31 @@ def test_more_frozen_layers_than_there_are():
         load_config([], unknown)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{gamma: 1}", "loss.gamma=1.0 with loss.name=bce is for focal. Leave it out, or set"),
+        ("{name: focal, clip: 0}", "loss.clip=0.0 with loss.name=focal is for asymmetric."),
+        ("{name: asymmetric, gamma: 3}", "loss.gamma=3.0 with loss.name=asymmetric is for focal."),
+        ("{name: focal, max_positive_weight: 3}", "is for weighted_bce."),
+        ("{name: focal, gamma: 0.5}", "loss.gamma=0.5 is between 0 and 1, where gradients"),
+        ("{name: asymmetric, positive_gamma: 0.9}", "Set 0, or 1 or more."),
+        ("{name: asymmetric, clip: 1e-9}", "loss.clip=1e-09 is between 0 and 1e-06"),
+    ],
+)
+def test_setting_of_another_loss_or_without_a_finite_slope(settings, words):
+    assert words in only_problem(f"loss={settings}")
+
+
+def test_losses_accept_their_own_settings():
+    for settings in (
+        "{name: weighted_bce, max_positive_weight: 5}",
+        "{name: focal, gamma: 0}",
+        "{name: asymmetric, negative_gamma: 2, positive_gamma: 0, clip: 0}",
+    ):
+        load_config([], [*VALID, f"loss={settings}"])
+
+
 # Tables
 
 COLUMNS = "{image: path, patient: who}"

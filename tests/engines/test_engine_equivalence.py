@@ -9,6 +9,7 @@ from cxr_vit.config import load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.model.schedule import LearningRate
 from plain_loop import (
+    RECIPES,
     UNKNOWN,
     Result,
     assert_same_result,
@@ -84,6 +85,16 @@ def test_stages_do_not_change_the_losses(make_config, cut):
     expected, _ = run(make_config(*BASE))
     losses, _ = run(make_config(*BASE, f"pipeline.layers_per_stage={cut}"))
     assert torch.equal(losses, expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stages_do_not_change_the_losses_of_a_recipe(make_config, recipe):
+    (expected, weights), (losses, others) = (
+        run(make_config(*BASE, *recipe, "train.steps=3", f"pipeline.layers_per_stage={cut}"))
+        for cut in ("[4]", "[0, 1, 3]")
+    )
+    assert torch.equal(losses, expected)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_loader_workers_do_not_change_the_losses(make_config):

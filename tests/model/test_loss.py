@@ -156,6 +156,5 @@ def test_weights_of_positives_are_negatives_per_positive_with_a_limit():
     prevalence = np.array([0.5, 0.2, 0.01])
     weight = positive_weight(prevalence, section("weighted_bce"))
     assert weight.tolist() == [1.0, 4.0, 20.0]
-    assert positive_weight(prevalence, section("weighted_bce", max_positive_weight=99)).tolist() == [
-        1.0, 4.0, 99.0,
-    ]  # fmt: skip
+    higher = positive_weight(prevalence, section("weighted_bce", max_positive_weight=99))
+    assert higher.tolist() == [1.0, 4.0, 99.0]

@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import cxr_vit
-from conftest import SMALL, engine_of
+from conftest import SMALL, engine_of, module_of
 from cxr_vit import Callback, ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config import load_config
 from cxr_vit.data.dataset import Batch
@@ -682,3 +683,45 @@ def test_another_rate_for_all_parameters_is_refused(make_config):
     module.setup()
     with pytest.raises(ConfigError, match=r"passes lr=1e-05 to Adam, and 0\.001 is what"):
         engine_of(config, module)
+
+
+# Weights of rare positives
+
+
+@pytest.mark.parametrize("loss", ["{name: bce}", "{name: weighted_bce, max_positive_weight: 3}"])
+def test_new_bias_is_the_constant_with_the_least_loss(make_config, loss):
+    config = make_config(f"loss={loss}")
+    data = ChestXrayDataModule(config)
+    module = module_of(config, data)
+    bias = module.model.weights()["classifier.bias"][None].requires_grad_()
+    share = torch.from_numpy(data.prevalence()).float()[None]
+    module.loss(bias, share).backward()  # linear in the labels: the mean over the images
+    assert bias.grad.abs().max() < 1e-7
+    other = bias.detach() + 0.1
+    assert module.loss(other, share) > module.loss(bias, share)
+
+
+def test_checkpoint_has_the_weights_of_its_training_images(make_config, tmp_path):
+    shared = ("loss.name=weighted_bce", "loss.max_positive_weight=4", f"run.dir={tmp_path / 'run'}")
+    config = make_config(*shared, "train.steps=1")
+    data = ChestXrayDataModule(config)
+    trainer = Trainer(config, loggers=[])
+    module = ViTModule(config, data)
+    trainer.fit(module, data)
+    prevalence = torch.from_numpy(data.prevalence())
+    weight = ((1 - prevalence) / prevalence).clamp(max=4).float()
+    logits, labels = torch.randn(8, 14), torch.randint(0, 2, (8, 14)).float()
+    expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)
+    assert torch.equal(module.loss(logits, labels), expected)
+
+    other = make_config("data.val_fraction=0.5", "run.seed=3")  # other training images
+    scored = ViTModule.load_from_checkpoint(tmp_path / "run", ChestXrayDataModule(other))
+    validated = Trainer(scored.config, loggers=[]).validate(scored, data)
+    assert torch.equal(scored.loss(logits, labels), expected)
+    assert validated["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"], abs=1e-6)
+
+
+def test_weights_of_positives_need_training_images(make_config):
+    module = ViTModule(make_config("loss.name=weighted_bce"))
+    with pytest.raises(ModelError, match=r"weighted_bce needs the training images.*ViTModule\(con"):
+        module.setup()

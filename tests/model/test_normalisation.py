@@ -189,12 +189,16 @@ def test_compiled_graphs_of_other_numbers_are_not_used(make_module):
         ("model.image_mean=0.5", "model.image_std=[0.5, 0.5, 0.5]"),
         GIVEN,
         GIVEN[:1],
+        ("model.pooling=mean",),
+        ("loss.name=focal",),
+        ("loss.name=asymmetric",),
+        ("loss={name: asymmetric, clip: 0}",),
     ):
         module = make_module(None, *overrides)
         batch = BatchPlan.from_section(module.config.batch)
         keys.append(json.dumps(graph_shape(module.config, batch, module.model), default=str))
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 7
 
 
 @pytest.mark.parametrize("value", ["0", "1", "[]", "[0.5, 0]", "gray"])

@@ -41,7 +41,7 @@ def stirred(model):
     """Move the norm and the head of a model away from their initial values."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for path, module in (VitParts(model._undivided[0]).norm, ("", head_of(model))):
+        for module in (VitParts(model._undivided[0]).norm[1], head_of(model)):
             for parameter in module.parameters():
                 parameter.add_(torch.randn(parameter.shape), alpha=0.2)
     return model
@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_pooled_tokens_and_survive_a_checkpoint(kind, po
     original = save(kind, tmp_path / "trunk", head=False)
     model = stirred(build(tmp_path / "trunk", pooling=pooling))
     with torch.no_grad():
-        tokens = getattr(original, "embeddings")(pixels(images(32)))
+        tokens = original.embeddings(pixels(images(32)))
         layers = original.encoder.layer if hasattr(original, "encoder") else original.layers
         for layer in layers:
             tokens = layer_output(layer(tokens))

@@ -352,6 +352,18 @@ def test_hub_name_implies_the_kind(name, size, patch, tokens):
     assert shape.head_size == shape.hidden_size * (2 if "dino" in name else 1)
 
 
+def test_head_takes_what_model_pooling_says(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "pooling": "both"}')
+    for name, pooling, inputs in (
+        ("vit-tiny", "both", 2), ("vit-tiny", "mean", 1), ("facebook/dinov2-small", "class", 1),
+        (tmp_path, "null", 2), (tmp_path, "mean", 1),
+    ):  # fmt: skip
+        overrides = [f"model.name={name}", f"model.pooling={pooling}"]
+        shape = ModelShape.from_config(read_config([], overrides))
+        assert shape.head_size == inputs * shape.hidden_size
+        assert shape.head_tensors()[2] == inputs * shape.hidden_size * shape.num_labels
+
+
 def test_published_parameters_of_dinov2():
     # Base, published as 86 M: 85,798,656 of a ViT-B/16's trunk, patches of 14 pixels, LayerScale.
     shape = ModelShape.from_config(

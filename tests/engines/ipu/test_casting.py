@@ -39,9 +39,9 @@ def test_gradients_of_the_weights_are_fp32():
     assert layer.weight.grad.abs().sum() > 0
 
 
-@pytest.fixture
-def model(make_config):
-    config = make_config()
+@pytest.fixture(params=["class", "mean", "both"])
+def model(make_config, request):
+    config = make_config(f"model.pooling={request.param}")
     return module_of(config, for_ipu=True).model
 
 

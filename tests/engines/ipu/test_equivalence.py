@@ -8,7 +8,15 @@ from safetensors.torch import load_file
 
 from cxr_vit.config import load_config
 from cxr_vit.data.labels import FINDINGS
-from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
+from plain_loop import (
+    RECIPES,
+    UNKNOWN,
+    Result,
+    assert_same_result,
+    masked_loss,
+    plain_loop,
+    write_unknown,
+)
 
 from .commands import ROOT, SMALL, TORCH, compiled, make_engine
 from .test_graphs import example
@@ -148,6 +156,19 @@ def test_logits_may_be_returned_in_fp16(ipu, commands, torch_run):
         assert ours.dtype == theirs.dtype == torch.float32
         assert ours.half().float().tolist() == ours.tolist(), "rounded on the device"
         assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pooling_and_loss_of_a_recipe_mean_the_same(ipu, commands, torch_run, recipe):
+    _, inspection = ipu
+    run, expected = commands.train(*recipe), torch_run(*recipe)
+    assert run.status == expected.status == 0
+    assert run.losses == near(expected.losses)
+    assert run.losses != near(torch_run("train.steps=4", "run.seed=0").losses)
+    assert run.logits[0].tolist() == [near(row) for row in expected.logits[0].tolist()]
+    for executable in compiled(inspection):
+        if hasattr(inspection, "unhandled_ops"):
+            assert inspection.unhandled_ops(executable) == {}
 
 
 # Unknown labels

@@ -59,10 +59,12 @@ def test_losses_and_logits_are_those_of_the_torch_engine(
     assert run.logits[0].tolist() == [near(row) for row in expected.logits[0].tolist()]
 
 
-def test_fp16_with_fp32_scales_promotes_nothing(ipu, commands, folder):
+@pytest.mark.parametrize("pooling", ["both", "mean"])
+def test_fp16_with_fp32_scales_promotes_nothing(ipu, commands, folder, pooling):
     """A LayerScale in fp32 would make the hidden states of all later layers fp32."""
     _, inspection = ipu
     shared = (*SHARED, f"model.name={folder('dinov2')}", "pipeline.recompute=attention_mlp")
+    shared = (*shared, f"model.pooling={pooling}")
     config = commands.config(*shared, "engine.precision=fp16", "engine.weights=fp32", *IPU)
     seen = Counter()
 

@@ -15,7 +15,15 @@ import torch
 from cxr_vit.config import load_config
 from cxr_vit.data.synthetic.dataset import write_sample
 from cxr_vit.model.key_names import hub_name
-from plain_loop import UNKNOWN, Result, assert_same_result, masked_loss, plain_loop, write_unknown
+from plain_loop import (
+    RECIPES,
+    UNKNOWN,
+    Result,
+    assert_same_result,
+    masked_loss,
+    plain_loop,
+    write_unknown,
+)
 
 from .launch import HAS_PIPELINING, finish, fork, needs_pipelining
 from .worker import CONFIG, copies, has_gradient, make, measure, pipeline, score
@@ -62,6 +70,7 @@ RATES = (
     "optim.max_grad_norm=0.5",
 )
 PROBE = (*SMALL, "train.steps=3", "model.freeze=trunk", "optim.head_lr_scale=10")
+ASYMMETRIC, WEIGHTED = ((*SMALL, *recipe, "train.steps=3") for recipe in RECIPES[:2])
 
 
 class Case(NamedTuple):
@@ -128,6 +137,8 @@ CASES: Dict[str, Case] = {
     "fp16, 2 replicas x 2 stages": Case(
         4, (*FP16, *pipeline("gpipe", "[2, 2]", 2)), FP16, 2.0**20, 2.0**23
     ),
+    "mean and asymmetric, 4 stages": Case(4, (*ASYMMETRIC, *pipeline("1f1b", FOUR)), ASYMMETRIC),
+    "both and weighted, 2 stages": Case(2, (*WEIGHTED, *pipeline("gpipe", "[2, 2]")), WEIGHTED),
     "unknown labels, torch, 2 replicas": Case(2, (*MASKED, *copies(2)), MASKED),
     "unknown labels, 4 stages": Case(4, (*MASKED, *pipeline("1f1b", FOUR)), MASKED),
     "unknown labels, 2 replicas x 2 stages": Case(
