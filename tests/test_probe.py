@@ -156,6 +156,15 @@ def test_pipeline_engine_is_refused(words):
         reader_of(words, "engine.name=pipeline")
 
 
+def test_loss_of_another_name_is_refused(words):
+    from cxr_vit.commands import probe_run
+
+    with pytest.raises(
+        ConfigError, match=r"loss\.name=focal: a linear probe is logistic regression"
+    ):
+        probe_run.run_probe(load_config([], [*words, "loss.name=focal"]))
+
+
 def test_validation_without_a_defined_finding_is_refused(words, tmp_path, monkeypatch):
     from cxr_vit.commands import probe_run
 

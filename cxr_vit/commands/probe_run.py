@@ -32,6 +32,11 @@ def run_probe(config: Config) -> Path:
     """Fit the heads, print their scores, and return the folder of the run with the best one."""
     if config.callbacks:
         raise ConfigError("callbacks: a linear probe has none. Leave them out.")
+    if config.loss.name != "bce":
+        raise ConfigError(
+            f"loss.name={config.loss.name}: a linear probe is logistic regression, its loss is bce."
+            " Leave it out."
+        )
     config = config.changed(model={"freeze": "trunk"})
     check_data_root(config.data)
     RunFolder.refuse_existing(config.run)
