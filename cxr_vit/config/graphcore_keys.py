@@ -487,7 +487,7 @@ EXAMPLE: Dict[str, Rule] = {
             "fixed: sigmoid cross-entropy of each finding": "loss",
             "the head is one linear layer": "representation_size",
             "14 findings, or 15 with data.include_no_finding": "num_labels",
-            "there is no stochastic depth": "drop_path_rate",
+            "set model.drop_path for stochastic depth": "drop_path_rate",
             "training is the same from random weights": "pretrain",
             "optim.max_weight_norm is for all parameters": "max_norm_bias",
             "images are always sent as bytes": "byteio",

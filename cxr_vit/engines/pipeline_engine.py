@@ -40,10 +40,10 @@ class AutocastStage(nn.Module):
         self.stage = stage
         self.autocast = autocast
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor, paths: Optional[Tensor] = None) -> Tensor:
         """Run the stage on pixels or hidden states."""
         with self.autocast():
-            output: Tensor = self.stage(value)
+            output: Tensor = self.stage(value, paths)
         return output if self.stage.has_head else output.float()
 
 
@@ -271,14 +271,16 @@ class PipelineEngine(TorchEngineBase):
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor, paths: Optional[Tensor]) -> Tensor:
         """Run the schedule over the micro-batches of this replica."""
         self._losses.clear()
         # Only the last stage scales a loss; the first call of `scale` prepares the scaler.
         self.scaler.scale(torch.zeros((), device=self.device))
         inputs = (images,) if self.reads_images else ()
+        target = labels if self.has_head else None
+        named = {} if paths is None else {"paths": paths}  # which every stage gets
         with self.group.waiting_for("its neighbours", lambda: _awaited(self._training_stages)):
-            self._training.step(*inputs, target=labels if self.has_head else None)
+            self._training.step(*inputs, target=target, **named)
         if not self._losses:
             return torch.zeros((), device=self.device)
         return torch.stack(self._losses).mean() / self.batch.replicas

@@ -7,7 +7,7 @@ import math
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Set, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from cxr_vit.engines.devices import DeviceChoice
 from cxr_vit.engines.optim import NO_STATE, check_kind, check_trained, torch_slots
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.engines.workers import with_user_errors
+from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import freeze_others, learning_rate_ratios
 
@@ -92,6 +93,8 @@ class TorchEngineBase(Engine):
         self.scaler = scaler
         self.compile_size = compile_size
         self.seed = config.run.seed
+        depth = sum(self.model.plan.layers_per_stage)
+        self.drop_path = DropPath(config.model.drop_path, depth, self.seed)
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
@@ -146,7 +149,7 @@ class TorchEngineBase(Engine):
         size = self.compile_size
         self.module.train()
         images, labels = self.to_device(example.images[:size], example.labels[:size])
-        self.forward_backward(images, labels)
+        self.forward_backward(images, labels, self._paths(example.indices[:size]))
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -160,12 +163,14 @@ class TorchEngineBase(Engine):
         for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
             group["lr"] = lr * ratio
         images, labels = self.to_device(batch.images, batch.labels)
+        paths = self._paths(batch.indices)
         losses: List[Tensor] = []
         norms: List[Tensor] = []
         for start in range(0, len(labels), size):
             update = slice(start, start + size)
             self._seed_dropout()
-            losses.append(self.forward_backward(images[update], labels[update]))
+            own = None if paths is None else paths[update]
+            losses.append(self.forward_backward(images[update], labels[update], own))
             with self.group.waiting_for("the gradients of all processes"):
                 self.scaler.unscale_(self.optimizer)
             norm = self.clip_gradients()
@@ -189,8 +194,10 @@ class TorchEngineBase(Engine):
         return StepOutput(self.group.sum(shares), norm, len(losses) * self.batch.global_batch_size)
 
     @abstractmethod
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor, paths: Optional[Tensor]) -> Tensor:
         """Accumulate the gradients of this process's part of one global batch.
+
+        `paths` are the images' factors of drop path, if it is on.
 
         Returns
         -------
@@ -210,6 +217,10 @@ class TorchEngineBase(Engine):
         """
         seeds = (self.seed, self.updates, self.group.rank)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+
+    def _paths(self, rows: Tensor) -> Optional[Tensor]:
+        paths = self.drop_path.factors(self.updates, rows, self.local_batch.global_batch_size)
+        return None if paths is None else self.to_device(paths)[0]
 
     def autocast(self) -> ContextManager[Any]:
         """Return the context of a forward pass."""
@@ -333,7 +344,7 @@ class TorchEngine(TorchEngineBase):
             " choose with engine.device=cpu|cuda and engine.precision=fp32|bf16|fp16)"
         )
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor, paths: Optional[Tensor]) -> Tensor:
         """Accumulate the gradients micro-batch by micro-batch; exchange them with the last one."""
         total = torch.zeros((), device=self.device)
         size = self.batch.micro_batch_size
@@ -343,14 +354,15 @@ class TorchEngine(TorchEngineBase):
                 part = slice(start, start + size)
                 exchanges = start == starts[-1] or not self.group.is_connected
                 with contextlib.nullcontext() if exchanges else self._parallel.no_sync():
-                    loss = self._loss(images[part], labels[part])
+                    own = None if paths is None else paths[part]
+                    loss = self._loss(images[part], labels[part], own)
                     self.scaler.scale(loss / len(starts)).backward()
                 total += loss.detach()
         return total / (len(starts) * self.group.size)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, paths: Optional[Tensor]) -> Tensor:
         with self.autocast():
-            logits = self._parallel(images)
+            logits = self._parallel(images, paths)
         return self.module.loss(logits.float(), labels)
 
     def clip_gradients(self) -> Tensor:

@@ -8,7 +8,7 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 from __future__ import annotations
 
 import json
-from typing import Collection, Dict, Iterator, List, Mapping, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.errors import CheckpointError
+from cxr_vit.model.drop_path import scaled_branches
 from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
 from cxr_vit.model.vit import VitParts, layer_output, num_tokens
@@ -52,17 +53,23 @@ class Stage(nn.Module):
             self._embedding.append(_register(self, *parts.embedding))
         #: The encoder layers of this stage.
         self.layers = [_register(self, *parts.layers[layer]) for layer in plan.layers(index)]
+        self._numbers = plan.layers(index)
         if self.has_head:
             self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
 
-    def forward(self, value: Tensor) -> Tensor:
-        """Map images or hidden states to hidden states or logits."""
+    def forward(self, value: Tensor, paths: Optional[Tensor] = None) -> Tensor:
+        """Map images or hidden states to hidden states or logits.
+
+        `paths` are the factors on the branches of all layers, from `DropPath.factors`.
+        """
         for embedding in self._embedding:
             pixels = self.normalise(value).to(self.dtype)
             # Tokens and position embeddings in fp32 promote the sum to fp32.
             value = embedding(pixels).to(self.dtype)
-        for layer in self.layers:
-            value = layer_output(layer(value))
+        for number, layer in zip(self._numbers, self.layers):
+            own = None if paths is None else paths[:, 2 * number : 2 * number + 2]
+            with scaled_branches(layer, own):
+                value = layer_output(layer(value))
         if self._head:
             norm, classifier = self._head
             value = classifier(self._pool(value, norm))
@@ -111,11 +118,11 @@ class StagedViT(nn.Module):
         #: Stages whose weights this process has.
         self._local_stages = list(range(plan.num_stages))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]``."""
+    def forward(self, images: Tensor, paths: Optional[Tensor] = None) -> Tensor:
+        """Map uint8 ``[B, 1, H, W]`` to logits ``[B, C]``; `paths` are those of a stage."""
         value = images
         for stage in self.stages:
-            value = stage(value)
+            value = stage(value, paths)
         return value
 
     @property

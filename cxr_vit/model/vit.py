@@ -159,6 +159,16 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def branch_ends(layer: nn.Module) -> Tuple[nn.Module, nn.Module]:
+    """Return the modules of an encoder layer that its attention and its MLP end with.
+
+    What follows them, up to the sum with the layer's input, is linear: dropout or LayerScale.
+    """
+    in_4x = not hasattr(layer, "mlp")
+    mlp = layer.get_submodule("output.dense" if in_4x else "mlp")
+    return layer.get_submodule("attention"), mlp
+
+
 def num_tokens(config: PretrainedConfig) -> int:
     """Return the tokens of an image: patches, and those of the model."""
     return (config.image_size // config.patch_size) ** 2 + KINDS[config.model_type].extra_tokens

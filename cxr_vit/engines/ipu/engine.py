@@ -49,6 +49,7 @@ from cxr_vit.engines.ipu.options import (
 )
 from cxr_vit.engines.optim import check_kind, check_trained
 from cxr_vit.engines.processes import Launch
+from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import freeze_others, learning_rate_ratios
 
@@ -108,6 +109,8 @@ class PopTorchEngine(Engine):
         freeze_others(self.model, self.optimizer)
         self.optimizer_kind = optimizer_kind(self.optimizer, config.optim)
         self.updates = 0
+        depth = sum(self.model.plan.layers_per_stage)
+        self.drop_path = DropPath(config.model.drop_path, depth, config.run.seed)
         #: For files of PopART, until the engine is closed.
         self._scratch: Optional[tempfile.TemporaryDirectory[str]] = None
         self.graphs = self._build_graphs(by_poprun, offline)
@@ -198,17 +201,18 @@ class PopTorchEngine(Engine):
         start = time.perf_counter()
         size = self.local_batch.eval_host_batch_size
         self.graphs.inference(example.images.new_zeros(size, *example.images.shape[1:]))
-        self.graphs.training(example.images, example.labels)
+        self.graphs.training(*self._inputs(example))
         return time.perf_counter() - start
 
     def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
         """Make the weight updates of one host batch."""
         check_batch(batch, self.local_batch.global_batch_size)
-        executor = self.graphs.training(batch.images, batch.labels)
+        inputs = self._inputs(batch)
+        executor = self.graphs.training(*inputs)
         for group, ratio in zip(self.optimizer.param_groups, self.lr_ratios):
             group["lr"] = lr * ratio
         executor.setOptimizer(self.optimizer)
-        losses = guarded("training", executor, batch.images, batch.labels).float()
+        losses = guarded("training", executor, *inputs).float()
         iterations = self.batch.device_iterations
         self.updates += iterations
         if iterations == 1:  # OutputMode.Sum: one sum over the micro-batches for each replica
@@ -218,6 +222,12 @@ class PopTorchEngine(Engine):
         (all_means,) = self.gather(means.unsqueeze(0))
         num_samples = len(batch.images) * self.launch.world_size
         return StepOutput(all_means.mean(dim=0), None, num_samples)
+
+    def _inputs(self, batch: Batch) -> List[Tensor]:
+        """Return the inputs of the training graph."""
+        per_update = self.local_batch.global_batch_size
+        paths = self.drop_path.factors(self.updates, batch.indices, per_update)
+        return [batch.images, batch.labels, *([] if paths is None else [paths])]
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a host batch."""

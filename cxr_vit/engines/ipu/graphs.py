@@ -177,6 +177,8 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
     if config.optim.nesterov:
         shape["nesterov"] = True
     shape["image_size"] = config.data.image_size
+    if config.model.drop_path:  # the graph then has a third input
+        shape["drop_path"] = True
     if config.data.has_unknown:  # the loss then has a mask
         shape["has_unknown"] = True
     if config.loss.name != "bce":
@@ -314,11 +316,14 @@ class TrainingGraph(nn.Module):
         self.model = module.model
         self.loss = _Loss(module)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Map uint8 ``[B, 1, H, W]`` and float32 ``[B, C]`` to a float32 scalar."""
+    def forward(self, images: Tensor, labels: Tensor, paths: Optional[Tensor] = None) -> Tensor:
+        """Map uint8 ``[B, 1, H, W]`` and float32 ``[B, C]`` to a float32 scalar.
+
+        With drop path there are also its factors, float32 ``[B, 2 * depth]``.
+        """
         import poptorch
 
-        loss = self.loss(self.model(images).float(), labels)
+        loss = self.loss(self.model(images, paths).float(), labels)
         return poptorch.identity_loss(loss, reduction="none")
 
 
@@ -396,14 +401,14 @@ class IpuGraphs:
     _attached: Optional[poptorch.PoplarExecutor] = field(default=None, init=False)
     _rng_state: Optional[List[int]] = field(default=None, init=False)
 
-    def training(self, images: Tensor, labels: Tensor) -> poptorch.PoplarExecutor:
+    def training(self, *inputs: Tensor) -> poptorch.PoplarExecutor:
         """Return the attached training graph; compile it first for inputs of these shapes."""
         import poptorch
 
         if self.training_executor is None:
             graph = TrainingGraph(self.module).train()
             executor = poptorch.trainingModel(graph, self.training_options, self.optimizer)
-            self._compile("training", executor, self.module.model, images, labels)
+            self._compile("training", executor, self.module.model, *inputs)
             self.training_executor = executor
             self.rng_state = self._rng_state
         self._attach(self.training_executor)

@@ -149,6 +149,14 @@ def test_settings_of_model_and_optimizer_mean_the_same(ipu, commands, torch_run,
     assert run.losses != near(torch_run(*shared[1:]).losses)
 
 
+def test_drop_path_makes_the_torch_engines_draws(ipu, commands, torch_run):
+    stages = ("pipeline.layers_per_stage=[2, 2]", "train.steps=4")
+    shared = (*batch(3, 2, 2), *stages, "model.drop_path=0.3")
+    run, expected = commands.train(*shared), torch_run(*shared)
+    assert run.losses == near(expected.losses)
+    assert run.losses != near(torch_run(*shared[:-1]).losses)
+
+
 def test_logits_may_be_returned_in_fp16(ipu, commands, torch_run):
     run, expected = commands.train("engine.eval_output=fp16"), torch_run("train.steps=4")
     assert run.losses == near(expected.losses)

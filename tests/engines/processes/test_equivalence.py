@@ -71,6 +71,7 @@ RATES = (
 )
 PROBE = (*SMALL, "train.steps=3", "model.freeze=trunk", "optim.head_lr_scale=10")
 ASYMMETRIC, WEIGHTED = ((*SMALL, *recipe, "train.steps=3") for recipe in RECIPES[:2])
+DROPPED = (*SMALL, "train.steps=3", "model.drop_path=0.3")
 
 
 class Case(NamedTuple):
@@ -139,6 +140,12 @@ CASES: Dict[str, Case] = {
     ),
     "mean and asymmetric, 4 stages": Case(4, (*ASYMMETRIC, *pipeline("1f1b", FOUR)), ASYMMETRIC),
     "both and weighted, 2 stages": Case(2, (*WEIGHTED, *pipeline("gpipe", "[2, 2]")), WEIGHTED),
+    "drop path, torch, 2 replicas": Case(2, (*DROPPED, *copies(2)), DROPPED),
+    "drop path, 4 stages on 2": Case(2, (*DROPPED, *pipeline("interleaved_1f1b", FOUR)), DROPPED),
+    "drop path, 4 stages": Case(4, (*DROPPED, *pipeline("1f1b", FOUR)), DROPPED),
+    "drop path, 2 replicas x 2 stages": Case(
+        4, (*DROPPED, *pipeline("1f1b", "[2, 2]", 2)), DROPPED
+    ),
     "unknown labels, torch, 2 replicas": Case(2, (*MASKED, *copies(2)), MASKED),
     "unknown labels, 4 stages": Case(4, (*MASKED, *pipeline("1f1b", FOUR)), MASKED),
     "unknown labels, 2 replicas x 2 stages": Case(
@@ -272,6 +279,8 @@ def test_updates_differ_enough_to_compare(alone):
     assert demo["losses"].max() - demo["losses"].min() > 0.05
     unclipped = alone((*SMALL, "optim.max_grad_norm=null"), 1.0)
     assert (small["losses"] - unclipped["losses"]).abs().max() > 1e-4
+    undropped = alone((*DROPPED, "model.drop_path=0"), 1.0)
+    assert (alone(DROPPED, 1.0)["losses"] - undropped["losses"]).abs().max() > 1e-3
     undecayed = alone((*SMALL, "optim.weight_decay=0"), 1.0)["weights"]
     name = "vit.encoder.layer.3.output.dense.weight"
     assert (small["weights"][name] - undecayed[name]).abs().max() > 1e-4

@@ -44,6 +44,7 @@ DEMO = (
     "batch.micro_batch_size=4",
     "batch.eval_micro_batch_size=3",
     f"train.steps={STEPS}",
+    "model.drop_path=0.1",
     "train.log_every_steps=1",
     "train.eval_every_steps=20",
     "train.checkpoint_every_steps=20",
