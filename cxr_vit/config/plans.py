@@ -134,12 +134,16 @@ class StagePlan:
         return stage == self.num_stages - 1
 
     def kept_outputs(
-        self, recompute: Union[str, Sequence[Union[str, Sequence[int]]]]
-    ) -> List[Kept]:
+        self, recompute: Union[str, Sequence[Union[str, Sequence[int]]], None], *, on_ipus: bool
+    ) -> Optional[List[Kept]]:
         """Return what each stage keeps for the backward pass, by `pipeline.recompute`.
 
-        With ``"none"`` nothing is recomputed, and no output is marked.
+        None if nothing is recomputed.
         """
+        if recompute is None:
+            recompute = "every_layer" if on_ipus else "none"
+        if recompute == "none":
+            return None
         choices = [recompute] * self.num_stages if isinstance(recompute, str) else recompute
         return [self._kept(stage, choice) for stage, choice in enumerate(choices)]
 

@@ -147,7 +147,7 @@ def _model_problems(config: Config) -> Iterator[Problem]:
 
 def _recompute_problems(pipeline: PipelineSection) -> Iterator[Problem]:
     recompute, plan = pipeline.recompute, StagePlan.from_list(pipeline.layers_per_stage)
-    if isinstance(recompute, str):
+    if recompute is None or isinstance(recompute, str):
         return
     if len(recompute) != plan.num_stages:
         yield Problem(

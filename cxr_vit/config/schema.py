@@ -134,16 +134,19 @@ class PipelineSection(Section):
         " several stages per process (pipeline engine)",
     )
     recompute: Annotated[
-        Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]],
+        Optional[
+            Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]]
+        ],
         Words(
             "none, stage_inputs, every_layer, attention_mlp, or a list with one item per stage: one"
             " of the last three, or a list of layers, integers >= 0"
         ),
     ] = option(
-        "every_layer",
-        "pipelined: what is kept for the backward pass, which recomputes the rest from there: the"
-        " inputs of a stage (always), the outputs of its layers or of some, also those of"
-        " attention, or everything (none: nothing is recomputed) (IPU)",
+        None,
+        "what is kept for the backward pass, which recomputes the rest from there: the inputs of a"
+        " stage (always), the outputs of its layers or of some, also those of attention, or"
+        " everything (none: nothing is recomputed); null: every_layer in a pipeline of IPUs, none"
+        " elsewhere",
     )
     available_memory_proportion: Proportions = option(
         None,

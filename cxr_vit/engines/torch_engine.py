@@ -76,7 +76,9 @@ class TorchEngineBase(Engine):
         self.num_stages = 1  # that are computed separately
         module.to_device(self.device)
         self.loss_device = self.device
-        self.model = module.model
+        plan = module.model.plan
+        kept = plan.kept_outputs(config.pipeline.recompute, on_ipus=False)
+        self.model = module.model.recompute(kept)
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         self.optimizer = module.configure_optimizers()
@@ -93,7 +95,7 @@ class TorchEngineBase(Engine):
         self.scaler = scaler
         self.compile_size = compile_size
         self.seed = config.run.seed
-        depth = sum(self.model.plan.layers_per_stage)
+        depth = sum(plan.layers_per_stage)
         self.drop_path = DropPath(config.model.drop_path, depth, self.seed)
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
         self.num_workers = config.data.num_workers

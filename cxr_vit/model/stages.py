@@ -8,18 +8,33 @@ the torch engine calls the stages in order. All of them share one checkpoint for
 from __future__ import annotations
 
 import json
-from typing import Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from functools import partial
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from cxr_vit.config.plans import StagePlan
+from cxr_vit.config.plans import Kept, StagePlan
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.drop_path import scaled_branches
 from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
-from cxr_vit.model.vit import VitParts, layer_output, num_tokens
+from cxr_vit.model.vit import VitParts, layer_halves, layer_output, num_tokens
+
+#: A piece of a stage: maps hidden states, and the factors of drop path, to hidden states.
+Piece = Callable[[Tensor, Optional[Tensor]], Tensor]
 
 
 class Stage(nn.Module):
@@ -54,6 +69,8 @@ class Stage(nn.Module):
         #: The encoder layers of this stage.
         self.layers = [_register(self, *parts.layers[layer]) for layer in plan.layers(index)]
         self._numbers = plan.layers(index)
+        #: What a forward pass keeps of its layers for the backward pass; None: everything.
+        self.kept: Optional[Kept] = None
         if self.has_head:
             self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
 
@@ -62,18 +79,58 @@ class Stage(nn.Module):
 
         `paths` are the factors on the branches of all layers, from `DropPath.factors`.
         """
-        for embedding in self._embedding:
-            pixels = self.normalise(value).to(self.dtype)
-            # Tokens and position embeddings in fp32 promote the sum to fp32.
-            value = embedding(pixels).to(self.dtype)
-        for number, layer in zip(self._numbers, self.layers):
-            own = None if paths is None else paths[:, 2 * number : 2 * number + 2]
-            with scaled_branches(layer, own):
-                value = layer_output(layer(value))
-        if self._head:
-            norm, classifier = self._head
-            value = classifier(self._pool(value, norm))
+        recomputes = self.kept is not None and torch.is_grad_enabled()
+        for pieces in self._parts():
+            if recomputes and pieces != [self._classify]:  # which keeps its input only
+                value = checkpoint(_run, pieces, value, paths, use_reentrant=False)
+            else:
+                value = _run(pieces, value, paths)
         return value
+
+    def _parts(self) -> List[List[Piece]]:
+        """Return the pieces of the stage in order, in a list for each part between kept outputs."""
+        parts: List[List[Piece]] = [[self._embed] if self.has_embedding else []]
+        kept = self.kept or Kept([], [])
+        for number, layer in zip(self._numbers, self.layers):
+            # Where the output of attention is kept, so is that of the layer.
+            for function in layer_halves(layer) if number in kept.attentions else (layer,):
+                parts[-1].append(partial(_run_in_layer, layer, number, function))
+                if number in kept.layers:
+                    parts.append([])
+        if self.has_head:
+            parts[-1].append(self._classify)
+        return [part for part in parts if part]
+
+    def _embed(self, images: Tensor, paths: Optional[Tensor]) -> Tensor:
+        (embedding,) = self._embedding
+        pixels = self.normalise(images).to(self.dtype)
+        # Tokens and position embeddings in fp32 promote the sum to fp32.
+        hidden: Tensor = embedding(pixels).to(self.dtype)
+        return hidden
+
+    def _classify(self, hidden: Tensor, paths: Optional[Tensor]) -> Tensor:
+        norm, classifier = self._head
+        logits: Tensor = classifier(self._pool(hidden, norm))
+        return logits
+
+
+def _run(pieces: List[Piece], value: Tensor, paths: Optional[Tensor]) -> Tensor:
+    for piece in pieces:
+        value = piece(value, paths)
+    return value
+
+
+def _run_in_layer(
+    layer: nn.Module,
+    number: int,
+    function: Callable[[Tensor], Any],
+    value: Tensor,
+    paths: Optional[Tensor],
+) -> Tensor:
+    """Run a layer, or a half of it, with its factors of drop path."""
+    own = None if paths is None else paths[:, 2 * number : 2 * number + 2]
+    with scaled_branches(layer, own):
+        return layer_output(function(value))
 
 
 def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -143,6 +200,12 @@ class StagedViT(nn.Module):
     def hidden_shape(self) -> Tuple[int, int]:
         """Number of tokens and width of the hidden states between two stages."""
         return num_tokens(self.config), self.config.hidden_size
+
+    def recompute(self, kept: Optional[List[Kept]]) -> StagedViT:
+        """Compute again for the backward pass, in torch, all that is not kept; None: nothing."""
+        for index, stage in enumerate(self._stages):
+            stage.kept = None if kept is None else kept[index]
+        return self
 
     def keep(self, stages: Collection[int]) -> StagedViT:
         """Drop the weights of all other stages; their names and shapes remain."""

@@ -169,6 +169,27 @@ def branch_ends(layer: nn.Module) -> Tuple[nn.Module, nn.Module]:
     return layer.get_submodule("attention"), mlp
 
 
+def layer_halves(layer: Any) -> Tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return an encoder layer as two functions: attention and MLP, each with its residual sum."""
+
+    def attention(value: Tensor) -> Tensor:
+        if hasattr(layer, "norm1"):  # DINOv2
+            return layer.layer_scale1(layer.attention(layer.norm1(value))[0]) + value
+        output = layer.attention(layer.layernorm_before(value))[0]
+        return (layer.dropout(output) if hasattr(layer, "mlp") else output) + value
+
+    def mlp(value: Tensor) -> Tensor:
+        if hasattr(layer, "norm2"):
+            return layer.layer_scale2(layer.mlp(layer.norm2(value))) + value
+        normed = layer.layernorm_after(value)
+        if hasattr(layer, "mlp"):
+            return layer.dropout(layer.mlp(normed)) + value
+        output: Tensor = layer.output(layer.intermediate(normed), value)  # 4.x
+        return output
+
+    return attention, mlp
+
+
 def num_tokens(config: PretrainedConfig) -> int:
     """Return the tokens of an image: patches, and those of the model."""
     return (config.image_size // config.patch_size) ** 2 + KINDS[config.model_type].extra_tokens

@@ -157,14 +157,18 @@ def test_only_inner_stages_need_layers(layers, empty):
     [
         ("every_layer", [([0], []), ([1, 2], [])]),
         ("stage_inputs", [([], []), ([], [])]),
-        ("none", [([], []), ([], [])]),
+        ("none", None),
+        (None, [([0], []), ([1, 2], [])]),
         ("attention_mlp", [([0], [0]), ([1, 2], [1, 2])]),
         (["stage_inputs", [2]], [([], []), ([2], [])]),
         (["attention_mlp", "every_layer"], [([0], [0]), ([1, 2], [])]),
     ],
 )
 def test_kept_outputs(recompute, kept):
-    assert StagePlan.from_list([1, 2]).kept_outputs(recompute) == kept
+    plan = StagePlan.from_list([1, 2])
+    assert plan.kept_outputs(recompute, on_ipus=True) == kept
+    elsewhere = None if recompute is None else kept
+    assert plan.kept_outputs(recompute, on_ipus=False) == elsewhere
 
 
 @pytest.mark.parametrize(

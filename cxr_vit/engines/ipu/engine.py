@@ -133,7 +133,9 @@ class PopTorchEngine(Engine):
             self._scratch = tempfile.TemporaryDirectory(prefix="cxr_vit_")
             for name, options in (("training", training_options), ("inference", inference_options)):
                 save_weights_apart(options, Path(self._scratch.name) / name)
-        kept = [] if pipeline.execution == "sharded" else plan.kept_outputs(pipeline.recompute)
+        kept = plan.kept_outputs(pipeline.recompute, on_ipus=True) or []
+        if pipeline.execution == "sharded":
+            kept = []
         layers = [self.model.layers[i] for stage in kept for i in stage.layers]
         attentions = [self.model.attentions[i] for stage in kept for i in stage.attentions]
         return IpuGraphs(

@@ -163,6 +163,8 @@ def graph_shape(config: Config, batch: BatchPlan, model: StagedViT) -> Dict[str,
         name: getattr(config, name).model_dump(exclude=_NOT_COMPILED.get(name))
         for name in ("pipeline", "optim", "engine")
     }
+    if config.pipeline.recompute is None:
+        shape["pipeline"]["recompute"] = "every_layer"
     shape["poptorch_options"] = {
         scope: {name: options[name] for name in options if name not in _NOT_COMPILED_OPTIONS}
         for scope, options in config.engine.poptorch_options.items()

@@ -152,8 +152,8 @@ def test_settings_of_model_and_optimizer_mean_the_same(ipu, commands, torch_run,
 def test_drop_path_makes_the_torch_engines_draws(ipu, commands, torch_run):
     stages = ("pipeline.layers_per_stage=[2, 2]", "train.steps=4")
     shared = (*batch(3, 2, 2), *stages, "model.drop_path=0.3")
-    run, expected = commands.train(*shared), torch_run(*shared)
-    assert run.losses == near(expected.losses)
+    run = commands.train(*shared, "pipeline.recompute=attention_mlp")
+    assert run.losses == near(torch_run(*shared).losses)
     assert run.losses != near(torch_run(*shared[:-1]).losses)
 
 

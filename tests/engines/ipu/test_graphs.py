@@ -170,6 +170,7 @@ def test_poptorch_can_compile_every_operation_of_vit_base(front_end, commands, p
         "pipeline.recompute=every_layer",
         f"engine.precision={precision}",
         f"model.dropout={dropout}",
+        f"model.drop_path={dropout}",
     )
     with make_engine(config) as engine:
         assert sum(parameter.numel() for parameter in engine.model.parameters()) == 85_809_422
@@ -202,7 +203,10 @@ def test_poptorch_can_compile_every_operation_of_vit_base(front_end, commands, p
 def test_recompute_sets_the_kept_outputs(ipu, commands, recompute, execution, kept):
     _, inspection = ipu
     config = commands.config(
-        f"pipeline.recompute={recompute}", f"pipeline.execution={execution}", "model.dropout=0.1"
+        f"pipeline.recompute={recompute}",
+        f"pipeline.execution={execution}",
+        "model.dropout=0.1",
+        "model.drop_path=0.1",
     )
     with make_engine(config) as engine:
         engine.compile(example(engine))

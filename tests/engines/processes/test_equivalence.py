@@ -140,11 +140,19 @@ CASES: Dict[str, Case] = {
     ),
     "mean and asymmetric, 4 stages": Case(4, (*ASYMMETRIC, *pipeline("1f1b", FOUR)), ASYMMETRIC),
     "both and weighted, 2 stages": Case(2, (*WEIGHTED, *pipeline("gpipe", "[2, 2]")), WEIGHTED),
-    "drop path, torch, 2 replicas": Case(2, (*DROPPED, *copies(2)), DROPPED),
-    "drop path, 4 stages on 2": Case(2, (*DROPPED, *pipeline("interleaved_1f1b", FOUR)), DROPPED),
-    "drop path, 4 stages": Case(4, (*DROPPED, *pipeline("1f1b", FOUR)), DROPPED),
+    "drop path, torch, 2 replicas": Case(
+        2, (*DROPPED, *copies(2), "pipeline.recompute=every_layer"), DROPPED
+    ),
+    "drop path, 4 stages on 2": Case(
+        2,
+        (*DROPPED, *pipeline("interleaved_1f1b", FOUR), "pipeline.recompute=every_layer"),
+        DROPPED,
+    ),
+    "drop path, 4 stages": Case(
+        4, (*DROPPED, *pipeline("1f1b", FOUR), "pipeline.recompute=stage_inputs"), DROPPED
+    ),
     "drop path, 2 replicas x 2 stages": Case(
-        4, (*DROPPED, *pipeline("1f1b", "[2, 2]", 2)), DROPPED
+        4, (*DROPPED, *pipeline("1f1b", "[2, 2]", 2), "pipeline.recompute=attention_mlp"), DROPPED
     ),
     "unknown labels, torch, 2 replicas": Case(2, (*MASKED, *copies(2)), MASKED),
     "unknown labels, 4 stages": Case(4, (*MASKED, *pipeline("1f1b", FOUR)), MASKED),
