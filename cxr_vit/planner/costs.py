@@ -127,7 +127,11 @@ class ModelShape(NamedTuple):
         context (6 sh) and the probabilities (a s^2). With LayerScale also its input (sh).
         """
         hidden = 6 + self.kind.layer_scale
-        return hidden * self.hidden_elements + self.num_heads * self.tokens**2
+        return hidden * self.hidden_elements + self.probabilities()
+
+    def probabilities(self) -> int:
+        """Elements of the attention probabilities of a layer, per image."""
+        return self.num_heads * self.tokens**2
 
     def mlp_activations(self) -> int:
         """Return the elements that the backward pass of a layer's MLP needs.
@@ -204,16 +208,18 @@ def stage_cost(
     is_first: bool,
     is_last: bool,
     kept: Sequence[int] = (),
-    attentions: bool = False,
+    attentions: Sequence[int] = (),
     recomputes: bool = True,
     stashes: bool = False,
+    on_ipu: bool = True,
 ) -> StageCost:
     """Count the costs of a stage.
 
-    `kept` are the layers, counted from the stage's first, whose output is kept, with `attentions`
-    also that of their attention. With `recomputes` all but these and the stage's input is computed
-    again for the backward pass. On the last stage PopART does so only up to the last kept output
-    (pipeline.cpp, setFinalFwdStageRecomputation).
+    `kept` are the layers, counted from the stage's first, whose output is kept, `attentions` those
+    of which also that of their attention is. With `recomputes` all but these and the stage's input
+    is computed again for the backward pass. On the last stage PopART does so only up to the last
+    kept output (pipeline.cpp, setFinalFwdStageRecomputation). torch's attention is fused: its
+    probabilities are nowhere.
 
     Without, a stage that `stashes`, as micro-batches overlap, keeps what its backward pass reads
     and the cast or transposed weights of its products, which PopART takes for activations
@@ -227,14 +233,14 @@ def stage_cost(
     hidden = shape.hidden_elements
     # What backward needs of the embedding's products.
     pixels = shape.num_channels * shape.image_size**2 if is_first else 0
-    parts = _parts(shape, num_layers, kept, attentions)
+    parts = _parts(shape, num_layers, kept, attentions, is_fused=not on_ipu)
     recomputed = elements = weights = 0
     if recomputes:
-        again = num_layers if not is_last else max(kept, default=-1) + 1
+        again = num_layers if not (is_last and on_ipu) else max(kept, default=-1) + 1
         recomputed = again * shape.layer_flops() + (embedding if again or not is_last else 0)
         # An output that only the next stage reads is not kept here.
         outputs = [layer for layer in kept if is_last or layer != num_layers - 1]
-        elements = (len(outputs) + attentions * len(kept)) * hidden
+        elements = (len(outputs) + len(attentions)) * hidden
     elif stashes and not is_last:
         elements = sum(parts) + pixels
         elements -= 0 if is_first or not num_layers else hidden  # the input is kept anyway
@@ -259,12 +265,19 @@ def stage_cost(
     )
 
 
-def _parts(shape: ModelShape, num_layers: int, kept: Sequence[int], attentions: bool) -> List[int]:
+def _parts(
+    shape: ModelShape,
+    num_layers: int,
+    kept: Sequence[int],
+    attentions: Sequence[int],
+    *,
+    is_fused: bool,
+) -> List[int]:
     """Return the activations of a stage between two kept outputs, elements."""
     parts = [0]
     for layer in range(num_layers):
-        parts[-1] += shape.attention_activations()
-        if attentions and layer in kept:
+        parts[-1] += shape.attention_activations() - is_fused * shape.probabilities()
+        if layer in attentions:
             parts.append(0)
         parts[-1] += shape.mlp_activations()
         if layer in kept:
@@ -454,12 +467,16 @@ def stage_memory(
         limit=math.inf if target.memory_bytes is None else target.memory_bytes,
     )
     if target.ipu is None:
-        # Nothing is computed again, and attention is fused: its probabilities are not kept.
-        per_layer = shape.layer_activations() - shape.num_heads * shape.tokens**2
-        kept = own_input + cost.num_layers * per_layer * size
+        # Attention is fused: its probabilities are not kept.
+        kept = (
+            own_input + cost.num_layers * (shape.layer_activations() - shape.probabilities()) * size
+        )
+        live = shape.layer_gradients()
+        if cost.recompute_flops:  # hidden states are fp32, also under autocast
+            kept, live = own_input + 4 * cost.kept, cost.live
         return memory._replace(
             stash=depth * micro_batch_size * kept,
-            live=micro_batch_size * shape.layer_gradients() * size,
+            live=micro_batch_size * live * size,
             temporaries=2.0 * cost.parameters if size < formats.weight else 0.0,  # cast weights
         )
     temporaries = _temporary_bytes(cost, shape, formats, target.ipu, stage, micro_batch_size)

@@ -108,8 +108,9 @@ class Layout(NamedTuple):
                 "gradient_accumulation": self.gradient_accumulation,
             },
         }
-        if on_ipus:
+        if on_ipus or self.recompute != "none":
             overlay["pipeline"]["recompute"] = self.recompute
+        if on_ipus:
             overlay["engine"] = {
                 "optimizer_state_on_chip": self.placement.on_chip,
                 "replicated_tensor_sharding": self.placement.sharded,
@@ -175,7 +176,9 @@ def _choices(
         return []  # in no cut
     choices = []
     kept_outputs = [Outputs(())]
-    if work.recomputes:
+    if work.recomputes and work.target.ipu is None:  # the time is the same whatever is kept
+        kept_outputs = [Outputs(tuple(range(layers)))]
+    elif work.recomputes:
         kept_outputs = [Outputs(kept) for kept in kept_choices(layers)]
         kept_outputs += [Outputs(tuple(range(layers)), attentions=True)] * (layers > 0)
     for kept in kept_outputs:
@@ -185,9 +188,10 @@ def _choices(
             is_first=own.is_first,
             is_last=own.is_last,
             kept=kept.layers,
-            attentions=kept.attentions,
+            attentions=kept.layers if kept.attentions else (),
             recomputes=work.recomputes,
             stashes=work.schedule == "lockstep",
+            on_ipu=work.target.ipu is not None,
         )
         memory = work.memory(stage, cost, depth)
         if memory.fits:
@@ -253,6 +257,7 @@ def search(
     """Find the fastest layouts with a configuration's number of stages and replicas.
 
     On IPUs every cut is tried with and without recomputation, and evaluation is searched, too.
+    Other devices recompute every layer if the configuration recomputes anything.
 
     Without `micro_batches` all that divide the global batch are tried. If the overhead of a
     micro-batch is unknown, only the configuration's own is: small ones would look too fast. Without
@@ -284,7 +289,9 @@ def search(
     ]
     placements = _placements(config, target)
     # Whether to recompute is a choice for all stages together (PopART, autoRecomputation).
-    works = [work, work._replace(recomputes=False)] if work.recomputes else [work]
+    works = [work]
+    if work.recomputes and target.ipu is not None:
+        works.append(work._replace(recomputes=False))
     ranked = _rank(works, cuts, placements, legal, model.constants)
     fitting = {size for size, _ in ranked}
     unfit = [own.micro_batch_size for own in legal if own.micro_batch_size not in fitting]
@@ -328,7 +335,8 @@ def _neutral(config: Config) -> Config:
         pipeline={
             "layers_per_stage": [1] * stages,
             "eval_layers_per_stage": [1] * len(eval_layers(config)),
-            "recompute": "every_layer",
+            # The default of each kind of device, unless processes are to recompute.
+            "recompute": None if config.pipeline.recompute in (None, "none") else "every_layer",
         },
         batch={
             "gradient_accumulation": num_pipeline_stages(stages),
@@ -431,7 +439,7 @@ class _Table:
             per_image_s = round(float(least_s[row]) / work.batch.global_batch_size, 12)
             memory = max(choice.memory for choice in chosen)
             # Stages in order keep everything anyway.
-            keeps_all = work.schedule == "lockstep" and not work.recomputes
+            keeps_all = work.schedule != "in_order" and not work.recomputes
             kept = None if keeps_all else [own.kept for own in chosen]
             layout = Layout.of_stages(layers, kept, work.batch, state)
             yield _Ranked(per_image_s, preference, memory, layout)

@@ -219,12 +219,16 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
     problem = empty_stage_problem(layers)
     if problem:
         raise ConfigError(str(problem))
+    on_ipus = target.engine == "poptorch"
     # PopTorch sets autoRecomputation for pipelines of several IPUs (Compiler.cpp:571).
     stashes = schedule == "lockstep" and len(layers) > 1
-    recomputes = stashes and config.pipeline.recompute != "none"
+    cut = StagePlan.from_list(config.pipeline.layers_per_stage)
+    found = cut.kept_outputs(config.pipeline.recompute, on_ipus=on_ipus)
+    recomputes = found is not None and (stashes or not on_ipus)
+    kept = found if found is not None and recomputes else [Kept([], [])] * cut.num_stages
     plan = StagePlan.from_list(layers)
-    nothing = [Kept([], [])] * len(layers)
-    kept = plan.kept_outputs(config.pipeline.recompute) if recomputes else nothing
+    if target.engine == "torch":
+        kept = [_joined(cut, kept)]
     costs = tuple(
         stage_cost(
             shape,
@@ -232,13 +236,21 @@ def workload(config: Config, target: Target, local_replicas: Optional[int] = Non
             is_first=plan.has_embedding(stage),
             is_last=plan.has_head(stage),
             kept=[layer - plan.layers(stage).start for layer in kept[stage].layers],
-            attentions=bool(kept[stage].attentions),
+            attentions=[layer - plan.layers(stage).start for layer in kept[stage].attentions],
             recomputes=recomputes,
             stashes=stashes,
+            on_ipu=on_ipus,
         )
         for stage, number in enumerate(layers)
     )
     return Workload(target, shape, batch, formats, schedule, recomputes, costs)
+
+
+def _joined(cut: StagePlan, kept: Sequence[Kept]) -> Kept:
+    """Return what stages on one device keep; the input of a stage is the output of a layer."""
+    inputs = {cut.layers(stage).start - 1 for stage in range(1, cut.num_stages)} - {-1}
+    layers = inputs.union(*(own.layers for own in kept))
+    return Kept(sorted(layers), [layer for own in kept for layer in own.attentions])
 
 
 def inference_workload(config: Config, target: Target) -> Workload:

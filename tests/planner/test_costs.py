@@ -251,7 +251,7 @@ def test_kept_outputs_of_attention_halve_what_is_live():
     whole = {"num_layers": 3, "is_first": False, "kept": (0, 1, 2)}
     for is_last, outputs in ((False, 2), (True, 3)):
         layers = stage_cost(shape, **whole, is_last=is_last)
-        halves = stage_cost(shape, **whole, is_last=is_last, attentions=True)
+        halves = stage_cost(shape, **whole, is_last=is_last, attentions=(0, 1, 2))
         assert layers.kept == outputs * shape.hidden_elements
         assert halves.kept == layers.kept + 3 * shape.hidden_elements, "one per layer"
         larger = max(shape.attention_activations(), shape.mlp_activations())
