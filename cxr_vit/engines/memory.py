@@ -47,8 +47,10 @@ def _exhausted_device(error: Exception) -> Optional[str]:
 def _training_message(config: Config, device: str) -> str:
     batch = BatchPlan.from_section(config.batch)
     tried = f"out of memory with batch.micro_batch_size={batch.micro_batch_size} on {device}."
+    recomputes = config.pipeline.recompute not in (None, "none")
     if batch.micro_batch_size == 1:
-        return f"{tried} {_smaller_model(config)}"
+        first = [] if recomputes else ["pipeline.recompute=every_layer"]
+        return f"{tried} {_smaller_model(config, *first)}"
     samples = batch.micro_batch_size * batch.gradient_accumulation
     smaller = _largest_divisor(samples, at_most=batch.micro_batch_size // 2)
     accumulation = samples // smaller
@@ -60,6 +62,7 @@ def _training_message(config: Config, device: str) -> str:
     return (
         f"{tried} Keep the global batch of {batch.global_batch_size} with"
         f" batch.micro_batch_size={smaller}{follows}."
+        f"{'' if recomputes else ' Or hold less: pipeline.recompute=every_layer.'}"
     )
 
 
@@ -75,9 +78,9 @@ def _largest_divisor(number: int, *, at_most: int) -> int:
     return next(size for size in range(at_most, 0, -1) if number % size == 0)
 
 
-def _smaller_model(config: Config) -> str:
+def _smaller_model(config: Config, *first: str) -> str:
     """Return the advice for a micro-batch that cannot be divided further."""
-    ways = ["a smaller data.image_size", "a smaller model.name"]
+    ways = [*first, "a smaller data.image_size", "a smaller model.name"]
     if config.engine.precision in ("auto", "fp32"):
         ways.append("engine.precision=bf16")
     if config.engine.name == "pipeline":

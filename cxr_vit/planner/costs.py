@@ -213,13 +213,12 @@ def stage_cost(
     stashes: bool = False,
     on_ipu: bool = True,
 ) -> StageCost:
-    """Count the costs of a stage.
+    """Count the costs of a stage; off IPUs attention is fused, without probabilities.
 
     `kept` are the layers, counted from the stage's first, whose output is kept, `attentions` those
-    of which also that of their attention is. With `recomputes` all but these and the stage's input
-    is computed again for the backward pass. On the last stage PopART does so only up to the last
-    kept output (pipeline.cpp, setFinalFwdStageRecomputation). torch's attention is fused: its
-    probabilities are nowhere.
+    whose attention's is, too. With `recomputes` all but these and the stage's input is computed
+    again. On the last stage PopART does so only up to the last kept output (pipeline.cpp,
+    setFinalFwdStageRecomputation).
 
     Without, a stage that `stashes`, as micro-batches overlap, keeps what its backward pass reads
     and the cast or transposed weights of its products, which PopART takes for activations

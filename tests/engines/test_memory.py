@@ -38,7 +38,8 @@ def failing(error):
 def test_every_librarys_error_is_explained(fail):
     assert message(fail, micro_batch_size=64, gradient_accumulation=2) == (
         "out of memory with batch.micro_batch_size=64 on cpu. Keep the global batch of 128 with"
-        " batch.micro_batch_size=32 batch.gradient_accumulation=4."
+        " batch.micro_batch_size=32 batch.gradient_accumulation=4. Or hold less:"
+        " pipeline.recompute=every_layer."
     )
 
 
@@ -86,10 +87,18 @@ def test_given_global_batch_needs_no_accumulation():
 
 def test_micro_batch_of_1_needs_a_smaller_model():
     assert message(fail_in_torch, micro_batch_size=1, gradient_accumulation=8) == (
-        "out of memory with batch.micro_batch_size=1 on cpu. Use a smaller data.image_size, a"
-        " smaller model.name, engine.precision=bf16 or the model's stages on several devices"
-        " (engine.name=pipeline)."
+        "out of memory with batch.micro_batch_size=1 on cpu. Use"
+        " pipeline.recompute=every_layer, a smaller data.image_size, a smaller model.name,"
+        " engine.precision=bf16 or the model's stages on several devices (engine.name=pipeline)."
     )
+
+
+def test_recomputation_is_not_advised_twice():
+    for size in (1, 4):
+        config = Config(batch={"micro_batch_size": size}, pipeline={"recompute": "every_layer"})
+        with pytest.raises(OutOfMemory) as caught, explaining_out_of_memory(config, training=True):
+            fail_in_torch()
+        assert "recompute" not in str(caught.value)
 
 
 def test_advice_omits_what_is_set_already():

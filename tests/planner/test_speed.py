@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cxr_vit.planner.estimate import make_plan
-from cxr_vit.planner.hardware import PUBLISHED, SPEED_UNCERTAINTY, TUTORIAL
+from cxr_vit.planner.hardware import PUBLISHED, SPEED_UNCERTAINTY, TUTORIAL, make_target
 from cxr_vit.planner.speed import (
     RELATIVE,
     Constants,
@@ -178,3 +178,28 @@ def test_casts_of_weights_are_bytes_over_bandwidth():
         weights * (2 * 6 / 47.5e12 + (2 * 2 + 4) / 8e12)
     )
     assert casts_s("engine.weights=fp16") == casts_s("engine.precision=fp32") == 0
+
+
+def test_processes_that_recompute_hold_less_and_take_another_forward_pass():
+    words = ("null", "none", "attention_mlp", "every_layer", "stage_inputs")
+    plans = [make_plan(gpu4(f"pipeline.recompute={word}"), target=GPU) for word in words]
+    assert plans[0] == plans[1]
+    for plan in plans[2:]:
+        assert plan.work.recomputes
+        for own, plain in zip(plan.stages, plans[0].stages):
+            head = 2 * 768 * 14 if own.cost.is_last else 0
+            assert own.cost.recompute_flops == plain.cost.forward_flops - head
+            assert own.memory.total <= plain.memory.total
+        assert plan.fullest.memory.total < plans[0].fullest.memory.total
+    for stages in zip(*(plan.stages for plan in plans[1:])):
+        stashes = [stage.memory.stash for stage in stages]
+        assert stashes == sorted(stashes, reverse=True) and len(set(stashes)) == 4
+
+
+def test_stages_on_one_device_keep_the_inputs_of_each():
+    kept = {}
+    for recompute in ("stage_inputs", "[stage_inputs, [4], attention_mlp, every_layer]"):
+        config = gpu4("engine.name=torch", f"pipeline.recompute={recompute}")
+        work = workload(config, make_target("torch", "GPU", "bf16"))
+        kept[recompute] = work.costs[0].kept / work.shape.hidden_elements
+    assert list(kept.values()) == [3, 3 + 1 + 2 + 3 + 3]

@@ -72,7 +72,8 @@ def test_lack_of_memory_is_one_line_with_a_smaller_batch(
     assert result.status == 2
     assert result.err.splitlines()[-1] == (
         "OutOfMemory: out of memory with batch.micro_batch_size=4 on cpu. Keep the global batch of"
-        " 8 with batch.micro_batch_size=2 batch.gradient_accumulation=4."
+        " 8 with batch.micro_batch_size=2 batch.gradient_accumulation=4. Or hold less:"
+        " pipeline.recompute=every_layer."
     )
     assert "Traceback" not in result.err
 
