@@ -218,11 +218,9 @@ def stage_cost(
     `kept` are the layers, counted from the stage's first, whose output is kept, `attentions` those
     whose attention's is, too. With `recomputes` all but these and the stage's input is computed
     again. On the last stage PopART does so only up to the last kept output (pipeline.cpp,
-    setFinalFwdStageRecomputation).
-
-    Without, a stage that `stashes`, as micro-batches overlap, keeps what its backward pass reads
-    and the cast or transposed weights of its products, which PopART takes for activations
-    (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows forward.
+    setFinalFwdStageRecomputation). Without, a stage that `stashes`, as micro-batches overlap, keeps
+    what its backward pass reads and the cast or transposed weights of its products, which PopART
+    takes for activations (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows forward.
     """
     tensors = shape.embedding_tensors() * is_first + shape.layer_tensors() * num_layers
     tensors += shape.head_tensors() * is_last
