@@ -220,7 +220,7 @@ def stage_cost(
     again. On the last stage PopART does so only up to the last kept output (pipeline.cpp,
     setFinalFwdStageRecomputation). Without, a stage that `stashes`, as micro-batches overlap, keeps
     what its backward pass reads and the cast or transposed weights of its products, which PopART
-    takes for activations (pipeline.cpp, getStashCandidateTensors). On the last stage backward follows forward.
+    takes for activations (pipeline.cpp, getStashCandidateTensors), but for the last stage.
     """
     tensors = shape.embedding_tensors() * is_first + shape.layer_tensors() * num_layers
     tensors += shape.head_tensors() * is_last
