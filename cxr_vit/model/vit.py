@@ -13,6 +13,7 @@ import logging
 import re
 from typing import (
     Any,
+    Callable,
     Dict,
     Iterator,
     List,
