@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Settings of the data that belong to the model.
-_OF_MODEL = ("image_size", "resample")
+_OF_MODEL = ("image_size", "resize", "resample")
 #: Settings of the data that the engine reads from the configuration of the run.
 _OF_ENGINE = ("num_workers", "worker_timeout_s")
 

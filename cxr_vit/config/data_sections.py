@@ -174,6 +174,11 @@ class DataSection(Section):
     )
 
     @property
+    def read_size(self) -> int:
+        """Side to which images are resized as they are read, before a part is cut out."""
+        return self.image_size if self.resize is None else self.resize
+
+    @property
     def has_unknown(self) -> bool:
         """Whether labels may be unknown, which the loss then leaves out."""
         return self.format == "table" and "unknown" in (self.uncertain, self.blank)
@@ -235,4 +240,4 @@ class AugmentSection(Section):
     @property
     def is_on(self) -> bool:
         """Whether any augmentation is on."""
-        return self.moves or self.recolours
+        return self.moves or self.recolours or self.rand_augment > 0

@@ -342,6 +342,7 @@ def _multiple_problems(config: Config) -> Iterator[Problem]:
             f" {batch.replicas} replicas.",
             f"Nearest legal values: {_nearest_multiples(batch.global_batch_size, unit)}.",
         )
+    yield from _resize_problems(config)
     if data.split in ("patient", "random") and data.val_fraction + data.test_fraction >= 1:
         yield Problem(
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}",
@@ -354,6 +355,30 @@ def _multiple_problems(config: Config) -> Iterator[Problem]:
             f"is not a multiple of batch.device_iterations={iterations}: a host call makes"
             f" {iterations} weight updates.",
             f"Nearest legal values: {_nearest_multiples(steps, iterations)}.",
+        )
+
+
+def _resize_problems(config: Config) -> Iterator[Problem]:
+    data, views = config.data, config.evaluation.views
+    size, larger = data.image_size, data.read_size - data.image_size
+    if larger < 0:
+        yield Problem(
+            f"data.resize={data.resize}",
+            f"is less than data.image_size={size}, the part that is cut out.",
+            "Give a larger one, or leave it out: then nothing is cut off.",
+        )
+    elif larger % 2:
+        yield Problem(
+            f"data.resize={data.resize}",
+            f"less data.image_size={size} is {larger}, an odd number: the center would begin at half"
+            " a pixel.",
+            f"Nearest legal values: {size + larger - 1} or {size + larger + 1}.",
+        )
+    if views == "ten_crop" and larger == 0:
+        yield Problem(
+            "evaluation.views=ten_crop",
+            f"cuts corners out of images larger than data.image_size={size}.",
+            f"Set data.resize, e.g. {size + size // 7 // 2 * 2}, or evaluation.views=flip.",
         )
 
 

@@ -1,16 +1,17 @@
 """Augmentation of whole batches of 8-bit images.
 
-All geometric changes of an image are combined into one affine map, and all changes of its gray
-levels into one table of 256 entries, so the cost does not depend on how many are switched on. Both
-are pure functions of (seed, epoch, row): any number of loader processes and a resumed run give the
-same images. OpenCV is imported only if something is switched on.
+All geometric changes of an image, also cutting a part out of a larger one, are combined into one
+affine map, and all changes of its gray levels into one table of 256 entries, so the cost does not
+depend on how many are switched on. Both are pure functions of (seed, epoch, row): any number of
+loader processes and a resumed run give the same images. OpenCV is imported only if something is
+switched on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -22,6 +23,8 @@ _DRAWN = (
     "rotation", "shift_x", "shift_y", "scale", "crop_area", "crop_ratio", "crop_x", "crop_y",
     "brightness", "contrast", "gamma", "flip",
 )  # fmt: skip
+
+_INTERPOLATION = {"bilinear": "INTER_LINEAR", "bicubic": "INTER_CUBIC"}
 
 #: Separates these numbers from the sample order, which uses the same seed.
 _STREAM = 0xA0
@@ -35,31 +38,41 @@ def _epoch_numbers(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(eq=False)
 class Augmentation:
-    """Changes batches of images in place."""
+    """Changes batches of images."""
 
     section: AugmentSection
     num_samples: int  # size of the training split
-    image_size: int  # side, pixels
+    image_size: int  # side of a new image, pixels
     seed: int  # of the run
+    read_size: Optional[int] = None  # side of an original image; None: `image_size`
 
-    def __call__(self, images: np.ndarray, draws: np.ndarray) -> None:
-        """Change images, uint8 ``[n, H, W]``, by their draws, int64 ``[n]`` (see `sampler`)."""
+    def __call__(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Return new images, uint8 ``[n, H, W]``, for their draws, int64 ``[n]`` (see `sampler`).
+
+        The originals may be changed.
+        """
         cv2 = _opencv()
         numbers = self._numbers(draws)
         section = self.section
         # Computed first: contrast changes about the mean of the original image.
         tables = self.tables(numbers, images) if section.recolours else None
-        if section.moves:
-            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        if section.moves or self.read_side > self.image_size:
+            flags = getattr(cv2, _INTERPOLATION[section.interpolation]) | cv2.WARP_INVERSE_MAP
             # Pixels from outside the image are black; a crop's edge must not be mixed with black.
             border = cv2.BORDER_CONSTANT if section.shows_beyond else cv2.BORDER_REPLICATE
-            for image, matrix in zip(images, self.matrices(numbers)):
-                image[...] = cv2.warpAffine(
-                    image, matrix, image.shape[::-1], flags=flags, borderMode=border
-                )
+            size, originals = (self.image_size, self.image_size), images
+            images = np.empty((len(images), *size), dtype=np.uint8)
+            for original, image, matrix in zip(originals, images, self.matrices(numbers)):
+                cv2.warpAffine(original, matrix, size, dst=image, flags=flags, borderMode=border)
         if tables is not None:
             for image, table in zip(images, tables):
                 cv2.LUT(image, table, dst=image)
+        return images
+
+    @property
+    def read_side(self) -> int:
+        """Side of an original image, pixels."""
+        return self.image_size if self.read_size is None else self.read_size
 
     def _numbers(self, draws: np.ndarray) -> np.ndarray:
         """Return the random numbers of each draw, float32 ``[n, len(_DRAWN)]`` in [0, 1)."""
@@ -88,15 +101,24 @@ class Augmentation:
         cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
         x, y = left - shift[0], top - shift[1]
         linear = np.stack([cos * width * flip, sin * height, -sin * width * flip, cos * height], -1)
-        offset = np.stack([cos * x + sin * y, -sin * x + cos * y], -1) * self.image_size
-        linear = linear.reshape(-1, 2, 2)
-        center = np.full(2, (self.image_size - 1) / 2)
-        return np.concatenate([linear, (offset + center - linear @ center)[..., None]], -1)
+        offset = np.stack([cos * x + sin * y, -sin * x + cos * y], -1) * self.read_side
+        linear = linear.reshape(-1, 2, 2) * (self.read_side / self.image_size)
+        center, new_center = ((size - 1) / 2 for size in (self.read_side, self.image_size))
+        shifted = offset + center - linear @ np.full(2, new_center)
+        return np.concatenate([linear, shifted[..., None]], -1)
 
     def _crops(
         self, drawn: Dict[str, np.ndarray]
     ) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return width, height and center (x, y) of the crops, in units of the image's side."""
+        """Return width, height and center (x, y) of the crops, in units of the image's side.
+
+        Without random crops they are whole images, or parts of `image_size` at whole pixels.
+        """
+        if self.section.crop == 1 and self.read_side > self.image_size:
+            room = self.read_side - self.image_size
+            side = np.full(len(drawn["flip"]), self.image_size / self.read_side)
+            left, top = (np.floor(drawn[name] * (room + 1)) for name in ("crop_x", "crop_y"))
+            return side, side, *((place - room / 2) / self.read_side for place in (left, top))
         area = 1 - (1 - self.section.crop) * drawn["crop_area"]
         ratio = self.section.crop_ratio ** (_symmetric(drawn["crop_ratio"]) / 2)
         # No side is longer than the image's; the area is kept.

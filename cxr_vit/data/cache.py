@@ -73,7 +73,7 @@ class CacheSettings:
     def of(cls, data: DataSection) -> CacheSettings:
         """Return what the configuration needs."""
         resize = f"{data.resample}, antialiased (Pillow)"
-        return cls(data.image_size, data.max_megapixels, resize)
+        return cls(data.read_size, data.max_megapixels, resize)
 
     def decode(self, path: str) -> Union[np.ndarray, str]:
         """Read an image as these settings say, uint8 ``[H, W]``, or return why it is unusable."""

@@ -145,16 +145,17 @@ class ChestXrayDataModule:
                 f"the {self.splits.kind} split has no {split} images. It has: {', '.join(others)}."
             )
         records = self.records.take(rows)
-        augmentation = None
-        if augmented and self.config.augment.is_on:
+        augmentation, size = None, self.data.image_size
+        if augmented and (self.config.augment.is_on or self.data.read_size > size):
             augmentation = Augmentation(
                 self.config.augment,
                 num_samples=len(records),
-                image_size=self.data.image_size,
+                image_size=size,
                 seed=self.config.run.seed,
+                read_size=self.data.read_size,
             )
         reader = self.content.source.reader.select(records.table["image"].tolist())
-        return ChestXrayDataset(records, reader, augmentation=augmentation)
+        return ChestXrayDataset(records, reader, augmentation=augmentation, image_size=size)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the host batches of the first epoch, in the order of the training.
@@ -235,12 +236,13 @@ class ChestXrayDataModule:
 
         The last one is left out if all are known.
         """
-        size, source = self.data.image_size, self.content.source
-        unknown = self._describe_unknown()
+        size, source = self.data.read_size, self.content.source
+        unknown, seen = self._describe_unknown(), self.data.image_size
+        part = "" if seen == size else f", of which the model sees {seen} x {seen},"
         return (
             f"{len(self.records)} images of {self.records.table['patient'].nunique()} patients from"
             f" {', '.join(map(str, self.files))}, {describe_splits(self.splits)}\n"
-            f"images at {size} x {size} from {source.origin}{unknown}"
+            f"images at {size} x {size}{part} from {source.origin}{unknown}"
         )
 
     def _describe_unknown(self) -> str:

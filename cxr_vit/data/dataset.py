@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.augment import Augmentation
-from cxr_vit.data.images import MAX_MEGAPIXELS, EmptyReader, FileReader, ImageReader
+from cxr_vit.data.images import EmptyReader, FileReader, ImageReader
 from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import PADDING
+from cxr_vit.data.views import CENTER, View
 from cxr_vit.errors import DataError
 
 #: Where this process, if it is a loader's, writes its id and the row that it reads.
@@ -78,21 +80,26 @@ class ChestXrayDataset(Dataset[Sample]):
     0. Draws of `PADDING` may end a batch and give black images of index -1: a device compiled for
     one shape needs full batches, and a score must neither drop nor repeat an image.
 
-    `reader` reads the images in the order of the records.
+    `reader` reads the images in the order of the records. Of larger ones than `image_size`, `view`
+    is seen, or the part that `augmentation` draws.
     """
 
     def __init__(
-        self, records: Records, reader: ImageReader, *, augmentation: Optional[Augmentation] = None
+        self,
+        records: Records,
+        reader: ImageReader,
+        *,
+        augmentation: Optional[Augmentation] = None,
+        image_size: Optional[int] = None,
+        view: View = CENTER,
     ) -> None:
         self.records = records
         self.augmentation = augmentation
+        self.view = view
+        #: Side of an image as the model sees it, pixels.
+        self.image_size = reader.image_size if image_size is None else image_size
         self._reader = reader
         self._labels = torch.from_numpy(records.labels.astype(np.float32))
-
-    @property
-    def image_size(self) -> int:
-        """Side of an image, pixels."""
-        return self._reader.image_size
 
     @property
     def image_names(self) -> List[str]:
@@ -113,8 +120,9 @@ class ChestXrayDataset(Dataset[Sample]):
         return len(self.records)
 
     def read_images(self, rows: Union[Sequence[int], np.ndarray]) -> np.ndarray:
-        """Return the images of these rows without augmentation, uint8 ``[n, H, W]``."""
-        images = np.empty((len(rows), self.image_size, self.image_size), dtype=np.uint8)
+        """Return the whole images of these rows, uint8 ``[n, H, W]``."""
+        size = self._reader.image_size
+        images = np.empty((len(rows), size, size), dtype=np.uint8)
         numbers = np.asarray(rows, dtype=np.int64)
         # Files are read one by one, so that the one that hangs or ends the process is known.
         step = 1 if isinstance(self._reader, FileReader) else max(1, len(numbers))
@@ -133,6 +141,10 @@ class ChestXrayDataset(Dataset[Sample]):
         """Return the rows and labels with empty images ``[n, 1, 0, 0]``, which are not read."""
         return ChestXrayDataset(self.records, EmptyReader(len(self)))
 
+    def seen_from(self, view: View) -> ChestXrayDataset:
+        """Return the same images, not augmented, of which another part is seen."""
+        return ChestXrayDataset(self.records, self._reader, image_size=self.image_size, view=view)
+
     def __getitem__(self, draw: int) -> Sample:
         images, labels, indices = self.__getitems__([draw])
         return Sample(images[0], labels[0], int(indices[0]))
@@ -146,7 +158,9 @@ class ChestXrayDataset(Dataset[Sample]):
         rows = numbers % len(self)
         images = self.read_images(rows)
         if self.augmentation is not None:
-            self.augmentation(images, numbers)
+            images = self.augmentation(images, numbers)
+        else:
+            images = self.view.of(images, self.image_size)
         indices = torch.from_numpy(rows)
         batch = Batch(torch.from_numpy(images).unsqueeze(1), self._labels[indices], indices)
         return batch.padded(len(draws))
@@ -156,13 +170,11 @@ def dataset_of_files(
     paths: Sequence[Union[str, Path]],
     *,
     num_classes: int,
-    image_size: int,
-    max_megapixels: int = MAX_MEGAPIXELS,
-    resample: str = "bilinear",
+    data: DataSection,
 ) -> ChestXrayDataset:
     """Return the images of some files, in this order, with labels of zero.
 
-    Raises DataError if a file is missing, or none is given.
+    They are read and cut as `data` says. Raises DataError if a file is missing, or none is given.
     """
     names = [str(path) for path in paths]
     if not names:
@@ -172,11 +184,13 @@ def dataset_of_files(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"no such image: {missing[0]}{more}. Correct the path.")
     files = {name: name for name in names}
+    limit, resample = data.max_megapixels, data.resample
     reader = FileReader(
-        files, names, image_size=image_size, max_megapixels=max_megapixels, resample=resample
+        files, names, image_size=data.read_size, max_megapixels=limit, resample=resample
     )
     table = pd.DataFrame({"image": names}, dtype=object)  # a name may be no UTF-8
-    return ChestXrayDataset(Records(table, np.zeros((len(names), num_classes), np.uint8)), reader)
+    records = Records(table, np.zeros((len(names), num_classes), np.uint8))
+    return ChestXrayDataset(records, reader, image_size=data.image_size)
 
 
 def collate(batch: Any) -> Batch:  # torch's types expect a list of samples

@@ -78,7 +78,7 @@ def images_folder(data: DataSection) -> Path:
 def cache_paths(data: DataSection) -> CachePaths:
     """Return the files of the cache."""
     folder = Path(data.root) / "cxr_vit_cache" if data.cache_dir is None else Path(data.cache_dir)
-    return CachePaths.of(folder, data.image_size)
+    return CachePaths.of(folder, data.read_size)
 
 
 def open_image_source(
@@ -219,7 +219,7 @@ def _from_files(
     missing = [name for name in names if name not in paths]
     limit, resample = data.max_megapixels, data.resample
     reader = FileReader(
-        paths, usable, image_size=data.image_size, max_megapixels=limit, resample=resample
+        paths, usable, image_size=data.read_size, max_megapixels=limit, resample=resample
     )
     source = ImageSource(reader, missing, bad, "their files, decoded each time", plain)
     _warn_of_plain(source)

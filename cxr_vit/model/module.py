@@ -160,6 +160,7 @@ class ViTModule(nn.Module):
             StagePlan.from_list(config.pipeline.layers_per_stage),
             **self.normalisation._asdict(),
             resample=config.data.resample,
+            read_size=config.data.read_size,
         )
         self._set_positive_weight()
         if self.checkpoint is not None:

@@ -148,7 +148,8 @@ def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
 class StagedViT(nn.Module):
     """A model as a list of stages, which share the submodules of the undivided model.
 
-    `mean`, `std` and `resample` are those of the images, and saved with the model.
+    `mean`, `std`, `resample` and `read_size`, the side to which they are resized if a part is cut
+    out, are those of the images, and saved with the model.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class StagedViT(nn.Module):
         mean: PerChannel,
         std: PerChannel,
         resample: str = "bilinear",
+        read_size: Optional[int] = None,
     ) -> None:
         super().__init__()
         self.config = model.config
@@ -167,7 +169,7 @@ class StagedViT(nn.Module):
         self.dtype = torch.float32
         self.plan = plan
         self.normalisation = Normalisation(mean, std)
-        self.resample = resample
+        self.resample, self.read_size = resample, read_size
         self._stages = tuple(
             Stage(model, plan, i, self.normalisation) for i in range(plan.num_stages)
         )
@@ -223,8 +225,8 @@ class StagedViT(nn.Module):
 
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return a model with the same weights, shared, split by another plan."""
-        images = self.normalisation._asdict()
-        other = StagedViT(self._undivided[0], plan, **images, resample=self.resample)
+        images = {"resample": self.resample, "read_size": self.read_size}
+        other = StagedViT(self._undivided[0], plan, **self.normalisation._asdict(), **images)
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
@@ -262,7 +264,8 @@ class StagedViT(nn.Module):
         """Return the files that `from_pretrained` needs beside the weights: name -> text.
 
         preprocessor_config.json is written by hand: transformers 5.x writes it only if torchvision
-        is installed. 4.x and 5.x read these keys.
+        is installed. 4.x and 5.x read these keys. ViTImageProcessor does not crop;
+        BitImageProcessor, that of DINOv2, does.
         """
         size, normalised = self.config.image_size, self.normalised()
         preprocessor = {
@@ -277,6 +280,13 @@ class StagedViT(nn.Module):
             "rescale_factor": 1 / 255,
             "size": {"height": size, "width": size},
         }
+        if self.read_size not in (None, size):
+            preprocessor.update(
+                image_processor_type="BitImageProcessor",
+                size={"height": self.read_size, "width": self.read_size},
+                do_center_crop=True,
+                crop_size={"height": size, "width": size},
+            )
         return {
             "config.json": self.config.to_json_string(),
             "preprocessor_config.json": json.dumps(preprocessor, indent=2) + "\n",

@@ -8,8 +8,8 @@ from cxr_vit.config import Config
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
 
-#: Settings that the shapes of images and labels depend on.
-_SHAPES = ("data.image_size", "data.include_no_finding")
+#: Settings that images and labels, as the model sees them, depend on.
+_SHAPES = ("data.image_size", "data.resize", "data.include_no_finding")
 #: Settings of the data that do not change what is trained.
 _NOT_CONTENT = {
     "data.cache", "data.cache_dir", "data.cache_workers", "data.num_workers",
@@ -31,7 +31,7 @@ def check_data_config(config: Config, data_config: Config, *, trains: bool) -> N
 
     Scoring needs images of the same size only; labels are compared by name. Training needs a split.
     """
-    keys = {"data.image_size", "data.resample"}
+    keys = {"data.image_size", "data.resize", "data.resample"}
     if trains and config.data.split == "all":
         raise ConfigError(
             "data.split=all makes every image a test image and leaves none to train. Set another"

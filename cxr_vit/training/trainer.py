@@ -286,9 +286,7 @@ class Trainer:
         dataset = dataset_of_files(
             [images] if isinstance(images, (str, Path)) else images,
             num_classes=len(module.names),
-            image_size=self.config.data.image_size,
-            max_megapixels=self.config.data.max_megapixels,
-            resample=self.config.data.resample,
+            data=self.config.data,
         )
         with self._scoring(module, None, "predict", ckpt_path):
             logits, _ = self._predict(dataset)

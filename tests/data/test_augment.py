@@ -8,6 +8,7 @@ from typing import Any, Dict
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from cxr_vit.config.data_sections import AugmentSection
 from cxr_vit.data.augment import Augmentation
@@ -39,9 +40,7 @@ def make(seed: int = 0, **switches: Any) -> Augmentation:
 
 
 def augmented(augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
-    result = images()[draws % IMAGES]
-    augmentation(result, draws)
-    return result
+    return augmentation(images()[draws % IMAGES], draws)
 
 
 def numbers_of(augmentation: Augmentation, draws: np.ndarray = DRAWS) -> np.ndarray:
@@ -156,9 +155,71 @@ def test_a_crop_stays_inside_the_image_and_keeps_its_least_area(crop: float, rat
     assert corners.min() >= -0.5 - 1e-4 and corners.max() <= SIDE - 0.5 + 1e-4
 
 
-def test_a_crop_of_less_than_half_the_image_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"greater than or equal to 0\.5"):
-        AugmentSection(crop=0.4)
+def test_a_crop_of_a_twentieth_is_the_smallest() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.05"):
+        AugmentSection(crop=0.04)
+
+
+@pytest.mark.parametrize("read_size", [SIDE, 2 * SIDE])
+def test_crops_are_distributed_as_torchvisions(read_size: int) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    section = AugmentSection(crop=0.2, crop_ratio=4 / 3)
+    ours = Augmentation(section, 2000, SIDE, seed=0, read_size=read_size)
+    matrices = ours.matrices(numbers_of(ours, np.arange(2000)))
+    sides = matrices[:, [0, 1], [0, 1]] * SIDE / read_size
+    # Of the pixel edges, in fractions of the image; torchvision's are whole pixels of a large one.
+    places = (matrices @ [-0.5, -0.5, 1] + 0.5) / read_size
+    torch.manual_seed(0)
+    large = torch.empty(1, 1000, 1000)
+    draw = transforms.RandomResizedCrop.get_params
+    drawn = [draw(large, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
+    theirs = np.array(drawn)[:, [1, 0, 3, 2]] / 1000
+    quantiles = []
+    for x, y, width, height in (np.concatenate([places, sides], axis=1).T, theirs.T):
+        # Of a larger area torchvision draws another crop if it does not fit; ours is made to fit.
+        fits = width * height < 0.75
+        assert 0.6 < fits.mean() < 0.85
+        x, y, width, height = (each[fits] for each in (x, y, width, height))
+        numbers = x / (1 - width), y / (1 - height), width * height, np.log(width / height)
+        quantiles.append([np.quantile(each, np.linspace(0.05, 0.95, 10)) for each in numbers])
+    assert abs(np.subtract(*quantiles)).max() < 0.05
+
+
+def test_parts_of_larger_images_are_unscaled_and_uniform() -> None:
+    size = SIDE - 2
+    large = np.random.default_rng(0).integers(0, 256, (IMAGES, size + 6, size + 6), dtype=np.uint8)
+    augmentation = Augmentation(AugmentSection(), IMAGES, size, seed=0, read_size=size + 6)
+    draws = np.arange(IMAGES * 40)
+    matrices = augmentation.matrices(numbers_of(augmentation, draws))
+    places = matrices[:, :, 2]
+    np.testing.assert_allclose(places, places.round(), atol=1e-9)
+    counts = [np.bincount(column, minlength=7) for column in places.round().astype(int).T]
+    assert np.shape(counts) == (2, 7) and np.min(counts) > 200  # of 286
+    parts = augmentation(large.copy(), DRAWS)
+    for image, part, (left, top) in zip(large, parts, places[:IMAGES].round().astype(int)):
+        np.testing.assert_array_equal(part, image[top : top + size, left : left + size])
+
+
+def test_a_part_of_a_larger_image_is_rotated_about_the_center_of_the_image() -> None:
+    section = AugmentSection(rotation=45, horizontal_flip=0.5)
+    augmentation = Augmentation(section, IMAGES, SIDE, seed=0, read_size=2 * SIDE)
+    matrices = augmentation.matrices(numbers_of(augmentation))
+    numbers_of_part = numbers_of(augmentation)
+    numbers_of_part[:, 0] = 0.5  # not rotated
+    flat = augmentation.matrices(numbers_of_part)
+    middle, center = np.array([(SIDE - 1) / 2] * 2 + [1]), SIDE - 0.5
+    radii = [np.linalg.norm(maps @ middle - center, axis=1) for maps in (matrices, flat)]
+    np.testing.assert_allclose(*radii, atol=1e-9)
+    np.testing.assert_allclose(abs(np.linalg.det(matrices[:, :, :2])), 1)
+
+
+def test_bicubic_is_opencvs() -> None:
+    cubic = make(rotation=20, interpolation="bicubic")
+    matrices = cubic.matrices(numbers_of(cubic))
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    expected = cv2.warpAffine(images()[3], matrices[3], (SIDE, SIDE), flags=flags)
+    np.testing.assert_array_equal(augmented(cubic, DRAWS)[3], expected)
+    assert (augmented(make(rotation=20), DRAWS) != augmented(cubic, DRAWS)).mean() > 0.2
 
 
 def test_gray_levels_keep_their_order() -> None:
@@ -194,7 +255,7 @@ def test_contrast_keeps_the_mean_of_an_image() -> None:
 
 def test_pixels_from_outside_the_image_are_black() -> None:
     white = np.full((IMAGES, SIDE, SIDE), 255, dtype=np.uint8)
-    make(shift=0.5, gamma=0.5)(white, DRAWS)
+    white = make(shift=0.5, gamma=0.5)(white, DRAWS)
     beyond = (white == 0).reshape(IMAGES, -1).mean(axis=1)
     assert beyond.max() > 0.5 and beyond.mean() > 0.2
 
@@ -202,14 +263,14 @@ def test_pixels_from_outside_the_image_are_black() -> None:
 def test_pixels_from_outside_get_the_contrast_of_the_image() -> None:
     half = np.zeros((IMAGES, SIDE, SIDE), dtype=np.uint8)
     half[:, :, SIDE // 2 :] = 200
-    make(shift=0.2, contrast=0.5)(half, DRAWS)
+    half = make(shift=0.2, contrast=0.5)(half, DRAWS)
     assert max(len(np.unique(image[: SIDE // 4, : SIDE // 8])) for image in half) == 1
     assert half.min(axis=(1, 2)).max() > 0  # lower contrast raises black
 
 
 def test_a_crop_brings_no_border_into_view() -> None:
     white = np.full((IMAGES, SIDE, SIDE), 255, dtype=np.uint8)
-    make(crop=0.5, crop_ratio=1.5, horizontal_flip=0.5)(white, DRAWS)
+    white = make(crop=0.5, crop_ratio=1.5, horizontal_flip=0.5)(white, DRAWS)
     assert (white == 255).all()
 
 

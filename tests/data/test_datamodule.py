@@ -70,6 +70,21 @@ def test_a_dataset_holds_the_images_of_its_split_in_order(root: Path) -> None:
     assert [int(test[row].image.max()) for row in range(10)] == list(range(30, 40))
 
 
+def test_a_part_of_larger_images_is_seen(root: Path) -> None:
+    gradient = np.add.outer(np.arange(16), 10 * np.arange(16)).astype(np.uint8)
+    for path in (root / "images").iterdir():
+        Image.fromarray(gradient).save(path)
+    module = module_of(root, image_size=8, resize=16)
+    assert "images at 16 x 16, of which the model sees 8 x 8, from" in module.describe()
+    assert [path.name for path in root.glob("cxr_vit_cache/*.u8")] == ["films_16.u8"]
+    assert module.dataset("test")[3].image[0].tolist() == gradient[4:12, 4:12].tolist()
+    train = module.dataset("train", augmented=True)
+    assert train.image_size == 8
+    firsts = {int(train[row].image[0, 0, 0]) for row in range(24)}
+    assert len(firsts) > 10 and firsts <= set(gradient[:9, :9].flatten().tolist())
+    assert train.read_images([0]).shape == (1, 16, 16)
+
+
 def test_a_dataset_pairs_each_image_with_its_own_labels(root: Path) -> None:
     train = module_of(root).dataset("train")
     for row in range(len(train)):

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate, dataset_of_files
 from cxr_vit.data.images import FileReader
 from cxr_vit.data.records import Records
 from cxr_vit.data.sampler import PADDING, EvaluationSampler, ReplicaSampler, TrainingSampler
+from cxr_vit.data.views import VIEWS
 from cxr_vit.errors import DataError
 
 SIDE = 16
@@ -155,9 +157,23 @@ def test_without_images_keeps_labels_and_rows_and_reads_nothing(
 def test_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     Image.fromarray(pixels(0)).save(path)
-    images = dataset_of_files([path], num_classes=2, image_size=SIDE)
+    images = dataset_of_files([path], num_classes=2, data=DataSection(image_size=SIDE))
     assert images[0].image[0].tolist() == pixels(0).tolist()
     assert images.image_names == [str(path)]
+
+
+def test_views_equal_torchvisions(dataset: ChestXrayDataset) -> None:
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    whole = torch.from_numpy(dataset.read_images(range(IMAGES))).unsqueeze(1)
+    part = dataset.seen_from(VIEWS["center"][0])
+    part.image_size = SIDE - 6
+    views = [part.seen_from(view).__getitems__(range(IMAGES)) for view in VIEWS["ten_crop"]]
+    for view, expected in zip(views, functional.ten_crop(whole, [SIDE - 6, SIDE - 6])):
+        assert torch.equal(view.images, expected)
+        assert torch.equal(view.indices, torch.arange(IMAGES))
+    assert torch.equal(part[2].image, functional.center_crop(whole[2], [SIDE - 6, SIDE - 6]))
+    mirrored = dataset.seen_from(VIEWS["flip"][1])
+    assert torch.equal(mirrored.__getitems__([3]).images, whole[[3]].flip(-1))
 
 
 def test_a_batch_of_zeros_is_all_padding() -> None:

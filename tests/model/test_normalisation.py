@@ -13,10 +13,12 @@ from transformers import AutoImageProcessor
 
 from cxr_vit import ViTModule
 from cxr_vit.config import BatchPlan
+from cxr_vit.data.dataset import dataset_of_files
 from cxr_vit.data.images import read_gray
 from cxr_vit.engines.ipu.graphs import graph_shape
 from cxr_vit.errors import ConfigError, ModelError
 from cxr_vit.model.normalisation import Normalise
+from cxr_vit.model.source import read_preprocessor
 from families import images, save
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -160,6 +162,24 @@ def test_every_channel_has_its_own_numbers(make_module, tmp_path, cut):
     assert torch.allclose(ours, theirs, atol=1e-6)
     assert not torch.equal(ours[:, 0], ours[:, 2])
     assert saved(module)["resample"] == 3  # Pillow's bicubic
+
+
+def test_the_saved_preprocessor_resizes_and_cuts_out_the_center(make_config, tmp_path):
+    overrides = ("data.image_size=32", "data.resize=40", "data.root=" + str(tmp_path))
+    module = ViTModule(make_config(*overrides))
+    module.setup()
+    for name, text in module.model.hub_files().items():
+        (tmp_path / name).write_text(text)
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    files = dataset_of_files([tmp_path / "image.png"], num_classes=2, data=module.config.data)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    with Image.open(tmp_path / "image.png") as file:
+        theirs = processor(file.convert("RGB"), return_tensors="pt")["pixel_values"]
+    ours = module.model.stage(0).normalise(files[0].image[None])
+    assert ours.shape == theirs.shape == (1, 3, 32, 32)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert read_preprocessor(tmp_path).size == 32
 
 
 def test_equal_channels_are_computed_once():
