@@ -220,7 +220,7 @@ class TrainArguments(NamedTuple):
 class EvaluateArguments(NamedTuple):
     """Command line of evaluate.py; `files` and their overrides describe another data set."""
 
-    checkpoint: Path
+    checkpoints: List[Path]
     split: Optional[str]
     out: Optional[Path]
     overrides: List[str]
@@ -342,8 +342,12 @@ def train_arguments(argv: Sequence[str]) -> TrainArguments:
 def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     """Parse the command line of evaluate.py."""
     parser = Parser("evaluate", description="Score a split with a checkpoint and write the report.")
-    add, text = parser.add_argument, "a checkpoint's folder, or a run's folder: then its best one"
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help=text)
+    add, text = (
+        parser.add_argument,
+        "a checkpoint's folder, or a run's folder: then its best one. Of several the probabilities"
+        " are averaged",
+    )
+    add("--checkpoint", nargs="+", action="extend", required=True, metavar="DIR", help=text)
     text = "default: test, or val where the split has no test images"
     add("--split", choices=["train", "val", "test"], help=text)
     packaged = ", ".join(name for name in packaged_configs() if name.startswith("data/"))
@@ -356,7 +360,8 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: <run>/report; with --data, its <name>",
+        help="default: <run>/report, of several checkpoints <run>/report-ensemble in the first's"
+        " run; with --data, its <name>",
     )
     parser.add_overrides(
         "overrides of the run's configuration; with --data, those of data.* apply to the other data"
@@ -365,10 +370,13 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         raise ConfigError(f"{argv[0]}: a checkpoint or a run is given as --checkpoint {argv[0]}")
     given = parser.parse(argv)
+    first, *others = given.checkpoint
+    checkpoints, after = split_overrides(others)
     files, more = split_overrides(given.data)
-    overrides = [*more, *given.overrides]
+    overrides = [*after, *more, *given.overrides]
     if given.data and not files:
         raise ConfigError(f"--data {more[0]}: give a YAML file with the data section first.")
     of_data = [text for text in overrides if files and text.startswith(("data.", "data="))]
     of_run = [text for text in overrides if text not in of_data]
-    return EvaluateArguments(given.checkpoint, given.split, given.out, of_run, files, of_data)
+    checkpoints = [Path(first), *checkpoints]
+    return EvaluateArguments(checkpoints, given.split, given.out, of_run, files, of_data)

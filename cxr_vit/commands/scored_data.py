@@ -42,9 +42,11 @@ class ScoredData:
     run: Config
     config: Config
 
-    def folder(self, checkpoint: Path, split: str, *, default: str) -> Tuple[Path, int]:
+    def folder(
+        self, checkpoint: Path, split: str, *, default: str, is_ensemble: bool
+    ) -> Tuple[Path, int]:
         """Return the folder of the report, and how many of its folders are in the run."""
-        return report_folder(checkpoint, split, default=default), 1
+        return report_folder(checkpoint, split, default=default, is_ensemble=is_ensemble), 1
 
     def facts(
         self, data: ChestXrayDataModule, match: LabelMatch, state: Mapping[str, Any], split: str
@@ -70,11 +72,14 @@ class OtherData(ScoredData):
     overrides: Sequence[str]
     split: Optional[str]
 
-    def folder(self, checkpoint: Path, split: str, *, default: str) -> Tuple[Path, int]:
+    def folder(
+        self, checkpoint: Path, split: str, *, default: str, is_ensemble: bool
+    ) -> Tuple[Path, int]:
         """Return a folder in that of the run's report, with the name of the first file."""
         name = re.sub(r"[^\w-]+", "_", self.files[0].stem).strip("_") or "data"
         suffix = "" if self.split is None else f"_{split}"
-        return report_folder(checkpoint, default, default=default) / f"{name}{suffix}", 2
+        report = report_folder(checkpoint, default, default=default, is_ensemble=is_ensemble)
+        return report / f"{name}{suffix}", 2
 
     def facts(
         self, data: ChestXrayDataModule, match: LabelMatch, state: Mapping[str, Any], split: str

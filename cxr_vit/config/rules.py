@@ -370,8 +370,7 @@ def _resize_problems(config: Config) -> Iterator[Problem]:
     elif larger % 2:
         yield Problem(
             f"data.resize={data.resize}",
-            f"less data.image_size={size} is {larger}, an odd number: the center would begin at half"
-            " a pixel.",
+            f"less data.image_size={size} is odd: the center would begin at half a pixel.",
             f"Nearest legal values: {size + larger - 1} or {size + larger + 1}.",
         )
     if views == "ten_crop" and larger == 0:

@@ -315,13 +315,13 @@ class TrainSection(Section):
 
 
 class EvaluationSection(Section):
-    """How images are scored once the training is over (evaluate.py, Trainer.test)."""
+    """How images are scored by evaluate.py, Trainer.test and Trainer.predict."""
 
     views: Literal["center", "flip", "ten_crop"] = option(
         "center",
         "views of each image whose probabilities are averaged: one; it and its mirror image (twice"
         " the time); or the center, the corners and their mirror images (ten times; needs"
-        " data.resize)",
+        " data.resize); validation in training has one",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Union
@@ -143,7 +144,9 @@ class ChestXrayDataset(Dataset[Sample]):
 
     def seen_from(self, view: View) -> ChestXrayDataset:
         """Return the same images, not augmented, of which another part is seen."""
-        return ChestXrayDataset(self.records, self._reader, image_size=self.image_size, view=view)
+        other = copy.copy(self)  # which may be of another class
+        other.augmentation, other.view = None, view
+        return other
 
     def __getitem__(self, draw: int) -> Sample:
         images, labels, indices = self.__getitems__([draw])

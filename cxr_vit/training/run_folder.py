@@ -579,10 +579,11 @@ def config_of_checkpoint(checkpoint: Path, overrides: Sequence[str]) -> Config:
     return check(changed)
 
 
-def report_folder(checkpoint: Path, split: str, *, default: str) -> Path:
+def report_folder(checkpoint: Path, split: str, *, default: str, is_ensemble: bool = False) -> Path:
     """Return the folder of a split's report; only the default split's has no suffix.
 
     It is in the run, or in the folder of a checkpoint that was copied alone.
     """
     folder = run_of_checkpoint(checkpoint) or checkpoint
-    return folder / ("report" if split == default else f"report_{split}")
+    name = "report-ensemble" if is_ensemble else "report"
+    return folder / (name if split == default else f"{name}_{split}")

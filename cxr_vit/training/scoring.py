@@ -1,13 +1,18 @@
-"""Score a split: the labels that are compared, their loss and their metrics."""
+"""Score a split: the labels that are compared, views and models that are averaged, the metrics."""
 
 from __future__ import annotations
 
 import time
+from typing import Callable, List, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.records import UNKNOWN
+from cxr_vit.data.views import VIEWS
 from cxr_vit.engines.base import Engine
 from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.label_match import LabelMatch, match_labels
@@ -29,6 +34,68 @@ def match_of(module: ViTModule, data: ChestXrayDataModule, *, trains: bool) -> L
             " with the same configuration."
         )
     return LabelMatch.same(module.names)
+
+
+def mean_logits(logits: Sequence[Tensor]) -> Tensor:
+    """Return the logits of the mean of the probabilities, float32 ``[N, C]`` like each given one.
+
+    Computed in float64 from the logarithms of p and 1 - p, so that no probability rounds to 0 or 1.
+    """
+    stacked = torch.stack([each.double() for each in logits])
+    log_p, log_q = (logsigmoid(sign * stacked).logsumexp(dim=0) for sign in (1, -1))
+    return (log_p - log_q).float()
+
+
+def describe_views(views: str) -> List[str]:
+    """Return a line about the cost of several views of each image; none for one view."""
+    count = len(VIEWS[views])
+    if count == 1:
+        return []
+    return [f"evaluation.views={views}: {count} views of each image, {count} times the time of one"]
+
+
+def predict_views(
+    engine: Engine,
+    dataset: ChestXrayDataset,
+    views: str,
+    *,
+    stops: Optional[Callable[[], bool]] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Score every image of a split; see `Engine.predict_dataset`.
+
+    The probabilities of several views of an image are averaged.
+    """
+    if len(VIEWS[views]) == 1:
+        return engine.predict_dataset(dataset, stops=stops)
+    scored = [engine.predict_dataset(dataset.seen_from(view), stops=stops) for view in VIEWS[views]]
+    return mean_logits([logits for logits, _ in scored]), scored[0][1]
+
+
+def ensemble(members: Sequence[EvalOutputs]) -> EvalOutputs:
+    """Return the scores of the mean of several models' probabilities of the same images.
+
+    `members` are the `Trainer.test_outputs` of each; the caller knows that the images are the same.
+    The loss is binary cross-entropy. Raises ConfigError if the labels are not the same.
+    """
+    first = members[0]
+    for number, other in enumerate(members[1:], start=2):
+        same = list(first.names) == list(other.names) and torch.equal(first.labels, other.labels)
+        if not same:
+            raise ConfigError(
+                f"members 1 and {number} of the ensemble were scored on other labels or images."
+                " Score the same split of the same data with each."
+            )
+    logits = mean_logits([member.logits for member in members])
+    return EvalOutputs(
+        first.split,
+        first.step,
+        float(multi_label_loss(logits, first.labels, has_unknown=True)),
+        flat_scores(logits, first.labels, first.names),
+        logits,
+        first.labels,
+        sum(member.seconds for member in members),
+        first.names,
+    )
 
 
 def outputs_of(

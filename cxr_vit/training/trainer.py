@@ -51,7 +51,7 @@ from cxr_vit.training.extensions import all_callbacks, all_loggers
 from cxr_vit.training.loggers import Logger, as_number
 from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
 from cxr_vit.training.saving import Saver, restore_callbacks
-from cxr_vit.training.scoring import match_of, outputs_of
+from cxr_vit.training.scoring import describe_views, match_of, outputs_of, predict_views
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,8 @@ class Trainer:
         """
         with self._scoring(module, datamodule, "test", ckpt_path):
             self._notify("on_test_start")
-            self.test_outputs = self._score(datamodule.dataset(split), split)
+            views = self.config.evaluation.views
+            self.test_outputs = self._score(datamodule.dataset(split), split, views)
             self._notify("on_test_end")
         return self.test_outputs.tagged()
 
@@ -289,7 +290,7 @@ class Trainer:
             data=self.config.data,
         )
         with self._scoring(module, None, "predict", ckpt_path):
-            logits, _ = self._predict(dataset)
+            logits, _ = self._predict(dataset, self.config.evaluation.views)
         return probabilities(logits)
 
     # Opening and closing
@@ -513,18 +514,19 @@ class Trainer:
             return
         self.saver.save_if_best(self.validation_outputs.scores.get(MONITOR))
 
-    def _score(self, dataset: ChestXrayDataset, split: str) -> EvalOutputs:
+    def _score(self, dataset: ChestXrayDataset, split: str, views: str = "center") -> EvalOutputs:
         """Score a split with the present weights."""
         start = time.perf_counter()
-        scored, step = self._predict(dataset), self.global_step
+        scored, step = self._predict(dataset, views), self.global_step
         outputs = outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
         self.callback_metrics.update(outputs.tagged())
         return outputs
 
-    def _predict(self, dataset: ChestXrayDataset) -> Tuple[Tensor, Tensor]:
+    def _predict(self, dataset: ChestXrayDataset, views: str) -> Tuple[Tensor, Tensor]:
+        self._print(*describe_views(views))
         stops = self._is_interrupted if self.is_fitting else None
         with explaining_out_of_memory(self.config, training=False):
-            return self.engine.predict_dataset(dataset, stops=stops)
+            return predict_views(self.engine, dataset, views, stops=stops)
 
     def is_due(self, first_step: int, every: int) -> bool:
         """Whether a multiple of `every` lies in the steps since `first_step`; always at the end."""
