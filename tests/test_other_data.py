@@ -263,3 +263,66 @@ def test_a_modules_own_metrics_get_no_unknown_labels_if_its_data_have_none(
     words = (*UNKNOWN, f"data.csv={tmp_path / 'unknown.csv'}", "data.split=all")
     scores = trainer.test(module, cxr_vit.ChestXrayDataModule(make_config(*words)))
     assert len(seen) == 1 and "test/auroc_macro" in scores
+
+
+@pytest.fixture(scope="module")
+def other_run(sample_root, tmp_path_factory):
+    """A run of another architecture, size, normalisation and view, on the same data."""
+    folder = tmp_path_factory.mktemp("runs") / "other"
+    words = [*SMALL, f"data.root={sample_root}", "train.steps=1", f"run.dir={folder}"]
+    words += ["data.image_size=16", "data.resize=20", "model.image_mean=0.3", "run.seed=1"]
+    assert train.main([*words, "pipeline.layers_per_stage=[2, 2]", "loss.name=bce"]) == 0
+    return folder
+
+
+def test_an_ensemble_averages_the_probabilities_of_its_members(run, other_run, capsys, tmp_path):
+    words = ["--checkpoint", str(run), str(other_run), "--split", "val"]
+    for folder in (run, other_run):
+        assert evaluate.main(["--checkpoint", str(folder), "--split", "val"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(words) == 0
+    output = capsys.readouterr().out
+    out = run / "report-ensemble_val"
+    assert output.splitlines()[-1] == f"report: {out}"
+    assert "an ensemble of 2 checkpoints: 2 times the time of one" in output
+    alone = [folder / "report_val" for folder in (run, other_run)]
+    rows, *others = (predictions(folder) for folder in (out, *alone))
+    column = f"{FINDINGS[0]}_probability"
+    for row, first, second in zip(rows, *others):
+        mean = (float(first[column]) + float(second[column])) / 2
+        assert float(row[column]) == pytest.approx(mean, abs=1e-5)
+        assert row["image"] == first["image"] == second["image"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    single = [json.loads((folder / "metrics.json").read_text()) for folder in alone]
+    assert [member["auroc_macro"] for member in metrics["members"]] == [
+        each["auroc_macro"] for each in single
+    ]
+    assert [member["checkpoint"] for member in metrics["members"]] == [
+        each["checkpoint"] for each in single
+    ]
+    assert "members" not in single[0] and "views" not in single[0]
+    assert metrics["members"][0]["csv_sha256"] == single[0]["csv_sha256"]
+
+
+def test_checkpoints_of_one_run_are_an_ensemble_on_other_data(run, chexpert, capsys):
+    last = run / "checkpoints" / "last"
+    words = ["--checkpoint", str(run), str(last), f"data.root={chexpert}", "--data"]
+    assert evaluate.main([*words, "data/chexpert", "evaluation.views=flip"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("evaluation.views=flip: 2 views of each image") == 2
+    out = run / "report-ensemble" / "chexpert"
+    assert output.splitlines()[-1] == f"report: {out}"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [member["views"] for member in metrics["members"]] == ["flip", "flip"]
+    assert metrics["members"][0]["label_map"]["Lung Lesion"] == ["Mass", "Nodule"]
+    assert metrics["auroc_macro"] == pytest.approx(metrics["members"][0]["auroc_macro"], abs=1e-6)
+
+
+def test_members_must_score_the_same_images(run, sample_root, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "third"
+    words = [*SMALL, f"data.root={sample_root}", "train.steps=1", f"run.dir={folder}"]
+    assert train.main([*words, "data.split=patient", "data.split_seed=5"]) == 0
+    capsys.readouterr()
+    line = refused(monkeypatch, capsys, "--checkpoint", run, folder)
+    assert "scores other test data than" in line and "images there" in line
+    assert not (run / "report-ensemble" / "metrics.json").exists()

@@ -2,9 +2,9 @@
 
 All geometric changes of an image, also cutting a part out of a larger one, are combined into one
 affine map, and all changes of its gray levels into one table of 256 entries, so the cost does not
-depend on how many are switched on. Both are pure functions of (seed, epoch, row): any number of
-loader processes and a resumed run give the same images. OpenCV is imported only if something is
-switched on.
+depend on how many are switched on. The operations of RandAugment follow. All are pure functions of
+(seed, epoch, row): any number of loader processes and a resumed run give the same images. OpenCV is
+imported only if something is switched on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Dict, Optional, Tuple
 import numpy as np
 
 from cxr_vit.config.data_sections import AugmentSection
+from cxr_vit.data import rand_augment
 
 #: Random numbers per image, each uniform in [0, 1). Their order and their count are part of the
 #: result: with another name, also at the end, all images are augmented differently.
@@ -67,6 +68,9 @@ class Augmentation:
         if tables is not None:
             for image, table in zip(images, tables):
                 cv2.LUT(image, table, dst=image)
+        if section.rand_augment:
+            how = {"num_samples": self.num_samples, "seed": self.seed}
+            rand_augment.apply_to(images, draws, section, **how)
         return images
 
     @property
