@@ -5,7 +5,6 @@ from typing import ClassVar, Dict, List, Optional, Type
 from pydantic import (
     BaseModel,
     Field,
-    NonNegativeInt,
 )
 from typing_extensions import Annotated, Literal
 
@@ -209,8 +208,11 @@ class AugmentSection(Section):
     horizontal_flip: Probability = option(
         0.0, "probability of mirroring, which puts the heart on the other side"
     )
-    rand_augment: NonNegativeInt = option(
-        0, "RandAugment: number of operations on each image, each applied with probability 0.5"
+    rand_augment: int = option(
+        0,
+        "RandAugment: number of operations on each image, each applied with probability 0.5",
+        ge=0,
+        le=10,
     )
     rand_magnitude: float = option(6.0, "RandAugment: mean strength of its operations", ge=0, le=10)
     rand_operations: Annotated[List[RandAugmentOperation], Field(min_length=1)] = option(

@@ -636,3 +636,28 @@ def test_files_of_a_table_stay_with_another_root(tmp_path):
     assert (moved.csv, moved.join, moved.columns) == ("t.csv", ["u.csv"], config.data.columns)
     back = load_config(saved, ["data.format=nih", "data.root=b"]).data
     assert (back.csv, back.join, back.columns, back.labels) == (None, [], None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["data.resize=56"],
+            "data.resize=56 is less than data.image_size=64, the part that is cut out. Give a larger"
+            " one, or leave it out: then nothing is cut off.",
+        ),
+        (
+            ["data.resize=73"],
+            "data.resize=73 less data.image_size=64 is odd: the center would begin at half a pixel."
+            " Nearest legal values: 72 or 74.",
+        ),
+        (
+            ["evaluation.views=ten_crop"],
+            "evaluation.views=ten_crop cuts corners out of images larger than data.image_size=64."
+            " Set data.resize, e.g. 72, or evaluation.views=flip.",
+        ),
+    ],
+)
+def test_images_are_cut_out_of_larger_ones(overrides, problem):
+    assert only_problem(*overrides) == problem
+    load_config([], [*VALID, "data.resize=72", "evaluation.views=ten_crop"])
