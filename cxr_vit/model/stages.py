@@ -225,8 +225,13 @@ class StagedViT(nn.Module):
 
     def recut(self, plan: StagePlan) -> StagedViT:
         """Return a model with the same weights, shared, split by another plan."""
-        images = {"resample": self.resample, "read_size": self.read_size}
-        other = StagedViT(self._undivided[0], plan, **self.normalisation._asdict(), **images)
+        other = StagedViT(
+            self._undivided[0],
+            plan,
+            **self.normalisation._asdict(),
+            resample=self.resample,
+            read_size=self.read_size,
+        )
         return other.compute_in(self.dtype)
 
     def compute_in(self, dtype: torch.dtype) -> StagedViT:
