@@ -105,7 +105,8 @@ class FeatureReader:
                 " exchange logits. Start it without torchrun or poprun, with engine.name=torch."
             )
         self.recorder = _EngineRecorder()
-        self.module = FeatureModule(config)
+        # Features are of the center: those of several views have no mean of probabilities.
+        self.module = FeatureModule(config.changed(evaluation={"views": "center"}))
         self.trainer = Trainer(self.module.config, callbacks=[self.recorder], loggers=[])
         self.data = data
         self.for_ipu = self.trainer.choice.is_ipu
