@@ -12,6 +12,7 @@ class Recorder(Callback):
     def __init__(self):
         self.events = []
         self.lrs = []
+        self.losses = []
 
     def on_fit_start(self, trainer, module):
         self.events.append(("fit_start", trainer.global_step))
@@ -19,6 +20,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.events.append(("step", outputs.step))
         self.lrs.append(outputs.lr)
+        self.losses.extend(outputs.losses.tolist())
 
     def on_validation_end(self, trainer, module):
         self.events.append(("validation", trainer.validation_outputs.step))

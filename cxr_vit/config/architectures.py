@@ -87,7 +87,8 @@ def known_architecture(name: str) -> Optional[Architecture]:
     """Return the shape of `model.name`, or None if it is known only after loading.
 
     It comes from `SIZES`, from the config.json of a local folder, or from a hub name such as
-    ``google/vit-base-patch16-224-in21k`` or ``facebook/dinov2-base``.
+    ``google/vit-base-patch16-224-in21k``, ``timm/vit_base_patch16_224.augreg_in21k`` or
+    ``facebook/dinov2-base``.
     """
     if name in SIZES:
         return SIZES[name]
@@ -95,7 +96,7 @@ def known_architecture(name: str) -> Optional[Architecture]:
     if config is not None:
         return _from_local(config)
     match = re.search(
-        r"(?:vit|deit)-(tiny|small|base|large|huge)(-distilled)?-patch(\d+)"
+        r"(?:vit|deit)[-_](tiny|small|base|large|huge)([-_]distilled)?[-_]patch(\d+)(?!\d|_\w*dino)"
         r"|(?:^|/)(?:dinov2-(small|base|large)|rad-dino|vit-mae-(base|large|huge))$",
         name,
     )

@@ -339,6 +339,8 @@ def test_hub_name_implies_size_and_patches():
     [
         ("facebook/deit-small-patch16-224", "vit-small", 16, 197),
         ("facebook/deit-tiny-distilled-patch16-224", "vit-tiny", 16, 198),
+        ("timm/vit_base_patch16_224.augreg_in21k", "vit-base", 16, 197),
+        ("timm/deit_small_distilled_patch16_224.fb_in1k", "vit-small", 16, 198),
         ("facebook/dinov2-large", "vit-large", 14, 257),
         ("microsoft/rad-dino", "vit-base", 14, 257),
         ("facebook/vit-mae-base", "vit-base", 16, 197),
@@ -398,6 +400,7 @@ def test_folder_of_timm_is_known_after_loading(tmp_path):
     [
         *("facebook/dinov2-giant", "facebook/dinov2-with-registers-base"),
         *("someone/my-dinov2-base", "someone/not-rad-dino", "someone/my-vit-mae-base"),
+        *("timm/vit_base_patch14_dinov2.lvd142m", "timm/vit_base_patch14_reg4_dinov2.lvd142m"),
     ],
 )
 def test_other_kinds_are_not_implied(name):

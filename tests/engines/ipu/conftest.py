@@ -21,6 +21,7 @@ SLOW = (
     "test_graphs.py",
     "test_knobs.py",
     "test_processes.py",
+    "test_recipes.py",
     "test_state.py",
 )
 
