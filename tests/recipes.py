@@ -9,7 +9,7 @@ POD4 = FOLDER / "pod4.yaml"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path != POD4)
 #: Those that train.py runs.
 TRAINED = [path for path in RECIPES if path.stem != "rad_dino_probe"]
-#: Those whose small runs differ: medical_mae_vit_b differs from medical_mae_vit_s in its model only.
+#: Those whose small runs differ: medical_mae_vit_b has another model than medical_mae_vit_s only.
 RUN = [path for path in TRAINED if path.stem != "medical_mae_vit_b"]
 
 #: A model of four layers on 32 pixels, 16 images per update. The rest is the recipe's.
