@@ -19,7 +19,7 @@ SMALL = (
     *("batch.micro_batch_size=2", "batch.gradient_accumulation=8"),
     *("batch.eval_micro_batch_size=4", "batch.eval_device_iterations=4"),
     *("engine.device=auto", "engine.precision=fp32", "engine.executable_cache=null"),
-    *("engine.loader_mode=sync", "optim.first_moment=fp32", "optim.loss_scaling=1"),
+    *("engine.loader_mode=sync", "optim.loss_scaling=1"),
     *("train.log_every_steps=1", "loggers=[jsonl]", "data.cache=off"),
     "model.hidden_act=gelu_pytorch_tanh",
 )
