@@ -270,7 +270,7 @@ def config_parser(command: str, *, description: str) -> Parser:
     )
     text = (
         "YAML files, merged left to right; those of the package by name: "
-        f"{', '.join(packaged_configs())}"
+        f"{', '.join(packaged_configs())}. data/* and recipes/pod4 go behind one of the others"
     )
     add = parser.add_argument
     add("--config", nargs="+", action="extend", default=[], metavar="FILE", help=text)

@@ -86,6 +86,10 @@ def test_help_lists_every_field_with_its_description(train_help, section):
         assert lines[here[0] + 1].strip() == field.description
 
 
+def test_help_says_which_files_go_behind_others(train_help):
+    assert "data/* and recipes/pod4 go behind one of the others" in " ".join(train_help.out.split())
+
+
 def test_help_lists_ranges_and_defaults(train_help):
     assert "  train.log_every_steps  (integer >= 1; default 50)\n" in train_help.out
     assert "  schedule.warmup_ratio  (number >= 0, <= 1 or null; default 0.0)\n" in train_help.out

@@ -41,8 +41,15 @@ _SYNONYMS = {
     "num_epochs": "train.epochs",
     "max_steps": "train.steps",
     "output_dir": "run.dir",
+    "blr": "optim.base_lr",
+    "drop_path_rate": "model.drop_path",
+    "global_pool": "model.pooling",
+    "aa": "augment.rand_augment",
+    "tta": "evaluation.views",
     "seed": "run.seed",
 }
+#: Values in other code bases -> ours.
+_VALUES = {"asl": "asymmetric", "avg": "mean", "cls": "class", "token": "class"}
 
 
 def is_merged(location: Sequence[Any]) -> bool:
@@ -73,7 +80,8 @@ def explain(detail: Mapping[str, Any], places: Mapping[str, str]) -> str:
     if detail["type"] == "value_error":
         return f"{where}: {detail['ctx']['error']}"
     is_choice = detail["type"] == "literal_error"
-    hint = suggestion(str(detail["input"]), _choices(field.annotation)) if is_choice else ""
+    given = str(detail["input"])
+    hint = suggestion(_VALUES.get(given, given), _choices(field.annotation)) if is_choice else ""
     return f"{where}: must be {allowed(field)}.{hint}"
 
 
@@ -103,8 +111,11 @@ def _unknown(location: List[str]) -> str:
         )
     sibling = did_you_mean(name, siblings)
     elsewhere = [f"{other}.{name}" for other in SECTIONS if name in SECTIONS[other].model_fields]
-    synonym = _SYNONYMS.get(did_you_mean(name, _SYNONYMS) or "")
-    near = f"{section}.{sibling}" if sibling else next(iter(elsewhere), synonym)
+    near = _SYNONYMS.get(name)  # first: "blr" is nearest to "lr", another quantity
+    if near is None and sibling:
+        near = f"{section}.{sibling}"
+    elif near is None:
+        near = next(iter(elsewhere), _SYNONYMS.get(did_you_mean(name, _SYNONYMS) or ""))
     if near is None and len(location) == 1:
         near = did_you_mean(section, [*SECTIONS, *LISTS])
     hint = f"Did you mean '{near}'?" if near else "See train.py --help for all keys."

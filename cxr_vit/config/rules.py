@@ -365,7 +365,7 @@ def _resize_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"data.resize={data.resize}",
             f"is less than data.image_size={size}, the part that is cut out.",
-            "Give a larger one, or leave it out: then nothing is cut off.",
+            "Give a larger one, or data.resize=null: then nothing is cut off.",
         )
     elif larger % 2:
         yield Problem(

@@ -220,6 +220,29 @@ def test_unknown_key_suggests_our_name_for_it(write):
     assert "Did you mean 'optim.lr'?" in problem([write("optim: {learning_rate: 0.1}")])
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("optim.blr", "optim.base_lr"),
+        ("model.drop_path_rate", "model.drop_path"),
+        ("model.global_pool", "model.pooling"),
+        ("augment.aa", "augment.rand_augment"),
+        ("evaluation.tta", "evaluation.views"),
+        ("batch.batch_size", "batch.micro_batch_size"),
+    ],
+)
+def test_names_of_published_code_suggest_ours(theirs, ours):
+    assert problem([], [f"{theirs}=1"]).endswith(f"Did you mean '{ours}'?")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("loss.name=asl", "asymmetric"), ("model.pooling=avg", "mean"), ("model.pooling=cls", "class")],
+)
+def test_values_of_published_code_suggest_ours(theirs, ours):
+    assert problem([], [theirs]).endswith(f" Did you mean '{ours}'?")
+
+
 def test_key_in_the_wrong_section_suggests_the_right_one(write):
     assert "Did you mean 'optim.lr'?" in problem([write("train: {lr: 0.1}")])
 

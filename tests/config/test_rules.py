@@ -644,7 +644,7 @@ def test_files_of_a_table_stay_with_another_root(tmp_path):
         (
             ["data.resize=56"],
             "data.resize=56 is less than data.image_size=64, the part that is cut out. Give a"
-            " larger one, or leave it out: then nothing is cut off.",
+            " larger one, or data.resize=null: then nothing is cut off.",
         ),
         (
             ["data.resize=73"],
