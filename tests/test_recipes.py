@@ -8,7 +8,8 @@ import pytest
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.cli import main
 from cxr_vit.config import load_config, read_config
-from cxr_vit.planner.estimate import make_plan
+from cxr_vit.planner.estimate import make_plan, plan_evaluation
+from pages import DOCS
 from recipes import FOLDER, POD4, RECIPES, RUN, TRAINED, files, small
 
 NAMES = [path.stem for path in RECIPES]
@@ -18,6 +19,12 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def header(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def headers_with(weights):
+    """Return the lines of the headers of the recipes with these weights."""
+    found = [path for path in RECIPES if read_config([path]).model.name == weights]
+    return "\n".join(line for path in found for line in header(path))
 
 
 def differences(one, other):
@@ -100,6 +107,45 @@ def test_fits_a_gpu_of_24_gb(recipe):
     memory = "planner.device_memory_gib=22"  # 24 GB, without the system's share
     plan = make_plan(load_config([recipe], ["engine.device=cuda", memory]))
     assert plan.fits
+
+
+def test_costs_of_the_page_are_those_of_the_planner():
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    on_ipus = make_plan(load_config(files(FOLDER / "medical_mae_vit_b.yaml")))
+    speed, low, high = on_ipus.samples_per_s, *on_ipus.speed_range
+    images = 75 * on_ipus.images
+    hours, longest, shortest = (images / one / 3600 for one in (speed, low, high))
+    assert f"75 epochs in {hours:.1f} hours ({shortest:.1f} to {longest:.1f})" in page
+    assert f"{speed:.0f} images/s ({low:.0f} to {high:.0f})" in page
+    small, large = (
+        make_plan(load_config([FOLDER / f"medical_mae_vit_{size}.yaml"], ["engine.device=cuda"]))
+        for size in "sb"
+    )
+    memory = [f"{plan.fullest.memory.total / 1e9:.1f}" for plan in (small, large)]
+    assert f"{' or '.join(memory)} GB of the GPU's memory" in page
+
+
+def test_larger_images_of_the_page_are_accepted_and_fit():
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith("| larger images |")]
+    on_gpus, on_ipus = (words.split() for words in re.findall(r"`([^`]*=[^`]*)`", row))
+    recipe = FOLDER / "medical_mae_vit_b.yaml"
+    assert make_plan(
+        load_config([recipe], [*on_gpus, "engine.device=cuda", "planner.device_memory_gib=22"])
+    ).fits
+    config = load_config(files(recipe), [*on_gpus, *on_ipus])
+    assert make_plan(config).fits
+    assert plan_evaluation(config).plan.fits
+
+
+@every_recipe
+def test_page_says_where_the_weights_are(recipe):
+    page = (DOCS / "weights.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if re.match(rf"\|.*`{recipe.stem}`.*\|", line)]
+    name = read_config([recipe]).model.name
+    if name.startswith("weights/"):  # converted from the file that the header names
+        (name,) = set(re.findall(r"convert-weights (\S+)", headers_with(name)))
+    assert f"`{name}`" in row
 
 
 def test_pod4_says_how_it_is_used():

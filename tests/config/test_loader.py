@@ -237,7 +237,11 @@ def test_names_of_published_code_suggest_ours(theirs, ours):
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("loss.name=asl", "asymmetric"), ("model.pooling=avg", "mean"), ("model.pooling=cls", "class")],
+    [
+        ("loss.name=asl", "asymmetric"),
+        ("model.pooling=avg", "mean"),
+        ("model.pooling=cls", "class"),
+    ],
 )
 def test_values_of_published_code_suggest_ours(theirs, ours):
     assert problem([], [theirs]).endswith(f" Did you mean '{ours}'?")
