@@ -155,7 +155,7 @@ def test_the_tutorial_is_compared_with_its_own_batch_and_split(text):
 
 
 def test_refusals_of_poptorch_are_printed_beside_the_plan(plan, text):
-    lines = plan("--hardware", "mk2", config=DEMO)
+    lines = plan("--hardware", "mk2", "batch.gradient_accumulation=2", config=DEMO)
     assert any(line.startswith("total") for line in lines)
     printed = " ".join(" ".join(lines).split())
     assert "refused batch.gradient_accumulation=2 is less than the 7 pipeline stages" in printed
@@ -318,7 +318,7 @@ def test_search_around_a_configuration_that_does_not_fit(text):
     assert "The configuration's own, [3,3,3,3], 34 x 128, does not fit" in large
     demo = ["--hardware", "mk2", "batch.eval_device_iterations=4", "--search"]
     refused = text(*demo, config=DEMO)
-    assert "The configuration's own, [1,1,1,1], 16 x 2, is refused" in refused
+    assert "The configuration's own, [1,1,1,1], 16 x 4, is refused" in refused
 
 
 def test_search_with_all_refused_does_not_blame_the_memory(text):

@@ -349,6 +349,7 @@ def test_demo_writes_its_data(repository, call, tmp_path):
     result = call(
         train, "--config", repository / "configs" / "vit_demo.yaml", "data.sample_images=60",
         f"data.root={tmp_path / 'sample'}", f"run.dir={tmp_path / 'run'}", "train.steps=2",
+        "batch.gradient_accumulation=2",
     )  # fmt: skip
     assert result.status == 0
     assert "writing a synthetic data set there" in result.log

@@ -23,7 +23,8 @@ from pages import DOCS, ROOT, Command, blocks, commands
 #: Replaces values of the configurations on synthetic images, if they are there.
 SMALL = {
     "data": {"sample_images": 80, "image_size": 32, "val_fraction": 0.2},
-    "train": {"epochs": 1, "log_every_steps": 1},
+    "batch": {"micro_batch_size": 2},
+    "train": {"epochs": 1, "log_every_steps": 1, "eval_every_epochs": 1},
 }
 HAS_PIPELINING = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 

@@ -258,7 +258,8 @@ def test_ten_lines_run_outside_the_checkout(outside, tmp_path):
 
 @pytest.mark.slow
 def test_installed_command_trains_and_evaluates(outside, tmp_path):
-    overrides = ["data.sample_images=60", "train.steps=1", "run.dir=run"]
+    overrides = ["data.sample_images=60", "batch.gradient_accumulation=2"]
+    overrides += ["train.steps=1", "run.dir=run"]
     outside("train", "--config", "vit_demo", *overrides)
     outside("evaluate", "--checkpoint", "run")
     assert (tmp_path / "run" / "report" / "metrics.json").is_file()

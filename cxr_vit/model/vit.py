@@ -538,7 +538,8 @@ def _set_prior(head: nn.Linear, prevalence: np.ndarray) -> None:
     The first loss is then near the entropy of the labels (0.164 on NIH) instead of log 2 = 0.693,
     and no steps are spent on learning that most findings are rare. Smaller weights would bring it
     closer, but the trunk's gradients pass through them. With a tenth of these weights, the demo
-    (configs/vit_demo.yaml, run.seed=0) had a macro AUROC of 0.938 instead of 0.969.
+    of then (class token, no flip, 588 updates of 32 images, run.seed=0) had a macro AUROC of 0.938
+    instead of 0.969.
     """
     with torch.no_grad():
         head.bias.copy_(torch.from_numpy(np.log(prevalence / (1.0 - prevalence))))
