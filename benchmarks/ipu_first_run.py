@@ -37,9 +37,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 #: Files of a run that `plan --calibrate` reads; the JSON file holds them.
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl")
 
-#: 16 updates of 32 images and two validations of the demo's model, without dropout.
+#: 16 updates of 32 images and two validations of `vit-micro`, without dropout.
 EQUALITY = (
     "data.sample_images=400",
+    "model.pooling=class",
+    "augment.horizontal_flip=0",
+    "batch.gradient_accumulation=8",
+    "optim.lr=1e-3",
     "data.val_fraction=0.2",
     "train.steps=16",
     "train.eval_every_steps=8",

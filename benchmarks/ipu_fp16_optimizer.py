@@ -53,6 +53,7 @@ SMALLEST = 2.0**-24
 DEMO = (
     "data.image_size=32",
     "model.hidden_act=gelu_pytorch_tanh",
+    "model.pooling=class",
     "batch.micro_batch_size=8",
     "batch.gradient_accumulation=4",
 )

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE: Tuple[str, ...] = (
     *("optim.lr=1e-3", "batch.gradient_accumulation=2", "train.epochs=14"),
     *("model.pooling=class", "augment.horizontal_flip=0"),
+    *("train.eval_every_epochs=1", "train.checkpoint_every_epochs=1"),
 )
 #: The same number of updates, with twice the images in each.
 _TWICE = ("optim.lr=1.5e-3", "batch.gradient_accumulation=4", "train.epochs=28")

@@ -35,6 +35,7 @@ STEPS, CHECKPOINT_EVERY, FAIL_AT = 30, 5, 12
 MICRO_BATCH, ACCUMULATION, TIMEOUT_S = 4, 8, 15
 COMMAND = (
     *("train.py", "--config", "configs/vit_demo.yaml", "engine.name=pipeline"),
+    *("model.pooling=class", "augment.horizontal_flip=0", "optim.lr=1e-3"),
     *(f"batch.micro_batch_size={MICRO_BATCH}", f"batch.gradient_accumulation={ACCUMULATION}"),
     *(f"train.steps={STEPS}", "train.log_every_steps=1", f"train.eval_every_steps={STEPS}"),
     *(f"train.checkpoint_every_steps={CHECKPOINT_EVERY}", f"engine.timeout_s={TIMEOUT_S}"),

@@ -23,6 +23,8 @@ STEPS, WARMUP, LR, DECAY, NORM = 5, 2, 2e-3, 0.1, 0.5
 #: An epoch has six steps.
 RUN = (
     *SMALL,
+    "model.pooling=class",
+    "augment.horizontal_flip=0",
     "batch.micro_batch_size=2",
     "batch.gradient_accumulation=4",
     f"train.steps={STEPS}",

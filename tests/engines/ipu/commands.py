@@ -23,8 +23,12 @@ from cxr_vit.engines.torch_engine import TorchEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 
-#: configs/vit_demo_ipu.yaml with small images and the smallest accumulation for four stages.
+#: configs/vit_demo_ipu.yaml with small images, Hugging Face's head, no flips and the smallest
+#: accumulation for four stages.
 SMALL = (
+    "model.pooling=class",
+    "augment.horizontal_flip=0",
+    "optim.lr=1e-3",
     "data.image_size=32",
     "data.val_fraction=0.2",
     "batch.micro_batch_size=1",

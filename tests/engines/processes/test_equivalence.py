@@ -37,6 +37,8 @@ pytestmark = [
 #: learning rate the results agree too, but rounding errors grow from one update to the next. The
 #: test split has 59 images, which no batch size divides.
 DEMO = (
+    "model.pooling=class",
+    "augment.horizontal_flip=0",
     "batch.micro_batch_size=4",
     "batch.gradient_accumulation=8",
     "batch.eval_micro_batch_size=4",
