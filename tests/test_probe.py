@@ -13,6 +13,7 @@ from conftest import SMALL
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule, load_config
 from cxr_vit.cli import main
 from cxr_vit.commands import evaluate as evaluate_command
+from cxr_vit.engines import devices
 from cxr_vit.errors import ConfigError, DataError, ModelError
 from cxr_vit.training import features
 from cxr_vit.training.features import FeatureReader
@@ -106,7 +107,18 @@ def test_other_weights_images_or_precision_have_features_of_their_own(run, words
 
 
 def test_settings_that_do_not_change_features_keep_them(run, words):
-    assert reader_of(words, "optim.lr=0.1", "model.freeze=trunk").read("val").was_kept
+    own = ["optim.lr=0.1", "model.freeze=trunk", "model.head_bias=zero", "model.drop_path=0.1"]
+    own += ["data.include_no_finding=true", "model.dropout=0.1", "model.head_std=0.1"]
+    assert reader_of(words, *own).read("val").was_kept
+
+
+def test_precision_that_is_chosen_here_has_features_of_its_own(run, words, monkeypatch):
+    paths = set()
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(devices, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        paths.add(reader_of(words, "engine.precision=auto").read("val").path)
+    assert len(paths) == 2
+    assert reader_of(words).read("val").path in paths  # fp32, as auto was first
 
 
 def test_damaged_features_are_computed_again(run, words, caplog):
@@ -156,13 +168,21 @@ def test_pipeline_engine_is_refused(words):
         reader_of(words, "engine.name=pipeline")
 
 
-def test_loss_of_another_name_is_refused(words):
-    from cxr_vit.commands import probe_run
+def test_generated_images_are_refused(words):
+    with pytest.raises(ConfigError, match="would not be those of the images"):
+        reader_of(words, "engine.synthetic_data=true")
 
-    with pytest.raises(
-        ConfigError, match=r"loss\.name=focal: a linear probe is logistic regression"
-    ):
-        probe_run.run_probe(load_config([], [*words, "loss.name=focal"]))
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("loss.name=focal", "loss.name=focal: a linear probe is logistic regression"),
+        ("model.freeze=2", "model.freeze=2: a linear probe freezes the whole trunk"),
+    ],
+)
+def test_what_a_probe_cannot_do_is_refused(words, override, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        main(["probe", *words, override])
 
 
 def test_validation_without_a_defined_finding_is_refused(words, tmp_path, monkeypatch):

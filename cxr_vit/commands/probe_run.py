@@ -25,6 +25,7 @@ from cxr_vit.training.features import FeatureReader, Features
 from cxr_vit.training.run_folder import RunFolder
 from cxr_vit.training.saving import collect_state
 
+_NOT_USED = "a probe does not use the sections augment, optim, schedule and train"
 _model_log = logging.getLogger("cxr_vit.model")
 
 
@@ -37,6 +38,11 @@ def run_probe(config: Config) -> Path:
             f"loss.name={config.loss.name}: a linear probe is logistic regression, its loss is bce."
             " Leave it out."
         )
+    if config.model.freeze not in ("none", "trunk"):
+        raise ConfigError(
+            f"model.freeze={config.model.freeze}: a linear probe freezes the whole trunk. Leave it"
+            " out."
+        )
     config = config.changed(model={"freeze": "trunk"})
     check_data_root(config.data)
     RunFolder.refuse_existing(config.run)
@@ -44,7 +50,7 @@ def run_probe(config: Config) -> Path:
     data = ChestXrayDataModule(config)
     reader = FeatureReader(config, data)
     train, val = reader.read("train"), reader.read("val")
-    print(data.describe(), _describe(train, val), sep="\n", flush=True)
+    print(data.describe(), _describe(train, val), _NOT_USED, sep="\n", flush=True)
     read = time.perf_counter()
     settings = config.probe
     decays = sorted(set(settings.weight_decays))

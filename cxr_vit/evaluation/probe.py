@@ -135,6 +135,7 @@ class _Descent:
             of_weight, of_bias = self.gradient(weight, bias)
             largest = torch.maximum(of_weight.abs().amax(dim=(0, 2)), of_bias.abs().amax(dim=1))
             if bool((largest <= _TOLERANCE).all()):
+                self.weight, self.bias = weight, bias  # whose gradient it is
                 break
             step += 1
             new_weight = weight - self.rates * of_weight

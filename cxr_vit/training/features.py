@@ -20,6 +20,7 @@ from cxr_vit.config import Config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.image_source import cache_paths
+from cxr_vit.engines.devices import choose_device
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, ModelError, NonFiniteLoss
 from cxr_vit.evaluation.metrics import Scores
@@ -37,6 +38,15 @@ _NAME = "features"
 _HEADER = 2**20
 #: Images that are hashed at a time.
 _BLOCK = 4096
+#: What changes the numbers of an IPU besides the precision.
+_OF_IPU = {"precision", "weights", "partials", "eval_output", "poptorch_options"}
+#: What the trunk is besides its weights; the rest of the section is of the head or of training.
+_OF_TRUNK = {"hidden_act", "layer_norm_eps", "pooling"}
+#: Keys of config.json that are of the head or of training.
+_NOT_OF_TRUNK = {
+    "id2label", "label2id", "problem_type", "initializer_range", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "drop_path_rate",
+}  # fmt: skip
 
 
 class Features(NamedTuple):
@@ -90,7 +100,8 @@ class FeatureReader:
 
     The files are beside the cache of the images, named after a hash of all that they depend on:
     the weights, the pixels, the normalisation and the precision. With `data.cache=off` nothing is
-    kept. Raises ConfigError if the engine returns logits only, or there are several processes.
+    kept. Raises ConfigError if the engine returns logits only or reads no images, or there are
+    several processes.
 
     Attributes
     ----------
@@ -103,6 +114,11 @@ class FeatureReader:
             raise ConfigError(
                 "a linear probe runs in one process, and not on the pipeline engine, whose stages"
                 " exchange logits. Start it without torchrun or poprun, with engine.name=torch."
+            )
+        if config.engine.synthetic_data:
+            raise ConfigError(
+                "engine.synthetic_data=true: the features would not be those of the images. Leave"
+                " it out."
             )
         self.recorder = _EngineRecorder()
         # Features are of the center: those of several views have no mean of probabilities.
@@ -150,12 +166,17 @@ class FeatureReader:
     @cached_property
     def _of_model(self) -> List[bytes]:
         """What the features depend on besides the images."""
-        module, engine = self.module, self.module.config.engine
+        module, engine, saved = self.module, self.module.config.engine, self.module.model.config
+        if self.for_ipu:
+            numbers: Any = engine.model_dump(include=_OF_IPU)
+        else:  # what `auto` is depends on the machine, and the cache may be another's
+            device = choose_device(engine, Launch.from_environment())
+            numbers = [device.device.type, device.precision]
         facts = {
             "format": _FORMAT,
-            "engine": [self.trainer.choice.name, engine.device, engine.precision],
-            "config": module.model.config.to_diff_dict(),
-            "model": module.config.model.model_dump(exclude={"name", "revision"}),
+            "engine": [self.trainer.choice.name, numbers],
+            "config": {k: v for k, v in saved.to_diff_dict().items() if k not in _NOT_OF_TRUNK},
+            "model": module.config.model.model_dump(include=_OF_TRUNK),
             **module.model.normalised(),
         }
         weights = hashlib.sha256()

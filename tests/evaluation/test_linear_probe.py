@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cxr_vit.evaluation.metrics import evaluate
-from cxr_vit.evaluation.probe import fit_heads, score_heads
+from cxr_vit.evaluation.probe import _Basis, _Descent, fit_heads, score_heads
 
 UNKNOWN = -1.0
 
@@ -115,3 +115,13 @@ def test_undefined_validation_scores_stay_undefined():
     (undefined,) = score_heads(fits, features, torch.zeros_like(labels), ["Mass"])
     assert defined.auroc > 0.5
     assert undefined.auroc is None
+
+
+def test_gradient_is_that_of_the_returned_head():
+    features, labels = problem()
+    descent = _Descent(_Basis.of(features), labels, torch.tensor([1e-4, 1e-2]))
+    taken, largest = descent.run(2000)
+    assert taken < 2000
+    of_weight, of_bias = descent.gradient(descent.weight, descent.bias)
+    own = torch.maximum(of_weight.abs().amax(dim=(0, 2)), of_bias.abs().amax(dim=1))
+    assert own.tolist() == largest

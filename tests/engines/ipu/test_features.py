@@ -20,3 +20,10 @@ def test_features_equal_those_of_the_torch_engine(ipu, sample_root, tmp_path):
     assert not other.was_kept  # each engine has features of its own
     assert own.values.shape == other.values.shape
     assert torch.allclose(own.values, other.values, atol=1e-4)
+
+
+def test_another_output_has_features_of_its_own(ipu, sample_root, tmp_path):
+    features(sample_root, tmp_path, *IPU)
+    assert features(sample_root, tmp_path, *IPU).was_kept
+    other = features(sample_root, tmp_path, *IPU, "engine.eval_output=fp16")
+    assert not other.was_kept
