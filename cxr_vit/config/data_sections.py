@@ -186,6 +186,11 @@ class DataSection(Section):
 class AugmentSection(Section):
     """Augmentation of training images: each range is sampled uniformly, and 0 is off."""
 
+    needs: ClassVar[Dict[str, str]] = {
+        **dict.fromkeys(["rand_magnitude", "rand_operations"], "rand_augment"),
+        "crop_ratio": "crop",
+    }
+
     rotation: float = option(0.0, "maximum rotation in either direction, degrees", ge=0, le=45)
     shift: Change = option(0.0, "maximum shift along each axis, either way: fraction of the side")
     scale: Change = option(0.0, "maximum change of size, larger or smaller, e.g. 0.1")

@@ -87,6 +87,8 @@ class Section(BaseModel):
 
     #: Key -> owner: a later layer that gives the owner resets the key.
     belongs_to: ClassVar[Dict[str, str]] = {}
+    #: Key -> number that switches it on: a later layer that switches it off resets the key.
+    needs: ClassVar[Dict[str, str]] = {}
     #: Keys with a mapping of which a later file or an override may give single keys.
     merged: ClassVar[Dict[str, Type[BaseModel]]] = {}
 

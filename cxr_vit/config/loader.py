@@ -318,6 +318,10 @@ def _merge(base: Dict[str, Any], layer: Mapping[str, Any]) -> None:
         if below.get("format") == "table" and "format" not in values:
             # Names of files of a layout, in whatever root it is.
             invalid = [key for key in invalid if key not in ("csv", "join")]
+        for key, switch in known.needs.items():
+            off = known.model_fields[switch].default
+            if str(values.get(switch)) in (str(off), f"{off:g}"):
+                invalid.append(key)
         for group in known.exclusive:
             if any(values.get(key) is not None for key in group):
                 invalid += group

@@ -55,6 +55,7 @@ def check(config: Config) -> Config:
         *_schedule_problems(config),
         *_loss_problems(config.loss),
         *_data_problems(config.data),
+        *_augment_problems(config),
         *_multiple_problems(config),
     ]
     if config.engine.name == "poptorch" and not problems:  # its rules presuppose the others
@@ -274,6 +275,25 @@ def _data_problems(data: DataSection) -> Iterator[Problem]:
             advice = _NIH_ONLY.get(key, "Set data.format=table, or leave it out.")
             yield Problem(f"data.{key}", f"is not for data.format={data.format}.", advice=advice)
     yield from _table_problems(data) if is_table else _nih_problems(data)
+
+
+def _augment_problems(config: Config) -> Iterator[Problem]:
+    """Yield settings of what is switched off, which would be ignored."""
+    augment, default = config.augment, type(config.augment).model_fields
+    for key, switch in augment.needs.items():
+        value, off = getattr(augment, key), default[switch].default
+        if value != default[key].default and getattr(augment, switch) == off:
+            given = f"augment.{key}={value} with augment.{switch}={off:g}"
+            yield Problem(given, "changes nothing.", f"Leave it out, or set augment.{switch}.")
+    is_resampled = config.data.read_size > config.data.image_size
+    if augment.interpolation != default["interpolation"].default and not (
+        augment.moves or augment.rand_augment or is_resampled
+    ):
+        yield Problem(
+            f"augment.interpolation={augment.interpolation}",
+            "changes nothing, as nothing moves the pixels.",
+            "Leave it out, or set augment.crop or another augmentation.",
+        )
 
 
 def _nih_problems(data: DataSection) -> Iterator[Problem]:

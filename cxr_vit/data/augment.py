@@ -90,7 +90,7 @@ class Augmentation:
     def matrices(self, numbers: np.ndarray) -> np.ndarray:
         """Return the affine map of each image, from pixels of the new image to the original.
 
-        `numbers` is float32 ``[n, 12]`` in [0, 1); the result float64 ``[n, 2, 3]``, for pixels
+        `numbers` are those of `_numbers`; the result is float64 ``[n, 2, 3]``, for pixels
         (x, y, 1).
         """
         section = self.section
@@ -135,8 +135,8 @@ class Augmentation:
     def tables(self, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Return the new gray level of each gray level per image, uint8 ``[n, 256]``.
 
-        `numbers` is float32 ``[n, 12]`` in [0, 1), `images` uint8 ``[n, H, W]``; contrast changes
-        about the mean of the image.
+        `numbers` are those of `_numbers`, `images` uint8 ``[n, H, W]``; contrast changes about the
+        mean of the image.
         """
         section = self.section
         drawn = {name: numbers[:, [column]] for column, name in enumerate(_DRAWN)}

@@ -467,6 +467,55 @@ def test_losses_accept_their_own_settings():
         load_config([], [*VALID, f"loss={settings}"])
 
 
+# Augmentation
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "rand_magnitude=3",
+            "augment.rand_magnitude=3.0 with augment.rand_augment=0 changes nothing. Leave it out,"
+            " or set augment.rand_augment.",
+        ),
+        (
+            "rand_operations=[rotate]",
+            "augment.rand_operations=['rotate'] with augment.rand_augment=0 changes nothing. Leave"
+            " it out, or set augment.rand_augment.",
+        ),
+        (
+            "crop_ratio=1.5",
+            "augment.crop_ratio=1.5 with augment.crop=1 changes nothing. Leave it out, or set"
+            " augment.crop.",
+        ),
+        (
+            "interpolation=bicubic",
+            "augment.interpolation=bicubic changes nothing, as nothing moves the pixels. Leave it"
+            " out, or set augment.crop or another augmentation.",
+        ),
+    ],
+)
+def test_settings_of_an_augmentation_that_is_off(setting, message):
+    assert only_problem(f"augment.{setting}") == message
+
+
+def test_an_augmentation_that_is_switched_off_takes_its_settings_with_it(tmp_path):
+    augment = "{rand_augment: 2, rand_magnitude: 3, crop: 0.5, crop_ratio: 1.5}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"augment: {augment}")
+    weaker = load_config([recipe], [*VALID, "augment.rand_augment=1", "augment.crop=0.8"]).augment
+    assert (weaker.rand_magnitude, weaker.crop_ratio) == (3, 1.5)
+    for crop in ("1", "1.0"):
+        off = load_config([recipe], [*VALID, "augment.rand_augment=0", f"augment.crop={crop}"])
+        assert not off.augment.is_on
+        assert (off.augment.rand_magnitude, off.augment.crop_ratio) == (6, 1.1)
+
+
+def test_interpolation_is_for_all_that_moves_pixels():
+    for own in (["augment.shift=0.1"], ["augment.rand_augment=1"], ["data.resize=256"]):
+        load_config([], [*VALID, "augment.interpolation=bicubic", *own])
+
+
 # Tables
 
 COLUMNS = "{image: path, patient: who}"
