@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +15,10 @@ import cxr_vit
 import layouts
 from conftest import SMALL
 from cxr_vit import cli
-from cxr_vit.commands import evaluate, train
+from cxr_vit.commands import evaluate, members, train
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, DataError
+from cxr_vit.evaluation.label_match import LabelMatch
 from plain_loop import UNKNOWN, masked_loss, write_unknown
 
 TWO = "data={format: table, csv: labels.csv, columns: {image: file, patient: who}, labels: [%s]}"
@@ -304,10 +307,10 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(run, other_run, c
     assert metrics["members"][0]["csv_sha256"] == single[0]["csv_sha256"]
 
 
-def test_checkpoints_of_one_run_are_an_ensemble_on_other_data(run, chexpert, capsys):
-    last = run / "checkpoints" / "last"
-    words = ["--checkpoint", str(run), str(last), f"data.root={chexpert}", "--data"]
-    assert evaluate.main([*words, "data/chexpert", "evaluation.views=flip"]) == 0
+def test_an_ensemble_of_two_runs_scores_other_data(run, other_run, chexpert, capsys, tmp_path):
+    words = [f"data.root={chexpert}", "evaluation.views=flip", "--data", "data/chexpert"]
+    both = ["--checkpoint", str(run), str(other_run)]
+    assert evaluate.main([*both, *words]) == 0
     output = capsys.readouterr().out
     assert output.count("evaluation.views=flip: 2 views of each image") == 2
     out = run / "report-ensemble" / "chexpert"
@@ -315,7 +318,63 @@ def test_checkpoints_of_one_run_are_an_ensemble_on_other_data(run, chexpert, cap
     metrics = json.loads((out / "metrics.json").read_text())
     assert [member["views"] for member in metrics["members"]] == ["flip", "flip"]
     assert metrics["members"][0]["label_map"]["Lung Lesion"] == ["Mass", "Nodule"]
-    assert metrics["auroc_macro"] == pytest.approx(metrics["members"][0]["auroc_macro"], abs=1e-6)
+    alone = []
+    for folder in (run, other_run):
+        single = tmp_path / folder.name
+        assert evaluate.main(["--checkpoint", str(folder), *words, "--out", str(single)]) == 0
+        alone.append(predictions(single))
+    column = "Lung Lesion_probability"
+    firsts, seconds = ([float(row[column]) for row in rows] for rows in alone)
+    assert firsts != pytest.approx(seconds, abs=1e-3)
+    means = [(one + other) / 2 for one, other in zip(firsts, seconds)]
+    assert [float(row[column]) for row in predictions(out)] == pytest.approx(means, abs=1e-5)
+
+
+def test_a_checkpoint_is_no_ensemble_with_itself(run, monkeypatch, capsys):
+    last = run / "checkpoints" / "last"
+    line = refused(monkeypatch, capsys, "--checkpoint", run, last)
+    assert "are the same checkpoint" in line and str(last.resolve()) in line
+
+
+def member(images, labels, names=("Mass", "Hernia"), path="runs/a"):
+    records = SimpleNamespace(table={"image": images}, labels=np.array(labels))
+    match = LabelMatch.same(list(names))
+    return SimpleNamespace(checkpoint=path, match=match, records=lambda split: records)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (member(["b", "a"], [[0, 1], [1, 1]]), "the same images, in another order"),
+        (member(["a", "c", "d"], [[0, 1]] * 3), "3 images there, 2 here, 1 in both"),
+        (member(["a", "b"], [[0, 1], [1, 0]]), "the images are the same, their labels are not"),
+        (member(["a", "b"], [[1], [0]], ["Mass"]), r"their labels differ \(Hernia\)"),
+        (
+            member(["a", "b"], [[1, 0], [1, 1]], ["Hernia", "Mass"]),
+            r"their labels differ \(their order\)",
+        ),
+    ],
+)
+def test_what_differs_between_members_is_named(other, reason):
+    first = member(["a", "b"], [[0, 1], [1, 1]])
+    members._check_same(first, first, "test")
+    other.checkpoint = "runs/b"
+    with pytest.raises(ConfigError, match=f"runs/b scores other test data than runs/a: {reason}"):
+        members._check_same(first, other, "test")
+
+
+def test_a_member_without_the_split_is_named(make_config):
+    config = make_config("data.split=patient", "data.test_fraction=0")
+    one = members.Member.__new__(members.Member)
+    one.checkpoint, one.data = "runs/b", cxr_vit.ChestXrayDataModule(config)
+    with pytest.raises(DataError, match=r"^runs/b: "):
+        one.records("test")
+
+
+def test_scoring_at_another_size_than_the_training_is_recorded(call):
+    metrics, _, log = call("--split", "val", "data.resize=40", folder="report_val")
+    assert metrics["changed_since_training"] == ["read_size"]
+    assert "images are read at 40 pixels, and those of the training were at 32" in log
 
 
 def test_members_must_score_the_same_images(run, sample_root, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.commands.callbacks import DescribeEngine
 from cxr_vit.commands.scored_data import ScoredData
 from cxr_vit.data.records import Records
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.training.scoring import ensemble, match_of
 
@@ -27,8 +27,11 @@ class Member:
         self.facts: Dict[str, Any] = {}
 
     def records(self, split: str) -> Records:
-        """Return the images of the split."""
-        return self.data.dataset(split).records
+        """Return the images of the split. Raises DataError, with the checkpoint, without any."""
+        try:
+            return self.data.dataset(split).records
+        except DataError as error:
+            raise DataError(f"{self.checkpoint}: {error}") from error
 
     def describe(self, split: str) -> None:
         """Collect the facts for metrics.json, and warn of what makes the scores wrong."""
@@ -48,6 +51,7 @@ class Members:
     """One checkpoint, or several whose probabilities of the same images are averaged."""
 
     def __init__(self, found: Sequence[Tuple[Path, Mapping[str, Any], ScoredData]]) -> None:
+        _check_different([checkpoint for checkpoint, _, _ in found])
         self._members = [Member(*each) for each in found]
         self._first = self._members[0]
 
@@ -109,12 +113,27 @@ class Members:
         return {"members": members} if self._is_ensemble else members[0]
 
 
+def _check_different(checkpoints: Sequence[Path]) -> None:
+    """Raise ConfigError if a checkpoint is given twice, which would count it twice."""
+    given: Dict[Path, Path] = {}
+    for checkpoint in checkpoints:
+        other = given.setdefault(checkpoint.resolve(), checkpoint)
+        if other is not checkpoint:
+            raise ConfigError(
+                f"{other} and {checkpoint} are the same checkpoint ({checkpoint.resolve()}). Give"
+                " each member of an ensemble once."
+            )
+
+
 def _check_same(first: Member, other: Member, split: str) -> None:
     """Raise ConfigError unless both score the same images with the same labels."""
     own, its = first.records(split), other.records(split)
     images, others = list(own.table["image"]), list(its.table["image"])
     if first.match.names != other.match.names:
-        reason = f"its labels are {other.match.names}, those of the other {first.match.names}"
+        differing = sorted(set(first.match.names) ^ set(other.match.names)) or ["their order"]
+        reason = f"their labels differ ({', '.join(differing[:5])})"
+    elif images != others and sorted(images) == sorted(others):
+        reason = "the same images, in another order"
     elif images != others:
         shared = len(set(images) & set(others))
         reason = f"{len(others)} images there, {len(images)} here, {shared} in both"

@@ -57,7 +57,14 @@ class ScoredData:
                 "no test images: scoring the validation images, which also chose the best"
                 " checkpoint"
             )
-        return {**data.fingerprint(), "changed_since_training": data.warn_if_changed(state)}
+        changed = data.warn_if_changed(state)
+        size = self.config.data.read_size
+        trained = state.get("read_size", size)  # an older checkpoint does not say
+        if trained != size:
+            text = "images are read at %d pixels, and those of the training were at %d: data.resize"
+            logger.warning(text, size, trained)
+            changed.append("read_size")
+        return {**data.fingerprint(), "changed_since_training": changed}
 
     def named(self, outputs: EvalOutputs) -> EvalOutputs:
         """Return the outputs under the name of what was scored."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cxr_vit.config import Config
 from cxr_vit.config.architectures import SIZES
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.errors import ModelError
 from cxr_vit.model.source import (
     PREPROCESSOR,
@@ -118,7 +119,7 @@ def _log_default(config: Config, saved: Optional[Preprocessor]) -> None:
 
 
 def _log_differences(config: Config, saved: Preprocessor, channels: int) -> None:
-    model, data = config.model, config.data
+    model = config.model
     file = f"the {saved.file} of {model.name}"
     counting, there, read = [], [], []
     for key, given, found in (
@@ -137,15 +138,24 @@ def _log_differences(config: Config, saved: Preprocessor, channels: int) -> None
         logger.warning("images are normalised with %s; %s has %s", used, file, others)
     if read:
         logger.info("images are normalised with %s, from %s", ", ".join(read), file)
+    differing = _differing_images(config.data, saved)
+    if differing:
+        logger.info("%s has %s; the configuration counts", file, "; ".join(differing))
+
+
+def _differing_images(data: DataSection, saved: Preprocessor) -> List[str]:
+    """Return in what size, part and filter of the images differ."""
     differing = []
     if saved.size not in (None, data.image_size):
         differing.append(f"{saved.size} pixels, and data.image_size={data.image_size}")
+    if saved.read_size not in (None, saved.size if data.resize is None else data.resize):
+        given = "null" if data.resize is None else data.resize
+        differing.append(f"images cut out of {saved.read_size} pixels, and data.resize={given}")
     names = {number: name for name, number in RESAMPLE.items()}
     if saved.resample not in (None, RESAMPLE[data.resample]):
         name = names.get(saved.resample or 0, f"filter {saved.resample}")
         differing.append(f"resample={name}, and data.resample={data.resample}")
-    if differing:
-        logger.info("%s has %s; the configuration counts", file, "; ".join(differing))
+    return differing
 
 
 def _differ(given: PerChannel, found: Sequence[float], channels: int) -> bool:

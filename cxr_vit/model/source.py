@@ -310,6 +310,8 @@ class Preprocessor(NamedTuple):
     #: Pillow's number of the filter, if it is known.
     resample: Optional[int]
     file: str = PREPROCESSOR
+    #: Side to which images are resized before a square of `size` is cut out; None if none is.
+    read_size: Optional[int] = None
 
 
 def source_folder(model: ModelSection, *, config_only: bool) -> Path:
@@ -487,12 +489,14 @@ def read_preprocessor(place: Path) -> Optional[Preprocessor]:
         mean, std = [0.0], [1.0]
     _check_channels(path, mean, std)
     crop = _sides(saved.crop_size) if saved.do_center_crop is not False else []
-    sides = crop or (_sides(saved.size) if saved.do_resize is not False else [])
+    resized = _sides(saved.size) if saved.do_resize is not False else []
+    sides = crop or resized
     return Preprocessor(
         None if mean is None else tuple(value * scale for value in mean),
         None if std is None else tuple(value * scale for value in std),
         sides[0] if len(set(sides)) == 1 else None,
         saved.resample,
+        read_size=resized[0] if crop and len(set(resized)) == 1 else None,
     )
 
 

@@ -265,6 +265,10 @@ class StagedViT(nn.Module):
         mean, std = self.normalisation.of_channels(self.config.num_channels)
         return {"image_mean": mean, "image_std": std}
 
+    def image_facts(self) -> Dict[str, Any]:
+        """Return what the model is trained on of each image; a resumed run has the same."""
+        return {"read_size": self.read_size, **self.normalised()}
+
     def hub_files(self) -> Dict[str, str]:
         """Return the files that `from_pretrained` needs beside the weights: name -> text.
 

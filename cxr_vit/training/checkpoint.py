@@ -61,7 +61,7 @@ _SLOTS = {
     "torch.SGD": (set(), {"momentum_buffer"}),
 }
 #: Facts of the normalisation, which older checkpoints do not have.
-_IMAGES = {"image_mean", "image_std"}
+_IMAGES = {"image_mean", "image_std", "read_size"}
 _REMOVED, _DAMAGED = ".removed", ".damaged"
 
 
@@ -262,7 +262,7 @@ def check_facts(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, An
     if set(changed) <= {"seed", "global_batch_size"}:
         consequence = "the order of the samples would be another one"
     if set(changed) <= _IMAGES:
-        consequence = "the weights were trained on images with other values"
+        consequence = "the weights were trained on images of other values or another part of them"
     raise CheckpointError(
         f"{checkpoint} cannot be resumed with another {', '.join(changed)}: {consequence}. Restore"
         f" the old setting, or start a new run from its weights: model.name={checkpoint}"

@@ -403,7 +403,7 @@ class Trainer:
             **self.datamodule.fingerprint(),
             "seed": self.config.run.seed,
             "global_batch_size": self.batch.global_batch_size,
-            **self.module.model.normalised(),
+            **self.module.model.image_facts(),
         }
 
     def _describe_run(self, *, is_new: bool) -> None:

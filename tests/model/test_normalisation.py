@@ -137,6 +137,14 @@ def test_configuration_that_says_the_same_needs_no_words(make_module, caplog):
         ({"size": {"height": 64, "width": 64}}, "has 64 pixels, and data.image_size=32"),
         ({"resample": 3}, "has resample=bicubic, and data.resample=bilinear"),
         ({"resample": 2, "size": {"height": 32, "width": 32}}, None),
+        (
+            {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+            "has images cut out of 40 pixels, and data.resize=null",
+        ),
+        (
+            {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+            None,
+        ),
     ],
 )
 def test_another_size_and_filter_are_named(make_module, caplog, preprocessor, words):
@@ -170,7 +178,7 @@ def test_the_saved_preprocessor_resizes_and_cuts_out_the_center(make_config, tmp
     module.setup()
     for name, text in module.model.hub_files().items():
         (tmp_path / name).write_text(text)
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70), dtype=np.uint8)  # no square
     Image.fromarray(pixels).save(tmp_path / "image.png")
     files = dataset_of_files([tmp_path / "image.png"], num_classes=2, data=module.config.data)
     processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
@@ -179,7 +187,8 @@ def test_the_saved_preprocessor_resizes_and_cuts_out_the_center(make_config, tmp
     ours = module.model.stage(0).normalise(files[0].image[None])
     assert ours.shape == theirs.shape == (1, 3, 32, 32)
     assert torch.allclose(ours, theirs, atol=1e-6)
-    assert read_preprocessor(tmp_path).size == 32
+    saved = read_preprocessor(tmp_path)
+    assert (saved.size, saved.read_size) == (32, 40)
 
 
 def test_equal_channels_are_computed_once():

@@ -538,7 +538,7 @@ def test_preprocessing_that_no_file_describes_is_unknown(trunk: Path) -> None:
 
 def test_pretrained_cfg_of_timm_describes_the_preprocessing(tmp_path: Path) -> None:
     keys = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 224, 224]}
-    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 224, 3, "config.json")
+    expected = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 224, 3, "config.json", None)
     given = {"architecture": "vit_tiny", "pretrained_cfg": {**keys, "interpolation": "bicubic"}}
     assert preprocessor(tmp_path, "config.json", **given) == expected
     flat = {"architecture": "vit_tiny", **keys, "interpolation": "bicubic"}  # timm 0.6

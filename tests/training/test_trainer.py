@@ -202,20 +202,23 @@ def test_run_with_other_facts_is_not_resumed(make, override, fact):
         make(override).resume()
 
 
-def test_run_with_another_normalisation_is_neither_resumed_nor_scored(make):
+def test_run_with_other_pixels_is_neither_resumed_nor_scored(make):
     first = make("train.steps=3").fit()
     other = make("model.image_mean=0.4", "model.image_std=[0.5, 0.5, 0.5]")
     with pytest.raises(CheckpointError, match="another image_mean: the weights were trained on im"):
         other.resume()
+    with pytest.raises(CheckpointError, match=r"another read_size: .* or another part of them"):
+        make("data.resize=40").resume()
     again = make("model.image_mean=0.4")
     checkpoint = first.run.checkpoints / "last"
     with pytest.raises(CheckpointError, match=r"image_mean=\[0\.5, 0\.5, 0\.5\], and this module"):
         again.trainer.test(again.module, again.data, ckpt_path=checkpoint)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["image_mean"] == state["image_std"] == [0.5] * 3
-    older = {key: value for key, value in state.items() if key not in ("image_mean", "digest")}
+    later = ("image_mean", "read_size", "digest")
+    older = {key: value for key, value in state.items() if key not in later}
     (checkpoint / "trainer_state.json").write_text(state_text(older))
-    make("model.image_mean=0.4").resume()  # written before the fact was
+    make("model.image_mean=0.4", "data.resize=40").resume()  # written before these facts were
 
 
 def test_checkpoint_with_other_labels_is_not_resumed(make, make_config):
