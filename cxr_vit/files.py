@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, Optional, Sequence
@@ -43,6 +44,38 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise DataError for an error of the disk: the report cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the report cannot be written to {folder} ({error.strerror or error}). Correct this,"
+            " or give another folder with --out."
+        ) from error
+
+
+def make_folder(given: Optional[Path], default: Path, *, levels: int = 1) -> Path:
+    """Make the folder of a report, that of the run if none is given, and write to it once.
+
+    Raises DataError if that is not possible, or if the run has a link there: it may lead anywhere.
+    The last `levels` folders of the default are in the run.
+    """
+    folder = given or default
+    inside = [folder, *folder.parents][:levels]
+    links = [path for path in inside if path.is_symlink()]
+    if given is None and links:
+        raise DataError(
+            f"the report cannot be written to {links[0]} (a symbolic link). Remove it, or give the"
+            " folder with --out."
+        )
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def sync(path: Path) -> None:

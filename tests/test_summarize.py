@@ -120,6 +120,20 @@ def test_undefined_scores_stay_undefined_and_are_counted(write, tmp_path):
     assert group["val_auroc"]["num_undefined"] == 1
 
 
+def test_runs_without_a_report_are_not_undefined(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    tests = (None, (0.7, 0.7, 0.7), (None, 0.6, None))
+    runs = [write(f"s{i}", f"run.seed={i}", test=test) for i, test in enumerate(tests)]
+    summarise(*runs, "--out", tmp_path)
+    (group,) = summary(tmp_path)["groups"]
+    assert (group["test_auroc"]["num_defined"], group["test_auroc"]["num_undefined"]) == (1, 1)
+    assert "1 (1 undefined, 1 without a report)" in " ".join(capsys.readouterr().out.split())
+    summarise(runs[0], "--out", tmp_path)
+    out = capsys.readouterr().out
+    assert "0 (1 without a report)" in out
+    assert "differ in seed" not in out  # of one run
+
+
 def test_best_step_is_the_first_of_equal_ones(write):
     run = read_run(write("s", val=[(3, 0.7), (6, 0.7), (9, 0.6)]))
     assert (run.best_step, run.last_step, run.val_auroc) == (3, 9, 0.7)
@@ -204,6 +218,24 @@ def test_doubtful_comparisons_are_named(write, tmp_path, capsys):
     assert "the runs of A ended at different steps: 6, 3" in out
     assert "have the same run.seed: [0, 0]" in out
     assert "its report is of step 3, not of the best one" in out
+
+
+def test_reports_of_other_views_or_data_are_named(write, tmp_path, capsys):
+    runs = [
+        write(f"s{seed}", f"run.seed={seed}", *views, test=(0.7, 0.7, 0.7))
+        for seed, views in enumerate(([], [], ["evaluation.views=flip"]))
+    ]
+    for run, facts in zip(runs, ({"views": "flip"}, {"changed_since_training": ["csv_sha256"]})):
+        path = run / "report" / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    summarise(*runs, "--out", tmp_path)
+    capsys.readouterr()
+    reasons = [line.partition(": ")[2] for line in summary(tmp_path)["warnings"]]
+    assert reasons == [
+        "its report has evaluation.views=flip, its configuration another",
+        "its report is of other data than the training: csv_sha256 changed",
+        "its report has evaluation.views=center, its configuration another",
+    ]
 
 
 def test_run_of_the_trainer_is_read(make, caplog):

@@ -13,6 +13,7 @@ from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
 from cxr_vit.cli import evaluate_arguments
 from cxr_vit.commands.scored_data import scored_data
 from cxr_vit.data.text_files import check_data_root
+from cxr_vit.files import make_folder
 from cxr_vit.training.run_folder import config_of_checkpoint
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         found.append((checkpoint, state, scored))
 
     from cxr_vit.commands.members import Members
-    from cxr_vit.evaluation.report import make_folder, print_table, write_report
+    from cxr_vit.evaluation.report import print_table, write_report
 
     members = Members(found)
     split = members.set_up(arguments.split)

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from cxr_vit.data.text_files import write_csv
 from cxr_vit.errors import DataError
-from cxr_vit.evaluation.report import make_folder
 from cxr_vit.evaluation.summary import (
     MEASURES,
     Group,
@@ -31,7 +30,7 @@ from cxr_vit.evaluation.summary import (
     summary_of,
     warnings_of,
 )
-from cxr_vit.files import replacing, write_text
+from cxr_vit.files import make_folder, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def _groups_table(groups: Sequence[Group]) -> Table:
             spread, digits = group.spread(measure), _digits(measure)
             values = (spread.mean, spread.sd, spread.smallest, spread.largest)
             numbers = [_number(value, digits) for value in values]
-            table.add_row(group.name, heading, _count(spread), *numbers)
+            table.add_row(group.name, heading, _count(spread, len(group.runs)), *numbers)
         table.add_section()
     return table
 
@@ -121,6 +120,8 @@ def _labels_table(groups: Sequence[Group]) -> Table:
 
 def _describe(groups: Sequence[Group]) -> List[str]:
     """Return lines: in what the groups differ, and by how much."""
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        return []
     if len(groups) == 1:
         return ["the configurations differ in seed, name and folders only"]
     lines = []
@@ -167,9 +168,12 @@ def _number(value: Optional[float], digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _count(spread: Spread) -> str:
-    undefined = f" ({spread.num_undefined} undefined)" if spread.num_undefined else ""
-    return f"{spread.num_defined}{undefined}"
+def _count(spread: Spread, runs: int) -> str:
+    """Format ``2 (1 undefined, 1 without a report)``."""
+    absent = runs - spread.num_defined - spread.num_undefined
+    counts = ((spread.num_undefined, "undefined"), (absent, "without a report"))
+    others = ", ".join(f"{count} {what}" for count, what in counts if count)
+    return f"{spread.num_defined} ({others})" if others else str(spread.num_defined)
 
 
 def _mean_and_sd(spread: Spread) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import pandas as pd
 from rich.console import Console
@@ -16,43 +14,11 @@ from rich.table import Table
 from cxr_vit.config.columns import IMAGE_COLUMNS, probability_column
 from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.text_files import write_csv
-from cxr_vit.errors import DataError
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import EvalOutputs, evaluate, probabilities
-from cxr_vit.files import replacing, write_text
+from cxr_vit.files import replacing, write_text, writing_to
 
 NOTICE = "For research only; not a medical device."
-
-
-@contextlib.contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"the report cannot be written to {folder} ({error.strerror or error}). Correct this,"
-            " or give another folder with --out."
-        ) from error
-
-
-def make_folder(given: Optional[Path], default: Path, *, levels: int = 1) -> Path:
-    """Make the folder of a report, that of the run if none is given, and write to it once.
-
-    Raises DataError if that is not possible, or if the run has a link there: it may lead anywhere.
-    The last `levels` folders of the default are in the run.
-    """
-    folder = given or default
-    inside = [folder, *folder.parents][:levels]
-    links = [path for path in inside if path.is_symlink()]
-    if given is None and links:
-        raise DataError(
-            f"the report cannot be written to {links[0]} (a symbolic link). Remove it, or give the"
-            " folder with --out."
-        )
-    with _writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    return folder
 
 
 def write_report(
@@ -74,7 +40,7 @@ def write_report(
     predictions = _predictions(records, outputs, names)
     title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
     figure = roc_figure(logits, labels, names, title=title)
-    with _writing_to(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "predictions.csv", predictions)
         for suffix in ("png", "svg"):

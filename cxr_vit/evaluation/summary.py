@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 
@@ -48,8 +48,8 @@ class Run(NamedTuple):
     """What is known of a run; a score is None where it is undefined.
 
     `minutes` are those of the training without validations. `test` are the scores by label of
-    `report/metrics.json`, None if there is no report of the test split. `facts` are the hashes of
-    the data.
+    `report/metrics.json`, None if there is no report of the test split, and `doubts` what it was
+    scored otherwise with. `facts` are the hashes of the data.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     minutes: Optional[float]
     val: Dict[str, Optional[float]]
     test: Optional[Dict[str, Optional[float]]]
-    test_step: Optional[int]
+    doubts: List[str]
     facts: Dict[str, Any]
 
 
@@ -98,8 +98,9 @@ class Group(NamedTuple):
     settings: Dict[str, str]
 
     def spread(self, measure: str) -> Spread:
-        """Describe one of `MEASURES`."""
-        return Spread.of([getattr(run, measure) for run in self.runs])
+        """Describe one of `MEASURES`; a run without a report has no test AUROC to be undefined."""
+        runs = [run for run in self.runs if run.test is not None or measure != "test_auroc"]
+        return Spread.of([getattr(run, measure) for run in runs])
 
     def of_label(self, split: str, name: str) -> Spread:
         """Describe the AUROC of a label in ``"val"`` or ``"test"``."""
@@ -138,7 +139,7 @@ def read_run(path: Path) -> Run:
         minutes=_minutes(speeds, config.batch.images_per_update),
         val=labels,
         test=test["auroc"] if test else None,
-        test_step=test["step"] if test else None,
+        doubts=_doubts(test, config, int(best["step"])) if test else [],
         facts=_data_facts(path / "environment.json"),
     )
 
@@ -209,7 +210,20 @@ def _test_scores(path: Path) -> Optional[Dict[str, Any]]:
     values = [macro, *(each.values() if isinstance(each, dict) else ["?"])]
     if not _is_step(step) or not all(value is None or _is_number(value) for value in values):
         raise UnusableRun(f"report/{path.name} is damaged. Run evaluate.py again")
-    return {"auroc_macro": macro, "auroc": each, "step": step}
+    return {**found, "auroc_macro": macro, "auroc": each, "step": step}
+
+
+def _doubts(report: Mapping[str, Any], config: Config, best_step: int) -> List[str]:
+    """Return what makes a report's scores others than those of the run."""
+    lines, views = [], report.get("views", "center")
+    if report["step"] != best_step:
+        lines.append(f"its report is of step {report['step']}, not of the best one")
+    if views != config.evaluation.views:
+        lines.append(f"its report has evaluation.views={views}, its configuration another")
+    if report.get("changed_since_training"):
+        changed = ", ".join(map(str, report["changed_since_training"]))
+        lines.append(f"its report is of other data than the training: {changed} changed")
+    return lines
 
 
 def _data_facts(path: Path) -> Dict[str, Any]:
@@ -267,11 +281,7 @@ def warnings_of(groups: Sequence[Group]) -> List[str]:
         seeds = [run.config.run.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
             lines.append(f"runs of {group.name} have the same run.seed: {seeds}")
-    return lines + [
-        f"{run.path}: its report is of step {run.test_step}, not of the best one"
-        for run in runs
-        if run.test_step not in (None, run.best_step)
-    ]
+    return lines + [f"{run.path}: {doubt}" for run in runs for doubt in run.doubts]
 
 
 def difference(group: Group, first: Group, measure: str) -> Optional[Dict[str, Optional[float]]]:

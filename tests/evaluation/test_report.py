@@ -15,7 +15,8 @@ from cxr_vit.data.labels import FINDINGS
 from cxr_vit.data.text_files import csv_line, original_text, write_csv
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.metrics import EvalOutputs, evaluate
-from cxr_vit.evaluation.report import make_folder, print_table, write_report
+from cxr_vit.evaluation.report import print_table, write_report
+from cxr_vit.files import make_folder
 
 
 @pytest.fixture
