@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+import contextlib
+from typing import Iterable, Iterator
 
 from cxr_vit.config import Config
 from cxr_vit.errors import ConfigError
@@ -18,11 +19,15 @@ _NOT_CONTENT = {
 
 
 def check_module_config(config: Config, module: ViTModule) -> None:
-    """Raise ConfigError if the module was made for another model, optimizer or seed."""
-    sections = ("model.", "pipeline.", "optim.", "schedule.", "run.seed")
+    """Raise ConfigError if the module was made for another model, loss, optimizer or seed."""
+    sections = ("model.", "pipeline.", "loss.", "optim.", "schedule.", "run.seed")
     keys = {key for key in config.flat() if key.startswith(sections)} | set(_SHAPES)
     if module.checkpoint:  # then the name is its path
         keys.remove("model.name")
+    if config.optim.base_lr is not None:  # then the rate depends on the batch
+        keys.add("peak_lr")
+    if config.schedule.warmup_epochs is not None:  # as a fraction of these
+        keys.add("train.epochs")
     _check_same("module", config, module.config, keys)
 
 
@@ -43,8 +48,22 @@ def check_data_config(config: Config, data_config: Config, *, trains: bool) -> N
     _check_same("data module", config, data_config, keys)
 
 
+@contextlib.contextmanager
+def explaining_missing_rate(config: Config) -> Iterator[None]:
+    """Raise ConfigError where a module's own code computes with `optim.lr`, and it is None."""
+    try:
+        yield
+    except TypeError as error:
+        if config.optim.lr is not None or "NoneType" not in str(error):
+            raise
+        raise ConfigError(
+            f"{error}: config.optim.lr is None with optim.base_lr. Use self.config.peak_lr in"
+            " configure_optimizers and learning_rate, or set optim.lr."
+        ) from error
+
+
 def _check_same(what: str, config: Config, other: Config, keys: Iterable[str]) -> None:
-    own, its = config.flat(), other.flat()
+    own, its = ({**one.flat(), "peak_lr": one.peak_lr} for one in (config, other))
     differing = [
         f"{key}={its[key]} there, {own[key]} here"
         for key in own

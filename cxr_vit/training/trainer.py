@@ -42,10 +42,10 @@ from cxr_vit.errors import CheckpointError, DataError
 from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
 from cxr_vit.model.module import ViTModule
+from cxr_vit.training import config_checks
 from cxr_vit.training.callback import Callback, TrainOutputs
 from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import CheckpointStore, check_facts, load_checkpoint
-from cxr_vit.training.config_checks import check_data_config, check_module_config
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
 from cxr_vit.training.loggers import Logger, as_number
@@ -175,7 +175,7 @@ class Trainer:
             With a batch that needs less.
         """
         self._reset()
-        check_data_config(self.config, datamodule.config, trains=True)
+        config_checks.check_data_config(self.config, datamodule.config, trains=True)
         self._import_extensions()
         with contextlib.ExitStack() as stack:
             found = find_run(self.config.run, ckpt_path, self.launch, stack)
@@ -301,7 +301,7 @@ class Trainer:
         `fit`, `validate` and `test` do it. Raises DataError if this process has other data: its
         rows would be other images.
         """
-        check_data_config(self.config, datamodule.config, trains=False)
+        config_checks.check_data_config(self.config, datamodule.config, trains=False)
         processes = coordinator(self.launch)
         self.datamodule = datamodule
         datamodule.once = processes.call_once
@@ -316,14 +316,15 @@ class Trainer:
 
     def _open_module(self, module: ViTModule) -> None:
         """Set the module up; ConfigError if it was made with another configuration."""
-        check_module_config(self.config, module)
+        config_checks.check_module_config(self.config, module)
         self.module = module
         module.setup(for_ipu=self.choice.is_ipu)
 
     @contextlib.contextmanager
     def _building_engine(self, stage: str) -> Iterator[None]:
         """Build the engine, and close and release it at the end."""
-        with explaining_out_of_memory(self.config, training=stage == "fit"):
+        memory = explaining_out_of_memory(self.config, training=stage == "fit")
+        with config_checks.explaining_missing_rate(self.config), memory:
             engine = build_engine(self.config, self.module, self.choice, self.batch, self.launch)
         with engine:
             self.engine = engine
@@ -480,7 +481,8 @@ class Trainer:
         index = first % self.durations.steps_per_epoch // self.batch.device_iterations
         self._notify("on_train_batch_start", batch, index)
         start = time.perf_counter()
-        lr = self.module.learning_rate(first, self.durations.total_steps)
+        with config_checks.explaining_missing_rate(self.config):
+            lr = self.module.learning_rate(first, self.durations.total_steps)
         with explaining_out_of_memory(self.config, training=True):
             output = self.engine.train_step(batch, lr=lr)
         seconds = time.perf_counter() - start

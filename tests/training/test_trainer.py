@@ -19,6 +19,7 @@ from cxr_vit.errors import (
 )
 from cxr_vit.training.callbacks import EarlyStopping
 from cxr_vit.training.checkpoint import load_checkpoint
+from cxr_vit.training.config_checks import check_module_config
 from runs import AtStart, Recorder, StopAt, assert_same_state, last_state
 
 # Steps, validations and checkpoints
@@ -391,6 +392,7 @@ def test_what_is_no_callback_is_refused(make, given, advice):
         "model.dropout=0.5",
         "model.name=vit-tiny",
         "optim.lr=1",
+        "loss.name=focal",
         "data.image_size=64",
         "data.include_no_finding=true",
         "run.seed=9",
@@ -404,6 +406,43 @@ def test_module_of_another_configuration_is_refused(make, make_config, override)
     with pytest.raises(ConfigError, match=f"the module was made with another.*{key}=.* there"):
         run.trainer.fit(other, run.data)
     assert not run.trainer.is_fitting
+
+
+@pytest.mark.parametrize(
+    ("shared", "override", "words"),
+    [
+        ("optim.base_lr=0.1", "batch.micro_batch_size=1", r"peak_lr=0\.00078"),
+        ("schedule.warmup_epochs=1", "train.epochs=9", r"train\.epochs=9\.0"),
+    ],
+)
+def test_module_with_other_rates_is_refused(make_config, shared, override, words):
+    settings = (shared, "train.steps=null", "train.epochs=2")
+    module = ViTModule(make_config(*settings, override))
+    with pytest.raises(ConfigError, match=f"made with another[^;]*: {words}[^;]* there"):
+        check_module_config(make_config(*settings), module)
+    check_module_config(make_config(*settings, override, "train.log_every_steps=9"), module)
+
+
+def test_rate_that_is_none_is_explained(make):
+    class Before(ViTModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameter_groups(), lr=self.config.optim.lr)
+
+    class Stepwise(ViTModule):
+        def learning_rate(self, step, total_steps):
+            return self.config.optim.lr * 0.5
+
+    class Broken(ViTModule):
+        def configure_optimizers(self):
+            return 1 + "a"
+
+    for kind in (Before, Stepwise):
+        run = make("optim.base_lr=0.1")
+        with pytest.raises(ConfigError, match=r"with optim\.base_lr\. Use self\.config\.peak_lr"):
+            run.trainer.fit(kind(run.trainer.config, run.data), run.data)
+    run = make("optim.base_lr=0.1")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run.trainer.fit(Broken(run.trainer.config, run.data), run.data)
 
 
 def test_data_of_another_image_size_are_refused(make, make_config):
