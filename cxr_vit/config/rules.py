@@ -234,6 +234,14 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
             f"needs train.epochs, and train.steps={config.train.steps} is given.",
             "Set schedule.warmup_steps or schedule.warmup_ratio, or train.epochs.",
         )
+    for unit in ("epochs", "steps"):
+        warmup, length = getattr(schedule, f"warmup_{unit}"), getattr(config.train, unit)
+        if warmup is not None and length is not None and warmup >= length:
+            yield Problem(
+                f"schedule.warmup_{unit}={warmup:g}",
+                f"is not below train.{unit}={length:g}: the rate would not reach its peak.",
+                f"Lower it, or raise train.{unit}.",
+            )
 
 
 #: Key of the loss -> the loss it is for, and its smallest value above 0.

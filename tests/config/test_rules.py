@@ -401,11 +401,25 @@ def test_nesterov_needs_a_momentum():
             "schedule.warmup_epochs=5 needs train.epochs, and train.steps=7 is given. Set"
             " schedule.warmup_steps or schedule.warmup_ratio, or train.epochs.",
         ),
+        (
+            ["warmup_steps=7"],
+            "schedule.warmup_steps=7 is not below train.steps=7: the rate would not reach its peak."
+            " Lower it, or raise train.steps.",
+        ),
     ],
 )
 def test_schedules_that_have_no_meaning(settings, message):
     overrides = [f"schedule.{setting}" for setting in settings]
     assert only_problem(*overrides, "train.steps=7") == message
+
+
+def test_warm_up_in_epochs_is_shorter_than_the_training():
+    settings = ("train.epochs=1.5", "schedule.warmup_epochs=1.5")
+    assert only_problem(*settings) == (
+        "schedule.warmup_epochs=1.5 is not below train.epochs=1.5: the rate would not reach its"
+        " peak. Lower it, or raise train.epochs."
+    )
+    load_config([], [*VALID, *settings, "schedule.warmup_epochs=1.4"])
 
 
 def test_floor_is_compared_with_the_rate_of_the_global_batch():

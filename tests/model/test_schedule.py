@@ -118,7 +118,7 @@ def test_warm_up_of_5_of_75_epochs_is_exact_at_any_steps_per_epoch():
 @pytest.mark.parametrize(
     ("warmup", "epochs", "total", "steps"),
     [("0.1", "0.3", 30, 10), ("0.7", "1", 10, 7), ("1e-4", "1e-3", 20, 2), ("1", "3", 10, 4),
-     ("0", "3", 10, 0), ("2", "1", 10, 20)],
+     ("0", "3", 10, 0)],
 )  # fmt: skip
 def test_warm_up_epochs_are_decimals_and_rounded_up_to_steps(warmup, epochs, total, steps):
     overrides = (f"schedule.warmup_epochs={warmup}", f"train.epochs={epochs}")
