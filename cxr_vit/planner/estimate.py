@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: NIH's official lists; validation images are drawn from that of training.
 _NIH_TRAINING, _NIH_TEST = 86_524, 25_596
+FREEZE = "model.freeze is not taken into account: training needs less memory."
 #: Share of test images in the synthetic sample (cxr_vit/data/synthetic/dataset.py).
 _SAMPLE_TEST_SHARE = 0.25
 
@@ -273,7 +274,8 @@ def _drawn(data: DataSection, images: int, test: int, source: str) -> Splits:
 def preflight(config: Config, engine: str, local_replicas: Optional[int] = None) -> None:
     """Warn before a run on IPUs that is not predicted to fit; with `planner.strict` stop it.
 
-    Nothing is done unless the chosen engine is ``"poptorch"``. `local_replicas` of this process
+    Frozen weights need less than is predicted, so training with them is not stopped. Nothing is
+    done unless the chosen engine is ``"poptorch"``. `local_replicas` of this process
     share the optimizer state; None for all. Stops with a ConfigError.
     """
     if engine != "poptorch":
@@ -284,9 +286,11 @@ def preflight(config: Config, engine: str, local_replicas: Optional[int] = None)
         if config.planner.strict:
             logger.warning("memory is not predicted: %s", error)
         return
-    messages = [] if plan.fits else [_describe(config, plan, local_replicas)]
-    messages += _describe_evaluation(config)
-    if messages and config.planner.strict:
+    training = [] if plan.fits else [_describe(config, plan, local_replicas)]
+    evaluation = _describe_evaluation(config)
+    messages = [*training, *evaluation]
+    certain = messages if config.model.freeze == "none" else evaluation
+    if certain and config.planner.strict:
         raise ConfigError("\n".join(messages) + " (planner.strict=true stops here.)")
     for message in messages:
         logger.warning("%s", message)
@@ -355,6 +359,8 @@ def _describe(config: Config, plan: Plan, local_replicas: Optional[int]) -> str:
     text = _describe_fullest(plan)
     if plan.fits:
         return text
+    if config.model.freeze != "none":
+        text += f" {FREEZE}"
     enough, less = _remedies(config, plan, local_replicas)
     if enough:
         return f"{text} Predicted to fit: {', or '.join(enough)}."

@@ -11,7 +11,7 @@ from cxr_vit.config.rules import schedule_problem
 from cxr_vit.console import columns, count, percent, prose, signed_percent
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.costs import CATEGORIES
-from cxr_vit.planner.estimate import Evaluation, Plan, StagePrediction, make_plan
+from cxr_vit.planner.estimate import FREEZE, Evaluation, Plan, StagePrediction, make_plan
 from cxr_vit.planner.hardware import (
     ESTIMATES,
     IPUS_PER_MACHINE,
@@ -44,7 +44,9 @@ _UNKNOWN_MEMORY = "memory of the device is unknown: set planner.device_memory_gi
 
 def plan_lines(config: Config, plan: Plan, evaluation: Optional[Evaluation] = None) -> List[str]:
     """Describe the prediction for a configuration, and for its evaluation."""
-    lines = [*_heading(config, plan, evaluation), "", *_memory(plan), "", *_times(plan), ""]
+    lines = [*_heading(config, plan, evaluation), "", *_memory(plan)]
+    lines += [] if config.model.freeze == "none" else [FREEZE]
+    lines += ["", *_times(plan), ""]
     lines += prose("update", _update(config, plan))
     if not plan.has_time:
         unknown = (

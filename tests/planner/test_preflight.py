@@ -8,6 +8,7 @@ import pytest
 from cxr_vit.config import check, read_config
 from cxr_vit.errors import ConfigError
 from cxr_vit.planner.estimate import (
+    FREEZE,
     describe_memory,
     make_plan,
     plan_evaluation,
@@ -15,6 +16,7 @@ from cxr_vit.planner.estimate import (
     preflight,
 )
 from cxr_vit.planner.hardware import find_target
+from cxr_vit.planner.report import plan_lines
 
 from .shapes import DEMO, ROOT, pod4
 
@@ -41,6 +43,17 @@ def test_strict_plan_that_does_not_fit_stops():
     with pytest.raises(ConfigError, match=r"does not fit.*planner.strict=true stops here"):
         preflight(pod4(TOO_LARGE, "planner.strict=true"), "poptorch")
     preflight(pod4("planner.strict=true"), "poptorch")
+
+
+def test_frozen_weights_are_not_counted_and_stop_no_training(caplog):
+    config = pod4(TOO_LARGE, "planner.strict=true", "model.freeze=trunk")
+    preflight(config, "poptorch")
+    (message,) = caplog.messages
+    assert "does not fit. model.freeze is not taken into account: training needs less" in message
+    assert FREEZE in plan_lines(config, make_plan(config))
+    assert FREEZE not in plan_lines(pod4(), make_plan(pod4()))
+    with pytest.raises(ConfigError, match=r"evaluation: .*planner.strict=true stops here"):
+        preflight(config.changed(batch={"eval_micro_batch_size": 100}), "poptorch")
 
 
 def test_evaluation_that_does_not_fit_is_a_warning(caplog):
