@@ -95,7 +95,9 @@ class ModelSection(Section):
         Words("none, trunk or an integer >= 1"),
     ] = option(
         "none",
-        "what is not trained: nothing, all but the head, or the embeddings and the first N layers",
+        "what is not trained: nothing, all but the head (classifier, and fc_norm with"
+        " pooling=mean), or the embeddings and the first N layers; dropout and drop_path act there"
+        " too",
     )
     head_bias: Literal["prior", "zero"] = option(
         "prior",
@@ -138,8 +140,9 @@ class PipelineSection(Section):
             Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]]
         ],
         Words(
-            "none, stage_inputs, every_layer, attention_mlp, or a list with one item per stage: one"
-            " of the last three, or a list of layers, integers >= 0"
+            "none, stage_inputs, every_layer, attention_mlp, or a list with an item for each stage"
+            " (stage_inputs, every_layer, attention_mlp or a list of its layers; none is for all"
+            " stages only)"
         ),
     ] = option(
         None,
@@ -196,8 +199,8 @@ class LossSection(Section):
     )
     max_positive_weight: float = option(
         20.0,
-        "largest weight of a label's positives, which is negatives / positives of the training"
-        " images (weighted_bce)",
+        "largest weight of a label's positives, which is (negatives + 0.5) / (positives + 0.5) of"
+        " its known labels in the training images (weighted_bce)",
         ge=1,
         le=1e6,
     )
@@ -221,7 +224,9 @@ class OptimSection(Section):
         "factor on the rate from each layer to the one before it, beginning at the head, which has"
         " the whole rate; 1: the same rate for all",
     )
-    head_lr_scale: PositiveFloat = option(1.0, "factor on the rate of the head, its norm included")
+    head_lr_scale: PositiveFloat = option(
+        1.0, "factor on the rate of the head; with pooling=mean also of its norm, fc_norm"
+    )
     weight_decay: NonNegativeFloat = option(0.0, "decoupled weight decay")
     decay_all: bool = option(
         False, "decay all parameters, with biases, norms, class token, position embeddings"

@@ -73,7 +73,7 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     if broken:  # torchmetrics would rank NaN silently
         raise NonFiniteLoss(
             f"the model's logits are not finite for {broken} of {len(logits)} images, so it cannot"
-            " be scored. Use an earlier checkpoint, or train with a lower optim.lr."
+            " be scored. Use an earlier checkpoint, or train with a lower learning rate."
         )
     positives: Dict[str, int] = {}
     auroc: Dict[str, Optional[float]] = dict.fromkeys(names)

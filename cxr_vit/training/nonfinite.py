@@ -83,8 +83,9 @@ class NonFiniteGuard(Callback):
         last = trainer.checkpoints.linked("last")
         saved = f"The last checkpoint is {last}." if last else "No checkpoint was written yet."
         file = write_bundle(trainer, step, lr)
+        key = "optim.lr" if trainer.config.optim.base_lr is None else "optim.base_lr"
         raise NonFiniteLoss(
-            f"{text}{more} images: {_images(trainer, step)}. Lower optim.lr, set"
+            f"{text}{more} images: {_images(trainer, step)}. Lower {key}, set"
             " optim.max_grad_norm=1.0, use engine.precision=fp32, or leave such updates out:"
             f" train.on_nonfinite=skip_update. {saved} Details: {file}"
         )

@@ -31,9 +31,13 @@ def test_numbers_are_uniform_and_independent():
 
 
 def test_numbers_are_those_of_splitmix64():
-    """The first outputs for seed 0 are 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4 (Vigna's C code)."""
-    states = np.array([0, _STEP], dtype=np.uint64)
-    assert [hex(value) for value in _mix(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+    """The first two outputs of Vigna's splitmix64.c, compiled, for the seeds 0 and 1234567."""
+    states = np.array([0, 1234567], dtype=np.uint64)
+    expected = [
+        [0xE220A8397B1DCDAF, 6457827717110365317],
+        [0x6E789E6AA1B965F4, 3203168211198807973],
+    ]
+    assert [_mix(states).tolist(), _mix(states + _STEP).tolist()] == expected
 
 
 def test_rates_rise_linearly_and_the_expected_factor_is_1():

@@ -92,6 +92,9 @@ def test_training_gives_the_same_losses_and_weights(make_config):
         config = make_config(*shared, f"pipeline.recompute={recompute}", "train.steps=2")
         data = ChestXrayDataModule(config)
         with engine_of(config, module_of(config, data)) as engine:
+            kept = engine.module.model.plan.kept_outputs(config.pipeline.recompute, on_ipus=False)
+            assert (kept is None) == (recompute == "null")
+            assert [stage.kept for stage in engine.model._stages] == (kept or [None] * 4)
             batches = engine.loader(
                 data.dataset("train"), host_batches(config, data), training=True
             )
