@@ -164,6 +164,7 @@ CASES: Dict[str, Case] = {
     "frozen, 2 replicas x 4 stages on 2": Case(
         4, (*RATES, *pipeline("interleaved_1f1b", FOUR, 2)), RATES
     ),
+    "frozen, torch, 2 replicas": Case(2, (*PROBE, *copies(2)), PROBE),
     "frozen, 3 of 4 stages": Case(4, (*PROBE, *pipeline("gpipe", FOUR)), PROBE),
 }
 

@@ -82,7 +82,9 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     rate = LearningRate.from_config(config, config.train.steps)
     start = EngineState(model.weights(), scalars={**EAGER_SCALER, "scale": scale})
     built = [(name, weakref.ref(weight)) for name, weight in model.named_parameters()]
+    recomputes = config.pipeline.recompute is not None
     with engine_of(config, module, launch) as engine:
+        assert {stage.kept is not None for stage in model._stages} == {recomputes}
         engine.load_state_dict(start)
         engine.compile(_example(dataset, engine.local_batch.host_batch_size))
         step = 0
