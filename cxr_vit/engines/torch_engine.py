@@ -33,7 +33,7 @@ from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.engines.workers import with_user_errors
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
-from cxr_vit.model.optim import freeze_others, learning_rate_ratios
+from cxr_vit.model.optim import explaining_missing_rate, freeze_others, learning_rate_ratios
 
 
 class TorchEngineBase(Engine):
@@ -81,7 +81,8 @@ class TorchEngineBase(Engine):
         self.model = module.model.recompute(kept)
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
-        self.optimizer = module.configure_optimizers()
+        with explaining_missing_rate(config):
+            self.optimizer = module.configure_optimizers()
         self.num_classes = len(module.names)
         self.lr_ratios = learning_rate_ratios(self.optimizer, config.peak_lr)
         freeze_others(self.model, self.optimizer)

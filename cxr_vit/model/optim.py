@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Any, Dict, Iterable, List, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Tuple, Union
 
 import torch
 from torch import nn
@@ -123,6 +124,20 @@ def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[fl
             " groups may have rates of their own."
         )
     return [rate / lr for rate in rates]
+
+
+@contextlib.contextmanager
+def explaining_missing_rate(config: Config) -> Iterator[None]:
+    """Raise ConfigError where a module's own code computes with `optim.lr`, and it is None."""
+    try:
+        yield
+    except TypeError as error:
+        if config.optim.lr is not None or "NoneType" not in str(error):
+            raise
+        raise ConfigError(
+            f"{error}: config.optim.lr is None with optim.base_lr. Use self.config.peak_lr in"
+            " configure_optimizers and learning_rate, or set optim.lr."
+        ) from error
 
 
 def freeze_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

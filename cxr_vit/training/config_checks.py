@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Iterable, Iterator
+from typing import Iterable
 
 from cxr_vit.config import Config
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
+from cxr_vit.model.optim import explaining_missing_rate
 
 #: Settings that images and labels, as the model sees them, depend on.
 _SHAPES = ("data.image_size", "data.resize", "data.include_no_finding")
@@ -48,18 +48,10 @@ def check_data_config(config: Config, data_config: Config, *, trains: bool) -> N
     _check_same("data module", config, data_config, keys)
 
 
-@contextlib.contextmanager
-def explaining_missing_rate(config: Config) -> Iterator[None]:
-    """Raise ConfigError where a module's own code computes with `optim.lr`, and it is None."""
-    try:
-        yield
-    except TypeError as error:
-        if config.optim.lr is not None or "NoneType" not in str(error):
-            raise
-        raise ConfigError(
-            f"{error}: config.optim.lr is None with optim.base_lr. Use self.config.peak_lr in"
-            " configure_optimizers and learning_rate, or set optim.lr."
-        ) from error
+def rate_at(module: ViTModule, step: int, total_steps: int) -> float:
+    """Return the rate of an update; ConfigError where the module computes with a rate of None."""
+    with explaining_missing_rate(module.config):
+        return module.learning_rate(step, total_steps)
 
 
 def _check_same(what: str, config: Config, other: Config, keys: Iterable[str]) -> None:

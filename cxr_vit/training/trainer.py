@@ -323,8 +323,7 @@ class Trainer:
     @contextlib.contextmanager
     def _building_engine(self, stage: str) -> Iterator[None]:
         """Build the engine, and close and release it at the end."""
-        memory = explaining_out_of_memory(self.config, training=stage == "fit")
-        with config_checks.explaining_missing_rate(self.config), memory:
+        with explaining_out_of_memory(self.config, training=stage == "fit"):
             engine = build_engine(self.config, self.module, self.choice, self.batch, self.launch)
         with engine:
             self.engine = engine
@@ -481,8 +480,7 @@ class Trainer:
         index = first % self.durations.steps_per_epoch // self.batch.device_iterations
         self._notify("on_train_batch_start", batch, index)
         start = time.perf_counter()
-        with config_checks.explaining_missing_rate(self.config):
-            lr = self.module.learning_rate(first, self.durations.total_steps)
+        lr = config_checks.rate_at(self.module, first, self.durations.total_steps)
         with explaining_out_of_memory(self.config, training=True):
             output = self.engine.train_step(batch, lr=lr)
         seconds = time.perf_counter() - start

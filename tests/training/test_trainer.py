@@ -17,9 +17,10 @@ from cxr_vit.errors import (
     NonFiniteLoss,
     OutOfMemory,
 )
+from cxr_vit.model.optim import explaining_missing_rate
 from cxr_vit.training.callbacks import EarlyStopping
 from cxr_vit.training.checkpoint import load_checkpoint
-from cxr_vit.training.config_checks import check_module_config, explaining_missing_rate
+from cxr_vit.training.config_checks import check_module_config
 from runs import AtStart, Recorder, StopAt, assert_same_state, last_state
 
 # Steps, validations and checkpoints
@@ -437,9 +438,9 @@ def test_rate_that_is_none_is_explained(make):
         run = make(*words)
         with pytest.raises(ConfigError, match=r"with optim\.base_lr\. Use self\.config\.peak_lr"):
             run.trainer.fit(kind(run.trainer.config, run.data), run.data)
-    with pytest.raises(TypeError, match="unsupported operand"):
-        with explaining_missing_rate(run.trainer.config):
-            len(words) + words[0]
+    explaining = explaining_missing_rate(run.trainer.config)
+    with pytest.raises(TypeError, match="unsupported operand"), explaining:
+        len(words) + words[0]
 
 
 def test_data_of_another_image_size_are_refused(make, make_config):

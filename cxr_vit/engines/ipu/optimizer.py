@@ -18,6 +18,7 @@ from cxr_vit.config.schema import Config, OptimSection
 from cxr_vit.engines.optim import NO_STATE, WHOLE
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.module import ViTModule
+from cxr_vit.model.optim import explaining_missing_rate
 
 if TYPE_CHECKING:
     import poptorch
@@ -50,7 +51,8 @@ def module_optimizer(module: ViTModule, config: Config) -> poptorch.optim.Optimi
 
     if type(module).configure_optimizers is ViTModule.configure_optimizers:
         return poptorch_optimizer(module.parameter_groups(), config.optim, lr=config.peak_lr)
-    own = module.configure_optimizers()
+    with explaining_missing_rate(config):
+        own = module.configure_optimizers()
     if not isinstance(own, poptorch_optim.Optimizer):
         raise ConfigError(
             f"{type(module).__name__}.configure_optimizers returns {type(own).__module__}."
