@@ -140,9 +140,9 @@ class PipelineSection(Section):
             Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]]
         ],
         Words(
-            "none, stage_inputs, every_layer, attention_mlp, or a list with an item for each stage"
-            " (stage_inputs, every_layer, attention_mlp or a list of its layers; none is for all"
-            " stages only)"
+            "none (for all stages), stage_inputs, every_layer, attention_mlp, or a list with an item"
+            " for each stage: stage_inputs, every_layer, attention_mlp or a list of its layers,"
+            " integers >= 0"
         ),
     ] = option(
         None,
