@@ -59,9 +59,11 @@ def train(make_config, tmp_path, *overrides, callbacks=(), **broken):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_run_stops_before_the_update_and_describes_it(make_config, tmp_path, value):
-    trainer, error = train(make_config, tmp_path, value=value, updates=[4])
+    rate = "optim.base_lr=0.03" if value == -math.inf else "optim.lr=1e-3"
+    trainer, error = train(make_config, tmp_path, rate, value=value, updates=[4])
     names = [trainer.train_data.image_names[row] for row in trainer.rows(4)]
     assert "at step 4 (lr " in error
+    assert f"Lower {rate.partition('=')[0]}, set" in error
     assert f"images: {', '.join(names[:16])}" in error
     assert "step_00000003" in error
     file = tmp_path / "run" / "nonfinite_step_00000004.json"
