@@ -140,9 +140,9 @@ class PipelineSection(Section):
             Union[Literal["none"], RecomputeWord, List[Union[RecomputeWord, List[NonNegativeInt]]]]
         ],
         Words(
-            "none (for all stages), stage_inputs, every_layer, attention_mlp, or a list with an item"
-            " for each stage: stage_inputs, every_layer, attention_mlp or a list of its layers,"
-            " integers >= 0"
+            "none (for all stages), stage_inputs, every_layer, attention_mlp, or a list with an"
+            " item for each stage: stage_inputs, every_layer, attention_mlp or a list of its"
+            " layers, integers >= 0"
         ),
     ] = option(
         None,
