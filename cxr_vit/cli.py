@@ -373,7 +373,7 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     first, *others = given.checkpoint
     checkpoints, after = split_overrides(others)
     files, more = split_overrides(given.data)
-    overrides = [*after, *more, *given.overrides]
+    overrides = sorted([*after, *more, *given.overrides], key=list(argv).index)
     if given.data and not files:
         raise ConfigError(f"--data {more[0]}: give a YAML file with the data section first.")
     of_data = [text for text in overrides if files and text.startswith(("data.", "data="))]

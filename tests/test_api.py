@@ -293,7 +293,7 @@ def test_callback_can_log_numbers_and_figures(again):
             trainer.log_metrics({"mine/number": 3.0, "mine/undefined": None})
             trainer.log_figures({"mine/figure": Figure()})
 
-    result = again("run", "train.steps=1")
+    result = again("run", "train.steps=1", "schedule.warmup_steps=0")
     trainer = cxr_vit.Trainer(result.config, callbacks=[Logs()], loggers=[result.logger])
     trainer.fit(result.module, result.data)
     assert ("log_metrics", {"mine/number": 3.0, "mine/undefined": None}, 1) in result.logger.calls
@@ -550,7 +550,7 @@ def test_predictions_of_ipus_are_those_of_the_torch_engine(on_ipus, overrides, i
 
 
 def test_every_method_of_a_plain_callback_and_logger_does_nothing(again):
-    result = again("run", "train.steps=1")
+    result = again("run", "train.steps=1", "schedule.warmup_steps=0")
     trainer = cxr_vit.Trainer(
         result.config, callbacks=[cxr_vit.Callback()], loggers=[cxr_vit.Logger()]
     )

@@ -366,14 +366,14 @@ def test_evaluate_needs_a_checkpoint():
 
 def test_evaluate_takes_split_out_and_overrides():
     words = ["--checkpoint", "a", "--split", "val", "--out", "b", "data.root=c"]
-    assert evaluate_arguments(words) == (Path("a"), "val", Path("b"), ["data.root=c"], [], [])
+    assert evaluate_arguments(words) == ([Path("a")], "val", Path("b"), ["data.root=c"], [], [])
 
 
 def test_overrides_of_the_data_are_those_of_another_data_set():
     given = ["engine.device=cpu", "data={format: nih}", "--checkpoint", "a"]
     words = [*given, "--data", "b.yaml", "c.yaml", "data.root=d", "--out", "e"]
     files = [Path("b.yaml"), Path("c.yaml")]
-    of_data = ["data.root=d", "data={format: nih}"]
+    of_data = ["data={format: nih}", "data.root=d"]
     assert evaluate_arguments(words)[2:] == (Path("e"), ["engine.device=cpu"], files, of_data)
 
 
@@ -388,7 +388,7 @@ def test_overrides_of_the_data_are_those_of_another_data_set():
         (["-optim.lr=1e-3"], "-optim.lr is no option. Write optim.lr=1e-3, without dashes."),
         (["--optim.weight-decay", "0"], "Write optim.weight_decay=0, without dashes."),
         (["--lr", "1e-3"], "--lr is no option. Write optim.lr=1e-3, without dashes."),
-        (["--name=a"], "Write run.name=a or model.name=a or optim.name=a or "),
+        (["--name=a"], "Write run.name=a or model.name=a or loss.name=a or "),
         (["--optim.lr", "run.seed=1"], "Write optim.lr=value, without dashes."),
         (["--data.split", "--resume"], "Write data.split=value, without dashes."),
         (["--loggers=[csv]"], "Write loggers=[csv], without dashes."),

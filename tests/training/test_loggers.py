@@ -22,7 +22,8 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
-from cxr_vit.config.schema import SECTIONS, Config, _expand
+from cxr_vit.config.fields import _expand
+from cxr_vit.config.schema import SECTIONS, Config
 from cxr_vit.errors import ConfigError
 from cxr_vit.training import log_files, loggers
 from cxr_vit.training.loggers import (
