@@ -242,7 +242,8 @@ def test_graphs_depend_on_what_is_frozen_and_not_on_the_rates(ipu, commands):
         with make_engine(commands.config(UNCLIPPED, *overrides, cache)) as engine:
             return engine.graphs.cache.path
 
-    rates = ("optim.layer_decay=0.65", "optim.head_lr_scale=10", "optim.base_lr=0.01")
+    peak = ("optim.lr=null", "optim.base_lr=0.01")
+    rates = ("optim.layer_decay=0.65", "optim.head_lr_scale=10", *peak)
     sgd = ("optim.name=sgd", "optim.use_combined_accum=true")
     assert folder() == folder(*rates, "schedule.min_lr=1e-6")
     others = [("model.freeze=1",), ("model.freeze=trunk",), sgd, (*sgd, "optim.nesterov=true")]
