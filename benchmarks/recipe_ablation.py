@@ -38,6 +38,7 @@ _BOTH, _FLIP = "model.pooling=both", "augment.horizontal_flip=0.5"
 CASES: Dict[str, Tuple[str, ...]] = {
     "before": (),
     "both, flip, 64 images": (_BOTH, _FLIP, *_TWICE),
+    "flip, 64 images": (_FLIP, *_TWICE),
     "both, flip": (_BOTH, _FLIP),
     "pooling: both": (_BOTH,),
     "horizontal flip": (_FLIP,),
