@@ -6,7 +6,7 @@ import pytest
 from cxr_vit.config import read_config
 from cxr_vit.model.schedule import LearningRate
 
-POD4 = Path(__file__).parents[2] / "configs" / "vit_pod4.yaml"
+TUTORIAL = Path(__file__).parents[2] / "configs" / "recipes" / "tutorial.yaml"
 #: Steps of Graphcore's tutorial: 3 epochs of 832.
 TUTORIAL_STEPS = 2496
 
@@ -17,7 +17,7 @@ def rate(total_steps: int, *overrides: str) -> LearningRate:
 
 @pytest.fixture
 def tutorial_rate() -> LearningRate:
-    return LearningRate.from_config(read_config([POD4]), TUTORIAL_STEPS)
+    return LearningRate.from_config(read_config([TUTORIAL]), TUTORIAL_STEPS)
 
 
 # The numbers of Graphcore's tutorial

@@ -5,7 +5,7 @@ import pytest
 from cxr_vit.config import BatchPlan, read_config
 from cxr_vit.training.durations import Durations
 
-POD4 = Path(__file__).parents[2] / "configs" / "vit_pod4.yaml"
+TUTORIAL = Path(__file__).parents[2] / "configs" / "recipes" / "tutorial.yaml"
 
 
 def durations(num_samples: int, *overrides: str) -> Durations:
@@ -15,7 +15,7 @@ def durations(num_samples: int, *overrides: str) -> Durations:
 
 @pytest.fixture
 def tutorial() -> Durations:
-    config = read_config([POD4])
+    config = read_config([TUTORIAL])
     return Durations.from_section(config.train, BatchPlan.from_section(config.batch), 106_514)
 
 
