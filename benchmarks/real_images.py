@@ -1,8 +1,9 @@
 """Compare runs on real images: macro AUROC on the test split, with intervals by patient.
 
-    python -m benchmarks.real_images RUN RUN ... [--draws 1000] [--out FILE]
+    python -m benchmarks.real_images RUN RUN ... [--validated RUN ...] [--draws 1000] [--out FILE]
 
 Each RUN has been trained by `train.py` (or `python -m cxr_vit probe`) and scored by `evaluate.py`.
+Of the validated runs only the last validation score is given.
 The intervals are percentiles of a bootstrap that draws patients, as their images resemble each
 other (Davison and Hinkley 1997, section 3.8). Differences are to the first run, over the same
 draws. Prints a row per run and writes a JSON file.
@@ -79,13 +80,22 @@ def facts_of(folder: Path) -> Dict[str, Any]:
     metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
     events = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     scores = {e["step"]: e["val/auroc_macro"] for e in events if "val/auroc_macro" in e}
-    return {"step": metrics["step"], "val_auroc_macro": scores.get(metrics["step"])}
+    return {"step": metrics["step"], "val_auroc_macro": round(scores[metrics["step"]], 4)}
+
+
+def last_validation(folder: Path) -> Dict[str, Any]:
+    """Return the last validation score of a run."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    event = [event for event in map(json.loads, lines) if "val/auroc_macro" in event][-1]
+    score = round(event["val/auroc_macro"], 4)
+    return {"run": folder.name, "step": event["step"], "val_auroc_macro": score}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_images")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--validated", type=Path, nargs="+", metavar="RUN", default=[])
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
@@ -107,13 +117,17 @@ def main(argv: Sequence[str]) -> int:
         )
         row = rows[-1]
         print(
-            f"{row['run']:32} step {row['step']:5}  val {row['val_auroc_macro'] or 0:.4f}"
+            f"{row['run']:32} step {row['step']:5}  val {row['val_auroc_macro']:.4f}"
             f"  test {row['test_auroc_macro']:.4f} {row['interval']}  change {row['change']}"
         )
+    validated = [last_validation(folder) for folder in arguments.validated]
+    for row in validated:
+        print(f"{row['run']:32} step {row['step']:5}  val {row['val_auroc_macro']:.4f}")
     if arguments.out is not None:
-        facts = describe_machine("torch", "transformers", "numpy")
         size = {"images": len(runs[0].labels), "patients": int(runs[0].patients.max()) + 1}
-        result = {**facts, **size, "draws": arguments.draws, "rows": rows}
+        results = {**size, "draws": arguments.draws, "rows": rows, "validated": validated}
+        facts = describe_machine("torch", "transformers", "numpy")
+        result = {"command": "python -m benchmarks.real_images ...", **facts, "results": results}
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -111,7 +111,9 @@ def main(argv: Sequence[str]) -> int:
             change = "" if row["change"] is None else f"{row['change']:+.4f}"
             print(f"{name:22} {row['mean']:.4f} +- {row['sd'] or 0:.4f}  {change}", flush=True)
     if arguments.out is not None:
-        result = {**describe_machine("torch", "transformers"), "base": list(BASE), "rows": rows}
+        facts = describe_machine("torch", "transformers")
+        results = {"seeds": arguments.seeds, "base": list(BASE), "rows": rows}
+        result = {"command": "python -m benchmarks.recipe_ablation", **facts, "results": results}
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

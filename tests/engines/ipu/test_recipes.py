@@ -1,4 +1,4 @@
-"""Five steps of the recipes in configs/recipes on IPUs, compared with the torch engine."""
+"""Five steps of the recipes and of vit_pod4.yaml on IPUs, compared with the torch engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.config import load_config
-from recipes import RUN, files, small
+from recipes import FOLDER, RUN, files, small
 from runs import Recorder
 
 
@@ -35,7 +35,9 @@ def losses(sample_root, tmp_path_factory):
     return find_or_keep
 
 
-@pytest.mark.parametrize("recipe", RUN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", [*RUN, FOLDER.parent / "vit_pod4.yaml"], ids=lambda path: path.stem
+)
 def test_five_steps_equal_the_torch_engines(ipu, losses, recipe):
     expected = losses(recipe, "torch")
     assert len(set(expected)) == 5
