@@ -76,17 +76,23 @@ def bootstrap(runs: Sequence[Scored], draws: int, seed: int = 0) -> np.ndarray:
 
 
 def facts_of(folder: Path) -> Dict[str, Any]:
-    """Return the step of the scored checkpoint and its validation score."""
+    """Return the step of the scored checkpoint and its validation score; nothing of an ensemble."""
+    if not (folder / "metrics.jsonl").is_file():
+        return {"step": None, "val_auroc_macro": None}
     metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
-    events = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    scores = {e["step"]: e["val/auroc_macro"] for e in events if "val/auroc_macro" in e}
+    scores = {event["step"]: event["val/auroc_macro"] for event in validations(folder)}
     return {"step": metrics["step"], "val_auroc_macro": round(scores[metrics["step"]], 4)}
+
+
+def validations(folder: Path) -> List[Dict[str, Any]]:
+    """Return the events of a run's metrics.jsonl that have a validation score."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if "val/auroc_macro" in event]
 
 
 def last_validation(folder: Path) -> Dict[str, Any]:
     """Return the last validation score of a run."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    event = [event for event in map(json.loads, lines) if "val/auroc_macro" in event][-1]
+    event = validations(folder)[-1]
     score = round(event["val/auroc_macro"], 4)
     return {"run": folder.name, "step": event["step"], "val_auroc_macro": score}
 
@@ -117,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         )
         row = rows[-1]
         print(
-            f"{row['run']:32} step {row['step']:5}  val {row['val_auroc_macro']:.4f}"
+            f"{row['run']:32} step {row['step'] or 0:5}  val {row['val_auroc_macro'] or 0:.4f}"
             f"  test {row['test_auroc_macro']:.4f} {row['interval']}  change {row['change']}"
         )
     validated = [last_validation(folder) for folder in arguments.validated]

@@ -39,7 +39,6 @@ CASES: Dict[str, Tuple[str, ...]] = {
     "before": (),
     "both, flip, 64 images": (_BOTH, _FLIP, *_TWICE),
     "flip, 64 images": (_FLIP, *_TWICE),
-    "both, flip": (_BOTH, _FLIP),
     "pooling: both": (_BOTH,),
     "horizontal flip": (_FLIP,),
     "64 images": _TWICE,
