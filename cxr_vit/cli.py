@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import gc
 import importlib
 import logging
@@ -168,6 +169,24 @@ def run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     except Exception as error:
         status = _report_error(error, launch) if launch.is_connected else _print_error(error)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Do not search for garbage while torch and transformers are imported.
+
+    The searches would visit the objects of 3,600 modules again and again. What an import leaves
+    stays in use, so that later searches leave it out, too.
+    """
+    if not gc.isenabled() or "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _report_error(error: Exception, launch: Launch) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
-from cxr_vit.cli import evaluate_arguments
+from cxr_vit.cli import evaluate_arguments, importing
 from cxr_vit.commands.scored_data import scored_data
 from cxr_vit.data.text_files import check_data_root
 from cxr_vit.files import make_folder
@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
         check_data_root(scored.config.data)
         found.append((checkpoint, state, scored))
 
-    from cxr_vit.commands.members import Members
-    from cxr_vit.evaluation.report import print_table, write_report
+    with importing():
+        from cxr_vit.commands.members import Members
+        from cxr_vit.evaluation.report import print_table, write_report
 
     members = Members(found)
     split = members.set_up(arguments.split)

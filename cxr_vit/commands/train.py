@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from cxr_vit.cli import EXIT_STOPPED, train_arguments
+from cxr_vit.cli import EXIT_STOPPED, importing, train_arguments
 from cxr_vit.data.text_files import check_data_root
 from cxr_vit.engines.processes import Launch
 from cxr_vit.planner.estimate import preflight
@@ -29,8 +29,9 @@ def main(argv: Sequence[str]) -> int:
     )
     check_data_root(config.data)
 
-    from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
-    from cxr_vit.commands.callbacks import PlanFigures
+    with importing():
+        from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
+        from cxr_vit.commands.callbacks import PlanFigures
 
     trainer = Trainer(config, callbacks=[PlanFigures()])
     preflight(config, trainer.choice.name, launch.local_replicas)

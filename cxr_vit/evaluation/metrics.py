@@ -12,7 +12,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.records import UNKNOWN
@@ -69,6 +68,9 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     is the mean over all classes. If labels are unknown, `unknown` is their number by label name.
     Raises NonFiniteLoss if a logit is NaN or infinite.
     """
+    # Not needed until the first validation: the import takes half a second.
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
     if broken:  # torchmetrics would rank NaN silently
         raise NonFiniteLoss(

@@ -19,9 +19,19 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Type
-
-from matplotlib.figure import Figure
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Type,
+)
 
 from cxr_vit.config.schema import Config
 from cxr_vit.data.text_files import csv_line, original_text
@@ -30,12 +40,15 @@ from cxr_vit.files import replacing, write_text
 from cxr_vit.regular_files import no_link, read_bytes
 from cxr_vit.training.log_files import EventFile, LogFile, keep_lines, read_lines
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # a third of a second, which a run without figures saves
+
 logger = logging.getLogger(__name__)
 
 #: Tag -> value, None where it is undefined.
 Scalars = Mapping[str, Optional[float]]
 #: Tag -> figure.
-Figures = Mapping[str, Figure]
+Figures = Mapping[str, "Figure"]
 
 #: Numbers that stay the same in a run: TensorBoard draws no curve of them.
 _CONSTANTS = {"perf/compile_s", "val/auroc_defined", "val/num_findings"}

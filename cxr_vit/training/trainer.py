@@ -25,7 +25,6 @@ from typing import (
 )
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cxr_vit.checkpoint_files import checkpoint_of
@@ -48,7 +47,7 @@ from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import CheckpointStore, check_facts, load_checkpoint
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
-from cxr_vit.training.loggers import Logger, as_number
+from cxr_vit.training.loggers import Figures, Logger, as_number
 from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
 from cxr_vit.training.saving import Saver, restore_callbacks
 from cxr_vit.training.scoring import describe_views, match_of, outputs_of, predict_views
@@ -643,7 +642,7 @@ class Trainer:
                 with _only_warning(f"{type(log).__name__}.log_metrics", OSError):
                     log.log_metrics(numbers, self.global_step)
 
-    def log_figures(self, figures: Mapping[str, Figure]) -> None:
+    def log_figures(self, figures: Figures) -> None:
         """Log matplotlib figures of the current step, tag -> figure."""
         if self.is_logging:
             for log in self.loggers:
