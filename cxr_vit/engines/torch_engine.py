@@ -19,6 +19,7 @@ from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.schema import Config
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, collate
 from cxr_vit.data.sampler import EvaluationSampler, ReplicaSampler, TrainingSampler
+from cxr_vit.engines.allocator import keep_freed_memory
 from cxr_vit.engines.base import (
     Engine,
     EngineState,
@@ -72,6 +73,8 @@ class TorchEngineBase(Engine):
         self.group = group
         self.device = device.device
         self.device_choice = device
+        if device.device.type == "cpu":
+            keep_freed_memory()
         self.reads_images = True  # whether this process needs the pixels
         self.num_stages = 1  # that are computed separately
         module.to_device(self.device)
