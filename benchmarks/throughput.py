@@ -135,9 +135,9 @@ class Process:
                 stdout=log,
                 stderr=log,
             )
-            connection = self._accept(listener)
-        connection.settimeout(PATIENCE_S)
-        self._stream = connection.makefile("rw", encoding="utf-8")
+            self.connection = self._accept(listener)
+        self.connection.settimeout(PATIENCE_S)
+        self._answers = self.connection.makefile("r", encoding="utf-8")
         self.ready = self._read()
 
     def _accept(self, listener: socket.socket) -> socket.socket:
@@ -150,14 +150,13 @@ class Process:
     def ask(self, command: str) -> Dict[str, Any]:
         """Send a command and return the answer. Raises Failed."""
         with contextlib.suppress(OSError):
-            self._stream.write(f"{command}\n")
-            self._stream.flush()
+            self.connection.sendall(f"{command}\n".encode())
         return self._read()
 
     def _read(self) -> Dict[str, Any]:
         line = ""
         with contextlib.suppress(OSError):
-            line = self._stream.readline()
+            line = self._answers.readline()
         if not line:
             raise Failed(self.last_line())
         found: Dict[str, Any] = json.loads(line)
@@ -173,9 +172,10 @@ class Process:
         """End the process."""
         if not hasattr(self, "process"):
             return
-        with contextlib.suppress(OSError, AttributeError):
-            self._stream.write("stop\n")
-            self._stream.close()
+        with contextlib.suppress(OSError, AttributeError):  # it may never have connected
+            self.connection.sendall(b"stop\n")
+            self._answers.close()
+            self.connection.close()
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:

@@ -54,7 +54,7 @@ class Pace:
         self.facts: Dict[str, Any] = {}
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(task["socket"])
-        self._stream = self._connection.makefile("rw", encoding="utf-8")
+        self._commands = self._connection.makefile("r", encoding="utf-8")
         self._done = 0
         self._begin, self._end = 1, task["warm"]
         self._began = 0.0
@@ -85,12 +85,14 @@ class Pace:
         """Send the seconds of some steps; obey the next command. Return whether to stop."""
         self._send({"seconds": seconds, "steps": steps, **self.facts})
         while True:
-            command = self._stream.readline().strip()
+            command = self._commands.readline().strip()
             if command == "go":
                 self._begin = self._done + self.task["settle"]
                 self._end = self._begin + self.task["steps"]
                 return False
             if command != "evaluate" or self.evaluate is None:
+                self._commands.close()
+                self._connection.close()
                 return True
             start = time.perf_counter()
             images = self.evaluate()
@@ -100,8 +102,7 @@ class Pace:
     def _send(self, message: Dict[str, Any]) -> None:
         if torch.cuda.is_available():
             message["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        self._stream.write(json.dumps(message) + "\n")
-        self._stream.flush()
+        self._connection.sendall(f"{json.dumps(message)}\n".encode())
 
 
 def synchronise() -> None:

@@ -28,22 +28,19 @@ def benchmark(tmp_path):
         class Waiting(throughput_worker.Pace):
             def __init__(self, *arguments):
                 super().__init__(*arguments)
-                Waiting.stream = listener.accept()[0].makefile("rw")
-                Waiting.stream.write("".join(f"{command}\n" for command in commands))
-                Waiting.stream.flush()
+                Waiting.other = listener.accept()[0]
+                Waiting.other.sendall("".join(f"{command}\n" for command in commands).encode())
 
             def report(self, *arguments):
                 is_over = super().report(*arguments)
                 Waiting.steps = self._done
                 return is_over
 
-        patch = pytest.MonkeyPatch()
-        patch.setattr(throughput_worker, "Pace", Waiting)
-        with patch.context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(throughput_worker, "Pace", Waiting)
             work()
-        patch.undo()
-        found = [json.loads(Waiting.stream.readline()) for _ in commands]
-        return found, Waiting.steps
+        with Waiting.other, Waiting.other.makefile("r") as stream:
+            return [json.loads(stream.readline()) for _ in commands], Waiting.steps
 
     yield task, answers
     listener.close()
