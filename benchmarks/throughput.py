@@ -491,7 +491,7 @@ def print_table(results: Dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; what is not given depends on the device."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
@@ -553,6 +553,13 @@ def installed(*packages: str) -> List[str]:
     return found
 
 
+def command_of(argv: Sequence[str]) -> str:
+    """Return the command line without --out, which changes no figure."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--out")
+    return " ".join(["python -m benchmarks.throughput", *parser.parse_known_args(argv)[1]])
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure, print a table and write the JSON file."""
     from benchmarks import throughput_scale
@@ -566,7 +573,7 @@ def main(argv: Sequence[str]) -> int:
     own = {"out", "scale", *(("model", "images", "ways") if arguments.scale else ())}
     settings = {name: value for name, value in vars(arguments).items() if name not in own}
     result = {
-        "command": " ".join(["python -m benchmarks.throughput", *argv]),
+        "command": command_of(argv),
         **describe_machine(*packages),
         **gpu,
         "settings": settings,

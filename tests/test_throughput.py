@@ -148,3 +148,8 @@ def test_whole_benchmark_compares_train_py_with_the_limit(tmp_path):
     assert results["ways"]["ours"]["ratio_to_limit"]["median"] > 0
     assert results["ways"]["ours"]["evaluated_images_per_s"] > 0
     assert 0 < results["ways"]["limit"]["share_of_peak"] < 1
+
+
+def test_command_in_the_result_is_without_its_file():
+    found = throughput.command_of(["--scale", "--out", "scale.json", "--rounds", "2"])
+    assert found == "python -m benchmarks.throughput --scale --rounds 2"
