@@ -46,15 +46,66 @@ class StageRange(NamedTuple):
     num_nonfinite: int
 
 
-class StepOutput(NamedTuple):
-    """Result of the weight updates of one host batch; tensors are float32 and on the CPU."""
+class StepOutput:
+    """Result of the weight updates of one host batch; tensors are float32 and on the CPU.
 
-    #: ``[device_iterations]``, each the mean over all micro-batches of one update.
-    losses: Tensor
-    #: ``[device_iterations]``, before clipping, 0 for a skipped update; None if not available.
-    grad_norm: Optional[Tensor]
-    #: Samples of all processes.
-    num_samples: int
+    A GPU may still be computing it: then `losses` and `grad_norm` wait for the device.
+
+    Parameters
+    ----------
+    losses
+        ``[device_iterations]``, each the mean over all micro-batches of one update.
+    grad_norm
+        ``[device_iterations]``, before clipping, 0 for a skipped update; None if not available.
+    num_samples
+        Samples of all processes.
+    copied
+        The event after which the device has written both, such as torch.cuda.Event; None if they
+        are there.
+
+    Attributes
+    ----------
+    num_updates
+        Number of updates, known at once.
+    is_late
+        Whether the engine returned before the numbers were there.
+    """
+
+    def __init__(
+        self, losses: Tensor, grad_norm: Optional[Tensor], num_samples: int, copied: Any = None
+    ) -> None:
+        self.num_updates = len(losses)
+        self.num_samples = num_samples
+        self.is_late = copied is not None
+        self._losses, self._grad_norm, self._copied = losses, grad_norm, copied
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the numbers are there, and someone has waited for them if they were late."""
+        return self._copied is None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the device is done."""
+        return self._copied is None or bool(self._copied.query())
+
+    def wait(self) -> None:
+        """Wait until the numbers are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+
+    @property
+    def losses(self) -> Tensor:
+        """The losses."""
+        self.wait()
+        return self._losses
+
+    @property
+    def grad_norm(self) -> Optional[Tensor]:
+        """The norms of the gradients."""
+        self.wait()
+        return self._grad_norm
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Mapping, Tuple
+from typing import Dict, Iterable, Mapping, Optional, Set, Tuple, Union
 
+import torch
 from torch import Tensor, nn
 
 from cxr_vit.errors import CheckpointError
@@ -55,6 +56,53 @@ def check_trained(
                 " Freeze it again (model.freeze), or resume from the weights alone with a new"
                 " optimizer: train.resume_weights_only=true."
             )
+
+
+def counts_on_device(optimizer: torch.optim.Optimizer) -> Set[int]:
+    """Return the ids of the parameters whose `step` is on their device; others' is on the CPU."""
+    return {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
+
+
+class SkipOnDevice:
+    """Leaves out the updates of gradients that are not finite, without waiting for the device.
+
+    torch's fused kernels read `found_inf`, which GradScaler sets, on the device. With `sticks`, the
+    updates after such a one are left out too, up to the end of the next host batch: the host,
+    which is one host batch ahead, then stops the run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, sticks: bool) -> None:
+        self.optimizer = optimizer
+        self.sticks = sticks
+        self._found_before: Union[Tensor, bool] = False  # in the host batch before
+        self._found: Union[Tensor, bool] = False  # in this one
+
+    def begin(self) -> None:
+        """Begin a host batch."""
+        self._found_before, self._found = self._found, False
+
+    def add(self, norm: Tensor) -> None:
+        """Tell the optimizer whether to make the update of a gradient with this norm."""
+        found = norm.isfinite().logical_not()
+        self._found = found | self._found
+        leaves_out = self._found | self._found_before if self.sticks else found
+        vars(self.optimizer)["found_inf"] = leaves_out.float()
+
+
+def skip_on_device(optimizer: torch.optim.Optimizer, *, sticks: bool) -> Optional[SkipOnDevice]:
+    """Return how to leave updates out on the device; None if the optimizer cannot.
+
+    torch's fused SGD is none: if its first update is left out, its momentum remains uninitialised.
+    """
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    if is_adam and all(group["fused"] for group in optimizer.param_groups):
+        return SkipOnDevice(optimizer, sticks=sticks)
+    return None
 
 
 def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:

@@ -288,7 +288,8 @@ class PipelineEngine(TorchEngineBase):
     def clip_gradients(self) -> Tensor:
         """Clip by the norm over all stages; the replicas of a stage have the same gradients."""
         gradients = [weight.grad for weight in self._parameters if weight.grad is not None]
-        squares = torch.nn.utils.get_total_norm(gradients).square()
+        # Without gradients, as where all is frozen, torch's norm is on the CPU.
+        squares = torch.nn.utils.get_total_norm(gradients).square().to(self.device)
         with self.group.waiting_for("the gradient norms of the other stages"):
             dist.all_reduce(squares, group=self._stage_group)
         norm = squares.sqrt()
@@ -301,7 +302,7 @@ class PipelineEngine(TorchEngineBase):
         self.module.eval()
         inputs = self.to_device(batch.images) if self.reads_images else ()
         with self.group.waiting_for("its neighbours", lambda: _awaited(self._scoring_stages)):
-            with torch.no_grad():
+            with torch.no_grad(), self.casting_once():
                 output: Optional[Tensor] = self._scoring.step(*inputs)
             size = (len(batch.labels), self.num_classes)
             logits = torch.empty(size) if output is None else output.float().cpu()

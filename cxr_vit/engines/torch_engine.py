@@ -29,7 +29,14 @@ from cxr_vit.engines.base import (
     process_peak_gib,
 )
 from cxr_vit.engines.devices import DeviceChoice
-from cxr_vit.engines.optim import NO_STATE, check_kind, check_trained, torch_slots
+from cxr_vit.engines.optim import (
+    NO_STATE,
+    check_kind,
+    check_trained,
+    counts_on_device,
+    skip_on_device,
+    torch_slots,
+)
 from cxr_vit.engines.process_group import ProcessGroup
 from cxr_vit.engines.workers import with_user_errors
 from cxr_vit.model.drop_path import DropPath
@@ -102,6 +109,9 @@ class TorchEngineBase(Engine):
         depth = sum(plan.layers_per_stage)
         self.drop_path = DropPath(config.model.drop_path, depth, self.seed)
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
+        self.skip = skip_on_device(self.optimizer, sticks=self.stops_at_nonfinite)
+        if scaler.is_enabled():
+            self.skip = None  # it has its own
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
         self.updates = 0
@@ -170,34 +180,60 @@ class TorchEngineBase(Engine):
             group["lr"] = lr * ratio
         images, labels = self.to_device(batch.images, batch.labels)
         paths = self._paths(batch.indices)
+        if self.skip:
+            self.skip.begin()
         losses: List[Tensor] = []
         norms: List[Tensor] = []
         for start in range(0, len(labels), size):
             update = slice(start, start + size)
             self._seed_dropout()
             own = None if paths is None else paths[update]
-            losses.append(self.forward_backward(images[update], labels[update], own))
+            with self.casting_once():
+                losses.append(self.forward_backward(images[update], labels[update], own))
             with self.group.waiting_for("the gradients of all processes"):
                 self.scaler.unscale_(self.optimizer)
-            norm = self.clip_gradients()
-            # A NaN in one gradient would spread over all weights. Waits for the device.
-            is_finite = bool(torch.isfinite(norm))
-            if is_finite or self.scaler.is_enabled():
-                self.scaler.step(self.optimizer)  # the scaler itself leaves out what overflows
-                # Below 1 it is not the scale that makes a gradient overflow.
-                if not is_finite and self.scaler.get_scale() >= 1:
-                    norm = torch.zeros_like(norm)
-                self.scaler.update()
-            norms.append(norm)
+            norms.append(self._update(self.clip_gradients()))
             self.optimizer.zero_grad(set_to_none=True)
             self.updates += 1
-            if self.stops_at_nonfinite and not torch.isfinite(norm):
+            if self.stops_at_nonfinite and not self.skip and not torch.isfinite(norms[-1]):
                 left = len(labels) // size - len(losses)  # are not made
                 losses += [torch.full_like(losses[0], math.nan)] * left
-                norms += [torch.full_like(norm, math.nan)] * left
+                norms += [torch.full_like(norms[0], math.nan)] * left
                 break
-        shares, norm = torch.stack([*losses, *norms]).float().cpu().split(len(losses))
-        return StepOutput(self.group.sum(shares), norm, len(losses) * self.batch.global_batch_size)
+        numbers, copied = self._to_host(torch.stack([*losses, *norms]).float())
+        shares, norm = numbers.split(len(losses))
+        num_samples = len(losses) * self.batch.global_batch_size
+        return StepOutput(self.group.sum(shares), norm, num_samples, copied)
+
+    def _update(self, norm: Tensor) -> Tensor:
+        """Make the update, given the norm of its gradient; return the norm to report.
+
+        A gradient that is not finite is left out: its NaN would spread over all weights.
+        """
+        if self.skip:
+            self.skip.add(norm)
+            self.optimizer.step()
+            return norm
+        is_finite = bool(torch.isfinite(norm))  # waits for the device
+        if is_finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # the scaler itself leaves out what overflows
+            # Below 1 it is not the scale that makes a gradient overflow.
+            if not is_finite and self.scaler.get_scale() >= 1:
+                norm = torch.zeros_like(norm)
+            self.scaler.update()
+        return norm
+
+    def _to_host(self, numbers: Tensor) -> Tuple[Tensor, Any]:
+        """Copy to the host, and return the event of the copy if nobody has waited for it.
+
+        Several processes wait: they sum their losses on the host.
+        """
+        if not self.skip or self.device.type != "cuda" or self.group.is_connected:
+            return numbers.cpu(), None
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return host, copied
 
     @abstractmethod
     def forward_backward(self, images: Tensor, labels: Tensor, paths: Optional[Tensor]) -> Tensor:
@@ -233,6 +269,16 @@ class TorchEngineBase(Engine):
         if self.device_choice.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.device_choice.dtype)
+
+    def casting_once(self) -> ContextManager[Any]:
+        """Return a context around several passes in which `autocast` casts each weight once.
+
+        torch drops the cast weights where the outermost context ends: it must end before the
+        optimizer changes the weights.
+        """
+        if self.device_choice.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def to_device(self, *tensors: Tensor) -> Tuple[Tensor, ...]:
         """Copy to the device without waiting."""
@@ -289,13 +335,15 @@ class TorchEngineBase(Engine):
         check_kind(state.optimizer_kind, self.optimizer_kind)
         self.model.load_weights(state.weights)
         self.optimizer.state.clear()
+        counted = counts_on_device(self.optimizer)
         check_trained(state.optimizer, self.model.hub_parameters())
         for name, parameter in self.model.hub_parameters():
             slots = torch_slots(state.optimizer.get(name, {})) or self._first_slots.get(name)
             if slots and parameter.requires_grad:
                 self.optimizer.state[parameter] = {
-                    # AdamW keeps its step count on the CPU for parameters on any device.
-                    slot: value.clone() if slot == "step" else value.to(parameter, copy=True)
+                    slot: value.clone()
+                    if slot == "step" and id(parameter) not in counted
+                    else value.to(parameter, copy=True)
                     for slot, value in slots.items()
                 }
         self.updates = int(state.scalars.get("updates", 0))

@@ -95,14 +95,20 @@ def build_optimizer(
     """
     groups = groups or [{"params": []}]  # torch refuses an empty list, not an empty group
     if optim.name == "adamw":
+        options: Dict[str, Any] = {"fused": True} if _are_on_gpu(groups) else {}
         betas = (optim.beta1, optim.beta2)
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps, **options)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
     raise ConfigError(
         f"optim.name={optim.name} exists only in PopTorch; torch has adamw and sgd. Set"
         " optim.name, or engine.name=poptorch on a machine with IPUs."
     )
+
+
+def _are_on_gpu(groups: List[Dict[str, Any]]) -> bool:
+    weights = [weight for group in groups for weight in group["params"]]
+    return bool(weights) and all(weight.is_cuda for weight in weights)
 
 
 def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:

@@ -23,6 +23,7 @@ from typing import Any, Dict, Optional
 from torch import Tensor
 
 from cxr_vit.data.dataset import Batch
+from cxr_vit.engines.base import StepOutput
 from cxr_vit.errors import ConfigError, suggestion
 from cxr_vit.model.module import ViTModule
 
@@ -31,19 +32,33 @@ from cxr_vit.model.module import ViTModule
 class TrainOutputs:
     """Result of a host batch: the weight updates `first_step` to `step` - 1.
 
-    `losses` and `grad_norm` are float32 ``[device_iterations]`` (`grad_norm` is None on IPUs), `lr`
-    is their learning rate, `wait_s` the time spent waiting for the data, `seconds` the time spent
-    in the engine. `num_samples` counts the samples of all processes.
+    `lr` is their learning rate, `wait_s` the time spent waiting for the data, `seconds` the time
+    spent in the engine. A GPU may still be computing the numbers of `output`: `losses` and
+    `grad_norm` wait for them. There, `seconds` is the time since the step before, without `wait_s`,
+    and `wait_s` is 0 if the device was busy all the while.
     """
 
     first_step: int
     step: int
-    losses: Tensor
-    grad_norm: Optional[Tensor]
-    num_samples: int
+    output: StepOutput
     lr: float
     wait_s: float
     seconds: float
+
+    @property
+    def losses(self) -> Tensor:
+        """The loss of each update, float32 ``[device_iterations]``."""
+        return self.output.losses
+
+    @property
+    def grad_norm(self) -> Optional[Tensor]:
+        """The norm of each update's gradient, as `losses`; None on IPUs."""
+        return self.output.grad_norm
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all processes."""
+        return self.output.num_samples
 
 
 class Callback:

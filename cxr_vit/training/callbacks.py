@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
@@ -161,6 +161,7 @@ class MetricsLogging(Callback):
         """Log when due."""
         self._window.add(outputs)
         if trainer.is_due(outputs.first_step, self.every):
+            self._window.read()
             trainer.log_metrics({**self._window.summary(), **trainer.engine.device_stats()})
             self._window = Window()
 
@@ -170,6 +171,7 @@ class MetricsLogging(Callback):
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the numbers since the last event, so that a resumed run logs the same."""
+        self._window.read()
         return self._window.model_dump()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -243,9 +245,12 @@ class ProgressDisplay(Callback):
         """Update the bar, or print a line when due."""
         self._window.add(outputs)
         is_due = trainer.is_due(outputs.first_step, self.every)
+        if is_due:
+            self._window.read()
         if self._bar is not None:
-            text = _short(self._window.summary())
-            self._bar.update(self._task, completed=outputs.step, description=text)
+            self._bar.update(self._task, completed=outputs.step)
+            if self._window.num_samples:  # on a GPU, those of the step before
+                self._bar.update(self._task, description=_short(self._window.summary()))
         elif is_due:
             total = trainer.durations.total_steps
             per_step_s = (time.perf_counter() - self._started) / (outputs.step - self._start_step)
@@ -307,9 +312,21 @@ class Window(BaseModel):
     wait_s: float = 0.0
     lr: float = 0.0
     grad_norm: Optional[float] = None
+    _unread: List[TrainOutputs] = PrivateAttr(default_factory=list)
 
     def add(self, outputs: TrainOutputs) -> None:
-        """Add a host batch. The losses of updates that were left out are not finite."""
+        """Add a host batch as soon as its numbers are there."""
+        self._unread.append(outputs)
+        while self._unread and self._unread[0].output.is_read:
+            self._add(self._unread.pop(0))
+
+    def read(self) -> None:
+        """Wait for the host batches that were added."""
+        while self._unread:
+            self._add(self._unread.pop(0))
+
+    def _add(self, outputs: TrainOutputs) -> None:
+        """Add what was read. The losses of updates that were left out are not finite."""
         self.losses += filter(math.isfinite, outputs.losses.tolist())
         self.num_samples += outputs.num_samples
         self.seconds += outputs.seconds

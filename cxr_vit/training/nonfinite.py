@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -40,10 +40,12 @@ class NonFiniteGuard(Callback):
         self.skips = skips
         self.skipped = 0
         self._in_a_row = 0
+        self._unread: List[Tuple[Any, TrainOutputs]] = []
 
     def setup(self, trainer: Any, module: ViTModule, stage: str) -> None:
         """Begin again in a new run."""
         self.skipped = self._in_a_row = 0
+        self._unread = []
 
     def on_train_batch_end(
         self,
@@ -53,7 +55,12 @@ class NonFiniteGuard(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Look at each update of the host batch."""
+        """Look at each update of the host batches that were read; a GPU's are one step late."""
+        self._unread.append((trainer, outputs))
+        while self._unread and self._unread[0][1].output.is_read:
+            self._look(*self._unread.pop(0))
+
+    def _look(self, trainer: Any, outputs: TrainOutputs) -> None:
         values = {"loss": outputs.losses}
         if outputs.grad_norm is not None:
             values["gradient norm"] = outputs.grad_norm
@@ -91,7 +98,12 @@ class NonFiniteGuard(Callback):
         )
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the numbers of updates left out, in all and in a row; empty if there are none."""
+        """Return the numbers of updates left out, in all and in a row; empty if there are none.
+
+        Raises NonFiniteLoss instead, before a checkpoint is written, if an update is not finite.
+        """
+        while self._unread:
+            self._look(*self._unread.pop(0))
         return {"skipped": self.skipped, "in_a_row": self._in_a_row} if self.skipped else {}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:

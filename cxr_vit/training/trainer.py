@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import (
     Any,
     Dict,
-    Iterable,
     Iterator,
     List,
     Mapping,
@@ -48,6 +47,7 @@ from cxr_vit.training.checkpoint import CheckpointStore, check_facts, load_check
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
 from cxr_vit.training.loggers import Figures, Logger, as_number
+from cxr_vit.training.pace import Pace, timed
 from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
 from cxr_vit.training.saving import Saver, restore_callbacks
 from cxr_vit.training.scoring import describe_views, match_of, outputs_of, predict_views
@@ -140,6 +140,7 @@ class Trainer:
         self.callback_metrics: Scores = {}
         self.evaluated_step = 0
         self.saver = Saver(self)
+        self._pace = Pace()
         self.stop_reason: Optional[str] = None
         self.interrupted = False
         self.compile_s = 0.0
@@ -456,7 +457,7 @@ class Trainer:
         per_epoch = self.durations.steps_per_epoch
         is_first = True
         batches = self.engine.loader(self.train_data, self._sampler(), training=True)
-        for batch, wait_s in _timed(batches):
+        for batch, wait_s in timed(batches):
             first = self.global_step
             if is_first or first // per_epoch != self.current_epoch:
                 self.current_epoch, is_first = first // per_epoch, False
@@ -478,23 +479,20 @@ class Trainer:
         first = self.global_step
         index = first % self.durations.steps_per_epoch // self.batch.device_iterations
         self._notify("on_train_batch_start", batch, index)
-        start = time.perf_counter()
+        self._pace.start(wait_s)
         lr = config_checks.rate_at(self.module, first, self.durations.total_steps)
         with explaining_out_of_memory(self.config, training=True):
             output = self.engine.train_step(batch, lr=lr)
-        seconds = time.perf_counter() - start
-        self.global_step = first + len(output.losses)
-        outputs = TrainOutputs(
-            first_step=first,
-            step=self.global_step,
-            losses=output.losses,
-            grad_norm=output.grad_norm,
-            num_samples=output.num_samples,
-            lr=lr,
-            wait_s=wait_s,
-            seconds=seconds,
-        )
+            self.global_step = first + output.num_updates
+            times = self._pace.end(output, reads=self._needs_numbers(first))
+        outputs = TrainOutputs(first, self.global_step, output, lr, *times)
         self._notify("on_train_batch_end", outputs, batch, index)
+
+    def _needs_numbers(self, first_step: int) -> bool:
+        """Whether something follows the steps since `first_step` that needs their losses."""
+        periods = self.config.train.log_every_steps, self.durations.steps_per_epoch
+        is_due = any(self.is_due(first_step, every) for every in periods)
+        return is_due or self.validation_is_due or self.checkpoint_is_due
 
     def _validate(self, dataset: ChestXrayDataset) -> None:
         """Score the validation split and notify the callbacks."""
@@ -689,11 +687,3 @@ def _only_warning(what: str, kind: Type[Exception] = Exception) -> Iterator[None
         yield
     except kind as error:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
-
-
-def _timed(batches: Iterable[Batch]) -> Iterator[Tuple[Batch, float]]:
-    """Yield each batch with the seconds spent waiting for it."""
-    start = time.perf_counter()
-    for batch in batches:
-        yield batch, time.perf_counter() - start
-        start = time.perf_counter()

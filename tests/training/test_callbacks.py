@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from cxr_vit.engines.base import StepOutput
 from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.training.callback import Callback, TrainOutputs
@@ -19,7 +20,8 @@ from cxr_vit.training.callbacks import (
 def outputs(losses, *, first_step=0, grad_norm=None):
     step = first_step + len(losses)
     count = 2 * len(losses)
-    return TrainOutputs(first_step, step, torch.tensor(losses), grad_norm, count, 1e-3, 0.0, 1.0)
+    output = StepOutput(torch.tensor(losses), grad_norm, count)
+    return TrainOutputs(first_step, step, output, 1e-3, 0.0, 1.0)
 
 
 def scored(score, step=1):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cxr_vit import Callback, ChestXrayDataModule, Trainer, ViTModule
+from cxr_vit.engines.base import StepOutput
 from cxr_vit.errors import ConfigError, NonFiniteLoss
 from cxr_vit.training.callback import TrainOutputs
 from cxr_vit.training.callbacks import Window
@@ -171,14 +172,16 @@ def test_step_within_a_host_batch_is_named():
         def rows(self, step):
             raise AssertionError(step)
 
-    outputs = TrainOutputs(41, 43, torch.tensor([0.5, math.nan]), None, 4, 0.1, 0.0, 1.0)
+    output = StepOutput(torch.tensor([0.5, math.nan]), None, 4)
+    outputs = TrainOutputs(41, 43, output, 0.1, 0.0, 1.0)
     with pytest.raises(AssertionError, match=r"^42$"):
         NonFiniteGuard(skips=True).on_train_batch_end(FakeTrainer(), None, outputs, None, 0)
 
 
 def test_losses_that_are_not_finite_are_no_part_of_the_mean():
     window = Window()
-    window.add(TrainOutputs(0, 2, torch.tensor([0.5, math.nan]), None, 4, 0.1, 0.0, 1.0))
+    output = StepOutput(torch.tensor([0.5, math.nan]), None, 4)
+    window.add(TrainOutputs(0, 2, output, 0.1, 0.0, 1.0))
     assert window.summary()["train/loss"] == 0.5
 
 
