@@ -429,7 +429,8 @@ class TorchEngine(TorchEngineBase):
         check_batch(batch, size)
         self.module.eval()
         (images,) = self.to_device(batch.images)
-        with torch.inference_mode(), self.autocast():
+        # autocast would cast each weight again and again in inference mode.
+        with torch.no_grad(), self.autocast():
             logits = [self.model(part) for part in images.split(size)]
         return torch.cat(logits).float().cpu()
 
