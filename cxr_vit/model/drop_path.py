@@ -8,15 +8,12 @@ same ones, and so does a resumed run.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from typing import Any, Iterator, Optional
+from typing import Optional
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from cxr_vit.model.vit import branch_ends
+from torch import Tensor
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
@@ -67,25 +64,3 @@ class DropPath:
         drawn = uniform(self.seed, updates, rows.numpy(), len(skipped))
         factors = np.where(drawn < skipped, 0.0, 1 / (1 - skipped))
         return torch.from_numpy(factors.astype(np.float32))
-
-
-@contextlib.contextmanager
-def scaled_branches(layer: nn.Module, factors: Optional[Tensor]) -> Iterator[None]:
-    """Within the context, multiply the layer's branches by `factors`, ``[B, 2]``, if there are any.
-
-    A forward pass that is recomputed enters it again, with the factors of its own images.
-    """
-
-    def scale(output: Any, factor: Tensor) -> Any:
-        if isinstance(output, tuple):
-            return (scale(output[0], factor), *output[1:])
-        return output * factor[:, None, None].to(output.dtype)
-
-    with contextlib.ExitStack() as stack:
-        if factors is not None:
-            for module, factor in zip(branch_ends(layer), factors.unbind(1)):
-                hook = module.register_forward_hook(
-                    lambda module, inputs, output, factor=factor: scale(output, factor)
-                )
-                stack.callback(hook.remove)
-        yield

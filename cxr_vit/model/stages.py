@@ -28,13 +28,14 @@ from transformers import PreTrainedModel
 
 from cxr_vit.config.plans import Kept, StagePlan
 from cxr_vit.errors import CheckpointError
-from cxr_vit.model.drop_path import scaled_branches
 from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
-from cxr_vit.model.vit import VitParts, layer_halves, layer_output, num_tokens
+from cxr_vit.model.vit import VitParts, layer_halves, layer_output, num_tokens, take_factors
 
 #: A piece of a stage: maps hidden states, and the factors of drop path, to hidden states.
 Piece = Callable[[Tensor, Optional[Tensor]], Tensor]
+#: Returns a function that computes the same, as torch.compile does.
+Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class Stage(nn.Module):
@@ -67,10 +68,15 @@ class Stage(nn.Module):
             )
             self._embedding.append(_register(self, *parts.embedding))
         #: The encoder layers of this stage.
-        self.layers = [_register(self, *parts.layers[layer]) for layer in plan.layers(index)]
+        self.layers = [
+            take_factors(_register(self, *parts.layers[layer])) for layer in plan.layers(index)
+        ]
         self._numbers = plan.layers(index)
         #: What a forward pass keeps of its layers for the backward pass; None: everything.
         self.kept: Optional[Kept] = None
+        # Not bound to this stage: a copy of it would compute with the weights of this one.
+        self._compute_stage: Callable[..., Tensor] = Stage._compute
+        self._compute_layer: Callable[..., Tensor] = _compute_layer
         if self.has_head:
             self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
 
@@ -79,9 +85,21 @@ class Stage(nn.Module):
 
         `paths` are the factors on the branches of all layers, from `DropPath.factors`.
         """
+        return self._compute_stage(self, value, paths)
+
+    def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
+        """Compile the whole forward pass, or the encoder layers, at their first use."""
+        if whole:
+            self._compute_stage = compiler(Stage._compute)
+        else:
+            self._compute_layer = compiler(_compute_layer)
+
+    def _compute(self, value: Tensor, paths: Optional[Tensor]) -> Tensor:
         recomputes = self.kept is not None and torch.is_grad_enabled()
-        for pieces in self._parts():
-            if recomputes and pieces != [self._classify]:  # which keeps its input only
+        parts = self._parts()
+        for number, pieces in enumerate(parts):
+            is_head = self.has_head and number == len(parts) - 1 and len(pieces) == 1
+            if recomputes and not is_head:  # which keeps its input only
                 value = checkpoint(_run, pieces, value, paths, use_reentrant=False)
             else:
                 value = _run(pieces, value, paths)
@@ -92,14 +110,22 @@ class Stage(nn.Module):
         parts: List[List[Piece]] = [[self._embed] if self.has_embedding else []]
         kept = self.kept or Kept([], [])
         for number, layer in zip(self._numbers, self.layers):
-            # Where the output of attention is kept, so is that of the layer.
-            for function in layer_halves(layer) if number in kept.attentions else (layer,):
-                parts[-1].append(partial(_run_in_layer, layer, number, function))
+            first = 2 * number
+            functions: List[Tuple[Any, Any]] = [(layer, slice(first, first + 2))]
+            if number in kept.attentions:  # then so is the output of the layer
+                functions = list(zip(layer_halves(layer), (first, first + 1)))
+            for function, own in functions:
+                parts[-1].append(partial(self._run_layer, function, own))
                 if number in kept.layers:
                     parts.append([])
         if self.has_head:
             parts[-1].append(self._classify)
         return [part for part in parts if part]
+
+    def _run_layer(self, function: Any, own: Any, value: Tensor, paths: Optional[Tensor]) -> Tensor:
+        """Run a layer, or a half of it, with its own columns of `paths`."""
+        factors = () if paths is None else (paths[:, own],)
+        return self._compute_layer(function, value, *factors)
 
     def _embed(self, images: Tensor, paths: Optional[Tensor]) -> Tensor:
         (embedding,) = self._embedding
@@ -120,17 +146,8 @@ def _run(pieces: List[Piece], value: Tensor, paths: Optional[Tensor]) -> Tensor:
     return value
 
 
-def _run_in_layer(
-    layer: nn.Module,
-    number: int,
-    function: Callable[[Tensor], Any],
-    value: Tensor,
-    paths: Optional[Tensor],
-) -> Tensor:
-    """Run a layer, or a half of it, with its factors of drop path."""
-    own = None if paths is None else paths[:, 2 * number : 2 * number + 2]
-    with scaled_branches(layer, own):
-        return layer_output(function(value))
+def _compute_layer(function: Callable[..., Any], value: Tensor, *factors: Tensor) -> Tensor:
+    return layer_output(function(value, *factors))
 
 
 def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -208,6 +225,11 @@ class StagedViT(nn.Module):
         for index, stage in enumerate(self._stages):
             stage.kept = None if kept is None else kept[index]
         return self
+
+    def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
+        """Compile each stage of this process, or its encoder layers, at their first use."""
+        for index in self._local_stages:
+            self._stages[index].compile_with(compiler, whole=whole)
 
     def keep(self, stages: Collection[int]) -> StagedViT:
         """Drop the weights of all other stages; their names and shapes remain."""

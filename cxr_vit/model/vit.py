@@ -9,6 +9,7 @@ names of 4.x. These "hub names" are used for everything that this project stores
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 from typing import (
@@ -160,35 +161,68 @@ def layer_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def branch_ends(layer: nn.Module) -> Tuple[nn.Module, nn.Module]:
-    """Return the modules of an encoder layer that its attention and its MLP end with.
+def layer_halves(layer: Any) -> Tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return an encoder layer as two functions: attention and MLP, each with its residual sum.
 
-    What follows them, up to the sum with the layer's input, is linear: dropout or LayerScale.
+    Both take hidden states and, with drop path, a factor on their branch for each image. What
+    follows the scaled output, up to the sum, is linear: dropout or LayerScale.
     """
-    in_4x = not hasattr(layer, "mlp")
-    mlp = layer.get_submodule("output.dense" if in_4x else "mlp")
-    return layer.get_submodule("attention"), mlp
+    _check_forward(type(layer))
 
-
-def layer_halves(layer: Any) -> Tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Return an encoder layer as two functions: attention and MLP, each with its residual sum."""
-
-    def attention(value: Tensor) -> Tensor:
+    def attention(value: Tensor, factor: Optional[Tensor] = None) -> Tensor:
         if hasattr(layer, "norm1"):  # DINOv2
-            return layer.layer_scale1(layer.attention(layer.norm1(value))[0]) + value
-        output = layer.attention(layer.layernorm_before(value))[0]
+            output = _scaled(layer.attention(layer.norm1(value))[0], factor)
+            return layer.layer_scale1(output) + value
+        output = _scaled(layer.attention(layer.layernorm_before(value))[0], factor)
         return (layer.dropout(output) if hasattr(layer, "mlp") else output) + value
 
-    def mlp(value: Tensor) -> Tensor:
+    def mlp(value: Tensor, factor: Optional[Tensor] = None) -> Tensor:
         if hasattr(layer, "norm2"):
-            return layer.layer_scale2(layer.mlp(layer.norm2(value))) + value
+            return layer.layer_scale2(_scaled(layer.mlp(layer.norm2(value)), factor)) + value
         normed = layer.layernorm_after(value)
         if hasattr(layer, "mlp"):
-            return layer.dropout(layer.mlp(normed)) + value
-        output: Tensor = layer.output(layer.intermediate(normed), value)  # 4.x
-        return output
+            return layer.dropout(_scaled(layer.mlp(normed), factor)) + value
+        output = layer.output.dense(layer.intermediate(normed))  # 4.x
+        return layer.output.dropout(_scaled(output, factor)) + value
 
     return attention, mlp
+
+
+def _scaled(output: Tensor, factor: Optional[Tensor]) -> Tensor:
+    return output if factor is None else output * factor[:, None, None].to(output.dtype)
+
+
+def _check_forward(layer: type) -> None:
+    if not layer.__module__.startswith("transformers."):
+        raise ModelError(
+            f"{layer.__name__} is an encoder layer with a forward pass of its own, which"
+            " model.drop_path and pipeline.recompute=attention_mlp would leave out. Set"
+            " model.drop_path=0, and pipeline.recompute=every_layer or none."
+        )
+
+
+def take_factors(layer: nn.Module) -> nn.Module:
+    """Let an encoder layer take the factors of drop path, ``[B, 2]``, beside its input.
+
+    The layer keeps its modules, names and hooks. Without factors it computes what it did.
+    """
+    layer.__class__ = _with_factors(type(layer))
+    return layer
+
+
+@functools.lru_cache(maxsize=None)  # layers of one class share the graph of torch.compile
+def _with_factors(kind: type) -> type:
+    if hasattr(kind, "takes_factors"):
+        return kind
+
+    def forward(self: Any, value: Tensor, factors: Optional[Tensor] = None) -> Any:
+        if factors is None:
+            return kind.forward(self, value)  # type: ignore[attr-defined]
+        (first, second), (attention, mlp) = factors.unbind(1), layer_halves(self)
+        return mlp(attention(value, first), second)
+
+    names = {"forward": forward, "takes_factors": True, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
 
 
 def num_tokens(config: PretrainedConfig) -> int:

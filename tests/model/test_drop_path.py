@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,9 @@ from conftest import engine_of, module_of
 from cxr_vit.config.plans import BatchPlan, StagePlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.engines.ipu.graphs import graph_shape
-from cxr_vit.model.drop_path import _STEP, DropPath, _mix, scaled_branches, uniform
+from cxr_vit.model.drop_path import _STEP, DropPath, _mix, uniform
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.model.vit import VitParts, layer_output
+from cxr_vit.model.vit import VitParts, layer_output, take_factors
 from families import FAMILIES, images, make
 from plain_loop import host_batches
 
@@ -67,18 +69,18 @@ def test_factors_are_a_function_of_update_and_row_alone():
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_factor_scales_what_its_branch_adds(kind):
-    _, layer = VitParts(make(kind)).layers[1]
+    _, plain = VitParts(make(kind)).layers[1]
+    layer = take_factors(copy.deepcopy(plain))
     torch.manual_seed(0)
     hidden = torch.randn(3, 17, 24)
 
     def output(value, attention, mlp):
-        factors = torch.tensor([attention, mlp]).T
-        with torch.no_grad(), scaled_branches(layer, factors):
-            return layer_output(layer(value))
+        with torch.no_grad():
+            return layer_output(layer(value, torch.tensor([attention, mlp]).T))
 
     off, on = [0.0] * 3, [1.0] * 3
     with torch.no_grad():
-        assert torch.equal(output(hidden, on, on), layer_output(layer(hidden)))
+        assert torch.equal(output(hidden, on, on), layer_output(plain(hidden)))
     assert torch.equal(output(hidden, off, off), hidden)
     first, second = [0.0, 1.0, 2.5], [1.0, 0.0, 4.0]
     attended = hidden + torch.tensor(first)[:, None, None] * (output(hidden, on, off) - hidden)
