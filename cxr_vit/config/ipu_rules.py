@@ -146,6 +146,12 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "is a device of torch; IPUs are chosen by engine.name.",
             advice="Leave engine.device out.",
         )
+    if engine.compile != "off":
+        yield Problem(
+            f"engine.compile={engine.compile}",
+            "is torch.compile, which torch's devices use; PopTorch always compiles for an IPU.",
+            advice="Leave engine.compile out.",
+        )
     if engine.precision == "bf16":
         yield Problem("engine.precision=bf16:", "an IPU has no bf16.", "Set fp16 or fp32.")
     if engine.precision == "fp32" and engine.weights == "fp16":

@@ -357,6 +357,11 @@ class EngineSection(Section):
         "arithmetic of the forward pass; auto: bf16 if the processor supports it, else fp32 (fp16"
         " on older GPUs and on IPUs)",
     )
+    compile: Literal["off", "layers", "whole"] = option(
+        "off",
+        "torch.compile for torch and pipeline engines: none, one graph for all encoder layers of a"
+        " shape, or one for each stage",
+    )
     timeout_s: PositiveFloat = option(
         600, "under torchrun: seconds to wait for another process before the run ends"
     )

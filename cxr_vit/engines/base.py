@@ -195,6 +195,13 @@ class Engine(ABC):
     def compile(self, example: Batch) -> float:
         """Prepare the first step; return the seconds that took."""
 
+    def prepare_scoring(self, dataset: ChestXrayDataset) -> float:
+        """Prepare the first `predict`; return the seconds that took, 0 where it takes none.
+
+        All processes must call this together.
+        """
+        return 0.0
+
     @abstractmethod
     def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
         """Make the weight updates of one host batch, all with learning rate `lr`.

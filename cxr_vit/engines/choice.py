@@ -13,6 +13,7 @@ from cxr_vit.config.plans import BatchPlan
 from cxr_vit.config.rules import check_processes
 from cxr_vit.config.schema import Config
 from cxr_vit.engines.base import Engine
+from cxr_vit.engines.compiled import check_compile
 from cxr_vit.engines.devices import DeviceChoice, choose_device
 from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.ipu.options import poptorch_problem
@@ -58,6 +59,7 @@ def choose_engine(config: Config, launch: Launch, *, offline: bool = False) -> E
     choice = _choose(config, launch, offline)
     if not choice.is_ipu:
         check_processes(config, choice.name, launch.world_size if launch.is_connected else 1)
+        check_compile(config.engine)
     elif launch.is_connected:
         raise EngineUnavailable(
             "IPUs answer here, and their processes are started by poprun, not by torchrun"

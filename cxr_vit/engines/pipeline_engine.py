@@ -214,7 +214,7 @@ class PipelineEngine(TorchEngineBase):
         return (
             f"pipeline engine on {self.device_choice.name} in {self.group.size} processes"
             f" ({self.batch.replicas} x {self.num_stages} stages{shared}, {self.schedule_name}) in"
-            f" {self.device_choice.precision} ({self.device_choice.reason}; choose with"
+            f" {self.arithmetic} ({self.device_choice.reason}; choose with"
             " pipeline.schedule=gpipe|1f1b|interleaved_1f1b, engine.device=cpu|cuda,"
             " engine.precision=fp32|bf16|fp16)"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from abc import abstractmethod
@@ -28,6 +29,7 @@ from cxr_vit.engines.base import (
     check_batch,
     process_peak_gib,
 )
+from cxr_vit.engines.compiled import compile_stages, explaining_compile_errors
 from cxr_vit.engines.devices import DeviceChoice
 from cxr_vit.engines.optim import (
     NO_STATE,
@@ -42,6 +44,8 @@ from cxr_vit.engines.workers import with_user_errors
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import explaining_missing_rate, freeze_others, learning_rate_ratios
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngineBase(Engine):
@@ -89,6 +93,9 @@ class TorchEngineBase(Engine):
         plan = module.model.plan
         kept = plan.kept_outputs(config.pipeline.recompute, on_ipus=False)
         self.model = module.model.recompute(kept)
+        self.compiles = config.engine.compile
+        compile_stages(self.model, self.compiles)
+        self._can_score = False  # without compiling first
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
         with explaining_missing_rate(config):
@@ -118,6 +125,12 @@ class TorchEngineBase(Engine):
         if device.precision == "fp32":
             # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
             torch.backends.cudnn.allow_tf32 = False
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision, and how the model is compiled, in words."""
+        compiled = "" if self.compiles == "off" else f" with engine.compile={self.compiles}"
+        return self.device_choice.precision + compiled
 
     def facts(self) -> Dict[str, Any]:
         """Return what `describe` tells as fields."""
@@ -165,11 +178,26 @@ class TorchEngineBase(Engine):
         size = self.compile_size
         self.module.train()
         images, labels = self.to_device(example.images[:size], example.labels[:size])
-        self.forward_backward(images, labels, self._paths(example.indices[:size]))
+        with explaining_compile_errors(self.compiles):  # those of the backward pass
+            self.forward_backward(images, labels, self._paths(example.indices[:size]))
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
+
+    def prepare_scoring(self, dataset: ChestXrayDataset) -> float:
+        """Score images of zeros, once, which compiles the forward pass."""
+        if self.compiles == "off" or self._can_score:
+            return 0.0
+        self._can_score = True
+        size = self.batch.eval_micro_batch_size * self.batch.eval_device_iterations
+        zeros = Batch.zeros(size, image_size=dataset.image_size, num_classes=self.num_classes)
+        start = time.perf_counter()
+        self.predict(zeros)
+        seconds = time.perf_counter() - start
+        if self.is_main:
+            logger.info("compiled for evaluation in %.1f s", seconds)
+        return seconds
 
     def train_step(self, batch: Batch, *, lr: float) -> StepOutput:
         """Make the weight updates of one host batch."""
@@ -394,7 +422,7 @@ class TorchEngine(TorchEngineBase):
         choice, count = self.device_choice, self.group.size
         processes = f" in {count} processes" if count > 1 else ""
         return (
-            f"torch engine on {choice.name}{processes} in {choice.precision} ({choice.reason};"
+            f"torch engine on {choice.name}{processes} in {self.arithmetic} ({choice.reason};"
             " choose with engine.device=cpu|cuda and engine.precision=fp32|bf16|fp16)"
         )
 

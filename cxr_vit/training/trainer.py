@@ -513,6 +513,8 @@ class Trainer:
 
     def _score(self, dataset: ChestXrayDataset, split: str, views: str = "center") -> EvalOutputs:
         """Score a split with the present weights."""
+        with explaining_out_of_memory(self.config, training=False):
+            self.engine.prepare_scoring(dataset)
         start = time.perf_counter()
         scored, step = self._predict(dataset, views), self.global_step
         outputs = outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)

@@ -88,6 +88,7 @@ def test_inner_stage_without_layers_is_refused(key):
         (["engine.replicated_tensor_sharding=true"], "engine.replicated_tensor_sharding=true"),
         (["engine.device=cpu"], "engine.device=cpu"),
         (["engine.precision=bf16"], "engine.precision=bf16"),
+        (["engine.compile=layers"], "engine.compile=layers is torch.compile, which torch's"),
         (["engine.precision=fp32", "engine.weights=fp16"], "engine.weights=fp16"),
         (
             ["pipeline.available_memory_proportion=[0.1, 0.2]"],

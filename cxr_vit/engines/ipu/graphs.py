@@ -138,6 +138,7 @@ _NOT_COMPILED = {
     "engine": {
         "name",
         "device",
+        "compile",
         "executable_cache",
         "ipu_version",
         "loader_buffer_size",

@@ -93,6 +93,10 @@ class Case(NamedTuple):
         return "engine.name=pipeline" in self.overrides
 
     @property
+    def needs_new_torch(self) -> bool:
+        return self.is_pipeline or "engine.compile=layers" in self.overrides
+
+    @property
     def replicas(self) -> int:
         replicas = [word for word in self.overrides if word.startswith("batch.replicas=")]
         return int(replicas[-1].split("=")[1]) if replicas else 1
@@ -161,6 +165,14 @@ CASES: Dict[str, Case] = {
     "unknown labels, 2 replicas x 2 stages": Case(
         4, (*MASKED, *pipeline("interleaved_1f1b", FOUR, 2)), MASKED
     ),
+    "compiled, torch, 2 replicas": Case(
+        2,
+        (*DROPPED, *copies(2), "engine.compile=layers", "pipeline.recompute=every_layer"),
+        DROPPED,
+    ),
+    "compiled, 2 stages": Case(
+        2, (*DROPPED, *pipeline("1f1b", "[2, 2]"), "engine.compile=whole"), DROPPED
+    ),
     "frozen, 2 replicas x 4 stages on 2": Case(
         4, (*RATES, *pipeline("interleaved_1f1b", FOUR, 2)), RATES
     ),
@@ -170,13 +182,13 @@ CASES: Dict[str, Case] = {
 
 
 def runs_here(case: Case) -> bool:
-    return HAS_PIPELINING or not case.is_pipeline
+    return HAS_PIPELINING or not case.needs_new_torch
 
 
 def cases(*wanted: str, but: str = "-") -> Any:
     """Parametrize a test with the cases whose names begin with one of the words."""
     chosen = [
-        pytest.param(name, id=name, marks=[needs_pipelining] if case.is_pipeline else [])
+        pytest.param(name, id=name, marks=[needs_pipelining] if case.needs_new_torch else [])
         for name, case in CASES.items()
         if name.startswith(wanted or ("",)) and but not in name
     ]

@@ -1,0 +1,236 @@
+"""torch.compile: the same numbers, no graph breaks, and few graphs."""
+
+import sysconfig
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import engine_of, module_of
+from cxr_vit.config.plans import StagePlan
+from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.data.dataset import Batch
+from cxr_vit.engines import compiled
+from cxr_vit.engines.choice import choose_engine
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import DeviceError, EngineUnavailable
+from cxr_vit.model.drop_path import DropPath
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.stages import StagedViT
+from families import FAMILIES, images, make
+
+#: Those of torch.compile itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+can_compile = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < compiled._OLDEST,
+    reason="this torch refuses engine.compile",
+)
+#: Everything that changes what is computed in training.
+RICH = ("model.dropout=0.1", "model.drop_path=0.5", "optim.max_grad_norm=1")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("how", ["layers", "whole"])
+def test_an_old_torch_is_refused_in_one_line(make_config, monkeypatch, how):
+    monkeypatch.setattr(torch, "__version__", "2.0.1+cpu")
+    with pytest.raises(EngineUnavailable) as raised:
+        choose_engine(make_config(f"engine.compile={how}"), Launch())
+    assert str(raised.value) == (
+        f"engine.compile={how} needs torch 2.5 or later; this is 2.0.1+cpu. Install a newer torch,"
+        " or set engine.compile=off."
+    )
+    assert choose_engine(make_config("engine.compile=off"), Launch()).name == "torch"
+
+
+def test_a_machine_without_a_compiler_is_refused_in_one_line(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.5.0")
+    config = make_config("engine.compile=layers")
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    with pytest.raises(EngineUnavailable, match=r"^engine\.compile=layers needs a C\+\+ comp.*"):
+        choose_engine(config, Launch())
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(EngineUnavailable, match=r"the headers of Python .*, or set engine\.comp"):
+        choose_engine(config, Launch())
+    (tmp_path / "Python.h").write_text("")
+    assert choose_engine(config, Launch()).name == "torch"
+
+
+# Graphs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are made, one entry each; they are not compiled further."""
+    made = []
+
+    def backend(graph, example_inputs):
+        made.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "_COMPILER", {"backend": backend})
+    return made
+
+
+def logits_and_gradients(kind, how, recompute="none", cut=(4,)):
+    hub = make(kind, num_hidden_layers=4, hidden_dropout_prob=0.1)
+    plan = StagePlan.from_list(cut)
+    model = StagedViT(hub, plan, mean=0.5, std=0.5).train()
+    model.recompute(plan.kept_outputs(recompute, on_ipus=False))
+    compiled.compile_stages(model, how)
+    torch.manual_seed(0)
+    logits = model(images(32, 6), DropPath(0.5, 4, seed=0).factors(0, torch.arange(6), 6))
+    logits.square().sum().backward()
+    return [logits.detach(), *(weight.grad for _, weight in model.hub_parameters())]
+
+
+def assert_same(results, expected):
+    for one, other in zip(results, expected):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@can_compile
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_layers_have_one_graph(kind, graphs):
+    expected = logits_and_gradients(kind, "off")
+    assert graphs == []
+    assert_same(logits_and_gradients(kind, "layers"), expected)
+    assert len(graphs) == 1
+
+
+@can_compile
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_whole_stage_is_one_graph(kind, graphs):
+    expected = logits_and_gradients(kind, "off", cut=(1, 3))
+    assert_same(logits_and_gradients(kind, "whole", cut=(1, 3)), expected)
+    assert len(graphs) == 2, "a graph break raises an error"
+
+
+@can_compile
+def test_every_recomputation_is_compiled(graphs):
+    expected = logits_and_gradients("vit", "off")
+    for recompute, count in (("every_layer", 1), ("attention_mlp", 3), ("stage_inputs", 3)):
+        assert_same(logits_and_gradients("vit", "layers", recompute), expected)
+        assert len(graphs) == count, recompute
+
+
+@can_compile
+def test_a_copy_computes_with_its_own_weights(graphs):
+    import copy
+
+    hub = make("vit")
+    plan = StagePlan.from_list([2])
+    model = StagedViT(hub, plan, mean=0.5, std=0.5)
+    compiled.compile_stages(model, "layers")
+    with torch.no_grad():
+        other = copy.deepcopy(model)
+        for weight in other.parameters():
+            weight.zero_()
+        assert model(images(32)).abs().max() > 0
+        assert not other(images(32)).any()
+
+
+# Engines
+
+
+def random_batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = (torch.rand(size, 14, generator=generator) < 0.2).float()
+    return Batch(pixels, labels, torch.arange(size))
+
+
+def train(config, steps=4, start=None):
+    """Make updates, with a validation between them; return losses, logits and state."""
+    with engine_of(config, module_of(config)) as engine:
+        if start is not None:
+            engine.load_state_dict(start)
+        assert engine.compile(random_batch(engine.batch.host_batch_size)) > 0
+        losses = []
+        for step in range(engine.updates, engine.updates + steps):
+            batch = random_batch(engine.batch.host_batch_size, step)
+            losses.append(engine.train_step(batch, lr=1e-3).losses)
+            logits = engine.predict(random_batch(8))
+        return torch.cat(losses), logits, engine.state_dict()
+
+
+@can_compile
+@pytest.mark.parametrize(
+    ("how", "overrides"),
+    [
+        ("layers", ("pipeline.recompute=every_layer", "pipeline.layers_per_stage=[2, 2]")),
+        ("whole", ("model.pooling=both", "pipeline.layers_per_stage=[4]")),
+    ],
+)
+def test_compiled_training_is_the_same_and_resumes_exactly(make_config, how, overrides):
+    plain, expected, _ = train(make_config(*RICH, *overrides))
+    torch._dynamo.reset()
+    config = make_config(*RICH, *overrides, f"engine.compile={how}")
+    losses, logits, end = train(config)
+    assert torch.allclose(losses, plain, rtol=0, atol=1e-5)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    first, _, state = train(config, steps=2)
+    second, again, resumed = train(config, steps=2, start=state)
+    assert torch.equal(torch.cat([first, second]), losses) and torch.equal(again, logits)
+    assert all(torch.equal(resumed.weights[name], end.weights[name]) for name in end.weights)
+
+
+@can_compile
+def test_validations_compile_nothing_further(make_config, graphs):
+    config = make_config("engine.compile=layers", "engine.precision=bf16", "model.freeze=2")
+    data = ChestXrayDataModule(config)
+    with engine_of(config, module_of(config, data)) as engine:
+        assert "in bf16 with engine.compile=layers (" in engine.describe()
+        engine.compile(random_batch(8))
+        counts = [len(graphs)]
+        assert engine.prepare_scoring(data.dataset("val")) > 0
+        counts.append(len(graphs))
+        for step in range(2):
+            engine.train_step(random_batch(8, step), lr=1e-3)
+            engine.predict_dataset(data.dataset("val"))
+            assert engine.prepare_scoring(data.dataset("val")) == 0
+        counts.append(len(graphs))
+    # In training the frozen layers, the first trained one, whose input has no gradient, and the
+    # others; in evaluation frozen and trained ones.
+    assert counts == [3, 5, 5]
+
+
+class Printing(nn.Linear):
+    """Does what torch.compile cannot do without a graph break."""
+
+    def forward(self, input):
+        torch._dynamo.graph_break()
+        return super().forward(input)
+
+
+class WithPrintingHead(ViTModule):
+    def configure_model(self):
+        model = super().configure_model()
+        head = model.classifier
+        model.classifier = Printing(head.in_features, head.out_features)
+        return model
+
+
+@can_compile
+def test_a_graph_break_is_an_error_of_one_line(make_config, graphs):
+    for how in ("layers", "whole"):
+        config = make_config(f"engine.compile={how}")
+        module = WithPrintingHead(config)
+        module.setup()
+        with engine_of(config, module) as engine:
+            if how == "layers":
+                assert engine.compile(random_batch(8)) > 0, "it does not compile the head"
+                continue
+            with pytest.raises(DeviceError) as raised:
+                engine.compile(random_batch(8))
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("engine.compile=whole: torch cannot compile the model (")
+    assert str(raised.value).endswith("). Set engine.compile=off.")
