@@ -170,7 +170,11 @@ def train(config, steps=4, start=None):
         ("whole", ("model.pooling=both", "pipeline.layers_per_stage=[4]")),
     ],
 )
-def test_compiled_training_is_the_same_and_resumes_exactly(make_config, how, overrides):
+def test_compiled_training_is_the_same_and_resumes_exactly(
+    make_config, monkeypatch, how, overrides
+):
+    if how == "whole":  # the kernels of one way are enough: their compilation takes long
+        monkeypatch.setattr(compiled, "_COMPILER", {"backend": "aot_eager"})
     plain, expected, _ = train(make_config(*RICH, *overrides))
     torch._dynamo.reset()
     config = make_config(*RICH, *overrides, f"engine.compile={how}")
