@@ -206,7 +206,8 @@ def take_factors(layer: nn.Module) -> nn.Module:
 
     The layer keeps its modules, names and hooks. Without factors it computes what it did.
     """
-    layer.__class__ = _with_factors(type(layer))
+    kind: Any = type(layer)  # mypy does not know that classes are hashable
+    layer.__class__ = _with_factors(kind)
     return layer
 
 
