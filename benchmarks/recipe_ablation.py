@@ -111,7 +111,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name:22} {row['mean']:.4f} +- {row['sd'] or 0:.4f}  {change}", flush=True)
     if arguments.out is not None:
         facts = describe_machine("torch", "transformers")
-        results = {"seeds": arguments.seeds, "base": list(BASE), "rows": rows}
+        sizes = {"images": 2000, "updates": 588, "images_per_update": [32, 64]}
+        results = {**sizes, "seeds": arguments.seeds, "base": list(BASE), "rows": rows}
         result = {"command": "python -m benchmarks.recipe_ablation", **facts, "results": results}
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
