@@ -173,7 +173,7 @@ def test_check_imports_nothing_heavy(pod4_check):
 
 def test_check_prints_the_resolved_config(pod4_check):
     assert "name: google/vit-base-patch16-224-in21k" in pod4_check.out
-    assert "lr: 0.0002" in pod4_check.out
+    assert "base_lr: 0.001" in pod4_check.out
     # a default that the file does not give
     assert "early_stopping_patience: null" in pod4_check.out
     assert "${" not in pod4_check.out
