@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cxr_vit.data.dataset import Batch
+from cxr_vit.engines.base import StepOutput
 from cxr_vit.engines.ipu.engine import PopTorchEngine
 from cxr_vit.engines.ipu.graphs import InferenceGraph, TrainingGraph
 from cxr_vit.errors import NonFiniteLoss
@@ -372,7 +373,7 @@ def test_nan_losses_of_synthetic_data_do_not_end_the_run(ipu, commands, monkeypa
 
     def train_step(engine, batch, *, lr):
         output = step(engine, batch, lr=lr)
-        return output._replace(losses=output.losses * float("nan"))
+        return StepOutput(output.losses * float("nan"), output.grad_norm, output.num_samples)
 
     monkeypatch.setattr(PopTorchEngine, "train_step", train_step)
     overrides = [f"engine.synthetic_data={str(synthetic).lower()}", "train.steps=2"]
