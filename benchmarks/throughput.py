@@ -25,7 +25,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ MODELS = {
 ORIGINALS = 64
 #: Seconds until a process must have made its first steps, and steps of no end.
 PATIENCE_S, NEVER = 1800.0, 10**7
-TRAINER, COMPILED, LIMIT = "trainer", "trainer-compiled", "limit"
+TRAINER, COMPILED, LIMIT, PEAK = "trainer", "trainer-compiled", "limit", "peak"
 
 
 class Way(NamedTuple):
@@ -179,6 +179,9 @@ class Process:
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
+            self.process.terminate()  # torchrun ends its processes
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=40)
             self.process.kill()
 
 
@@ -224,7 +227,7 @@ class Settings(NamedTuple):
     warm: int
     settle: int
     steps: int
-    val_fraction: float = 0.1
+    val_fraction: float = 0.1  # of 4,096 images: starting to evaluate takes less than a per cent
 
     def config(
         self, folder: Path, *, compile_: Optional[str] = None, replicas: int = 1
@@ -361,15 +364,18 @@ def summarise(
     bases[LIMIT] = "ratio_to_limit"
     summary: Dict[str, Dict[str, Any]] = {}
     for name, measured in rounds.items():
+        if not measured:
+            continue
         rates = [found.training for found in measured]
-        shares = [rate * flops / peak for rate, peak in zip(rates, peaks)]
         figures: Dict[str, Any] = {
             "images_per_s": round(statistics.median(rates), 2),
             "images_per_s_by_round": [round(rate, 2) for rate in rates],
-            "share_of_peak": round(statistics.median(shares), 4),
         }
+        shares = [rate * flops / peak for rate, peak in zip(rates, peaks)]
+        if shares:
+            figures["share_of_peak"] = round(statistics.median(shares), 4)
         for base, key in bases.items():
-            if base in rounds and base != name:
+            if rounds.get(base) and base != name:
                 figures[key] = ratios(rates, [found.training for found in rounds[base]])
         scored = [found.evaluation for found in measured if found.evaluation is not None]
         if scored:
@@ -381,7 +387,7 @@ def summarise(
 
 def kept(process: Process) -> Dict[str, float]:
     """Return what a process said of itself: seconds and memory."""
-    figures = {
+    figures: Dict[str, float] = {
         key: round(process.ready[key], 2)
         for key in ("start_s", "compile_s", "first_step_s")
         if key in process.ready
@@ -402,46 +408,82 @@ def all_stopped(processes: Dict[str, Process]) -> Iterator[None]:
             process.stop()
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> Dict[str, Any]:
-    """Measure all ways in interleaved rounds; return the results."""
+class Turns:
+    """Processes that are started, and then measured in turns; one that fails drops out.
+
+    `rounds` are those that a process has finished, and `failed` says why it made no more.
+    """
+
+    def __init__(self, processes: Dict[str, Process], start: Callable[[str], None]) -> None:
+        self.processes = processes
+        self.rounds: Dict[str, List[Round]] = {name: [] for name in processes}
+        self.failed: Dict[str, str] = {}
+        for name in processes:
+            print(f"starting: {name}", file=sys.stderr, flush=True)
+            with self._dropping(name):
+                start(name)
+
+    @contextlib.contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Failed as failure:
+            self.failed[name] = f"failed: {failure}"
+            print(f"{name} {self.failed[name]}", file=sys.stderr, flush=True)
+            self.processes[name].stop()
+
+    def take(self, number: int, measure: Callable[[str], Round]) -> None:
+        """Measure each of them once. Rounds begin with different ones."""
+        print(f"round {number + 1}", file=sys.stderr, flush=True)
+        order = list(self.processes)
+        shift = number % len(order)
+        for name in order[shift:] + order[:shift]:
+            if name not in self.failed:
+                with self._dropping(name):
+                    self.rounds[name].append(measure(name))
+
+
+def compare(
+    arguments: argparse.Namespace, folder: Path, save: Callable[[Dict[str, Any]], None]
+) -> Dict[str, Any]:
+    """Measure all ways in interleaved rounds, save the results after each, and return them."""
     settings = settings_of(arguments, folder)
     missing = {name: unavailable(WAYS[name]) for name in arguments.ways}
-    names = [name for name in arguments.ways if missing[name] is None]
-    processes = {name: Process(name, folder, arguments.threads) for name in [*names, "peak"]}
-    rounds: Dict[str, List[Round]] = {name: [] for name in names}
-    peaks: List[float] = []
-    with all_stopped(processes):
-        for name, process in processes.items():
-            print(f"starting: {name}", file=sys.stderr, flush=True)
-            try:
-                settings.start(process, WAYS.get(name, Way("", "peak")))
-            except Failed as failure:
-                missing[name] = f"failed: {failure}"
-                rounds.pop(name, None)
-        for number in range(arguments.rounds):
-            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-            answer = processes["peak"].ask("go")
-            peaks.append(answer["steps"] / answer["seconds"])
-            # Each round begins with another way: none always follows the same one.
-            order = list(rounds)
-            shift = number % len(order) if order else 0
-            for name in order[shift:] + order[:shift]:
-                evaluates = WAYS[name].worker is None
-                rounds[name].append(
-                    measure_round(processes[name], settings.micro_batch, evaluates=evaluates)
-                )
-        ready = {name: kept(processes[name]) for name in rounds}
+    names = [PEAK, *(name for name in arguments.ways if missing[name] is None)]
+    processes = {name: Process(name, folder, arguments.threads) for name in names}
     flops = training_flops(settings.shape)
-    summary = summarise(ready, rounds, peaks, flops)
-    return {
-        "gflops_per_image": round(flops / 1e9, 3),
-        "peak_gflops_per_s": round(statistics.median(peaks) / 1e9, 1),
-        "peak_gflops_per_s_by_round": [round(peak / 1e9, 1) for peak in peaks],
-        "ways": {
-            name: {"what": WAYS[name].what, **(summary.get(name) or {"status": missing[name]})}
-            for name in arguments.ways
-        },
-    }
+
+    def measure(name: str) -> Round:
+        if name == PEAK:
+            return measure_round(processes[name], 1, evaluates=False)
+        evaluates = WAYS[name].worker is None
+        return measure_round(processes[name], settings.micro_batch, evaluates=evaluates)
+
+    with all_stopped(processes):
+        turns = Turns(
+            processes, lambda name: settings.start(processes[name], WAYS.get(name, Way("", PEAK)))
+        )
+        for number in range(arguments.rounds):
+            turns.take(number, measure)
+            rounds = dict(turns.rounds)
+            peaks = [found.training for found in rounds.pop(PEAK)]
+            ready = {name: kept(processes[name]) for name in rounds}
+            status = {name: why for name, why in {**missing, **turns.failed}.items() if why}
+            summary = summarise(ready, rounds, peaks, flops)
+            results: Dict[str, Any] = {"gflops_per_image": round(flops / 1e9, 3)}
+            if peaks:
+                results["peak_gflops_per_s"] = round(statistics.median(peaks) / 1e9, 1)
+                results["peak_gflops_per_s_by_round"] = [round(peak / 1e9, 1) for peak in peaks]
+            results["ways"] = {
+                name: {
+                    "what": WAYS[name].what,
+                    **summary.get(name, {}),
+                    **({"status": status[name]} if name in status else {}),
+                }
+                for name in arguments.ways
+            }
+            save(results)
+    return results
 
 
 def settings_of(arguments: argparse.Namespace, folder: Path) -> Settings:
@@ -461,27 +503,29 @@ def settings_of(arguments: argparse.Namespace, folder: Path) -> Settings:
         # Workers have read these before the round began.
         settle=max(1, 2 * arguments.workers),
         steps=arguments.steps,
+        # A GPU scores 410 images before the loader's workers have started.
+        val_fraction=0.5 if arguments.device == "cuda" else 0.1,
     )
 
 
 def print_table(results: Dict[str, Any]) -> None:
     """Print one line per way."""
-    print(
-        f"{results['gflops_per_image']} GFLOP per image; this machine multiplies matrices at"
-        f" {results['peak_gflops_per_s']:,} GFLOP/s"
-    )
+    peak = results.get("peak_gflops_per_s", "unknown")
+    print(f"{results['gflops_per_image']} GFLOP per image; products of matrices: {peak} GFLOP/s")
     heads = ("images/s", "trainer", "compiled", "limit", "peak %", "MB", "start s", "compile s")
     print(f"{'':44} " + " ".join(f"{head:>9}" for head in (*heads, "eval")))
     for figures in results["ways"].values():
         if "status" in figures:
             print(f"{figures['what']:44}   {figures['status']}")
+        if "images_per_s" not in figures:
             continue
         cells = [f"{figures['images_per_s']:,.1f}"]
         for base in ("trainer", "compiled_trainer", "limit"):
             ratio = figures.get(f"ratio_to_{base}")
             cells.append(f"{ratio['median']:.2f}x" if ratio else "")
         memory = figures.get("gpu_peak_memory_mb", figures["peak_memory_mb"])
-        cells += [f"{100 * figures['share_of_peak']:.1f}", f"{memory:,}"]
+        share = figures.get("share_of_peak")
+        cells += ["" if share is None else f"{100 * share:.1f}", f"{memory:,}"]
         cells.append(f"{figures['start_s']:.1f}")
         cells.append(f"{figures.get('compile_s', figures.get('first_step_s', 0)):.1f}")
         evaluation = figures.get("evaluation_to_training")
@@ -499,7 +543,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--micro-batch", type=int, metavar="N", help="default: 32 on a CPU, 128 on a GPU")
     add("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     add("--workers", type=int, metavar="N", help="loader processes; default: 0, on a GPU 8")
-    add("--images", type=int, metavar="N", help="images of the data set; default: 4096")
+    add("--images", type=int, metavar="N", help="images; default: 4096, on a GPU 16384")
     add("--rounds", type=int, default=7, metavar="N")
     add("--steps", type=int, metavar="N", help="timed steps per round; default: 8, on a GPU 100")
     add("--warm", type=int, metavar="N", help="steps before; default: 4, on a GPU 30")
@@ -525,7 +569,7 @@ def set_defaults(arguments: argparse.Namespace, parser: argparse.ArgumentParser)
         "workers": 8 if on_gpu else 0,
         "steps": 100 if on_gpu else 8,
         "warm": 30 if on_gpu else 4,
-        "images": 4096,
+        "images": 16384 if on_gpu else 4096,
         "ways": ",".join(WAYS),
         "out": Path("scale.json" if arguments.scale else "throughput.json"),
     }
@@ -553,11 +597,11 @@ def installed(*packages: str) -> List[str]:
     return found
 
 
-def command_of(argv: Sequence[str]) -> str:
+def command_of(argv: Sequence[str], name: str = "throughput") -> str:
     """Return the command line without --out, which changes no figure."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--out")
-    return " ".join(["python -m benchmarks.throughput", *parser.parse_known_args(argv)[1]])
+    return " ".join([f"python -m benchmarks.{name}", *parser.parse_known_args(argv)[1]])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -565,25 +609,30 @@ def main(argv: Sequence[str]) -> int:
     from benchmarks import throughput_scale
 
     arguments = parse(argv)
-    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        act = throughput_scale.measure if arguments.scale else compare
-        results = act(arguments, Path(folder))
     packages = installed("torch", "transformers", "accelerate", "lightning", "timm", "numpy")
     gpu = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
     own = {"out", "scale", *(("model", "images", "ways") if arguments.scale else ())}
     settings = {name: value for name, value in vars(arguments).items() if name not in own}
-    result = {
+    head = {
         "command": command_of(argv),
         **describe_machine(*packages),
         **gpu,
         "settings": settings,
-        "results": results,
     }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def save(results: Dict[str, Any]) -> None:
+        text = json.dumps({**head, "results": results}, indent=2)
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        act = throughput_scale.measure if arguments.scale else compare
+        results = act(arguments, Path(folder), save)
     (throughput_scale.print_table if arguments.scale else print_table)(results)
+    groups = results.values() if arguments.scale else [results["ways"]]
     failed = [
         name
-        for name, figures in results.get("ways", {}).items()
+        for group in groups
+        for name, figures in group.items()
         if figures.get("status", "").startswith("failed")
     ]
     return 1 if failed else 0
