@@ -224,6 +224,8 @@ def test_case_that_fails_leaves_the_others_their_results(fakes, tmp_path, monkey
     assert results["processes"]["4"]["images_per_s"] == 64
     assert [fakes.threads[name] for name in ("1", "2", "4")] == [3, 1, 1]  # cores are shared
     assert "failed: no memory" in capsys.readouterr().out
+    settings = throughput_scale.settings_of(throughput.parse(["--scale"]), tmp_path, 9, 64)
+    assert settings.steps == 25  # of 100: it has four times the tokens
 
 
 def test_more_processes_than_gpus_are_left_out(fakes, tmp_path, monkeypatch):
