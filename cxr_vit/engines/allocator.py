@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -43,10 +44,18 @@ def _is_set_by_environment() -> bool:
     return bool(names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
 
 
+def _addresses_are_limited() -> bool:
+    """Whether addresses count as memory: with `ulimit -v` or `-d`, or by the kernel's setting."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    return _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2"
+
+
 def _grow_heap(libc: ctypes.CDLL, size: int) -> None:
     """Reserve addresses at the heap's end and ask for huge pages: memory is taken when used."""
-    if _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2":
-        return  # here addresses count as memory
+    if _addresses_are_limited():
+        return
     libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_size_t
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]

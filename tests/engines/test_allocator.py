@@ -1,6 +1,7 @@
 """Freed memory is kept, in huge pages, where malloc is glibc's and the environment allows it."""
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def test_other_system_is_left_alone(unset, monkeypatch):
 
 
 @pytest.mark.skipif(not GLIBC, reason="needs glibc")
-def test_no_addresses_are_reserved_where_they_count_as_memory(unset, monkeypatch, tmp_path):
+@pytest.mark.parametrize("limited", [None, resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_no_addresses_are_reserved_where_they_count_as_memory(monkeypatch, tmp_path, limited):
+    limits = {limited: 2**40}
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY),) * 2
+    )
     monkeypatch.setattr(allocator, "_OVERCOMMIT", tmp_path / "overcommit")
-    (tmp_path / "overcommit").write_text("2\n")
+    (tmp_path / "overcommit").write_text("2\n" if limited is None else "0\n")
 
     class Library:
         def __getattr__(self, name):
