@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     exact, mixed = (config_of(device, device, precision) for precision in ("fp32", "bf16"))
+    dropped = mixed.model_copy(update={"model": mixed.model.model_copy(update={"drop_path": 0.1})})
     on_cpu, first, second = (
         losses_of(config_of("cpu", device, "fp32")),
         *map(losses_of, [exact] * 2),
@@ -137,6 +138,7 @@ def main(argv: Sequence[str]) -> int:
         "attention_bf16": attention_of(mixed),
         "attention_fp32": attention_of(exact),
         "waits_in_a_step": waits_of(mixed) if device == "cuda" else 0,
+        "waits_with_drop_path": waits_of(dropped) if device == "cuda" else 0,
         "fp32_repeats": first == second,
         "fp32_from_cpu": difference(first, on_cpu),
         "bf16_from_fp32": difference(losses_of(mixed), first),
@@ -146,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
             compiled = losses_of(config_of(device, device, "fp32", how))
             found[f"{how}_from_fp32"] = difference(compiled, first)
     for name, value in found.items():
-        print(f"{name:16} {value}")
+        print(f"{name:20} {value}")
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     is_right = first == second and difference(first, on_cpu) <= MOST_DIFFERENCE
     return 0 if is_right else 1

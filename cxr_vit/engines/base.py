@@ -67,8 +67,6 @@ class StepOutput:
     ----------
     num_updates
         Number of updates, known at once.
-    is_late
-        Whether the engine returned before the numbers were there.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class StepOutput:
     ) -> None:
         self.num_updates = len(losses)
         self.num_samples = num_samples
-        self.is_late = copied is not None
         self._losses, self._grad_norm, self._copied = losses, grad_norm, copied
 
     @property

@@ -29,9 +29,10 @@ _MOST_SKIPPED = 20
 class NonFiniteGuard(Callback):
     """Raise NonFiniteLoss at a NaN or infinite loss or gradient norm, or count it.
 
-    Must be the first callback, so that the others do not record such a step. The torch engines make
-    no update of such a gradient. `skips` is `train.on_nonfinite=skip_update`: then it is an error
-    only if it happens in 20 updates in a row.
+    Must be the first callback, so that the others do not record such a step. On a GPU it looks one
+    step late, so that a callback which reads the losses of every step gets the NaN before. The
+    torch engines make no update of such a gradient. `skips` is `train.on_nonfinite=skip_update`:
+    then it is an error only if it happens in 20 updates in a row.
     """
 
     state_key = "nonfinite"
@@ -131,8 +132,10 @@ def _images(trainer: Any, step: int) -> str:
 def write_bundle(trainer: Any, step: int, lr: float) -> Path:
     """Write what is needed to find the cause of a failed update; return the path of the file.
 
-    The weights are those before the update, but on IPUs, which have made it. All processes must
-    call this together.
+    The weights are those before the update, but on IPUs, which have made it. With
+    `train.on_nonfinite=skip_update` the engine does not stop by itself: it has also made the finite
+    updates that follow in the host batch and, on a GPU, in the next one. All processes must call
+    this together.
     """
     inputs: Batch = trainer.train_data.__getitems__(trainer.draws(step).tolist())
     ranges = trainer.engine.activation_ranges(inputs.images)

@@ -12,10 +12,10 @@ from cxr_vit.engines.base import StepOutput
 class Pace:
     """Lets the host be one step ahead of the device, and measures the steps.
 
-    An engine that waits for its device leaves nothing to do here. One that does not
-    (`StepOutput.is_late`) has only begun a step where it returns. Then the host waits for the step
-    before, so that the device always has work. A step that is read at once counts until its end,
-    and the next one from its beginning: what is between them, such as a validation, does not count.
+    An engine that waits for its device leaves nothing to do here. One that does not has only begun
+    a step where it returns. Then the host waits for the step before, so that the device always has
+    work. A step that is read at once counts until its end, and the next one from its beginning:
+    what is between them, such as a validation, does not count.
     """
 
     def __init__(self) -> None:
