@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Mapping, Optional, Set, Tuple, Union
+from typing import Dict, Iterable, Mapping, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +94,14 @@ class SkipOnDevice:
         vars(self.optimizer)["found_inf"] = leaves_out.float()
 
 
-def skip_on_device(optimizer: torch.optim.Optimizer, *, sticks: bool) -> Optional[SkipOnDevice]:
-    """Return how to leave updates out on the device; None if the optimizer cannot.
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `SkipOnDevice` works: the optimizer is a fused Adam, or has no parameters.
 
-    torch's fused SGD is none: if its first update is left out, its momentum remains uninitialised.
+    torch's fused SGD cannot: if its first update is left out, its momentum remains uninitialised.
     """
+    groups = [group for group in optimizer.param_groups if group["params"]]
     is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-    if is_adam and all(group["fused"] for group in optimizer.param_groups):
-        return SkipOnDevice(optimizer, sticks=sticks)
-    return None
+    return not groups or (is_adam and all(group["fused"] for group in groups))
 
 
 def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:

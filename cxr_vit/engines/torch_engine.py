@@ -33,10 +33,11 @@ from cxr_vit.engines.compiled import compile_stages, explaining_compile_errors
 from cxr_vit.engines.devices import DeviceChoice
 from cxr_vit.engines.optim import (
     NO_STATE,
+    SkipOnDevice,
+    can_skip_on_device,
     check_kind,
     check_trained,
     counts_on_device,
-    skip_on_device,
     torch_slots,
 )
 from cxr_vit.engines.process_group import ProcessGroup
@@ -116,9 +117,9 @@ class TorchEngineBase(Engine):
         depth = sum(plan.layers_per_stage)
         self.drop_path = DropPath(config.model.drop_path, depth, self.seed)
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
-        self.skip = skip_on_device(self.optimizer, sticks=self.stops_at_nonfinite)
-        if scaler.is_enabled():
-            self.skip = None  # it has its own
+        skip = SkipOnDevice(self.optimizer, sticks=self.stops_at_nonfinite)
+        waits = scaler.is_enabled() or not can_skip_on_device(self.optimizer)
+        self.skip = None if group.any(waits) else skip  # all processes make the same updates
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
         self.updates = 0
@@ -290,7 +291,11 @@ class TorchEngineBase(Engine):
 
     def _paths(self, rows: Tensor) -> Optional[Tensor]:
         paths = self.drop_path.factors(self.updates, rows, self.local_batch.global_batch_size)
-        return None if paths is None else self.to_device(paths)[0]
+        if paths is None:
+            return None
+        if self.device.type == "cuda":
+            paths = paths.pin_memory()  # CUDA may wait for a copy of other memory
+        return self.to_device(paths)[0]
 
     def autocast(self) -> ContextManager[Any]:
         """Return the context of a forward pass."""

@@ -32,6 +32,7 @@ from cxr_vit.engines import compiled
 from cxr_vit.engines.base import EngineState, StepOutput
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
+from cxr_vit.model import optim
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.schedule import LearningRate
 
@@ -123,6 +124,17 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
     }
 
 
+def blow_up(overrides: Sequence[str]) -> Dict[str, Any]:
+    """Make a host batch of updates with a rate that makes the second one NaN, as on GPUs."""
+    optim._are_on_gpu = lambda groups: any(group["params"] for group in groups)
+    config, data, module = make(overrides)
+    with engine_of(config, module, Launch.from_environment()) as engine:
+        batch = _example(data.dataset("train"), engine.local_batch.host_batch_size)
+        norms = engine.train_step(batch, lr=1e30).grad_norm
+        fused = [group["fused"] for group in engine.optimizer.param_groups]
+    return {"norms": norms, "fused": fused}
+
+
 def score(overrides: Sequence[str], weights: Dict[str, Tensor]) -> Tensor:
     """Return the logits of the test split, for given weights."""
     config, data, module = make(overrides)
@@ -176,7 +188,8 @@ def main() -> None:
     cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
     rank = Launch.from_environment().rank
     for name, (overrides, scale) in json.loads(cases.read_text()).items():
-        torch.save(measure(overrides, scale), folder / f"{name}.{rank}")
+        found = blow_up(overrides) if name == "blow up" else measure(overrides, scale)
+        torch.save(found, folder / f"{name}.{rank}")
 
 
 if __name__ == "__main__":
