@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -37,34 +38,53 @@ def _problem(engine: EngineSection) -> Optional[str]:
     if version < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         return f"torch {oldest} or later; this is {torch.__version__}. Install a newer torch"
-    if engine.device != "cpu" and torch.cuda.is_available():
-        return None
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    on_gpu = engine.device != "cpu" and torch.cuda.is_available()
+    where = "on a GPU" if on_gpu else "on a CPU"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return f"triton {where}, and it is not installed. Install it (pip install triton)"
+    if on_gpu:  # as triton chooses it
+        language, variable, names = "C", "CC", ["gcc", "clang"]
+    else:
+        language, variable, names = "C++", "CXX", ["g++"]
+        if sys.platform == "darwin":
+            names = ["clang++"]
+    names = [os.environ[variable]] if variable in os.environ else names
+    if not any(map(shutil.which, names)):
         return (
-            f"a C++ compiler on a CPU, and there is no {compiler} here. Install one (Debian,"
-            " Ubuntu: apt install g++; Fedora, RHEL: dnf install gcc-c++; macOS: xcode-select"
-            " --install), name another one with the environment variable CXX"
+            f"a {language} compiler {where}, and there is no {' or '.join(names)} here. Install"
+            " one (Debian, Ubuntu: apt install g++; Fedora, RHEL: dnf install gcc-c++; macOS:"
+            f" xcode-select --install), name another one with the environment variable {variable}"
         )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
         return (
-            f"the headers of Python on a CPU, and there is no {header}. Install them (Debian,"
+            f"the headers of Python {where}, and there is no {header}. Install them (Debian,"
             " Ubuntu: apt install python3-dev; Fedora, RHEL: dnf install python3-devel)"
         )
     return None
 
 
-def compile_stages(model: StagedViT, how: str) -> None:
-    """Compile the stages of this process at their first use; `how` is `engine.compile`."""
+def compile_stages(model: StagedViT, how: str, *, with_ddp: bool = False) -> Callable[[], None]:
+    """Compile the stages of this process at their first use; `how` is `engine.compile`.
+
+    Returns
+    -------
+    Callable
+        Undoes it, and torch's settings.
+    """
+    undo = contextlib.ExitStack()
+    undo.callback(model.compile_with, lambda function: function, whole=False)
     if how == "off":
-        return
+        undo.close()  # what an engine before this one compiled
+        return undo.close
     import torch._dynamo
 
     # The graphs of a process are counted together; each stage has one to train and one to score.
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    # It would cut a graph for DDP, and refuses recomputation.
-    torch._dynamo.config.optimize_ddp = False
+    limit = max(64, torch._dynamo.config.cache_size_limit)
+    settings = {"cache_size_limit": limit}
+    if with_ddp:  # torch would cut a graph for DDP, and refuses recomputation then
+        settings["optimize_ddp"] = False
+    undo.enter_context(torch._dynamo.config.patch(settings))
 
     def compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, **_COMPILER)
@@ -77,6 +97,7 @@ def compile_stages(model: StagedViT, how: str) -> None:
         return call
 
     model.compile_with(compiler, whole=how == "whole")
+    return undo.close
 
 
 @contextlib.contextmanager

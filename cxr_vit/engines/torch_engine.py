@@ -95,7 +95,9 @@ class TorchEngineBase(Engine):
         kept = plan.kept_outputs(config.pipeline.recompute, on_ipus=False)
         self.model = module.model.recompute(kept)
         self.compiles = config.engine.compile
-        compile_stages(self.model, self.compiles)
+        self._undo_compiling = compile_stages(
+            self.model, self.compiles, with_ddp=group.is_connected
+        )
         self._can_score = False  # without compiling first
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
@@ -393,7 +395,8 @@ class TorchEngineBase(Engine):
         return {"perf/peak_memory_gib": peak}
 
     def close(self) -> None:
-        """Close the process group."""
+        """Leave the model uncompiled, and close the process group."""
+        self._undo_compiling()
         self.group.close(failed=self.failed)
 
 

@@ -88,11 +88,9 @@ class Stage(nn.Module):
         return self._compute_stage(self, value, paths)
 
     def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
-        """Compile the whole forward pass, or the encoder layers, at their first use."""
-        if whole:
-            self._compute_stage = compiler(Stage._compute)
-        else:
-            self._compute_layer = compiler(_compute_layer)
+        """Compile the whole forward pass, or the encoder layers alone, at their first use."""
+        self._compute_stage = compiler(Stage._compute) if whole else Stage._compute
+        self._compute_layer = _compute_layer if whole else compiler(_compute_layer)
 
     def _compute(self, value: Tensor, paths: Optional[Tensor]) -> Tensor:
         recomputes = self.kept is not None and torch.is_grad_enabled()
@@ -124,8 +122,7 @@ class Stage(nn.Module):
 
     def _run_layer(self, function: Any, own: Any, value: Tensor, paths: Optional[Tensor]) -> Tensor:
         """Run a layer, or a half of it, with its own columns of `paths`."""
-        factors = () if paths is None else (paths[:, own],)
-        return self._compute_layer(function, value, *factors)
+        return self._compute_layer(function, value, None if paths is None else paths[:, own])
 
     def _embed(self, images: Tensor, paths: Optional[Tensor]) -> Tensor:
         (embedding,) = self._embedding
@@ -146,8 +143,12 @@ def _run(pieces: List[Piece], value: Tensor, paths: Optional[Tensor]) -> Tensor:
     return value
 
 
-def _compute_layer(function: Callable[..., Any], value: Tensor, *factors: Tensor) -> Tensor:
-    return layer_output(function(value, *factors))
+def _compute_layer(
+    function: Callable[..., Any], value: Tensor, factors: Optional[Tensor]
+) -> Tensor:
+    # Without drop path there is one argument: a user may have set layer.forward.
+    named = {} if factors is None else {"factors": factors}
+    return layer_output(function(value, **named))
 
 
 def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -227,7 +228,7 @@ class StagedViT(nn.Module):
         return self
 
     def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
-        """Compile each stage of this process, or its encoder layers, at their first use."""
+        """Compile each stage of this process, or its encoder layers alone, at their first use."""
         for index in self._local_stages:
             self._stages[index].compile_with(compiler, whole=whole)
 

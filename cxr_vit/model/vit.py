@@ -164,45 +164,50 @@ def layer_output(output: Any) -> Tensor:
 def layer_halves(layer: Any) -> Tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Return an encoder layer as two functions: attention and MLP, each with its residual sum.
 
-    Both take hidden states and, with drop path, a factor on their branch for each image. What
+    Both take hidden states and, with drop path, `factors`, one on their branch for each image. What
     follows the scaled output, up to the sum, is linear: dropout or LayerScale.
     """
-    _check_forward(type(layer))
+    _check_forward(layer)
 
-    def attention(value: Tensor, factor: Optional[Tensor] = None) -> Tensor:
+    def attention(value: Tensor, factors: Optional[Tensor] = None) -> Tensor:
         if hasattr(layer, "norm1"):  # DINOv2
-            output = _scaled(layer.attention(layer.norm1(value))[0], factor)
-            return layer.layer_scale1(output) + value
-        output = _scaled(layer.attention(layer.layernorm_before(value))[0], factor)
+            output = _scaled(layer.attention(layer.norm1(value))[0], factors)
+            return layer.drop_path(layer.layer_scale1(output)) + value
+        output = _scaled(layer.attention(layer.layernorm_before(value))[0], factors)
         return (layer.dropout(output) if hasattr(layer, "mlp") else output) + value
 
-    def mlp(value: Tensor, factor: Optional[Tensor] = None) -> Tensor:
+    def mlp(value: Tensor, factors: Optional[Tensor] = None) -> Tensor:
         if hasattr(layer, "norm2"):
-            return layer.layer_scale2(_scaled(layer.mlp(layer.norm2(value)), factor)) + value
+            output = _scaled(layer.mlp(layer.norm2(value)), factors)
+            return layer.drop_path(layer.layer_scale2(output)) + value
         normed = layer.layernorm_after(value)
         if hasattr(layer, "mlp"):
-            return layer.dropout(_scaled(layer.mlp(normed), factor)) + value
-        output = layer.output.dense(layer.intermediate(normed))  # 4.x
-        return layer.output.dropout(_scaled(output, factor)) + value
+            return layer.dropout(_scaled(layer.mlp(normed), factors)) + value
+        hidden, end = layer.intermediate(normed), layer.output  # 4.x
+        if factors is None:
+            return end(hidden, value)
+        _check_forward(end)
+        return end.dropout(_scaled(end.dense(hidden), factors)) + value
 
     return attention, mlp
 
 
-def _scaled(output: Tensor, factor: Optional[Tensor]) -> Tensor:
-    return output if factor is None else output * factor[:, None, None].to(output.dtype)
+def _scaled(output: Tensor, factors: Optional[Tensor]) -> Tensor:
+    return output if factors is None else output * factors[:, None, None].to(output.dtype)
 
 
-def _check_forward(layer: type) -> None:
-    if not layer.__module__.startswith("transformers."):
+def _check_forward(part: nn.Module) -> None:
+    kind: Any = type(part)
+    if not kind.__module__.startswith("transformers."):
         raise ModelError(
-            f"{layer.__name__} is an encoder layer with a forward pass of its own, which"
+            f"{kind.__name__}, in an encoder layer, has a forward pass of its own, which"
             " model.drop_path and pipeline.recompute=attention_mlp would leave out. Set"
             " model.drop_path=0, and pipeline.recompute=every_layer or none."
         )
 
 
 def take_factors(layer: nn.Module) -> nn.Module:
-    """Let an encoder layer take the factors of drop path, ``[B, 2]``, beside its input.
+    """Let an encoder layer take `factors`, those of drop path, ``[B, 2]``, by keyword.
 
     The layer keeps its modules, names and hooks. Without factors it computes what it did.
     """
@@ -212,18 +217,29 @@ def take_factors(layer: nn.Module) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=None)  # layers of one class share the graph of torch.compile
-def _with_factors(kind: type) -> type:
+def _with_factors(kind: Any) -> type:
     if hasattr(kind, "takes_factors"):
-        return kind
+        return kind  # type: ignore[no-any-return]
 
-    def forward(self: Any, value: Tensor, factors: Optional[Tensor] = None) -> Any:
+    def forward(
+        self: Any, value: Tensor, *args: Any, factors: Optional[Tensor] = None, **named: Any
+    ) -> Any:
         if factors is None:
-            return kind.forward(self, value)  # type: ignore[attr-defined]
+            return kind.forward(self, value, *args, **named)
         (first, second), (attention, mlp) = factors.unbind(1), layer_halves(self)
         return mlp(attention(value, first), second)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _blank, (kind,), self.__dict__
+
     names = {"forward": forward, "takes_factors": True, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), names)
+    return type(kind.__name__, (kind,), {**names, "__reduce_ex__": reduce})
+
+
+def _blank(kind: Any) -> Any:
+    """Return a layer of this class without its state: pickle finds no class by itself."""
+    made: Any = _with_factors(kind)
+    return made.__new__(made)
 
 
 def num_tokens(config: PretrainedConfig) -> int:

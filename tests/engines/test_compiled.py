@@ -1,5 +1,7 @@
 """torch.compile: the same numbers, no graph breaks, and few graphs."""
 
+import contextlib
+import importlib.util
 import sysconfig
 
 import pytest
@@ -60,6 +62,26 @@ def test_a_machine_without_a_compiler_is_refused_in_one_line(make_config, monkey
         choose_engine(config, Launch())
     (tmp_path / "Python.h").write_text("")
     assert choose_engine(config, Launch()).name == "torch"
+
+
+def test_a_gpu_needs_triton_a_c_compiler_and_headers(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.5.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    engine = make_config("engine.compile=layers", "engine.device=cuda").engine
+    with pytest.raises(EngineUnavailable, match="compile=layers needs triton on a GPU, .*=off"):
+        compiled.check_compile(engine)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(EngineUnavailable, match="a C compiler on a GPU, .* variable CC, or set"):
+        compiled.check_compile(engine)
+    (tmp_path / "cc").write_text("#!/bin/sh\n")
+    (tmp_path / "cc").chmod(0o755)
+    with pytest.raises(EngineUnavailable, match="the headers of Python on a GPU"):
+        compiled.check_compile(engine)
+    (tmp_path / "Python.h").write_text("")
+    compiled.check_compile(engine)
 
 
 # Graphs
@@ -136,6 +158,34 @@ def test_a_copy_computes_with_its_own_weights(graphs):
             weight.zero_()
         assert model(images(32)).abs().max() > 0
         assert not other(images(32)).any()
+
+
+@can_compile
+def test_a_model_is_compiled_only_as_its_last_engine_says(graphs):
+    model = StagedViT(make("vit"), StagePlan.from_list([1, 1]), mean=0.5, std=0.5)
+    config = torch._dynamo.config
+
+    def settings():
+        return config.cache_size_limit, config.optimize_ddp
+
+    def graphs_of_a_pass():
+        torch._dynamo.reset()
+        graphs.clear()
+        with torch.no_grad():
+            model(images(32))
+        return len(graphs)
+
+    before = settings()
+    for how, count in (("layers", 1), ("whole", 2)):
+        undo = compiled.compile_stages(model, how, with_ddp=how == "whole")
+        assert settings() == (max(64, before[0]), before[1] and how != "whole")
+        assert graphs_of_a_pass() == count
+        undo()
+        assert settings() == before and graphs_of_a_pass() == 0
+    with contextlib.ExitStack() as stack:
+        for how, count in (("layers", 1), ("whole", 2), ("layers", 1), ("off", 0)):  # none closed
+            stack.callback(compiled.compile_stages(model, how))
+            assert graphs_of_a_pass() == count
 
 
 # Engines

@@ -76,7 +76,7 @@ def test_a_factor_scales_what_its_branch_adds(kind):
 
     def output(value, attention, mlp):
         with torch.no_grad():
-            return layer_output(layer(value, torch.tensor([attention, mlp]).T))
+            return layer_output(layer(value, factors=torch.tensor([attention, mlp]).T))
 
     off, on = [0.0] * 3, [1.0] * 3
     with torch.no_grad():

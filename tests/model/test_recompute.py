@@ -6,9 +6,10 @@ import torch
 from conftest import engine_of, module_of
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
+from cxr_vit.errors import ModelError
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.stages import StagedViT
-from cxr_vit.model.vit import VitParts, layer_halves, layer_output
+from cxr_vit.model.vit import VitParts, layer_halves, layer_output, take_factors
 from families import FAMILIES, images, make
 from plain_loop import host_batches
 
@@ -83,6 +84,24 @@ def test_two_halves_are_a_layer(kind):
     expected = layer_output(layer(hidden))
     torch.manual_seed(0)
     assert torch.equal(mlp(attention(hidden)), expected)
+
+
+def test_the_end_of_a_layer_may_be_of_the_user_and_is_refused_only_with_factors():
+    _, layer = VitParts(make("vit")).layers[0]
+    end = getattr(layer, "output", None)
+    if end is None:
+        pytest.skip("this transformers has no such part")
+
+    class Adapter(type(end)):
+        def forward(self, hidden, value):
+            return super().forward(hidden, value) + 1
+
+    end.__class__ = Adapter
+    attention, mlp = layer_halves(layer)
+    hidden = torch.randn(2, 17, 24)
+    assert torch.equal(mlp(attention(hidden)), layer_output(layer(hidden)))
+    with pytest.raises(ModelError, match=r"^Adapter, in an encoder layer, .*model\.drop_path=0"):
+        take_factors(layer)(hidden, factors=torch.ones(2, 2))
 
 
 def test_training_gives_the_same_losses_and_weights(make_config):

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,22 @@ def test_each_stage_holds_only_its_own_layers(whole):
 def test_stages_share_the_parameters_of_the_undivided_model(whole):
     model = staged(whole, [2, 2])
     assert {id(p) for p in model.parameters()} == {id(p) for p in whole.parameters()}
+
+
+def test_the_undivided_model_works_as_before_and_can_be_pickled(whole, images):
+    pixels = images.float().expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        # transformers' own hooks, from its first call with hidden states on, cannot be pickled.
+        expected = copy.deepcopy(whole)(pixels, output_hidden_states=True)
+        model = staged(whole, [2, 2])
+        again = pickle.loads(pickle.dumps(model))
+        for undivided in (pickle.loads(pickle.dumps(whole)), whole):
+            found = undivided(pixels, output_hidden_states=True)
+            assert torch.equal(found.logits, expected.logits)
+            assert len(found.hidden_states) == 5
+            assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+        factors = torch.full((3, 8), 0.5)
+        assert torch.equal(again(images, factors), model(images, factors))
 
 
 def test_normalisation_maps_bytes_to_model_input():
