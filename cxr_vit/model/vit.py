@@ -219,7 +219,7 @@ def take_factors(layer: nn.Module) -> nn.Module:
 @functools.lru_cache(maxsize=None)  # layers of one class share the graph of torch.compile
 def _with_factors(kind: Any) -> type:
     if hasattr(kind, "takes_factors"):
-        return kind  # type: ignore[no-any-return]
+        return kind
 
     def forward(
         self: Any, value: Tensor, *args: Any, factors: Optional[Tensor] = None, **named: Any
