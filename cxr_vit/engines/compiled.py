@@ -64,7 +64,7 @@ def _problem(engine: EngineSection) -> Optional[str]:
     return None
 
 
-def compile_stages(model: StagedViT, how: str, *, with_ddp: bool = False) -> Callable[[], None]:
+def compile_stages(model: StagedViT, how: str, with_ddp: bool = False) -> Callable[[], None]:
     """Compile the stages of this process at their first use; `how` is `engine.compile`.
 
     Returns

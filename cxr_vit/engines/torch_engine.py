@@ -95,9 +95,7 @@ class TorchEngineBase(Engine):
         kept = plan.kept_outputs(config.pipeline.recompute, on_ipus=False)
         self.model = module.model.recompute(kept)
         self.compiles = config.engine.compile
-        self._undo_compiling = compile_stages(
-            self.model, self.compiles, with_ddp=group.is_connected
-        )
+        self.undo_compiling = compile_stages(self.model, self.compiles, group.is_connected)
         self._can_score = False  # without compiling first
         norm = config.optim.max_grad_norm
         self.max_grad_norm = float("inf") if norm is None else norm
@@ -396,7 +394,7 @@ class TorchEngineBase(Engine):
 
     def close(self) -> None:
         """Leave the model uncompiled, and close the process group."""
-        self._undo_compiling()
+        self.undo_compiling()
         self.group.close(failed=self.failed)
 
 
