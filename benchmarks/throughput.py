@@ -486,6 +486,14 @@ def compare(
     return results
 
 
+def shared_settings(arguments: argparse.Namespace) -> Dict[str, Any]:
+    """Return the settings that are options, the same in every comparison."""
+    names = ("micro_batch", "device", "precision", "threads", "workers", "warm")
+    # Workers have read the settle steps before the round began.
+    settle = max(1, 2 * arguments.workers)
+    return {"settle": settle, **{name: getattr(arguments, name) for name in names}}
+
+
 def settings_of(arguments: argparse.Namespace, folder: Path) -> Settings:
     """Write the images; return what all ways have in common."""
     model, patch_size, image_size = MODELS[arguments.model]
@@ -494,17 +502,10 @@ def settings_of(arguments: argparse.Namespace, folder: Path) -> Settings:
         patch_size=patch_size,
         image_size=image_size,
         root=write_images(folder / "images", arguments.images, image_size),
-        micro_batch=arguments.micro_batch,
-        device=arguments.device,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        workers=arguments.workers,
-        warm=arguments.warm,
-        # Workers have read these before the round began.
-        settle=max(1, 2 * arguments.workers),
         steps=arguments.steps,
         # A GPU scores 410 images before the loader's workers have started.
         val_fraction=0.5 if arguments.device == "cuda" else 0.1,
+        **shared_settings(arguments),
     )
 
 

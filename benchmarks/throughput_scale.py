@@ -25,6 +25,7 @@ from benchmarks.throughput import (
     kept,
     measure_round,
     ratios,
+    shared_settings,
     training_flops,
     write_images,
 )
@@ -79,14 +80,8 @@ def settings_of(arguments: argparse.Namespace, root: Path, count: int, side: int
         patch_size=PATCH,
         image_size=side,
         root=write_images(root, count, side),
-        micro_batch=arguments.micro_batch,
-        device=arguments.device,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        workers=arguments.workers,
-        warm=arguments.warm,
-        settle=max(1, 2 * arguments.workers),
         steps=steps,
+        **shared_settings(arguments),
     )
 
 
