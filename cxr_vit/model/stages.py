@@ -23,6 +23,7 @@ from typing import (
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -30,7 +31,14 @@ from cxr_vit.config.plans import Kept, StagePlan
 from cxr_vit.errors import CheckpointError
 from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
-from cxr_vit.model.vit import VitParts, layer_halves, layer_output, num_tokens, take_factors
+from cxr_vit.model.vit import (
+    VitParts,
+    layer_halves,
+    layer_output,
+    num_tokens,
+    take_factors,
+    tokens_read,
+)
 
 #: A piece of a stage: maps hidden states, and the factors of drop path, to hidden states.
 Piece = Callable[[Tensor, Optional[Tensor]], Tensor]
@@ -72,6 +80,9 @@ class Stage(nn.Module):
             take_factors(_register(self, *parts.layers[layer])) for layer in plan.layers(index)
         ]
         self._numbers = plan.layers(index)
+        self._num_tokens, self._last_layer = num_tokens(model.config), len(parts.layers) - 1
+        # In a tuple, as they may be of another stage.
+        self._end = (parts.layers[-1][1], parts.norm[1])
         #: What a forward pass keeps of its layers for the backward pass; None: everything.
         self.kept: Optional[Kept] = None
         # Not bound to this stage: a copy of it would compute with the weights of this one.
@@ -85,44 +96,55 @@ class Stage(nn.Module):
 
         `paths` are the factors on the branches of all layers, from `DropPath.factors`.
         """
-        return self._compute_stage(self, value, paths)
+        is_near_head = self.has_head or self._last_layer in self._numbers
+        tokens = tokens_read(self._pool, *self._end) if is_near_head else None
+        return self._compute_stage(self, value, paths, tokens)
 
     def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
         """Compile the whole forward pass, or the encoder layers alone, at their first use."""
         self._compute_stage = compiler(Stage._compute) if whole else Stage._compute
         self._compute_layer = _compute_layer if whole else compiler(_compute_layer)
 
-    def _compute(self, value: Tensor, paths: Optional[Tensor]) -> Tensor:
+    def _compute(self, value: Tensor, paths: Optional[Tensor], tokens: Optional[int]) -> Tensor:
         recomputes = self.kept is not None and torch.is_grad_enabled()
-        parts = self._parts()
+        parts = self._parts(tokens)
         for number, pieces in enumerate(parts):
             is_head = self.has_head and number == len(parts) - 1 and len(pieces) == 1
             if recomputes and not is_head:  # which keeps its input only
                 value = checkpoint(_run, pieces, value, paths, use_reentrant=False)
             else:
                 value = _run(pieces, value, paths)
-        return value
+        if tokens is None or self.has_head:
+            return value
+        # All hidden states between stages have one shape; the head reads no others.
+        return F.pad(value, (0, 0, 0, self._num_tokens - tokens))
 
-    def _parts(self) -> List[List[Piece]]:
-        """Return the pieces of the stage in order, in a list for each part between kept outputs."""
+    def _parts(self, tokens: Optional[int]) -> List[List[Piece]]:
+        """Return the pieces of the stage in order, in a list for each part between kept outputs.
+
+        The last layer computes only the first `tokens`.
+        """
         parts: List[List[Piece]] = [[self._embed] if self.has_embedding else []]
         kept = self.kept or Kept([], [])
         for number, layer in zip(self._numbers, self.layers):
-            first = 2 * number
-            functions: List[Tuple[Any, Any]] = [(layer, slice(first, first + 2))]
+            first, read = 2 * number, tokens if number == self._last_layer else None
+            functions: List[Tuple[Any, Any, Any]] = [(layer, slice(first, first + 2), read)]
             if number in kept.attentions:  # then so is the output of the layer
-                functions = list(zip(layer_halves(layer), (first, first + 1)))
-            for function, own in functions:
-                parts[-1].append(partial(self._run_layer, function, own))
+                functions = list(zip(layer_halves(layer), (first, first + 1), (read, None)))
+            for function in functions:
+                parts[-1].append(partial(self._run_layer, *function))
                 if number in kept.layers:
                     parts.append([])
         if self.has_head:
-            parts[-1].append(self._classify)
+            parts[-1].append(partial(self._classify, tokens))
         return [part for part in parts if part]
 
-    def _run_layer(self, function: Any, own: Any, value: Tensor, paths: Optional[Tensor]) -> Tensor:
+    def _run_layer(
+        self, function: Any, own: Any, tokens: Optional[int], value: Tensor, paths: Optional[Tensor]
+    ) -> Tensor:
         """Run a layer, or a half of it, with its own columns of `paths`."""
-        return self._compute_layer(function, value, None if paths is None else paths[:, own])
+        factors = None if paths is None else paths[:, own]
+        return self._compute_layer(function, value, factors, tokens)
 
     def _embed(self, images: Tensor, paths: Optional[Tensor]) -> Tensor:
         (embedding,) = self._embedding
@@ -131,8 +153,9 @@ class Stage(nn.Module):
         hidden: Tensor = embedding(pixels).to(self.dtype)
         return hidden
 
-    def _classify(self, hidden: Tensor, paths: Optional[Tensor]) -> Tensor:
+    def _classify(self, tokens: Optional[int], hidden: Tensor, paths: Optional[Tensor]) -> Tensor:
         norm, classifier = self._head
+        hidden = hidden if tokens is None else hidden[:, :tokens]
         logits: Tensor = classifier(self._pool(hidden, norm))
         return logits
 
@@ -144,11 +167,11 @@ def _run(pieces: List[Piece], value: Tensor, paths: Optional[Tensor]) -> Tensor:
 
 
 def _compute_layer(
-    function: Callable[..., Any], value: Tensor, factors: Optional[Tensor]
+    function: Callable[..., Any], value: Tensor, factors: Optional[Tensor], tokens: Optional[int]
 ) -> Tensor:
-    # Without drop path there is one argument: a user may have set layer.forward.
-    named = {} if factors is None else {"factors": factors}
-    return layer_output(function(value, **named))
+    # Those that are None are left out: a user may have set layer.forward.
+    named = {"factors": factors, "tokens": tokens}
+    return layer_output(function(value, **{k: v for k, v in named.items() if v is not None}))
 
 
 def _register(stage: nn.Module, path: str, module: nn.Module) -> nn.Module:

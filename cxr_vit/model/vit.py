@@ -69,6 +69,9 @@ LayerScale = Dinov2LayerScale
 _HEAD = "classifier."
 #: The norm of the mean of the patches, in place of the trunk's last one, as in MAE and timm.
 _MEAN_NORM = "fc_norm"
+#: Modules of torch that compute each token by itself.
+_TOKENWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.SiLU)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 
@@ -113,6 +116,8 @@ FAMILIES: Dict[str, Family] = {
     "deit": Family(DeiTForImageClassification, DeiTConfig),
     "dinov2": Family(Dinov2ForImageClassification, Dinov2Config),
 }
+#: Where their layers are defined.
+_HOMES = {family.model.__module__ for family in FAMILIES.values()}
 
 
 class _FixedEmbeddings(Dinov2Embeddings):
@@ -165,15 +170,23 @@ def layer_halves(layer: Any) -> Tuple[Callable[..., Tensor], Callable[..., Tenso
     """Return an encoder layer as two functions: attention and MLP, each with its residual sum.
 
     Both take hidden states and, with drop path, `factors`, one on their branch for each image. What
-    follows the scaled output, up to the sum, is linear: dropout or LayerScale.
+    follows the scaled output, up to the sum, is linear: dropout or LayerScale. With `tokens`, which
+    is only for layers of `tokens_read`, attention returns that many first tokens.
     """
     _check_forward(layer)
 
-    def attention(value: Tensor, factors: Optional[Tensor] = None) -> Tensor:
-        if hasattr(layer, "norm1"):  # DINOv2
-            output = _scaled(layer.attention(layer.norm1(value))[0], factors)
+    def attention(
+        value: Tensor, factors: Optional[Tensor] = None, tokens: Optional[int] = None
+    ) -> Tensor:
+        is_dino = hasattr(layer, "norm1")
+        normed = layer.norm1(value) if is_dino else layer.layernorm_before(value)
+        if tokens is None:
+            output = layer.attention(normed)[0]
+        else:
+            output, value = _attend(layer.attention, normed, tokens), value[:, :tokens]
+        output = _scaled(output, factors)
+        if is_dino:
             return layer.drop_path(layer.layer_scale1(output)) + value
-        output = _scaled(layer.attention(layer.layernorm_before(value))[0], factors)
         return (layer.dropout(output) if hasattr(layer, "mlp") else output) + value
 
     def mlp(value: Tensor, factors: Optional[Tensor] = None) -> Tensor:
@@ -192,6 +205,44 @@ def layer_halves(layer: Any) -> Tuple[Callable[..., Tensor], Callable[..., Tenso
     return attention, mlp
 
 
+def _attend(attention: Any, hidden: Tensor, tokens: int) -> Tensor:
+    """Return the output of an attention of 5.x for the first tokens, which attend to all."""
+    query, key, value = (
+        part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for part in (
+            attention.q_proj(hidden[:, :tokens]),
+            attention.k_proj(hidden),
+            attention.v_proj(hidden),
+        )
+    )
+    rate = attention.attention_dropout if attention.training else 0.0
+    context = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=rate, scale=attention.scaling
+    )
+    output: Tensor = attention.o_proj(context.transpose(1, 2).flatten(2))
+    return output
+
+
+def tokens_read(pool: Pool, layer: Any, norm: nn.Module) -> Optional[int]:
+    """Return how many first tokens of the last layer the head reads, through the norm.
+
+    Returns None if the layer has to compute all: for another pooling, another attention than
+    `scaled_dot_product_attention` in 5.x, a part that is not Hugging Face's or may mix tokens, or
+    a hook, which would see other shapes. It is asked in each forward pass, as hooks come and go.
+    """
+    home: str = type(layer).__module__
+    attention: Any = getattr(layer, "attention", None)
+    if pool.pooling != "class" or home not in _HOMES or not hasattr(attention, "q_proj"):
+        return None
+    for part in (*layer.modules(), *norm.modules()):
+        kind: Any = type(part)
+        known = kind in _TOKENWISE or kind.__module__ in (home, "transformers.activations")
+        own = vars(part)
+        if not known or "forward" in own or any(own[name] for name in _HOOKS):
+            return None
+    return 1 if attention.config._attn_implementation == "sdpa" else None
+
+
 def _scaled(output: Tensor, factors: Optional[Tensor]) -> Tensor:
     return output if factors is None else output * factors[:, None, None].to(output.dtype)
 
@@ -207,9 +258,9 @@ def _check_forward(part: nn.Module) -> None:
 
 
 def take_factors(layer: nn.Module) -> nn.Module:
-    """Let an encoder layer take `factors`, those of drop path, ``[B, 2]``, by keyword.
+    """Let an encoder layer take `factors`, of drop path, ``[B, 2]``, and `tokens` by keyword.
 
-    The layer keeps its modules, names and hooks. Without factors it computes what it did.
+    The layer keeps its modules, names and hooks. Without them it computes what it did.
     """
     kind: Any = type(layer)  # mypy does not know that classes are hashable
     layer.__class__ = _with_factors(kind)
@@ -222,12 +273,18 @@ def _with_factors(kind: Any) -> type:
         return kind
 
     def forward(
-        self: Any, value: Tensor, *args: Any, factors: Optional[Tensor] = None, **named: Any
+        self: Any,
+        value: Tensor,
+        *args: Any,
+        factors: Optional[Tensor] = None,
+        tokens: Optional[int] = None,
+        **named: Any,
     ) -> Any:
-        if factors is None:
+        if factors is None and tokens is None:
             return kind.forward(self, value, *args, **named)
-        (first, second), (attention, mlp) = factors.unbind(1), layer_halves(self)
-        return mlp(attention(value, first), second)
+        first, second = (None, None) if factors is None else factors.unbind(1)
+        attention, mlp = layer_halves(self)
+        return mlp(attention(value, first, tokens), second)
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _blank, (kind,), self.__dict__

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from conftest import engine_of, module_of
+from cxr_vit.config.architectures import KINDS
 from cxr_vit.config.plans import StagePlan
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
@@ -122,11 +123,11 @@ def assert_same(results, expected):
 
 @can_compile
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_all_layers_have_one_graph(kind, graphs):
+def test_all_layers_have_one_graph_and_the_last_one_its_own_for_the_class_token(kind, graphs):
     expected = logits_and_gradients(kind, "off")
     assert graphs == []
     assert_same(logits_and_gradients(kind, "layers"), expected)
-    assert len(graphs) == 1
+    assert len(graphs) == (1 if KINDS[kind].pooling == "both" else 2)
 
 
 @can_compile
@@ -140,7 +141,7 @@ def test_the_whole_stage_is_one_graph(kind, graphs):
 @can_compile
 def test_every_recomputation_is_compiled(graphs):
     expected = logits_and_gradients("vit", "off")
-    for recompute, count in (("every_layer", 1), ("attention_mlp", 3), ("stage_inputs", 3)):
+    for recompute, count in (("every_layer", 2), ("attention_mlp", 6), ("stage_inputs", 6)):
         assert_same(logits_and_gradients("vit", "layers", recompute), expected)
         assert len(graphs) == count, recompute
 
@@ -177,14 +178,14 @@ def test_a_model_is_compiled_only_as_its_last_engine_says(graphs):
         return len(graphs)
 
     before = settings()
-    for how, count in (("layers", 1), ("whole", 2)):
+    for how, count in (("layers", 2), ("whole", 2)):
         undo = compiled.compile_stages(model, how, with_ddp=how == "whole")
         assert settings() == (max(64, before[0]), before[1] and how != "whole")
         assert graphs_of_a_pass() == count
         undo()
         assert settings() == before and graphs_of_a_pass() == 0
     with contextlib.ExitStack() as stack:
-        for how, count in (("layers", 1), ("whole", 2), ("layers", 1), ("off", 0)):  # none closed
+        for how, count in (("layers", 2), ("whole", 2), ("layers", 2), ("off", 0)):  # none closed
             stack.callback(compiled.compile_stages(model, how))
             assert graphs_of_a_pass() == count
 
@@ -255,8 +256,8 @@ def test_validations_compile_nothing_further(make_config, graphs):
             assert engine.prepare_scoring(data.dataset("val")) == 0
         counts.append(len(graphs))
     # In training the frozen layers, the first trained one, whose input has no gradient, and the
-    # others; in evaluation frozen and trained ones.
-    assert counts == [3, 5, 5]
+    # last one; in evaluation frozen ones, trained ones and the last one.
+    assert counts == [3, 6, 6]
 
 
 class Printing(nn.Linear):
