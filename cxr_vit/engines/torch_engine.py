@@ -119,6 +119,7 @@ class TorchEngineBase(Engine):
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
         skip = SkipOnDevice(self.optimizer, sticks=self.stops_at_nonfinite)
         waits = scaler.is_enabled() or not can_skip_on_device(self.optimizer)
+        waits = waits or not _is_late(self.device)
         self.skip = None if group.any(waits) else skip  # all processes make the same updates
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
@@ -373,10 +374,9 @@ class TorchEngineBase(Engine):
         for name, parameter in self.model.hub_parameters():
             slots = torch_slots(state.optimizer.get(name, {})) or self._first_slots.get(name)
             if slots and parameter.requires_grad:
+                device = self.device if id(parameter) in counted else "cpu"
                 self.optimizer.state[parameter] = {
-                    slot: value.clone()
-                    if slot == "step" and id(parameter) not in counted
-                    else value.to(parameter, copy=True)
+                    slot: value.to(device if slot == "step" else parameter, copy=True)
                     for slot, value in slots.items()
                 }
         self.updates = int(state.scalars.get("updates", 0))
@@ -471,6 +471,11 @@ class TorchEngine(TorchEngineBase):
     def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
         """Concatenate the rows of all processes."""
         return self.group.concatenate(parts)
+
+
+def _is_late(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device."""
+    return device.type != "cpu"
 
 
 def _cpu_copies(slots: Mapping[str, Any]) -> Dict[str, Tensor]:

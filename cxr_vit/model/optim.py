@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from functools import lru_cache
 from typing import Any, Dict, Iterable, Iterator, List, Tuple, Union
 
 import torch
@@ -95,7 +96,7 @@ def build_optimizer(
     """
     groups = groups or [{"params": []}]  # torch refuses an empty list, not an empty group
     if optim.name == "adamw":
-        options: Dict[str, Any] = {"fused": True} if _are_on_gpu(groups) else {}
+        options: Dict[str, Any] = {"fused": True} if _can_fuse(groups) else {}
         betas = (optim.beta1, optim.beta2)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps, **options)
     if optim.name == "sgd":
@@ -106,9 +107,26 @@ def build_optimizer(
     )
 
 
-def _are_on_gpu(groups: List[Dict[str, Any]]) -> bool:
+def _can_fuse(groups: List[Dict[str, Any]]) -> bool:
+    """Whether torch has an AdamW in one kernel for these parameters."""
     weights = [weight for group in groups for weight in group["params"]]
-    return bool(weights) and all(weight.is_cuda for weight in weights)
+    if not weights or all(weight.is_cuda for weight in weights):
+        return bool(weights)
+    # The kernel for CPUs takes the memory of weights, gradients and moments in order.
+    return _has_fused_on_cpus() and all(
+        weight.device.type == "cpu" and weight.is_floating_point() and weight.is_contiguous()
+        for weight in weights
+    )
+
+
+@lru_cache(maxsize=None)
+def _has_fused_on_cpus() -> bool:
+    """Whether torch has the kernel for CPUs; it came with torch 2.4."""
+    try:
+        torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def learning_rate_ratios(optimizer: torch.optim.Optimizer, lr: float) -> List[float]:

@@ -15,22 +15,19 @@ from cxr_vit.engines.base import StepOutput
 from cxr_vit.engines.optim import can_skip_on_device, counts_on_device
 from cxr_vit.engines.torch_engine import TorchEngineBase
 from cxr_vit.errors import NonFiniteLoss
+from cxr_vit.model.optim import _has_fused_on_cpus
 from cxr_vit.training.pace import Pace
 from runs import StopAt, last_state
 
-try:
-    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], fused=True)
-    has_fused = True
-except RuntimeError:
-    has_fused = False
-
-needs_fused = pytest.mark.skipif(not has_fused, reason="this torch has no fused AdamW on a CPU")
+needs_fused = pytest.mark.skipif(
+    not _has_fused_on_cpus(), reason="this torch has no fused AdamW on a CPU"
+)
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Use the optimizer of a GPU."""
-    monkeypatch.setattr("cxr_vit.model.optim._are_on_gpu", lambda groups: True)
+    """Leave updates out as on a GPU."""
+    monkeypatch.setattr("cxr_vit.engines.torch_engine._is_late", lambda device: True)
 
 
 class LateCopy:
@@ -125,7 +122,7 @@ def test_state_of_a_fused_optimizer_is_restored(make_config, monkeypatch, writte
     config = make_config()
 
     def engine(is_fused):
-        monkeypatch.setattr("cxr_vit.model.optim._are_on_gpu", lambda groups: is_fused)
+        monkeypatch.setattr("cxr_vit.model.optim._can_fuse", lambda groups: is_fused)
         return engine_of(config, module_of(config))
 
     first = engine(written_fused)
@@ -148,6 +145,17 @@ def test_state_of_a_fused_optimizer_is_restored(make_config, monkeypatch, writte
         id(weight) for weight in second.model.parameters()
     }
     assert not counts_on_device(engine(False).optimizer)
+
+
+@needs_fused
+def test_count_of_updates_stays_fp32_for_weights_that_are_not(make_config):
+    engine = engine_of(make_config(), module_of(make_config()))
+    engine.train_step(batch_of(8), lr=1e-3)
+    state, weight = engine.state_dict(), next(engine.model.parameters())
+    weight.data = weight.data.bfloat16()
+    engine.load_state_dict(state)
+    slots = engine.optimizer.state[weight]
+    assert [slots[name].dtype for name in ("step", "exp_avg")] == [torch.float32, torch.bfloat16]
 
 
 class Broken(ViTModule):
@@ -189,6 +197,13 @@ def test_update_is_left_out_on_the_device(make_config, fused, monkeypatch, mode)
     ]
     # To stop, the rest of this host batch and the next one are left out too.
     assert unchanged == ([1, 2] if mode == "stop" else [])
+
+
+@needs_fused
+def test_update_is_left_out_by_the_host_on_a_cpu(make_config):
+    engine = engine_of(make_config(), module_of(make_config()))
+    assert can_skip_on_device(engine.optimizer)
+    assert engine.skip is None
 
 
 def test_only_adam_leaves_out_on_the_device():

@@ -6,6 +6,7 @@ from conftest import module_of
 from cxr_vit.config.schema import Config, ModelSection, OptimSection
 from cxr_vit.errors import ConfigError
 from cxr_vit.model.optim import (
+    _has_fused_on_cpus,
     build_optimizer,
     freeze_others,
     learning_rate_ratios,
@@ -65,6 +66,20 @@ def test_settings_are_passed_to_the_optimizer():
     optimizer = build_optimizer(groups, optim, lr=0.3)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.95), 1e-6)
+
+
+def test_adamw_is_fused_where_torch_can():
+    """The kernel for CPUs would pair the elements of these weights and moments wrongly."""
+    has_fused = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
+    assert _has_fused_on_cpus() == has_fused
+    for weight, is_fused in [
+        (torch.ones(2, 3), has_fused),
+        (torch.ones(2, 3, dtype=torch.bfloat16), has_fused),
+        (torch.ones(3, 2).t(), False),
+    ]:
+        groups = groups_of([("a.weight", nn.Parameter(weight))])
+        (group,) = build_optimizer(groups, OptimSection(), lr=0.1).param_groups
+        assert bool(group["fused"]) == is_fused
 
 
 def test_optimizer_of_poptorch_is_refused_with_advice():

@@ -28,11 +28,10 @@ from cxr_vit.config import BatchPlan, Config, load_config
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch, ChestXrayDataset
 from cxr_vit.data.sampler import TrainingSampler
-from cxr_vit.engines import compiled
+from cxr_vit.engines import compiled, torch_engine
 from cxr_vit.engines.base import EngineState, StepOutput
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.engines.processes import Launch
-from cxr_vit.model import optim
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.schedule import LearningRate
 
@@ -126,7 +125,7 @@ def measure(overrides: Sequence[str], scale: float = 1.0) -> Dict[str, Any]:
 
 def blow_up(overrides: Sequence[str]) -> Dict[str, Any]:
     """Make a host batch of updates with a rate that makes the second one NaN, as on GPUs."""
-    optim._are_on_gpu = lambda groups: any(group["params"] for group in groups)
+    torch_engine._is_late = lambda device: True
     config, data, module = make(overrides)
     with engine_of(config, module, Launch.from_environment()) as engine:
         batch = _example(data.dataset("train"), engine.local_batch.host_batch_size)
