@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
@@ -293,7 +294,8 @@ class PipelineEngine(TorchEngineBase):
         with self.group.waiting_for("the gradient norms of the other stages"):
             dist.all_reduce(squares, group=self._stage_group)
         norm = squares.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
+        if not math.isinf(self.max_grad_norm):
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         return norm
 
     def predict(self, batch: Batch) -> Tensor:

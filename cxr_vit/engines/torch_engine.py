@@ -455,7 +455,11 @@ class TorchEngine(TorchEngineBase):
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients, which are the same in all processes."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        weights = list(self.model.parameters())
+        if math.isinf(self.max_grad_norm) and hasattr(torch.nn.utils, "get_total_norm"):
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
+        return torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the logits of a host batch, computed micro-batch by micro-batch."""

@@ -50,6 +50,15 @@ def test_loss_is_the_mean_over_all_micro_batches(make_engine):
     assert float(output.losses[0]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_gradients_without_a_limit_are_those_under_a_high_one(make_engine):
+    free, limited = make_engine(), make_engine("optim.max_grad_norm=1e30")
+    assert torch.equal(train(free), train(limited))
+    outputs = [engine.train_step(random_batch(8), lr=1e-3) for engine in (free, limited)]
+    assert torch.equal(outputs[0].grad_norm, outputs[1].grad_norm)
+    weights = limited.state_dict().weights
+    assert all(torch.equal(weight, weights[name]) for name, weight in free.model.weights().items())
+
+
 def test_device_iterations_are_separate_updates(make_engine):
     together = make_engine("batch.device_iterations=3", "train.steps=6")
     apart = make_engine()
