@@ -55,6 +55,8 @@ MODELS = {
 ORIGINALS = 64
 #: Seconds until a process must have made its first steps, and steps of no end.
 PATIENCE_S, NEVER = 1800.0, 10**7
+#: What the answer to `go` says besides the time.
+MEMORY = ("gpu_peak_mb", "page_faults_per_step")
 TRAINER, COMPILED, LIMIT, PEAK = "trainer", "trainer-compiled", "limit", "peak"
 
 
@@ -104,11 +106,14 @@ class Process:
     `seconds` until the first step, and what else it said when it was warm, are in `ready`.
     """
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, threads: int, variables: Optional[Dict[str, str]] = None
+    ) -> None:
         self.folder = folder / name
         self.folder.mkdir()
         self.log = self.folder / "log.txt"
         self.threads = threads
+        self.variables = variables or {}  # of the environment
         self.ready: Dict[str, Any] = {}
         self.peak_mb = 0.0
 
@@ -122,6 +127,7 @@ class Process:
             **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads)),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [python_path()])]),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
+            **self.variables,
         }
         with socket.socket(socket.AF_UNIX) as listener, self.log.open("wb") as log:
             listener.bind(address)
@@ -336,7 +342,7 @@ def measure_round(process: Process, micro_batch: int, *, evaluates: bool) -> Rou
     """Let a process train, and evaluate if it is asked to."""
     answer = process.ask("go")
     training = answer["steps"] * micro_batch / answer["seconds"]
-    process.ready.update({k: v for k, v in answer.items() if k == "gpu_peak_mb"})
+    process.ready.update({key: answer[key] for key in MEMORY if key in answer})
     if not evaluates:
         return Round(training, None)
     answer = process.ask("evaluate")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import socket
 import sys
 import time
@@ -57,7 +58,7 @@ class Pace:
         self._commands = self._connection.makefile("r", encoding="utf-8")
         self._done = 0
         self._begin, self._end = 1, task["warm"]
-        self._began = 0.0
+        self._began, self._faults = 0.0, 0
         self._first: Optional[float] = None
 
     def step_begins(self) -> None:
@@ -75,11 +76,13 @@ class Pace:
                 self.facts["first_step_s"] = time.perf_counter() - self._first
         if self._done == self._begin:
             synchronise()
-            self._began = time.perf_counter()
+            self._began, self._faults = time.perf_counter(), page_faults()
         if self._done < self._end:
             return False
         synchronise()
-        return self.report(time.perf_counter() - self._began, self._end - self._begin)
+        seconds, steps = time.perf_counter() - self._began, self._end - self._begin
+        self.facts["page_faults_per_step"] = (page_faults() - self._faults) / steps
+        return self.report(seconds, steps)
 
     def report(self, seconds: float, steps: int) -> bool:
         """Send the seconds of some steps; obey the next command. Return whether to stop."""
@@ -101,6 +104,11 @@ class Pace:
             message["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
             torch.cuda.empty_cache()  # this way waits now, and the next one needs the memory
         self._connection.sendall(f"{json.dumps(message)}\n".encode())
+
+
+def page_faults() -> int:
+    """Return how often the kernel had to give this process a page."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def synchronise() -> None:
