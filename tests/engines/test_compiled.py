@@ -20,7 +20,7 @@ from cxr_vit.errors import DeviceError, EngineUnavailable
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.stages import StagedViT
-from families import FAMILIES, images, make
+from families import FAMILIES, images, make, save
 from plain_loop import UNKNOWN
 
 #: Those of torch.compile itself.
@@ -144,6 +144,58 @@ def test_every_recomputation_is_compiled(graphs):
     for recompute, count in (("every_layer", 2), ("attention_mlp", 6), ("stage_inputs", 6)):
         assert_same(logits_and_gradients("vit", "layers", recompute), expected)
         assert len(graphs) == count, recompute
+
+
+class Scaled(nn.Linear):
+    """Has a buffer."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.ones(sizes[1]), persistent=False)
+
+    def forward(self, input):
+        return super().forward(input) * self.scale
+
+
+def two_layers(width, labels):
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 24), nn.GELU(), Scaled(24, labels))
+
+
+#: Pooling, head and recomputation; what else a stage computes.
+PLAIN = ("class", nn.Linear, "none", ("model.attention_dropout=0.1",))
+ALL = [
+    PLAIN,
+    ("mean", two_layers, "every_layer", ("model.drop_path=0.5",)),
+    ("both", Scaled, "attention_mlp", ("model.drop_path=0.5", "model.hidden_dropout=0.1")),
+]
+
+
+@can_compile
+@pytest.mark.parametrize(
+    ("kind", "case"), [*((kind, case) for kind in FAMILIES for case in ALL), ("vit-micro", ALL[2])]
+)
+def test_no_model_breaks_the_graph(make_config, tmp_path, kind, case):
+    """The loss is not compiled, so that unknown labels do not matter here."""
+    pooling, head, recompute, more = case
+    if kind in FAMILIES:
+        save(kind, tmp_path)
+        more = (f"model.name={tmp_path}", "pipeline.layers_per_stage=[1, 1]", *more)
+    config = make_config(f"model.pooling={pooling}", *more)
+    hub = ViTModule(config).configure_model()
+    hub.classifier = head(hub.classifier.in_features, hub.classifier.out_features)
+    plan = StagePlan.from_list(config.pipeline.layers_per_stage)
+    model = StagedViT(hub, plan, mean=0.5, std=0.5)
+    model.recompute(plan.kept_outputs(recompute, on_ipus=False))
+    depth = sum(plan.layers_per_stage)
+    paths = DropPath(config.model.drop_path, depth, seed=0).factors(0, torch.arange(6), 6)
+    for trains in (True, False) if case is PLAIN else (True,):
+        value = images(32, 6)
+        with torch.set_grad_enabled(trains):
+            for stage in model.train(trains).stages:
+                found = torch._dynamo.explain(stage._compute_stage)(stage, value, paths)
+                assert found.graph_break_count == 0, found.break_reasons
+                assert found.graph_count == 1
+                value = stage(value, paths)
 
 
 @can_compile
