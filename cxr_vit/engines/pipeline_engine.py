@@ -148,6 +148,16 @@ def _is_received(info: Any) -> bool:
     return isinstance(getattr(info, "buffer", None), Tensor)
 
 
+def _as_fused_kernels_read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Convert ShardedGradScaler's `found_inf`, ``[1]``, the number of processes that found one.
+
+    torch's fused kernels refuse the shape, and leave an update out at exactly 1.
+    """
+    found = vars(optimizer).get("found_inf")
+    if found is not None:
+        vars(optimizer)["found_inf"] = found.reshape(()).clamp(max=1)
+
+
 class PipelineEngine(TorchEngineBase):
     """Train and score with the stages of a replica on several processes.
 
@@ -187,6 +197,7 @@ class PipelineEngine(TorchEngineBase):
             ),
             compile_size=batch.micro_batch_size * batch.gradient_accumulation,
         )
+        self.optimizer.register_step_pre_hook(_as_fused_kernels_read)
         self.num_stages = num_stages
         self.replica = replica
         self.own_stages = own_stages

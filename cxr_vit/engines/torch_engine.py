@@ -97,8 +97,7 @@ class TorchEngineBase(Engine):
         self.compiles = config.engine.compile
         self.undo_compiling = compile_stages(self.model, self.compiles, group.is_connected)
         self._can_score = False  # without compiling first
-        norm = config.optim.max_grad_norm
-        self.max_grad_norm = float("inf") if norm is None else norm
+        self.max_grad_norm = config.optim.max_grad_norm or float("inf")
         with explaining_missing_rate(config):
             self.optimizer = module.configure_optimizers()
         self.num_classes = len(module.names)
@@ -117,10 +116,10 @@ class TorchEngineBase(Engine):
         depth = sum(plan.layers_per_stage)
         self.drop_path = DropPath(config.model.drop_path, depth, self.seed)
         self.stops_at_nonfinite = config.train.on_nonfinite == "stop"
+        can_skip = _is_late(self.device) and can_skip_on_device(self.optimizer)
         skip = SkipOnDevice(self.optimizer, sticks=self.stops_at_nonfinite)
-        waits = scaler.is_enabled() or not can_skip_on_device(self.optimizer)
-        waits = waits or not _is_late(self.device)
-        self.skip = None if group.any(waits) else skip  # all processes make the same updates
+        waits = group.any(scaler.is_enabled() or not can_skip)  # all make the same updates
+        self.skip = None if waits else skip
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
         self.updates = 0
