@@ -175,6 +175,7 @@ class TorchEngineBase(Engine):
     def compile(self, example: Batch) -> float:
         """Run one forward and backward pass without an update, which allocates and connects."""
         check_batch(example, self.local_batch.global_batch_size)
+        self.model.check_layers(with_factors=self.drop_path.rate > 0)
         start = time.perf_counter()
         size = self.compile_size
         self.module.train()
@@ -190,6 +191,7 @@ class TorchEngineBase(Engine):
         """Score images of zeros, once, which compiles the forward pass."""
         if self.compiles == "off" or self._can_score:
             return 0.0
+        self.model.check_layers(with_factors=False)
         self._can_score = True
         size = self.batch.eval_micro_batch_size * self.batch.eval_device_iterations
         zeros = Batch.zeros(size, image_size=dataset.image_size, num_classes=self.num_classes)

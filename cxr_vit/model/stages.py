@@ -33,6 +33,7 @@ from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
 from cxr_vit.model.vit import (
     VitParts,
+    check_halves,
     layer_halves,
     layer_output,
     num_tokens,
@@ -99,6 +100,13 @@ class Stage(nn.Module):
         is_near_head = self.has_head or self._last_layer in self._numbers
         tokens = tokens_read(self._pool, *self._end) if is_near_head else None
         return self._compute_stage(self, value, paths, tokens)
+
+    def check_layers(self, *, with_factors: bool) -> None:
+        """Raise ModelError if a layer cannot be run as it will be: in halves, or with factors."""
+        halved = [] if self.kept is None else self.kept.attentions
+        for number, layer in zip(self._numbers, self.layers):
+            if with_factors or number in halved:
+                check_halves(layer, with_factors=with_factors)
 
     def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
         """Compile the whole forward pass, or the encoder layers alone, at their first use."""
@@ -249,6 +257,11 @@ class StagedViT(nn.Module):
         for index, stage in enumerate(self._stages):
             stage.kept = None if kept is None else kept[index]
         return self
+
+    def check_layers(self, *, with_factors: bool) -> None:
+        """Raise ModelError if a layer, of any process, cannot be run as it will be."""
+        for stage in self._stages:
+            stage.check_layers(with_factors=with_factors)
 
     def compile_with(self, compiler: Compiler, *, whole: bool) -> None:
         """Compile each stage of this process, or its encoder layers alone, at their first use."""

@@ -247,9 +247,19 @@ def _scaled(output: Tensor, factors: Optional[Tensor]) -> Tensor:
     return output if factors is None else output * factors[:, None, None].to(output.dtype)
 
 
-def _check_forward(part: nn.Module) -> None:
+def check_halves(layer: Any, *, with_factors: bool) -> None:
+    """Raise ModelError if a layer's halves would leave out a forward pass of the user's.
+
+    `layer_halves` checks less and later, in what torch compiles, which hides the message.
+    """
+    end = getattr(layer, "output", None)  # 4.x
+    for part in (layer, end) if with_factors and isinstance(end, nn.Module) else (layer,):
+        _check_forward(part, is_own="forward" in vars(part))
+
+
+def _check_forward(part: nn.Module, *, is_own: bool = False) -> None:
     kind: Any = type(part)
-    if not kind.__module__.startswith("transformers."):
+    if is_own or not kind.__module__.startswith("transformers."):
         raise ModelError(
             f"{kind.__name__}, in an encoder layer, has a forward pass of its own, which"
             " model.drop_path and pipeline.recompute=attention_mlp would leave out. Set"

@@ -1,7 +1,9 @@
 """torch.compile: the same numbers, no graph breaks, and few graphs."""
 
 import contextlib
+import importlib
 import importlib.util
+import re
 import sysconfig
 
 import pytest
@@ -16,10 +18,11 @@ from cxr_vit.data.dataset import Batch
 from cxr_vit.engines import compiled
 from cxr_vit.engines.choice import choose_engine
 from cxr_vit.engines.processes import Launch
-from cxr_vit.errors import DeviceError, EngineUnavailable
+from cxr_vit.errors import DeviceError, EngineUnavailable, ModelError
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.stages import StagedViT
+from cxr_vit.model.vit import VitParts
 from families import FAMILIES, images, make, save
 from plain_loop import UNKNOWN
 
@@ -98,7 +101,7 @@ def graphs(monkeypatch):
         made.append(graph)
         return graph
 
-    torch._dynamo.reset()
+    importlib.import_module("torch._dynamo").reset()
     monkeypatch.setattr(compiled, "_COMPILER", {"backend": backend})
     return made
 
@@ -318,6 +321,61 @@ def test_validations_compile_nothing_further(make_config, graphs):
     # In training the frozen layers, the first trained one, whose input has no gradient, and the
     # last one; in evaluation frozen ones, trained ones and the last one.
     assert counts == [3, 6, 6]
+
+
+def set_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda hidden, **named: forward(hidden)
+
+
+def subclass(layer):
+    class Own(type(layer)):
+        def forward(self, hidden, *values, **named):
+            return super().forward(hidden, *values, **named)
+
+    layer.__class__ = Own
+
+
+def with_own_layer(config, change):
+    class WithOwnLayer(ViTModule):
+        def configure_model(self):
+            model = super().configure_model()
+            change(VitParts(model).layers[1][1])
+            return model
+
+    module = WithOwnLayer(config)
+    module.setup()
+    return module
+
+
+DROPPING, IN_HALVES = "model.drop_path=0.5", "pipeline.recompute=attention_mlp"
+
+
+@pytest.mark.parametrize("how", ["off", pytest.param("layers", marks=can_compile)])
+@pytest.mark.parametrize("change", [subclass, set_forward])
+@pytest.mark.parametrize("option", [DROPPING, IN_HALVES])
+def test_an_own_layer_is_refused_before_it_is_compiled(make_config, graphs, change, option, how):
+    how = "whole" if how != "off" and option == IN_HALVES else how
+    config = make_config(f"engine.compile={how}", option)
+    with engine_of(config, with_own_layer(config, change)) as engine:
+        with pytest.raises(ModelError) as raised:
+            engine.compile(random_batch(8))
+        if option == IN_HALVES and how != "off":
+            with pytest.raises(ModelError, match="has a forward pass of its own"):
+                engine.prepare_scoring(ChestXrayDataModule(config).dataset("val"))
+    assert graphs == []
+    text = r"(Own|ViTLayer), in an encoder layer, has a forward pass of its own, .* Set model\.drop"
+    assert re.match(text, str(raised.value))
+
+
+@pytest.mark.parametrize("how", ["off", pytest.param("layers", marks=can_compile)])
+@pytest.mark.parametrize("change", [subclass, set_forward])
+def test_an_own_layer_runs_where_it_is_not_left_out(make_config, graphs, change, how):
+    config = make_config(f"engine.compile={how}", "pipeline.recompute=every_layer")
+    with engine_of(config, with_own_layer(config, change)) as engine:
+        assert engine.compile(random_batch(8)) > 0
+        assert len(graphs) > 0 if how != "off" else not graphs
+        assert torch.isfinite(engine.train_step(random_batch(8), lr=1e-3).losses).all()
 
 
 class Printing(nn.Linear):

@@ -9,7 +9,15 @@ import torch
 from conftest import SMALL
 from cxr_vit import cli
 from cxr_vit.commands import evaluate, train
+from cxr_vit.engines import compiled
 from cxr_vit.engines.torch_engine import TorchEngine
+from cxr_vit.model.module import ViTModule
+from cxr_vit.model.vit import VitParts
+
+can_compile = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < compiled._OLDEST,
+    reason="this torch refuses engine.compile",
+)
 
 
 class Result(NamedTuple):
@@ -56,6 +64,25 @@ def test_finished_run_has_nothing_to_do(call, finished):
     )
     assert "nothing to do" in line
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("how", ["off", pytest.param("layers", marks=can_compile)])
+def test_an_own_layer_with_drop_path_is_one_message(call, sample_root, tmp_path, monkeypatch, how):
+    build = ViTModule.configure_model
+
+    def with_own_layer(module):
+        model = build(module)
+        layer = VitParts(model).layers[0][1]
+        layer.__class__ = type("Own", (type(layer),), {"__module__": "mine"})
+        return model
+
+    monkeypatch.setattr(ViTModule, "configure_model", with_own_layer)
+    words = [*SMALL, f"data.root={sample_root}", f"run.dir={tmp_path / 'run'}"]
+    result = call(train, *words, "model.drop_path=0.5", f"engine.compile={how}")
+    assert result.status == 2 and "Traceback" not in result.err
+    last = result.err.splitlines()[-1]
+    assert last.startswith("ModelError: Own, in an encoder layer, has a forward pass of its own")
+    assert last.endswith("Set model.drop_path=0, and pipeline.recompute=every_layer or none.")
 
 
 def exhaust(*_, **__):
