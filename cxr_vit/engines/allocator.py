@@ -39,6 +39,16 @@ def keep_freed_memory() -> bool:
     return False
 
 
+def drop_freed_memory() -> None:
+    """Give the freed memory of this process back, as far as glibc allows.
+
+    A process that was forked shares the pages of its parent until the parent writes them: then the
+    kernel copies them, and those that the parent keeps for its next step would be there twice.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system or C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _is_set_by_environment() -> bool:
     names = [name for name in os.environ if name.startswith("MALLOC_")]
     return bool(names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -8,7 +8,19 @@ import math
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -47,6 +59,8 @@ from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import explaining_missing_rate, freeze_others, learning_rate_ratios
 
 logger = logging.getLogger(__name__)
+
+Sampler = Union[TrainingSampler, EvaluationSampler]
 
 
 class TorchEngineBase(Engine):
@@ -122,6 +136,7 @@ class TorchEngineBase(Engine):
         self.skip = None if waits else skip
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
+        self._idle_loader: Optional[DataLoader[Any]] = None  # of the last evaluation
         self.updates = 0
         if device.precision == "fp32":
             # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
@@ -147,11 +162,31 @@ class TorchEngineBase(Engine):
     def loader(
         self,
         dataset: ChestXrayDataset,
-        sampler: Union[TrainingSampler, EvaluationSampler],
+        sampler: Sampler,
         *,
         training: bool,
     ) -> Iterable[Batch]:
         """Return the host batches; the last one of an evaluation is padded."""
+        if not training:
+            return self._scoring_batches(dataset, sampler)
+        loader = self._make_loader(dataset, sampler, training=True)
+        return with_user_errors(loader, self.watch, training=True)
+
+    def _scoring_batches(self, dataset: ChestXrayDataset, sampler: Sampler) -> Iterator[Batch]:
+        """Yield the batches; after the last one keep the processes for the next pass like it.
+
+        After a pass that ends early they end with it.
+        """
+        loader, self._idle_loader = self._idle_loader, None
+        if loader is None or not _reads(loader, dataset, sampler):
+            loader = None  # its processes end before others start
+            loader = self._make_loader(dataset, sampler, training=False)
+        yield from with_user_errors(loader, self.watch, training=False)
+        self._idle_loader = loader if loader.persistent_workers else None
+
+    def _make_loader(
+        self, dataset: ChestXrayDataset, sampler: Sampler, *, training: bool
+    ) -> DataLoader[Any]:
         batch = self.batch
         draws = ReplicaSampler(
             sampler,
@@ -161,7 +196,7 @@ class TorchEngineBase(Engine):
             own=self.own_replicas,
         )
         workers = self.num_workers if self.reads_images else 0
-        loader: DataLoader[Any] = DataLoader(
+        return DataLoader(
             dataset if self.reads_images else dataset.without_images(),
             batch_sampler=draws,
             num_workers=workers,
@@ -169,8 +204,8 @@ class TorchEngineBase(Engine):
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=self.watch.start(dataset, training=training, workers=workers),
+            persistent_workers=workers > 0 and not training,
         )
-        return with_user_errors(loader, self.watch, training=training)
 
     def compile(self, example: Batch) -> float:
         """Run one forward and backward pass without an update, which allocates and connects."""
@@ -394,7 +429,8 @@ class TorchEngineBase(Engine):
         return {"perf/peak_memory_gib": peak}
 
     def close(self) -> None:
-        """Leave the model uncompiled, and close the process group."""
+        """End kept loader processes, leave the model uncompiled, and close the process group."""
+        self._idle_loader = None
         self.undo_compiling()
         self.group.close(failed=self.failed)
 
@@ -476,6 +512,12 @@ class TorchEngine(TorchEngineBase):
     def gather(self, *parts: Tensor) -> Tuple[Tensor, ...]:
         """Concatenate the rows of all processes."""
         return self.group.concatenate(parts)
+
+
+def _reads(loader: DataLoader[Any], dataset: ChestXrayDataset, sampler: Sampler) -> bool:
+    """Whether a loader reads this data set in this order."""
+    own: Any = loader.batch_sampler
+    return loader.dataset is dataset and vars(own.sampler) == vars(sampler)
 
 
 def _is_late(device: torch.device) -> bool:

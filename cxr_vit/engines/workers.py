@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cxr_vit.data.dataset import Batch, ChestXrayDataset, report_to
+from cxr_vit.engines.allocator import drop_freed_memory
 from cxr_vit.errors import DataError
 
 #: A killed process ends at once, unless the system itself waits for a device.
@@ -114,6 +115,7 @@ class LoaderWatch:
 
 def _start_worker(entries: Tensor, number: int) -> None:
     leave_signal_group()
+    drop_freed_memory()
     report_to(entries[number])
 
 

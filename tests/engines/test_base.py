@@ -1,5 +1,6 @@
 """What the engines share: checks of a batch, and errors of the loader's workers."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,11 +17,14 @@ import torch
 from torch.utils.data import get_worker_info
 
 from conftest import engine_of, module_of
+from cxr_vit import Callback
 from cxr_vit.commands import train
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import Batch
 from cxr_vit.data.images import FileReader
-from cxr_vit.engines.base import check_batch
+from cxr_vit.engines.allocator import keep_freed_memory
+from cxr_vit.engines.base import Interrupted, check_batch
+from cxr_vit.engines.workers import _start_worker
 from cxr_vit.errors import DataError
 
 
@@ -178,6 +182,88 @@ def test_no_limit_and_no_workers_load_as_before(make_config, make_engine, worker
     with make_engine(*overrides) as engine:
         logits, _ = engine.predict_dataset(dataset)
     assert len(logits) == len(dataset)
+
+
+# The processes of evaluation
+
+
+def test_one_set_of_processes_reads_every_validation(make_config, make_engine):
+    overrides = ("data.num_workers=2", "train.steps=4")
+    data = ChestXrayDataModule(make_config(*overrides))
+    val, before = data.dataset("val"), children()
+    with make_engine(*overrides) as engine:
+        first, _ = engine.predict_dataset(val)
+        kept = children() - before
+        assert len(kept) == 2
+        second, _ = engine.predict_dataset(val)
+        assert torch.equal(first, second) and children() - before == kept
+        engine.predict_dataset(data.dataset("test"))
+        others = children() - before
+        assert len(others) == 2 and not others & kept, "those of another split replace them"
+        with pytest.raises(Interrupted):
+            engine.predict_dataset(val, stops=lambda: True)
+        assert children() <= before, "what a pass left unread is not in the next one"
+        assert torch.equal(engine.predict_dataset(val)[0], first)
+    assert children() <= before
+
+
+class Noting(Callback):
+    """Notes the processes after each validation; a number of them later, does something else."""
+
+    def __init__(self, then):
+        self.then = then
+        self.seen = []
+
+    def on_validation_end(self, trainer, module):
+        self.seen.append(children())
+        if len(self.seen) == 3:
+            self.then()
+
+
+def fail():
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("then", [fail, lambda: os.kill(os.getpid(), signal.SIGTERM)])
+def test_no_loader_process_survives_a_run(make, then):
+    before, noting = children(), Noting(then)
+    overrides = ("data.num_workers=1", "train.steps=8", "train.eval_every_steps=2")
+    run = make(*overrides, callbacks=[noting])
+    with contextlib.suppress(ValueError):
+        run.fit()
+    assert run.trainer.global_step == 6 and len(noting.seen) == 3
+    training, *others = [seen - before for seen in noting.seen]
+    assert len(training) == 2 and others == [training, training], "of training and validation"
+    assert children() <= before
+
+
+def test_a_loader_process_drops_what_its_parent_keeps_for_the_next_step():
+    """Until the parent writes it, the memory is shared; then it would be there twice."""
+    if not keep_freed_memory():
+        pytest.skip("malloc is not changed here")
+    size, end = 256 * 2**20, multiprocessing.get_context("fork").Event()
+    freed = [torch.ones(size // 64, dtype=torch.uint8) for _ in range(64)]
+    del freed
+    entries = torch.zeros(1, 2, dtype=torch.int64).share_memory_()
+
+    def work():
+        _start_worker(entries, 0)
+        end.wait()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while not entries[0, 0]:
+        time.sleep(0.01)
+    own, child = (memory_of(pid) for pid in (os.getpid(), process.pid))
+    end.set()
+    process.join()
+    assert own - child > 0.8 * size
+
+
+def memory_of(pid):
+    """Resident bytes."""
+    (line,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(line) * 1024
 
 
 #: Trains; once a checkpoint is there, a loader process of the validation hangs or is killed.
