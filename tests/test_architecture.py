@@ -47,7 +47,7 @@ ALLOWED = {
     **{module: [] for module in GROUND},
 }
 #: Limits that keep the package readable; a file over 700 lines is rarely one idea.
-MAX_FILES, MAX_LINES, MAX_LEVELS = 135, 29_250, 9
+MAX_FILES, MAX_LINES, MAX_LEVELS = 135, 29_350, 9
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 700, 60, 50
 
 #: Nothing but the composition of the parts.
@@ -641,6 +641,15 @@ def test_light_modules_import_no_torch():
     tables = "cxr_vit.commands.summary_tables"  # the last: it needs pandas
     expected = {**{name: [] for name in LIGHT}, tables: ["pandas"]}
     assert heavy_after(*LIGHT, tables) == expected
+
+
+def test_training_begins_without_what_only_figures_and_scores_need():
+    code = (
+        "import sys, cxr_vit.commands.callbacks, cxr_vit.training.trainer\n"
+        "print(sorted({'matplotlib', 'torch', 'torchmetrics'} & set(sys.modules)))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=str(ROOT), encoding="utf-8")
+    assert output.strip() == "['torch']"
 
 
 def test_heavy_import_is_found():

@@ -6,7 +6,6 @@ from typing import Any
 
 from cxr_vit.model.module import ViTModule
 from cxr_vit.planner.estimate import plan_of_run
-from cxr_vit.planner.figures import CARD, memory_figure, timeline_figure
 from cxr_vit.training.callback import Callback
 from cxr_vit.training.callbacks import draws_figures
 
@@ -18,6 +17,8 @@ class PlanFigures(Callback):
         """Draw the plan, if the planner knows the model's shape."""
         if not (trainer.choice.is_ipu and draws_figures(trainer)) or trainer.global_step:
             return
+        from cxr_vit.planner.figures import CARD, memory_figure, timeline_figure  # matplotlib
+
         plan = plan_of_run(trainer.config)
         if plan is not None:
             trainer.log_figures(

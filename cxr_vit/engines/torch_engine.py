@@ -8,19 +8,7 @@ import math
 import time
 from abc import abstractmethod
 from dataclasses import replace
-from typing import (
-    Any,
-    ContextManager,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, ContextManager, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -79,6 +67,7 @@ class TorchEngineBase(Engine):
     """
 
     name = "torch"
+    _idle_loader: Optional[DataLoader[Any]] = None  # of the last evaluation
 
     def __init__(
         self,
@@ -136,7 +125,6 @@ class TorchEngineBase(Engine):
         self.skip = None if waits else skip
         self.num_workers = config.data.num_workers
         self.worker_timeout_s = config.data.worker_timeout_s
-        self._idle_loader: Optional[DataLoader[Any]] = None  # of the last evaluation
         self.updates = 0
         if device.precision == "fp32":
             # Otherwise cuDNN computes the patch embedding in TF32, with 10 bits of mantissa.
@@ -160,11 +148,7 @@ class TorchEngineBase(Engine):
         }
 
     def loader(
-        self,
-        dataset: ChestXrayDataset,
-        sampler: Sampler,
-        *,
-        training: bool,
+        self, dataset: ChestXrayDataset, sampler: Sampler, *, training: bool
     ) -> Iterable[Batch]:
         """Return the host batches; the last one of an evaluation is padded."""
         if not training:
@@ -172,7 +156,7 @@ class TorchEngineBase(Engine):
         loader = self._make_loader(dataset, sampler, training=True)
         return with_user_errors(loader, self.watch, training=True)
 
-    def _scoring_batches(self, dataset: ChestXrayDataset, sampler: Sampler) -> Iterator[Batch]:
+    def _scoring_batches(self, dataset: ChestXrayDataset, sampler: Sampler) -> Iterable[Batch]:
         """Yield the batches; after the last one keep the processes for the next pass like it.
 
         After a pass that ends early they end with it.
@@ -208,9 +192,15 @@ class TorchEngineBase(Engine):
         )
 
     def compile(self, example: Batch) -> float:
-        """Run one forward and backward pass without an update, which allocates and connects."""
+        """Run one forward and backward pass without an update, which compiles and connects.
+
+        One process on a CPU that compiles nothing has nothing to prepare, and makes no pass.
+        """
         check_batch(example, self.local_batch.global_batch_size)
         self.model.check_layers(with_factors=self.drop_path.rate > 0)
+        is_ready = self.compiles == "off" and self.device.type == "cpu"
+        if is_ready and not self.group.is_connected:
+            return 0.0
         start = time.perf_counter()
         size = self.compile_size
         self.module.train()

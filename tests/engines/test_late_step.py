@@ -159,7 +159,7 @@ def test_count_of_updates_stays_fp32_for_weights_that_are_not(make_config):
 
 
 class Broken(ViTModule):
-    """Has a NaN loss in the given calls while it trains; the first is that of `compile`."""
+    """Has a NaN loss in the given calls while it trains."""
 
     bad_calls = range(0)
     calls = 0
@@ -180,7 +180,7 @@ def test_update_is_left_out_on_the_device(make_config, fused, monkeypatch, mode)
     module = Broken(config, ChestXrayDataModule(config))
     module.setup()
     engine = engine_of(config, module)
-    module.bad_calls = [3 - 1]  # the first update of the second host batch
+    module.bad_calls = [2]  # the first update of the second host batch
     monkeypatch.setattr(torch.Tensor, "__bool__", None)  # nothing asks the device
     states = []
     for step in range(4):
@@ -274,7 +274,7 @@ def without_skipped(events):
 
 def test_late_numbers_are_the_same_numbers(make_config, tmp_path, caplog, request):
     overrides = [*PERIODS, "train.steps=10", "train.on_nonfinite=skip_update"]
-    bad = [7]  # step 6, which nothing waits for
+    bad = [6]  # the step, which nothing waits for
     known, _, _, events = fit(make_config, tmp_path / "a", *overrides, bad_calls=bad)
     expected, told = without_skipped(events), [each.getMessage() for each in caplog.records]
     assert any("at step 6 (lr " in message for message in told)
@@ -299,7 +299,7 @@ def test_late_numbers_are_the_same_numbers(make_config, tmp_path, caplog, reques
 @needs_fused
 def test_late_nan_is_told_as_an_early_one(make_config, tmp_path, fused, request):
     overrides = [*PERIODS, "train.steps=10"]
-    bad = [7]  # step 6, which nothing waits for
+    bad = [6]  # the step, which nothing waits for
     _, _, error, expected = fit(make_config, tmp_path / "a", *overrides, bad_calls=bad)
     copies = request.getfixturevalue("late")
     late_one = fit(make_config, tmp_path / "b", *overrides, bad_calls=bad, copies=copies)
@@ -319,7 +319,7 @@ def test_no_checkpoint_is_written_after_an_unread_nan(make_config, tmp_path, fus
     overrides = ["train.log_every_steps=50", "train.steps=40", "train.eval_every_steps=40"]
     stop = StopAt(3)
     trainer, _, error, _ = fit(
-        make_config, tmp_path, *overrides, bad_calls=[3], copies=late, callbacks=[stop]
+        make_config, tmp_path, *overrides, bad_calls=[2], copies=late, callbacks=[stop]
     )
     assert "at step 2 (lr " in error
     assert "No checkpoint was written yet." in error

@@ -90,8 +90,18 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before(make_engine):
     assert torch.allclose(moments[0] * (0.01 / float(norms[0])), moments[1], rtol=1e-3)
 
 
-def test_compile_changes_no_weight_and_leaves_no_gradient(make_engine):
+def test_one_process_on_a_cpu_makes_no_pass_before_the_first_step(make_engine, monkeypatch):
     engine = make_engine()
+    passes = []
+    monkeypatch.setattr(engine.model, "forward", lambda *values: passes.append(values))
+    assert engine.compile(random_batch(8)) == 0 and not passes
+    with pytest.raises(AssertionError, match="5 samples"):
+        engine.compile(random_batch(5))
+
+
+def test_compile_changes_no_weight_and_leaves_no_gradient(make_engine, monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(engine.group, "is_connected", True)
     before = engine.state_dict().weights
     seconds = engine.compile(random_batch(8))
     assert seconds > 0

@@ -27,8 +27,8 @@ class Broken(ViTModule):
         loss = super().loss(logits, labels)
         if not (self.training and logits.requires_grad):
             return loss
-        self.calls += 1  # the first is that of `compile`
-        is_bad = (self.calls - 2) // 2 in self.updates
+        self.calls += 1
+        is_bad = (self.calls - 1) // 2 in self.updates
         return loss * self.value if is_bad else loss
 
 
