@@ -72,6 +72,9 @@ _MEAN_NORM = "fc_norm"
 #: Modules of torch that compute each token by itself.
 _TOKENWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.SiLU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Hooks from here read no tokens: those that transformers leaves in its modules for good at the
+#: first call with output_hidden_states or output_attentions, and those of torch's FLOP counter.
+_BLIND = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 
@@ -237,10 +240,20 @@ def tokens_read(pool: Pool, layer: Any, norm: nn.Module) -> Optional[int]:
     for part in (*layer.modules(), *norm.modules()):
         kind: Any = type(part)
         known = kind in _TOKENWISE or kind.__module__ in (home, "transformers.activations")
-        own = vars(part)
-        if not known or "forward" in own or any(own[name] for name in _HOOKS):
+        if not known or "forward" in vars(part) or _has_hooks(vars(part)):
             return None
+    if _has_hooks(vars(nn.modules.module), "_global"):
+        return None
     return 1 if attention.config._attn_implementation == "sdpa" else None
+
+
+def _has_hooks(owner: Mapping[str, Any], prefix: str = "") -> bool:
+    """Whether a module, or torch for all modules, has hooks that may read tokens."""
+    for name in _HOOKS:
+        for hook in owner[prefix + name].values():
+            if getattr(hook, "__module__", None) not in _BLIND:
+                return True
+    return False
 
 
 def _scaled(output: Tensor, factors: Optional[Tensor]) -> Tensor:

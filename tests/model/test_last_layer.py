@@ -215,6 +215,31 @@ def test_hooks_come_and_go():
         assert torch.equal(model(images(32)), before) and len(shapes) == 2
 
 
+@fused
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_see_every_token(kind, monkeypatch):
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)
+    model = model_of(make("vit"))
+    hook = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *arguments: None)
+    try:
+        assert read(model) is None
+        assert "backward" in kind or seen(model) == 17
+    finally:
+        hook.remove()
+    assert read(model) == 1
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_hooks_that_transformers_leaves_behind_change_no_bit(kind):
+    """They are in the modules of this process, and not in those of a resumed run."""
+    model = model_of(make(kind)).eval()
+    with torch.no_grad():
+        before, count = model(images(32)), read(model)
+        for what in ("output_hidden_states", "output_attentions"):
+            getattr(model._undivided[0], kind)(torch.zeros(1, 3, 32, 32), **{what: True})
+        assert read(model) == count and torch.equal(model(images(32)), before)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_other_attention_and_other_pooling_compute_the_whole_layer(kind):
     assert read(model_of(make(kind, attn_implementation="eager"))) is None
