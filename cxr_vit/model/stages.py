@@ -89,6 +89,7 @@ class Stage(nn.Module):
         # Not bound to this stage: a copy of it would compute with the weights of this one.
         self._compute_stage: Callable[..., Tensor] = Stage._compute
         self._compute_layer: Callable[..., Tensor] = _compute_layer
+        self._answers: List[Optional[int]] = []  # of `tokens_read`, at most one
         if self.has_head:
             self._head += [_register(self, *parts.norm), _register(self, *parts.head)]
 
@@ -97,9 +98,20 @@ class Stage(nn.Module):
 
         `paths` are the factors on the branches of all layers, from `DropPath.factors`.
         """
-        is_near_head = self.has_head or self._last_layer in self._numbers
-        tokens = tokens_read(self._pool, *self._end) if is_near_head else None
-        return self._compute_stage(self, value, paths, tokens)
+        return self._compute_stage(self, value, paths, self._tokens())
+
+    def _tokens(self) -> Optional[int]:
+        """Return how many tokens of the last layer are computed, if it or the head is in here.
+
+        A compiled stage keeps the first answer: torch ignores hooks that come later, but would
+        compile again for other tokens.
+        """
+        if not (self.has_head or self._last_layer in self._numbers):
+            return None
+        answers = self._answers or [tokens_read(self._pool, *self._end)]
+        if (self._compute_stage, self._compute_layer) != (Stage._compute, _compute_layer):
+            self._answers = answers
+        return answers[0]
 
     def check_layers(self, *, with_factors: bool) -> None:
         """Raise ModelError if a layer cannot be run as it will be: in halves, or with factors."""
@@ -112,6 +124,7 @@ class Stage(nn.Module):
         """Compile the whole forward pass, or the encoder layers alone, at their first use."""
         self._compute_stage = compiler(Stage._compute) if whole else Stage._compute
         self._compute_layer = _compute_layer if whole else compiler(_compute_layer)
+        self._answers = []
 
     def _compute(self, value: Tensor, paths: Optional[Tensor], tokens: Optional[int]) -> Tensor:
         recomputes = self.kept is not None and torch.is_grad_enabled()

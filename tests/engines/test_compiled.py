@@ -410,3 +410,40 @@ def test_a_graph_break_is_an_error_of_one_line(make_config, graphs):
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("engine.compile=whole: torch cannot compile the model (")
     assert str(raised.value).endswith("). Set engine.compile=off.")
+
+
+@can_compile
+@pytest.mark.parametrize(
+    ("how", "frozen"), [("layers", "3"), ("layers", "none"), ("whole", "none")]
+)
+def test_hooks_that_come_after_compilation_change_nothing(make_config, graphs, how, frozen):
+    config = make_config(f"engine.compile={how}", f"model.freeze={frozen}")
+    seen = []
+
+    def hook(layer, inputs, output):
+        torch._dynamo.graph_break()
+        seen.append(output.shape[1])
+
+    with engine_of(config, module_of(config)) as engine:
+        engine.compile(random_batch(8))
+        engine.train_step(random_batch(8), lr=1e-3)
+        count, model = len(graphs), engine.model
+        model.layers[-1].register_forward_hook(hook)
+        engine.train_step(random_batch(8), lr=1e-3)
+        assert len(graphs) == count and not seen
+    with torch.no_grad():
+        model(random_batch(2).images)
+    assert seen == [model.hidden_shape[0]]
+
+
+@can_compile
+@pytest.mark.parametrize("how", ["layers", "whole"])
+def test_hooks_before_compilation_see_every_token(make_config, graphs, how):
+    """On all layers: with `layers` they share the graph of the first one, and its hooks."""
+    config = make_config(f"engine.compile={how}")
+    seen = []
+    with engine_of(config, module_of(config)) as engine:
+        for layer in engine.model.layers:
+            layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape[1]))
+        engine.compile(random_batch(8))
+        assert len(seen) >= 4 and set(seen) == {engine.model.hidden_shape[0]}
