@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import re
+import sys
 from typing import (
     Any,
     Callable,
@@ -75,6 +76,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 #: Hooks from here read no tokens: those that transformers leaves in its modules for good at the
 #: first call with output_hidden_states or output_attentions, and those of torch's FLOP counter.
 _BLIND = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
+#: What adds a `forward` to a layer's class: `take_factors`, and transformers for checkpointing.
+_WRAPPERS = (__name__, "transformers.modeling_layers")
 #: What Hugging Face names labels that nobody named.
 _UNNAMED = re.compile(r"LABEL_\d+$")
 
@@ -237,14 +240,31 @@ def tokens_read(pool: Pool, layer: Any, norm: nn.Module) -> Optional[int]:
     attention: Any = getattr(layer, "attention", None)
     if pool.pooling != "class" or home not in _HOMES or not hasattr(attention, "q_proj"):
         return None
+    if _has_hooks(vars(nn.modules.module), "_global"):
+        return None
     for part in (*layer.modules(), *norm.modules()):
         kind: Any = type(part)
         known = kind in _TOKENWISE or kind.__module__ in (home, "transformers.activations")
-        if not known or "forward" in vars(part) or _has_hooks(vars(part)):
+        if not known or _has_other_forward(part) or _has_hooks(vars(part)):
             return None
-    if _has_hooks(vars(nn.modules.module), "_global"):
-        return None
-    return 1 if attention.config._attn_implementation == "sdpa" else None
+    attend = vars(sys.modules[home])["ALL_ATTENTION_FUNCTIONS"]["sdpa"]
+    is_own = _home_of(attend) == "transformers.integrations.sdpa_attention"
+    return 1 if is_own and attention.config._attn_implementation == "sdpa" else None
+
+
+def _has_other_forward(part: nn.Module) -> bool:
+    """Whether another `forward` than its own was set on a module, or on a class of it."""
+    if "forward" in vars(part):
+        return True
+    kinds = [kind for kind in type(part).__mro__ if "forward" in vars(kind)]
+    homes = [(_home_of(vars(kind)["forward"]), kind.__module__) for kind in kinds]
+    return any(home not in (own, *_WRAPPERS) for home, own in homes)
+
+
+def _home_of(function: Any) -> Optional[str]:
+    """Return the module in which a function is written; functools.wraps does not change it."""
+    name: Optional[str] = getattr(function, "__globals__", {}).get("__name__")
+    return name
 
 
 def _has_hooks(owner: Mapping[str, Any], prefix: str = "") -> bool:

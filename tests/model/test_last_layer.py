@@ -1,5 +1,6 @@
 """With the class token alone in the head, the last layer computes that token alone."""
 
+import functools
 from unittest import mock
 
 import pytest
@@ -213,6 +214,45 @@ def test_hooks_come_and_go():
         for hook in hooks:
             hook.remove()
         assert torch.equal(model(images(32)), before) and len(shapes) == 2
+
+
+def patched(calls, function):
+    @functools.wraps(function)
+    def noted(*arguments, **named):
+        calls.append(function)
+        return function(*arguments, **named)
+
+    return noted
+
+
+@fused
+@pytest.mark.parametrize("what", ["layer", "layer with factors", "attention", "norm"])
+def test_a_forward_that_is_set_on_a_class_is_called(what, monkeypatch):
+    model, calls = model_of(make("vit")).eval(), []
+    part = VitParts(model._undivided[0]).norm[1] if what == "norm" else last_of(model)
+    kind = type(part.attention if what == "attention" else part)
+    kind = kind.__base__ if what == "layer" else kind  # Hugging Face's own
+    with torch.no_grad():
+        before = model(images(32))
+        monkeypatch.setattr(kind, "forward", patched(calls, kind.forward))
+        assert torch.allclose(model(images(32)), before, rtol=1e-4, atol=1e-5)
+    assert len(calls) == (5 if what == "norm" else 2)
+
+
+@fused
+def test_an_attention_that_is_registered_instead_of_that_of_transformers_is_called():
+    model, calls = model_of(make("vit")).eval(), []
+    attention = transformers.AttentionInterface()
+    own = attention["sdpa"]
+    with torch.no_grad():
+        before = model(images(32))
+        transformers.AttentionInterface.register("sdpa", patched(calls, own))
+        try:
+            assert torch.allclose(model(images(32)), before, rtol=1e-4, atol=1e-5)
+        finally:
+            transformers.AttentionInterface.register("sdpa", own)
+        assert len(calls) == 2
+        assert torch.equal(model(images(32)), before) and len(calls) == 2
 
 
 @fused
