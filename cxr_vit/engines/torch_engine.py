@@ -365,7 +365,9 @@ class TorchEngineBase(Engine):
         with contextlib.ExitStack() as stack:
             for index in range(num_stages):
                 hook = self.model.stage(index).register_forward_hook(
-                    lambda module, inputs, output, index=index: observe(index, output)
+                    lambda stage, inputs, output, index=index: observe(
+                        index, stage.computed(output)
+                    )
                 )
                 stack.callback(hook.remove)
             for start in range(0, len(images), size):

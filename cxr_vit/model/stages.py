@@ -100,6 +100,10 @@ class Stage(nn.Module):
         """
         return self._compute_stage(self, value, paths, self._tokens())
 
+    def computed(self, output: Tensor) -> Tensor:
+        """Return an output of this stage without the padding of its last layer."""
+        return output if self.has_head else output[:, : self._tokens()]
+
     def _tokens(self) -> Optional[int]:
         """Return how many tokens of the last layer are computed, if it or the head is in here.
 

@@ -189,6 +189,16 @@ def test_loaded_state_continues_bit_for_bit(make_engine, kind, overrides):
     assert torch.equal(train(second, [2, 3]), expected[2:])
 
 
+def test_ranges_of_stages_are_of_what_is_computed(make_engine):
+    """The tokens that the last layer leaves out are zeros in the output of its stage."""
+    engine = make_engine("pipeline.layers_per_stage=[2, 2, 0]")
+    weights = dict(engine.model.hub_parameters())
+    with torch.no_grad():
+        weights["vit.encoder.layer.3.output.dense.bias"].fill_(100)
+    found = engine.activation_ranges(random_batch(5).images)
+    assert found[0].smallest < 0 and found[1].smallest > 50
+
+
 def test_state_is_a_copy(make_engine):
     engine = make_engine()
     train(engine, [0])
