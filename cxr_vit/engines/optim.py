@@ -111,3 +111,13 @@ def torch_slots(slots: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         for slot, value in slots.items()
         if not slot.startswith("ipu_") and slot != NO_STATE
     }
+
+
+def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a slot with the dtype, device and memory format of its parameter.
+
+    torch's fused kernel for CPUs takes the memory of both in order.
+    """
+    if value.shape != parameter.shape:  # of an optimizer that keeps less, as Adafactor
+        return value.to(parameter, copy=True)
+    return torch.empty_like(parameter).copy_(value)

@@ -38,6 +38,7 @@ from cxr_vit.engines.optim import (
     check_kind,
     check_trained,
     counts_on_device,
+    laid_out_as,
     torch_slots,
 )
 from cxr_vit.engines.process_group import ProcessGroup
@@ -404,7 +405,9 @@ class TorchEngineBase(Engine):
             if slots and parameter.requires_grad:
                 device = self.device if id(parameter) in counted else "cpu"
                 self.optimizer.state[parameter] = {
-                    slot: value.to(device if slot == "step" else parameter, copy=True)
+                    slot: value.to(device, copy=True)
+                    if slot == "step"
+                    else laid_out_as(parameter, value)
                     for slot, value in slots.items()
                 }
         self.updates = int(state.scalars.get("updates", 0))

@@ -189,6 +189,20 @@ def test_loaded_state_continues_bit_for_bit(make_engine, kind, overrides):
     assert torch.equal(train(second, [2, 3]), expected[2:])
 
 
+def test_state_fits_weights_in_another_memory_format(make_engine):
+    """As a callback sets it; the tensors of a checkpoint are contiguous."""
+    engines = [make_engine(), make_engine()]
+    for engine in engines:
+        engine.model.to(memory_format=torch.channels_last)
+    first, second = engines
+    train(first, range(2))
+    state = first.state_dict()
+    for slots in state.optimizer.values():
+        slots.update({slot: value.contiguous() for slot, value in slots.items()})
+    second.load_state_dict(state)
+    assert torch.equal(train(second, [2, 3]), train(first, [2, 3]))
+
+
 def test_ranges_of_stages_are_of_what_is_computed(make_engine):
     """The tokens that the last layer leaves out are zeros in the output of its stage."""
     engine = make_engine("pipeline.layers_per_stage=[2, 2, 0]")
