@@ -201,25 +201,23 @@ def parts_of(began: float, stamps: Dict[str, float]) -> Dict[str, float]:
 
 def measure_starts(arguments: argparse.Namespace, folder: Path) -> Dict[str, Dict[str, float]]:
     """Return the median seconds of the parts of each start."""
+    if not arguments.starts:
+        return {}
     words = start_words(folder)
     found: Dict[str, List[Dict[str, float]]] = {name: [] for name in words}
-    for number in range(1 + arguments.starts if arguments.starts else 0):
+    for number in range(1 + arguments.starts):
         for name in words:
             print(f"start {number}: {name}", file=sys.stderr, flush=True)
             own = folder / f"{name}-{number}"
             own.mkdir()
             found[name].append(time_start(words[name], own, arguments.threads))
-    return (
-        {
-            name: {
-                f"{part}_s": round(statistics.median(start[part] for start in starts), 2)
-                for part in starts[0]
-            }
-            for name, (_, *starts) in found.items()  # the first one builds the cache
+    return {
+        name: {
+            f"{part}_s": round(statistics.median(start[part] for start in starts), 2)
+            for part in starts[0]
         }
-        if arguments.starts
-        else {}
-    )
+        for name, (_, *starts) in found.items()  # the first one builds the cache
+    }
 
 
 def print_tables(results: Dict[str, Dict[str, Dict[str, Any]]]) -> None:

@@ -76,7 +76,7 @@ WAYS = {
     "ours": Way("train.py"),
     "ours-layers": Way("train.py, engine.compile=layers", compile="layers"),
     "ours-whole": Way("train.py, engine.compile=whole", compile="whole"),
-    LIMIT: Way("plain loop, images on the device: the limit", "limit"),
+    LIMIT: Way("plain loop, images on the device", "limit"),
     "limit-compiled": Way("the same, torch.compile", "limit", "whole"),
     TRAINER: Way("transformers.Trainer", "trainer", package="accelerate"),
     COMPILED: Way("transformers.Trainer, torch_compile", "trainer", "whole", "accelerate"),
