@@ -212,7 +212,7 @@ def layer_halves(layer: Any) -> Tuple[Callable[..., Tensor], Callable[..., Tenso
 
 
 def _attend(attention: Any, hidden: Tensor, tokens: int) -> Tensor:
-    """Return the output of an attention of 5.x for the first tokens, which attend to all."""
+    """Return the output of an attention with `q_proj` for the first tokens, which attend to all."""
     query, key, value = (
         part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for part in (
@@ -233,8 +233,9 @@ def tokens_read(pool: Pool, layer: Any, norm: nn.Module) -> Optional[int]:
     """Return how many first tokens of the last layer the head reads, through the norm.
 
     Returns None if the layer has to compute all: for another pooling, another attention than
-    `scaled_dot_product_attention` in 5.x, a part that is not Hugging Face's or may mix tokens, or
-    a hook, which would see other shapes. It is asked in each forward pass, as hooks come and go.
+    transformers' own with `scaled_dot_product_attention`, an older layer, a part that is not
+    Hugging Face's or may mix tokens, or a hook, which would see other shapes. It is asked in each
+    forward pass, as hooks come and go.
     """
     home: str = type(layer).__module__
     attention: Any = getattr(layer, "attention", None)

@@ -23,7 +23,7 @@ from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import VitParts
-from families import FAMILIES, images, make, save
+from families import CURRENT, FAMILIES, images, make, needs_current, save
 from plain_loop import UNKNOWN
 
 #: Those of torch.compile itself.
@@ -125,7 +125,7 @@ def assert_same(results, expected):
 
 
 @can_compile
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", CURRENT)
 def test_all_layers_have_one_graph_and_the_last_one_its_own_for_the_class_token(kind, graphs):
     expected = logits_and_gradients(kind, "off")
     assert graphs == []
@@ -142,6 +142,7 @@ def test_the_whole_stage_is_one_graph(kind, graphs):
 
 
 @can_compile
+@needs_current("vit")
 def test_every_recomputation_is_compiled(graphs):
     expected = logits_and_gradients("vit", "off")
     for recompute, count in (("every_layer", 2), ("attention_mlp", 6), ("stage_inputs", 6)):
@@ -226,6 +227,7 @@ def test_a_copy_computes_with_its_own_weights(graphs):
 
 
 @can_compile
+@needs_current("vit")
 def test_a_model_is_compiled_only_as_its_last_engine_says(graphs):
     model = StagedViT(make("vit"), StagePlan.from_list([1, 1]), mean=0.5, std=0.5)
     config = torch._dynamo.config
@@ -305,6 +307,7 @@ def test_compiled_training_is_the_same_and_resumes_exactly(
 
 
 @can_compile
+@needs_current("vit")
 def test_validations_compile_nothing_further(make_config, graphs):
     config = make_config("engine.compile=layers", "engine.precision=bf16", "model.freeze=2")
     data = ChestXrayDataModule(config)

@@ -13,12 +13,9 @@ from cxr_vit.model import stages
 from cxr_vit.model.drop_path import DropPath
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.model.vit import Pool, VitParts, tokens_read
-from families import FAMILIES, images, make
+from families import CURRENT, FAMILIES, images, make, needs_current
 
-fused = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5,
-    reason="with transformers 4 the last layer computes every token",
-)
+fused = needs_current("vit")
 
 
 def model_of(hub, cut=(2,)):
@@ -53,10 +50,9 @@ def results(model, paths):
     return {"logits": logits.detach(), **{name: grad.clone() for name, grad in named.items()}}
 
 
-@fused
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("rate", [0, 0.5])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", CURRENT)
 def test_logits_and_gradients_are_those_of_the_full_layer(kind, rate, dtype, tolerance):
     """The models of `make` have layer scales of all sizes."""
     model = model_of(make(kind).to(dtype)).compute_in(dtype).train()
@@ -72,8 +68,7 @@ def test_logits_and_gradients_are_those_of_the_full_layer(kind, rate, dtype, tol
         assert (found[name] - value).abs().max() <= tolerance * scale, name
 
 
-@fused
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", CURRENT)
 def test_the_last_layer_has_fewer_products(kind):
     counter = pytest.importorskip("torch.utils.flop_counter", reason="needs a newer torch")
     model = model_of(make(kind)).train()
