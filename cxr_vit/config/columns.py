@@ -164,11 +164,18 @@ Meaning = Literal["negative", "positive", "unknown"]
 
 #: Columns of predictions.csv beside those of the labels.
 IMAGE_COLUMNS = ("image", "patient", "split")
+#: What predictions.csv says of each image, where it is known.
+ABOUT_COLUMNS = ("sex", "age", "view", "follow_up", "source")
 
 
 def probability_column(name: str) -> str:
     """Return the column of predictions.csv that has the probabilities of a label."""
     return f"{name}_probability"
+
+
+def relabel_column(name: str) -> str:
+    """Return the column of predictions.csv that has a label of Google's radiologists."""
+    return f"{name}_google2019"
 
 
 def repeated_name(names: Sequence[str]) -> Optional[str]:
@@ -180,7 +187,7 @@ def repeated_name(names: Sequence[str]) -> Optional[str]:
         if name.lower() in seen:
             return f"the labels {seen[name.lower()]!r} and {name!r} differ in case at most"
         seen[name.lower()] = name
-    taken = {*IMAGE_COLUMNS, *(probability_column(name).lower() for name in names)}
+    taken = {*IMAGE_COLUMNS, *ABOUT_COLUMNS, *(probability_column(name).lower() for name in names)}
     for name in names:
         if name.lower() in taken:
             return f"the label {name!r} has the name of another column of predictions.csv"

@@ -1,0 +1,246 @@
+"""Scores as functions of the weights of patients: one pass for many resamples.
+
+A bootstrap over patients draws each of them several times or not at all. A statistic therefore
+takes weights, int64 ``[resamples, patients]``, how often each resample has each patient, and
+returns float64 ``[resamples, values]``, NaN where a resample leaves a value undefined. With all
+weights 1 it is the score itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from cxr_vit.data.records import UNKNOWN
+
+Weights = np.ndarray
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Values with names, and the function from weights to them."""
+
+    names: Tuple[str, ...]
+    of: Callable[[Weights], np.ndarray]
+
+
+def joined(statistics: Dict[str, Statistic]) -> Statistic:
+    """Return the values of several statistics, each under ``<key>/<name>``."""
+    names = [f"{key}/{name}" for key, each in statistics.items() for name in each.names]
+
+    def of(weights: Weights) -> np.ndarray:
+        return np.concatenate([each.of(weights) for each in statistics.values()], axis=1)
+
+    return Statistic(tuple(names), of)
+
+
+def difference(first: Statistic, second: Statistic) -> Statistic:
+    """Return the values of the first minus those of the second, resample by resample."""
+    assert first.names == second.names, "the same values of two models"
+    return Statistic(first.names, lambda weights: first.of(weights) - second.of(weights))
+
+
+class Ranking:
+    """Images in the order of their probabilities, for AUROC and average precision.
+
+    Parameters
+    ----------
+    scores
+        float ``[n]``, higher for positive.
+    truth
+        ``[n]``, 0 or 1.
+    patients
+        int64 ``[n]``, column of the weights that belongs to each image.
+    """
+
+    def __init__(self, scores: np.ndarray, truth: np.ndarray, patients: np.ndarray) -> None:
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order]
+        self._patients = patients[order]
+        self._truth = truth[order].astype(np.int64)
+        # Last image of each group of tied scores.
+        self._ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], len(ordered) > 0))
+
+    def of(self, weights: Weights) -> np.ndarray:
+        """Return float64 ``[resamples, 3]``: AUROC, average precision, positives.
+
+        AUROC is the probability that a positive has a higher score than a negative, ties count one
+        half (Hanley and McNeil, Radiology 143, 1982). Average precision is the sum over thresholds
+        of precision times the step of recall, as scikit-learn's. Counts are exact integers.
+        """
+        if len(self._truth) == 0:
+            return np.tile([np.nan, np.nan, 0.0], (len(weights), 1))
+        drawn = weights[:, self._patients]
+        hits = np.cumsum(drawn * self._truth, axis=1)[:, self._ends]
+        seen = np.cumsum(drawn, axis=1)[:, self._ends]
+        misses = seen - hits
+        positives, negatives = hits[:, -1], misses[:, -1]
+        new_hits, new_misses = np.diff(hits, prepend=0), np.diff(misses, prepend=0)
+        # Twice the pairs in the right order: of each group, all hits before it and half its own.
+        pairs = (new_misses * (2 * hits - new_hits)).sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            auroc = pairs / (2.0 * positives * negatives)
+            # A group that no resample has adds 0 hits; its precision does not matter.
+            precision = (hits / np.maximum(seen, 1) * new_hits).sum(axis=1) / positives
+        precision[negatives == 0] = np.nan
+        return np.stack([auroc, precision, positives.astype(np.float64)], axis=1)
+
+
+#: Means over the findings: of all alike, weighted by their positives, and over all their decisions.
+MEANS = ("macro", "weighted", "micro")
+
+
+def ranking(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    names: Sequence[str],
+    findings: Sequence[int],
+) -> Statistic:
+    """Return AUROC and average precision by label and as means over the findings.
+
+    Parameters
+    ----------
+    probabilities, labels
+        float32 and int8 ``[N, C]``; labels are 0, 1 or `UNKNOWN`, which leaves the image out.
+    patients
+        int64 ``[N]``.
+    findings
+        The columns that count in the means: a label such as `No Finding` does not.
+
+    The names are ``auroc/<label>`` and ``average_precision/<label>``, then the same of each of
+    `MEANS`. A label that a resample leaves undefined is in none of its means.
+    """
+    known = labels != UNKNOWN
+    by_label = [
+        Ranking(probabilities[rows, column], labels[rows, column], patients[rows])
+        for column, rows in enumerate(known.T)
+    ]
+    of_findings = known[:, list(findings)]
+    rows, columns = np.nonzero(of_findings)
+    columns = np.asarray(findings, np.int64)[columns]
+    together = Ranking(probabilities[rows, columns], labels[rows, columns], patients[rows])
+
+    def of(weights: Weights) -> np.ndarray:
+        each = np.stack([label.of(weights) for label in by_label], axis=2)
+        micro = together.of(weights)
+        parts = []
+        for row in (0, 1):
+            values, counted = each[:, row], each[:, row][:, list(findings)]
+            shares = np.where(np.isnan(counted), 0.0, each[:, 2][:, list(findings)])
+            means = [_mean(counted), _weighted_mean(counted, shares), micro[:, row]]
+            parts.append(np.concatenate([values, np.stack(means, axis=1)], axis=1))
+        return np.concatenate(parts, axis=1)
+
+    values = [*names, *MEANS]
+    return Statistic(
+        tuple(f"{score}/{name}" for score in ("auroc", "average_precision") for name in values), of
+    )
+
+
+def ratios(
+    numerators: np.ndarray, denominators: np.ndarray, patients: np.ndarray, names: Sequence[str]
+) -> Statistic:
+    """Return sums over images divided by sums over images: sensitivities, mean errors, ...
+
+    Parameters
+    ----------
+    numerators, denominators
+        ``[N, K]``, one column a value.
+    patients
+        int64 ``[N]``.
+    """
+    count = _count(patients)
+    above, below = (
+        _by_patient(numerators, patients, count),
+        _by_patient(denominators, patients, count),
+    )
+
+    def of(weights: Weights) -> np.ndarray:
+        drawn = weights[:, :count].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (drawn @ above) / (drawn @ below)
+
+    return Statistic(tuple(names), of)
+
+
+def _by_patient(values: np.ndarray, patients: np.ndarray, count: int) -> np.ndarray:
+    """Sum the rows of each patient: float64 ``[count, K]``."""
+    sums = np.zeros((count, values.shape[1]), np.float64)
+    np.add.at(sums, patients, values.astype(np.float64))
+    return sums
+
+
+def errors(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    names: Sequence[str],
+    findings: Sequence[int],
+) -> Statistic:
+    """Return Brier score and log loss by label and as means over the findings.
+
+    The arguments are those of `ranking`. The Brier score is the mean of (p - y)^2, the log loss the
+    mean of -log p of the truth, in nats, with p kept off 0 and 1 by the step of float32 next to 1.
+    A label is defined if any image is known. `weighted` weights by the positives.
+    """
+    known, truth = labels != UNKNOWN, labels == 1
+    kept = clipped(probabilities)
+    squares = np.where(known, (probabilities.astype(np.float64) - truth) ** 2, 0.0)
+    logs = np.where(known, -np.log(np.where(truth, kept, 1.0 - kept)), 0.0)
+    columns = list(findings)
+    of_findings = known[:, columns]
+    pooled = [
+        np.concatenate([values, values[:, columns].sum(axis=1, keepdims=True)], axis=1)
+        for values in (squares, logs)
+    ]
+    counted = np.concatenate([known, of_findings.sum(axis=1, keepdims=True)], axis=1)
+    sums = ratios(
+        np.concatenate(pooled, axis=1),
+        np.concatenate([counted, counted], axis=1),
+        patients,
+        [f"{score}/{name}" for score in ("brier", "log_loss") for name in (*names, "micro")],
+    )
+    positives = _by_patient(truth[:, columns] & of_findings, patients, _count(patients))
+
+    def of(weights: Weights) -> np.ndarray:
+        values = sums.of(weights)
+        shares = weights[:, : len(positives)].astype(np.float64) @ positives
+        parts: List[np.ndarray] = []
+        for half in np.split(values, 2, axis=1):
+            each, micro = half[:, :-1], half[:, -1:]
+            chosen = each[:, columns]
+            weighted = _weighted_mean(chosen, np.where(np.isnan(chosen), 0.0, shares))
+            parts.append(each)
+            parts.append(np.stack([_mean(chosen), weighted], axis=1))
+            parts.append(micro)
+        return np.concatenate(parts, axis=1)
+
+    labelled = [*names, *MEANS]
+    return Statistic(
+        tuple(f"{score}/{name}" for score in ("brier", "log_loss") for name in labelled), of
+    )
+
+
+def clipped(probabilities: np.ndarray) -> np.ndarray:
+    """Return probabilities as float64, kept off 0 and 1 so that their logarithms are finite."""
+    step = float(np.finfo(np.float32).epsneg)
+    return np.clip(probabilities.astype(np.float64), step, 1.0 - step)
+
+
+def _count(patients: np.ndarray) -> int:
+    return int(patients.max()) + 1 if len(patients) else 0
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each row's defined values, NaN without any."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, values, 0.0).sum(axis=1) / defined.sum(axis=1)
+
+
+def _weighted_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return (np.nan_to_num(values) * shares).sum(axis=1) / shares.sum(axis=1)
