@@ -164,6 +164,8 @@ Meaning = Literal["negative", "positive", "unknown"]
 
 #: Columns of predictions.csv beside those of the labels.
 IMAGE_COLUMNS = ("image", "patient", "split")
+#: Means over the findings: of all alike, weighted by their positives, and over all their decisions.
+MEANS = ("macro", "weighted", "micro")
 #: What predictions.csv says of each image, where it is known.
 ABOUT_COLUMNS = ("sex", "age", "view", "follow_up", "source")
 
@@ -191,6 +193,8 @@ def repeated_name(names: Sequence[str]) -> Optional[str]:
     for name in names:
         if name.lower() in taken:
             return f"the label {name!r} has the name of another column of predictions.csv"
+        if name.lower() in MEANS:
+            return f"the label {name!r} has the name of a mean over the labels"
     return None
 
 

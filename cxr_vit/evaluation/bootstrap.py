@@ -18,7 +18,7 @@ _TOGETHER = 8
 #: An interval needs a value in this share of the resamples at least.
 _LEAST_DEFINED = 0.95
 
-#: Takes the number of resamples that are done.
+#: Takes the number of resamples just finished, as `cxr_vit.console.progress` does.
 Progress = Callable[[int], None]
 
 
@@ -62,13 +62,11 @@ def replicate(
         return statistic.of(np.stack([resamples.weights(index, patients) for index in indices]))
 
     parts = []
-    done = 0
     with ThreadPoolExecutor(_threads()) as pool:
         for part in pool.map(score, firsts):
             parts.append(part)
-            done += len(part)
             if progress is not None:
-                progress(done)
+                progress(len(part))
     return np.concatenate(parts) if parts else np.empty((0, len(statistic.names)))
 
 

@@ -13,6 +13,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from cxr_vit.config.columns import MEANS
 from cxr_vit.data.records import UNKNOWN
 
 Weights = np.ndarray
@@ -57,39 +58,53 @@ class Ranking:
 
     def __init__(self, scores: np.ndarray, truth: np.ndarray, patients: np.ndarray) -> None:
         order = np.argsort(-scores, kind="stable")
-        ordered = scores[order]
+        ordered, positive = scores[order], truth[order] == 1
         self._patients = patients[order]
-        self._truth = truth[order].astype(np.int64)
-        # Last image of each group of tied scores.
-        self._ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], len(ordered) > 0))
+        self._of_positives = self._patients[positive]
+        # Last image of each group of tied scores. Only groups with a positive count below.
+        ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], len(ordered) > 0))
+        groups, sizes = np.unique(
+            np.searchsorted(ends, np.flatnonzero(positive)), return_counts=True
+        )
+        self._last_positives = np.cumsum(sizes) - 1
+        #: Images up to the end of each group, and of the one before it.
+        self._up_to, self._before = ends[groups] + 1, np.append(0, ends + 1)[groups]
 
     def of(self, weights: Weights) -> np.ndarray:
         """Return float64 ``[resamples, 3]``: AUROC, average precision, positives.
 
         AUROC is the probability that a positive has a higher score than a negative, ties count one
         half (Hanley and McNeil, Radiology 143, 1982). Average precision is the sum over thresholds
-        of precision times the step of recall, as scikit-learn's. Counts are exact integers.
+        of precision times the step of recall, as scikit-learn's. Counts are exact integers, and
+        the sums run in the order of the scores: drawing an image twice is the same as having it
+        twice, to the last digit.
         """
-        if len(self._truth) == 0:
+        if len(self._of_positives) == 0:
             return np.tile([np.nan, np.nan, 0.0], (len(weights), 1))
-        drawn = weights[:, self._patients]
-        hits = np.cumsum(drawn * self._truth, axis=1)[:, self._ends]
-        seen = np.cumsum(drawn, axis=1)[:, self._ends]
-        misses = seen - hits
-        positives, negatives = hits[:, -1], misses[:, -1]
-        new_hits, new_misses = np.diff(hits, prepend=0), np.diff(misses, prepend=0)
-        # Twice the pairs in the right order: of each group, all hits before it and half its own.
-        pairs = (new_misses * (2 * hits - new_hits)).sum(axis=1)
+        count = len(self._patients)
+        # Half the memory takes half the time.
+        kind = np.int32 if int(weights.max()) * count < 2**31 else np.int64
+        weights = weights.astype(kind)
+        counted = np.zeros((len(weights), count + 1), kind)
+        np.cumsum(np.take(weights, self._patients, axis=1), axis=1, out=counted[:, 1:])
+        seen, before = (
+            counted[:, places].astype(np.int64) for places in (self._up_to, self._before)
+        )
+        hits = np.cumsum(weights[:, self._of_positives], axis=1, dtype=np.int64)
+        hits = hits[:, self._last_positives]
+        new_hits = np.diff(hits, prepend=0)
+        positives = hits[:, -1]
+        negatives = counted[:, -1] - positives
+        # Twice the pairs in the right order: of a group, all negatives after it and half its own.
+        misses = (seen - hits) + (before - (hits - new_hits))
+        pairs = (new_hits * (2 * negatives[:, None] - misses)).sum(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             auroc = pairs / (2.0 * positives * negatives)
             # A group that no resample has adds 0 hits; its precision does not matter.
-            precision = (hits / np.maximum(seen, 1) * new_hits).sum(axis=1) / positives
+            steps = hits / np.maximum(seen, 1) * new_hits
+            precision = np.cumsum(steps, axis=1)[:, -1] / positives
         precision[negatives == 0] = np.nan
         return np.stack([auroc, precision, positives.astype(np.float64)], axis=1)
-
-
-#: Means over the findings: of all alike, weighted by their positives, and over all their decisions.
-MEANS = ("macro", "weighted", "micro")
 
 
 def ranking(
@@ -98,6 +113,7 @@ def ranking(
     patients: np.ndarray,
     names: Sequence[str],
     findings: Sequence[int],
+    means: Sequence[str] = MEANS,
 ) -> Statistic:
     """Return AUROC and average precision by label and as means over the findings.
 
@@ -109,35 +125,48 @@ def ranking(
         int64 ``[N]``.
     findings
         The columns that count in the means: a label such as `No Finding` does not.
+    means
+        Those of `MEANS` to compute; `micro` takes as long as all labels together.
 
-    The names are ``auroc/<label>`` and ``average_precision/<label>``, then the same of each of
-    `MEANS`. A label that a resample leaves undefined is in none of its means.
+    The names are ``auroc/<label>`` and ``average_precision/<label>``, then the same of each of the
+    means. A label that a resample leaves undefined is in none of its means.
     """
     known = labels != UNKNOWN
     by_label = [
         Ranking(probabilities[rows, column], labels[rows, column], patients[rows])
         for column, rows in enumerate(known.T)
     ]
-    of_findings = known[:, list(findings)]
-    rows, columns = np.nonzero(of_findings)
-    columns = np.asarray(findings, np.int64)[columns]
-    together = Ranking(probabilities[rows, columns], labels[rows, columns], patients[rows])
+    columns = list(findings)
+    micro = _pooled(probabilities, labels, patients, columns) if "micro" in means else None
 
     def of(weights: Weights) -> np.ndarray:
         each = np.stack([label.of(weights) for label in by_label], axis=2)
-        micro = together.of(weights)
-        parts = []
+        pooled = np.empty((len(weights), 3)) if micro is None else micro.of(weights)
+        parts: List[np.ndarray] = []
         for row in (0, 1):
-            values, counted = each[:, row], each[:, row][:, list(findings)]
-            shares = np.where(np.isnan(counted), 0.0, each[:, 2][:, list(findings)])
-            means = [_mean(counted), _weighted_mean(counted, shares), micro[:, row]]
-            parts.append(np.concatenate([values, np.stack(means, axis=1)], axis=1))
+            values, counted = each[:, row], each[:, row][:, columns]
+            shares = np.where(np.isnan(counted), 0.0, each[:, 2][:, columns])
+            of_mean = {
+                "macro": _mean(counted),
+                "weighted": _weighted_mean(counted, shares),
+                "micro": pooled[:, row],
+            }
+            parts += [values, np.stack([of_mean[name] for name in means], axis=1)]
         return np.concatenate(parts, axis=1)
 
-    values = [*names, *MEANS]
+    values = [*names, *means]
     return Statistic(
         tuple(f"{score}/{name}" for score in ("auroc", "average_precision") for name in values), of
     )
+
+
+def _pooled(
+    probabilities: np.ndarray, labels: np.ndarray, patients: np.ndarray, columns: List[int]
+) -> Ranking:
+    """Return the ranking of all known labels of these columns together."""
+    rows, places = np.nonzero(labels[:, columns] != UNKNOWN)
+    chosen = np.asarray(columns, np.int64)[places]
+    return Ranking(probabilities[rows, chosen], labels[rows, chosen], patients[rows])
 
 
 def ratios(
