@@ -31,6 +31,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved: EX_TEMPFAIL of sysexits.h, "try again".
 EXIT_STOPPED = 75
+#: The override that evaluate.py takes with --predictions.
+OF_PREDICTIONS = "evaluation.resamples"
 #: All but newlines, also those that reverse the direction of text or separate lines.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -237,7 +239,10 @@ class TrainArguments(NamedTuple):
 
 
 class EvaluateArguments(NamedTuple):
-    """Command line of evaluate.py; `files` and their overrides describe another data set."""
+    """Command line of evaluate.py; `files` and their overrides describe another data set.
+
+    There are checkpoints, or `predictions` to score again.
+    """
 
     checkpoints: List[Path]
     split: Optional[str]
@@ -245,6 +250,7 @@ class EvaluateArguments(NamedTuple):
     overrides: List[str]
     files: List[Path]
     data_overrides: List[str]
+    predictions: Optional[Path] = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -366,7 +372,12 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         "a checkpoint's folder, or a run's folder: then its best one. Of several the probabilities"
         " are averaged",
     )
-    add("--checkpoint", nargs="+", action="extend", required=True, metavar="DIR", help=text)
+    add("--checkpoint", nargs="+", action="extend", default=[], metavar="DIR", help=text)
+    text = (
+        "compute all scores again from a predictions.csv that evaluate.py wrote, without model or"
+        " images"
+    )
+    add("--predictions", type=Path, metavar="FILE", help=text)
     text = "default: test, or val where the split has no test images"
     add("--split", choices=["train", "val", "test"], help=text)
     packaged = ", ".join(name for name in packaged_configs() if name.startswith("data/"))
@@ -380,15 +391,21 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         type=Path,
         metavar="DIR",
         help="default: <run>/report, of several checkpoints <run>/report-ensemble in the first's"
-        " run; with --data, its <name>",
+        " run; with --data, its <name>; with --predictions, the file's folder",
     )
     parser.add_overrides(
         "overrides of the run's configuration; with --data, those of data.* apply to the other data"
         " set (train.py --help lists the fields)"
     )
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
-        raise ConfigError(f"{argv[0]}: a checkpoint or a run is given as --checkpoint {argv[0]}")
+        what = "predictions are" if argv[0].endswith(".csv") else "a checkpoint or a run is"
+        option = "--predictions" if argv[0].endswith(".csv") else "--checkpoint"
+        raise ConfigError(f"{argv[0]}: {what} given as {option} {argv[0]}")
     given = parser.parse(argv)
+    if given.predictions is not None:
+        return _predictions_arguments(given)
+    if not given.checkpoint:
+        parser.error("the following arguments are required: --checkpoint, or --predictions")
     first, *others = given.checkpoint
     checkpoints, after = split_overrides(others)
     files, more = split_overrides(given.data)
@@ -399,3 +416,20 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
     of_run = [text for text in overrides if text not in of_data]
     checkpoints = [Path(first), *checkpoints]
     return EvaluateArguments(checkpoints, given.split, given.out, of_run, files, of_data)
+
+
+def _predictions_arguments(given: argparse.Namespace) -> EvaluateArguments:
+    """Return the arguments with --predictions; ConfigError for what has no effect with it."""
+    others = {"--checkpoint": given.checkpoint, "--data": given.data, "--split": given.split}
+    for option, value in others.items():
+        if value:
+            raise ConfigError(
+                f"{option} has no effect with --predictions, which scores the rows of the file."
+                " Give one of the two."
+            )
+    for text in given.overrides:
+        if text.partition("=")[0] != OF_PREDICTIONS:
+            raise ConfigError(
+                f"{text}: with --predictions only {OF_PREDICTIONS} has an effect. Leave it out."
+            )
+    return EvaluateArguments([], None, given.out, given.overrides, [], [], given.predictions)

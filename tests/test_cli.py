@@ -366,7 +366,10 @@ def test_evaluate_needs_a_checkpoint():
 
 def test_evaluate_takes_split_out_and_overrides():
     words = ["--checkpoint", "a", "--split", "val", "--out", "b", "data.root=c"]
-    assert evaluate_arguments(words) == ([Path("a")], "val", Path("b"), ["data.root=c"], [], [])
+    assert evaluate_arguments(words) == (
+        *([Path("a")], "val", Path("b"), ["data.root=c"], [], []),
+        None,
+    )
 
 
 def test_overrides_of_the_data_are_those_of_another_data_set():
@@ -374,7 +377,7 @@ def test_overrides_of_the_data_are_those_of_another_data_set():
     words = [*given, "--data", "b.yaml", "c.yaml", "data.root=d", "--out", "e"]
     files = [Path("b.yaml"), Path("c.yaml")]
     of_data = ["data={format: nih}", "data.root=d"]
-    assert evaluate_arguments(words)[2:] == (Path("e"), ["engine.device=cpu"], files, of_data)
+    assert evaluate_arguments(words)[2:6] == (Path("e"), ["engine.device=cpu"], files, of_data)
 
 
 # Mistakes on the command line: one line that says what to write

@@ -3,6 +3,7 @@
 python evaluate.py --checkpoint runs/<name> [--split test] [--out DIR]
 python evaluate.py --checkpoint runs/<name> runs/<other> ...    an ensemble
 python evaluate.py --checkpoint runs/<name> --data other.yaml [data.key=value ...]
+python evaluate.py --predictions runs/<name>/report/predictions.csv    no model, no images
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ def main(argv: Sequence[str]) -> int:
         found.append((checkpoint, state, scored))
 
     with importing():
+        from cxr_vit.commands.given_predictions import score_predictions, show_report
         from cxr_vit.commands.members import Members
-        from cxr_vit.evaluation.report import print_table, write_report
 
+    if arguments.predictions is not None:
+        return score_predictions(arguments.predictions, arguments.out, arguments.overrides)
     members = Members(found)
     split = members.set_up(arguments.split)
     default, levels = members.folder(split)
     out = make_folder(arguments.out, default, levels=levels)  # now: scoring may take long
     members.describe(split)
-    outputs = members.test(split)
+    predictions = members.predictions(split)
     if members.is_main:
-        records, origin = members.records(split), members.origin()
-        print_table(write_report(out, records, outputs, names=outputs.names, origin=origin))
-        print(f"report: {out}")
+        show_report(out, predictions, members.evaluation, members.origin())
     return 0

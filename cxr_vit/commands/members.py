@@ -8,9 +8,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.commands.callbacks import DescribeEngine
 from cxr_vit.commands.scored_data import ScoredData
+from cxr_vit.config.schema import EvaluationSection
 from cxr_vit.data.records import Records
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.training.scoring import ensemble, match_of
 
 
@@ -61,6 +63,11 @@ class Members:
         return self._first.trainer.is_global_zero
 
     @property
+    def evaluation(self) -> EvaluationSection:
+        """How the predictions are scored."""
+        return self._first.scored.run.evaluation
+
+    @property
     def _is_ensemble(self) -> bool:
         return len(self._members) > 1
 
@@ -95,8 +102,12 @@ class Members:
             count = len(self._members)
             print(f"an ensemble of {count} checkpoints: {count} times the time of one", flush=True)
 
-    def test(self, split: str) -> EvalOutputs:
-        """Score with each; return the scores of the mean of their probabilities."""
+    def predictions(self, split: str) -> Predictions:
+        """Score with each; return the predictions, the mean of their probabilities."""
+        outputs = self._test(split)
+        return predictions_of(self.records(split), outputs)
+
+    def _test(self, split: str) -> EvalOutputs:
         if not self._is_ensemble:
             return self._first.test(split)
         outputs = []

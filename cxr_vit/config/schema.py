@@ -320,13 +320,26 @@ class TrainSection(Section):
 
 
 class EvaluationSection(Section):
-    """How images are scored by evaluate.py, Trainer.test and Trainer.predict."""
+    """How images are scored, and how sure the scores are."""
 
     views: Literal["center", "flip", "ten_crop"] = option(
         "center",
         "views of each image whose probabilities are averaged: one; it and its mirror image (twice"
         " the time); or the center, the corners and their mirror images (ten times; needs"
         " data.resize); validation in training has one",
+    )
+    resamples: int = option(
+        1000,
+        "resamples of the bootstrap over patients that gives the scores of a report their 95 %"
+        " intervals; 0: no intervals",
+        ge=0,
+        le=100_000,
+    )
+    val_resamples: int = option(
+        200,
+        "the same for the macro AUROC of each validation in training; 0: no interval",
+        ge=0,
+        le=100_000,
     )
 
 

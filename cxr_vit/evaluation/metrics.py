@@ -58,6 +58,16 @@ def scorable(logits: Tensor, labels: Tensor) -> List[Tuple[Tensor, Tensor]]:
     return [(prob[true != UNKNOWN], true[true != UNKNOWN]) for prob, true in columns]
 
 
+def refuse_nonfinite(logits: Tensor) -> None:
+    """Raise NonFiniteLoss if a logit of ``[N, C]`` is NaN or infinite: NaN has no rank."""
+    broken = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if broken:
+        raise NonFiniteLoss(
+            f"the model's logits are not finite for {broken} of {len(logits)} images, so it cannot"
+            " be scored. Use an earlier checkpoint, or train with a lower learning rate."
+        )
+
+
 def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, Any]:
     """Score a whole split, given float32 ``[N, C]``; labels are 0, 1 or `UNKNOWN`.
 
@@ -71,12 +81,7 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     # Not needed until the first validation: the import takes half a second.
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-    broken = int((~torch.isfinite(logits)).any(dim=1).sum())
-    if broken:  # torchmetrics would rank NaN silently
-        raise NonFiniteLoss(
-            f"the model's logits are not finite for {broken} of {len(logits)} images, so it cannot"
-            " be scored. Use an earlier checkpoint, or train with a lower learning rate."
-        )
+    refuse_nonfinite(logits)
     positives: Dict[str, int] = {}
     auroc: Dict[str, Optional[float]] = dict.fromkeys(names)
     precision: Dict[str, Optional[float]] = dict.fromkeys(names)
@@ -88,23 +93,24 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     findings = [name for name in names if not is_no_finding(name)]
     scores: Dict[str, Any] = {
         "num_samples": len(labels),
-        "auroc_macro": _mean([auroc[name] for name in findings]),
+        "auroc_macro": mean_of_defined([auroc[name] for name in findings]),
         "auroc_defined": sum(auroc[name] is not None for name in findings),
         "num_findings": len(findings),
-        "average_precision_macro": _mean([precision[name] for name in findings]),
+        "average_precision_macro": mean_of_defined([precision[name] for name in findings]),
         "auroc": auroc,
         "average_precision": precision,
         "positives": positives,
     }
     if len(findings) < len(names):
-        scores["auroc_macro_with_no_finding"] = _mean(list(auroc.values()))
+        scores["auroc_macro_with_no_finding"] = mean_of_defined(list(auroc.values()))
     unknown = (labels == UNKNOWN).sum(dim=0).tolist()
     if any(unknown):
         scores["unknown"] = dict(zip(names, unknown))
     return scores
 
 
-def _mean(values: List[Optional[float]]) -> Optional[float]:
+def mean_of_defined(values: List[Optional[float]]) -> Optional[float]:
+    """Return the mean of the values that are not None, None without any."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,12 @@ import pandas as pd
 from cxr_vit.config.columns import (
     ABOUT_COLUMNS,
     IMAGE_COLUMNS,
+    LABEL_PATTERN,
+    LONGEST_LABEL,
     is_no_finding,
     probability_column,
     relabel_column,
+    repeated_name,
 )
 from cxr_vit.data.records import RELABELS, UNKNOWN, Records
 from cxr_vit.data.table_files import (
@@ -26,7 +30,7 @@ from cxr_vit.data.table_files import (
 )
 from cxr_vit.data.text_files import original_text, write_csv
 from cxr_vit.errors import DataError
-from cxr_vit.evaluation.metrics import EvalOutputs, probabilities
+from cxr_vit.evaluation.metrics import EvalOutputs, probabilities, refuse_nonfinite
 
 _NUMBERS = ("age", "follow_up")
 _NO_PREDICTIONS = "Give a predictions.csv that evaluate.py wrote."
@@ -66,6 +70,12 @@ class Predictions:
         return [index for index, name in enumerate(self.names) if not is_no_finding(name)]
 
     @property
+    def split(self) -> str:
+        """The split of the images, `all` if they are of several."""
+        splits = self.table["split"].unique()
+        return str(splits[0]) if len(splits) == 1 else "all"
+
+    @property
     def patients(self) -> np.ndarray:
         """The number of each image's patient, int64 ``[N]``, from 0."""
         codes, _ = pd.factorize(self.table["patient"])
@@ -90,7 +100,7 @@ class Predictions:
             table[probability_column(name)] = self.probabilities[:, column]
         for name in self.table.columns.intersection(ABOUT_COLUMNS, sort=False):
             values = self.table[name]
-            table[name] = values.map("{:g}".format) if name in _NUMBERS else values
+            table[name] = values.map(_shortest) if name in _NUMBERS else values
             table[name] = table[name].where(values.notna(), "")
         for name, values in zip(RELABELS, self.relabels.T):
             if not np.isnan(values).all():
@@ -101,9 +111,18 @@ class Predictions:
         write_csv(path, table)
 
 
+def _shortest(value: float) -> str:
+    """Return the shortest text that is the same number when it is read."""
+    return np.format_float_positional(value, trim="-")
+
+
 def predictions_of(records: Records, outputs: EvalOutputs) -> Predictions:
-    """Return the predictions of a scored split; `records` are in the order of the outputs."""
+    """Return the predictions of a scored split; `records` are in the order of the outputs.
+
+    Raises NonFiniteLoss if a logit is NaN or infinite.
+    """
     assert len(records) == len(outputs.logits), "every image of the split is scored once"
+    refuse_nonfinite(outputs.logits)
     about = {
         name: values
         for name, values in ((name, _known(records.table, name)) for name in ABOUT_COLUMNS)
@@ -133,8 +152,9 @@ def _known(table: pd.DataFrame, name: str) -> Optional[pd.Series]:
 def read_predictions(path: Path) -> Predictions:
     """Read a predictions.csv.
 
-    Raises DataError if the file is none: a column is missing, a label is not 0, 1 or empty, a
-    probability is not from 0 to 1, or there is no row.
+    Raises DataError if the file is none: a column is missing, a label has no legal name or is not
+    0, 1 or empty, a probability is not from 0 to 1, an image has no name, no patient or several
+    rows, or there is no row.
     """
     header = read_header(path, IMAGE_COLUMNS)
     refuse_absent(str(path), IMAGE_COLUMNS, header, _NO_PREDICTIONS)
@@ -145,11 +165,18 @@ def read_predictions(path: Path) -> Predictions:
             f"{path}: no label with a column of probabilities, such as Hernia and {example}."
             f" {_NO_PREDICTIONS}"
         )
+    labels = tuple(map(original_text, names))
+    _refuse_names(path, labels)
     about = [name for name in ABOUT_COLUMNS if name in header and name not in names]
     relabels = {name: relabel_column(name) for name in RELABELS if relabel_column(name) in header}
     wanted = [*IMAGE_COLUMNS, *names, *map(probability_column, names), *about, *relabels.values()]
     texts = read_columns(path, wanted)
     table = {name: texts[name].map(original_text) for name in (*IMAGE_COLUMNS, *about)}
+    for name in IMAGE_COLUMNS[:2]:
+        empty = (table[name] == "").to_numpy(dtype=bool)
+        refuse_rows(path, empty, table["image"], f"no {name}", _NO_PREDICTIONS)
+    repeated = table["image"].duplicated().to_numpy(dtype=bool)
+    refuse_rows(path, repeated, table["image"], "an image that is there before", _NO_PREDICTIONS)
     table.update({name: to_numbers(table[name]) for name in about if name in _NUMBERS})
     second = np.full((len(texts), len(RELABELS)), np.nan, np.float32)
     for name, column in relabels.items():
@@ -157,12 +184,22 @@ def read_predictions(path: Path) -> Predictions:
         second[:, RELABELS.index(name)] = np.where(values == UNKNOWN, np.nan, values)
     probs = [_probabilities(path, texts[probability_column(name)]) for name in names]
     return Predictions(
-        tuple(map(original_text, names)),
+        labels,
         pd.DataFrame(table),
         np.stack([_labels(path, texts[name]) for name in names], axis=1),
         np.stack(probs, axis=1),
         second,
     )
+
+
+def _refuse_names(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError for names that a label cannot have: they are printed, and keys of scores."""
+    problem = repeated_name(names)
+    for name in names:
+        if not re.match(LABEL_PATTERN, name) or len(name) > LONGEST_LABEL:
+            problem = f"a label may not be called {name[:LONGEST_LABEL]!r}"
+    if problem is not None:
+        raise DataError(f"{path}: {problem}. {_NO_PREDICTIONS}")
 
 
 def _labels(path: Path, texts: pd.Series) -> np.ndarray:

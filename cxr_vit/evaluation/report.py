@@ -2,99 +2,179 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
-import pandas as pd
+import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cxr_vit.config.columns import IMAGE_COLUMNS, probability_column
-from cxr_vit.data.records import UNKNOWN, Records
-from cxr_vit.data.text_files import write_csv
+from cxr_vit.config.columns import is_no_finding
+from cxr_vit.console import progress
+from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.figures import roc_figure
-from cxr_vit.evaluation.metrics import EvalOutputs, evaluate, probabilities
+from cxr_vit.evaluation.metrics import mean_of_defined
+from cxr_vit.evaluation.predictions import Predictions
+from cxr_vit.evaluation.scores import score
+from cxr_vit.evaluation.statistics import clipped
 from cxr_vit.files import replacing, write_text, writing_to
 
 NOTICE = "For research only; not a medical device."
+#: Version of the keys of metrics.json.
+SCHEMA_VERSION = 1
+#: Files of a report.
+PREDICTIONS, METRICS = "predictions.csv", "metrics.json"
 
 
 def write_report(
     folder: Path,
-    records: Records,
-    outputs: EvalOutputs,
+    predictions: Predictions,
     *,
-    names: Sequence[str],
+    resamples: Resamples,
     origin: Dict[str, Any],
+    source: Optional[Path] = None,
 ) -> Dict[str, Any]:
     """Write the files of the report of a scored split; return the content of metrics.json.
 
-    `records` are in the order of the outputs. `origin` are JSON-able facts to store with the
-    scores: checkpoint, step, data hashes. Raises DataError if the folder cannot be written.
+    `origin` are JSON-able facts to store with the scores: checkpoint, step, data hashes. `source`
+    is the file that the predictions are from, if any; that file itself is not written. Raises
+    DataError if the folder cannot be written.
     """
-    split, logits, labels = outputs.split, outputs.logits, outputs.labels
-    assert len(records) == len(logits), "every image of the split is scored once"
-    metrics = {"split": split, **evaluate(logits, labels, names), **origin, "notice": NOTICE}
-    predictions = _predictions(records, outputs, names)
-    title = f"ROC on {split}, {len(records)} images, macro AUROC {_mean_text(metrics)}"
-    figure = roc_figure(logits, labels, names, title=title)
+    computed = compute_metrics(predictions, resamples)
+    facts = {key: value for key, value in origin.items() if key not in computed}
+    metrics = {**computed, **facts, "notice": NOTICE}
+    title = (
+        f"ROC on {metrics['split']}, {len(predictions)} images, macro AUROC {_mean_text(metrics)}"
+    )
+    probs = clipped(predictions.probabilities)
+    logits = torch.from_numpy((np.log(probs) - np.log1p(-probs)).astype(np.float32))
+    labels = torch.from_numpy(predictions.labels.astype(np.float32))
+    figure = roc_figure(logits, labels, predictions.names, title=title)
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(folder / "predictions.csv", predictions)
+        path = folder / PREDICTIONS
+        if source is None or not (path.exists() and path.samefile(source)):
+            predictions.write(path)
         for suffix in ("png", "svg"):
             with replacing(folder / f"roc.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix, dpi=100)
+        metrics["predictions_sha256"] = sha256_of(path)
         # Written last: where it exists, the report is complete.
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def _predictions(records: Records, outputs: EvalOutputs, names: Sequence[str]) -> pd.DataFrame:
-    """Return one row per image, in the order of `records`: its labels and probabilities.
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    An unknown label is None.
-    """
-    table = records.table[["image", "patient"]].reset_index(drop=True)
-    table = table.assign(split=outputs.split)[list(IMAGE_COLUMNS)]
-    probs, labels = probabilities(outputs.logits).numpy(), outputs.labels.int().numpy()
-    for column, name in enumerate(names):
-        of_name = pd.Series(labels[:, column], dtype=object)
-        table[name] = of_name.where(of_name != UNKNOWN, None)
-        table[probability_column(name)] = probs[:, column]
-    return table
+
+def compute_metrics(predictions: Predictions, resamples: Resamples) -> Dict[str, Any]:
+    """Return what metrics.json has of predictions: the scores in brief, then the sections."""
+    sections = _sections(predictions, resamples)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "split": predictions.split,
+        **_brief(predictions, sections["findings"]),
+        **sections,
+    }
+
+
+def _sections(predictions: Predictions, resamples: Resamples) -> Dict[str, Any]:
+    """Return the sections of metrics.json, each the result of a function of the predictions."""
+    with progress("resample", done=0, total=resamples.count) as advance:
+        return {**score(predictions, resamples, advance)}
+
+
+def _brief(predictions: Predictions, findings: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the scores without intervals, by kind: the keys of earlier versions."""
+    by_kind: Dict[str, Dict[str, Optional[float]]] = {
+        kind: {name: each[kind] and each[kind]["value"] for name, each in findings.items()}
+        for kind in ("auroc", "average_precision")
+    }
+    auroc, precision = by_kind["auroc"], by_kind["average_precision"]
+    counted = [name for name in findings if not is_no_finding(name)]
+    brief: Dict[str, Any] = {
+        "num_samples": len(predictions),
+        "auroc_macro": mean_of_defined([auroc[name] for name in counted]),
+        "auroc_defined": sum(auroc[name] is not None for name in counted),
+        "num_findings": len(counted),
+        "average_precision_macro": mean_of_defined([precision[name] for name in counted]),
+        **by_kind,
+        "positives": {name: each["positives"] for name, each in findings.items()},
+    }
+    if len(counted) < len(findings):
+        brief["auroc_macro_with_no_finding"] = mean_of_defined(list(auroc.values()))
+    if any(each["unknown"] for each in findings.values()):
+        brief["unknown"] = {name: each["unknown"] for name, each in findings.items()}
+    return brief
 
 
 def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> None:
     """Print one row per label, and the means; a column of unknown labels if there are any."""
     console = console or Console()
-    table = Table(title=f"{metrics['split']}: {metrics['num_samples']} images")
+    has_unknown = "unknown" in metrics
+    table = Table(
+        title=f"{metrics['split']}: {metrics['num_samples']} images",
+        # Else there is no room for one more column in 80.
+        show_edge=not has_unknown,
+        collapse_padding=has_unknown,
+    )
     table.add_column("finding", no_wrap=True)
-    unknown: Dict[str, int] = metrics.get("unknown", {})
-    headings = ["positive", "AUROC", "avg. precision", "prevalence"]
-    for heading in [*headings, "unknown"] if unknown else headings:
+    level = f"{100 * metrics['intervals']['level']:.0f} %"
+    headings = ["positive", f"AUROC\n({level} interval)", "avg.\nprec.", "prevalence"]
+    for heading in [*headings, "unknown"] if has_unknown else headings:
         table.add_column(heading, justify="right")
-    for name, auroc in metrics["auroc"].items():
-        positives, without = metrics["positives"][name], unknown.get(name, 0)
-        known = metrics["num_samples"] - without
-        prevalence = positives / known if known else None
-        numbers = (auroc, metrics["average_precision"][name], prevalence)
-        counts = [str(without)] if unknown else []
-        table.add_row(escape(name), str(positives), *map(_number, numbers), *counts)
+    for name, each in metrics["findings"].items():
+        cells = [str(each["positives"]), *_cells(each), _number(each["prevalence"])]
+        table.add_row(escape(name), *cells, *([str(each["unknown"])] if has_unknown else []))
     table.add_section()
-    macro = _number(metrics["auroc_macro"]), _number(metrics["average_precision_macro"])
-    table.add_row("mean of findings", "", *macro)
+    titles = {"macro": "mean of findings", "weighted": "weighted mean", "micro": "all decisions"}
+    for name, title in titles.items():
+        table.add_row(title, "", *_cells(metrics["means"][name]))
     if "auroc_macro_with_no_finding" in metrics:
-        mean_of_all = _number(metrics["auroc_macro_with_no_finding"])
-        table.add_row("with No Finding", "", mean_of_all)
+        table.add_row("with No Finding", "", _number(metrics["auroc_macro_with_no_finding"]))
     console.print(table)
-    console.print(f"macro AUROC {_mean_text(metrics)}", highlight=False)
-    undefined = [name for name, auroc in metrics["auroc"].items() if auroc is None]
+    for line in [f"macro AUROC {_mean_text(metrics)}", *_remarks(metrics), NOTICE]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(scores: Dict[str, Any]) -> List[str]:
+    """Return AUROC with its interval, and average precision: ``"0.9132 (0.901-0.924)"``."""
+    auroc, precision = scores["auroc"], scores["average_precision"]
+    text = _number(auroc and auroc["value"])
+    if auroc is not None and auroc["low"] is not None:
+        text += f" ({auroc['low']:.3f}-{auroc['high']:.3f})"
+    return [text, _number(precision and precision["value"])]
+
+
+def _remarks(metrics: Dict[str, Any]) -> List[str]:
+    """Return what is to be known of the numbers: how the intervals are made, and what lacks one."""
+    findings, how = metrics["findings"], metrics["intervals"]
+    lines = []
+    if how["resamples"]:
+        lines.append(
+            f"intervals: {how['method']}, {how['resamples']:,} resamples of {how['patients']:,}"
+            " patients"
+        )
+    undefined = [name for name, each in findings.items() if each["auroc"] is None]
     if undefined:
-        listed = escape(", ".join(undefined))
-        console.print(f"undefined (no positive or no negative image): {listed}")
-    console.print(NOTICE)
+        lines.append(f"undefined (no positive or no negative image): {', '.join(undefined)}")
+    without = [name for name, each in findings.items() if each["auroc"] and not each["delong"]]
+    if without and how["resamples"]:
+        lines.append(f"no interval (too few patients): {', '.join(without)}")
+    differing = [
+        name for name, each in findings.items() if each["delong"] and not each["delong"]["agrees"]
+    ]
+    if differing:
+        lines.append(
+            f"DeLong's interval, which takes images as independent, differs: {', '.join(differing)}"
+        )
+    return lines
 
 
 def _mean_text(metrics: Dict[str, Any]) -> str:

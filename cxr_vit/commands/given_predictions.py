@@ -1,0 +1,65 @@
+"""Report predictions: those of a model, or those of a file (evaluate.py --predictions)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+from cxr_vit.config import read_config
+from cxr_vit.config.schema import EvaluationSection
+from cxr_vit.errors import DataError
+from cxr_vit.evaluation.bootstrap import Resamples
+from cxr_vit.evaluation.predictions import Predictions, read_predictions
+from cxr_vit.evaluation.report import METRICS, print_table, sha256_of, write_report
+from cxr_vit.files import make_folder
+from cxr_vit.regular_files import read_json
+
+#: Of metrics.json, which has some kilobytes for each label.
+_MOST_JSON = 50_000_000
+
+
+def show_report(
+    out: Path,
+    predictions: Predictions,
+    evaluation: EvaluationSection,
+    origin: Dict[str, Any],
+    source: Optional[Path] = None,
+) -> None:
+    """Write the report and print its table; see `write_report`."""
+    resamples = Resamples(evaluation.resamples)
+    metrics = write_report(out, predictions, resamples=resamples, origin=origin, source=source)
+    print_table(metrics)
+    print(f"report: {out}")
+
+
+def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str]) -> int:
+    """Score a predictions.csv, by default into its own folder; return the exit status.
+
+    What the report beside it says of checkpoint and data is kept. Raises DataError if the report
+    is of other predictions and would be replaced.
+    """
+    evaluation = read_config([], overrides).evaluation
+    predictions = read_predictions(path)
+    origin = _origin(path)
+    beside = path.parent / METRICS
+    if origin is None and given is None and beside.exists():
+        raise DataError(
+            f"{beside} is not the report of {path.name} as it is now, and would be replaced. Give"
+            " another folder with --out."
+        )
+    out = make_folder(given, path.parent)
+    print(f"{path}: {len(predictions)} images, {len(predictions.names)} labels", flush=True)
+    show_report(out, predictions, evaluation, origin or {}, source=path)
+    return 0
+
+
+def _origin(path: Path) -> Optional[Dict[str, Any]]:
+    """Return the content of the metrics.json beside a file if it belongs to it.
+
+    The scores in it are computed again; the others are facts about checkpoint and data.
+    """
+    try:
+        found = read_json(path.parent / METRICS, limit=_MOST_JSON)
+    except (OSError, ValueError):
+        return None
+    return found if found.get("predictions_sha256") == sha256_of(path) else None
