@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
+
+from cxr_vit.data.records import UNKNOWN
+from cxr_vit.evaluation.operating_points import OperatingPoints
+from cxr_vit.evaluation.predictions import Predictions
+from cxr_vit.evaluation.scaling import scaled
+from cxr_vit.evaluation.statistics import errors
 
 #: The most bins, and the images that a bin has at least on average.
 _BINS, _LEAST_IMAGES = 15, 10
@@ -72,3 +78,47 @@ def _folded_normal_mean(mean: float, deviation: float) -> float:
     ratio = mean / (deviation * math.sqrt(2.0))
     spread = deviation * math.sqrt(2.0 / math.pi) * math.exp(-ratio * ratio)
     return spread + mean * math.erf(ratio)
+
+
+def calibration(points: OperatingPoints, predictions: Predictions) -> Dict[str, Any]:
+    """Describe each label before and after scaling: the section `calibration` of metrics.json.
+
+    A label is None if it was not fitted, or is known for no image; temperature or Platt scaling
+    alone is None if only that was not fitted. Bins are mean probability, rate, images.
+    """
+    found: Dict[str, Any] = {}
+    for column, name in enumerate(predictions.names):
+        known = predictions.labels[:, column] != UNKNOWN
+        label = predictions.probabilities[known, column], predictions.labels[known, column]
+        temperature, platt = points.temperature.get(name), points.platt.get(name)
+        if not known.any() or (temperature is None and platt is None):
+            found[name] = None
+            continue
+        found[name] = {
+            "temperature": temperature,
+            "platt": None if platt is None else list(platt),
+            "before": _described(*label),
+            "temperature_scaled": None
+            if temperature is None
+            else _described(*label, 1 / temperature),
+            "platt_scaled": None if platt is None else _described(*label, *platt),
+        }
+    return found
+
+
+def _described(
+    probabilities: np.ndarray, truth: np.ndarray, slope: float = 1.0, intercept: float = 0.0
+) -> Dict[str, Any]:
+    if (slope, intercept) != (1.0, 0.0):
+        probabilities = scaled(probabilities, slope, intercept)
+    images = np.zeros(len(truth), np.int64)
+    statistic = errors(probabilities[:, None], truth[:, None], images, ["label"], [0])
+    values = dict(zip(statistic.names, statistic.of(np.ones((1, 1), np.int64))[0].tolist()))
+    return {
+        "brier": values["brier/label"],
+        "log_loss": values["log_loss/label"],
+        "expected_calibration_error": expected_calibration_error(probabilities, truth),
+        "bins": [
+            list(each) for each in zip(*map(np.ndarray.tolist, reliability(probabilities, truth)))
+        ],
+    }
