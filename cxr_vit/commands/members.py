@@ -58,6 +58,11 @@ class Members:
         self._first = self._members[0]
 
     @property
+    def all(self) -> Sequence[Member]:
+        """The members, at least one."""
+        return self._members
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the report."""
         return self._first.trainer.is_global_zero

@@ -1,0 +1,196 @@
+"""The operating points that evaluate.py applies: stored ones, or fitted on validation images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from cxr_vit.checkpoint_files import WEIGHTS
+from cxr_vit.commands.members import Member, Members
+from cxr_vit.commands.scored_data import OtherData
+from cxr_vit.engines.process_group import coordinator
+from cxr_vit.errors import DataError
+from cxr_vit.evaluation.label_match import LabelMatch
+from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints, data_sha256
+from cxr_vit.evaluation.predictions import predictions_of
+from cxr_vit.files import remove, writing_to
+from cxr_vit.training.scoring import ensemble
+
+logger = logging.getLogger(__name__)
+
+
+def operating_points_of(
+    members: Members, out: Path, outputs: EvalOutputs
+) -> Optional[OperatingPoints]:
+    """Return the operating points for a scored split, by its labels, or None with a message.
+
+    They are those of the checkpoint's folder, or those of the report folder `out`, if they were
+    fitted with the same model on the validation images at hand. Otherwise the validation images are
+    scored, and the points stored in the checkpoint's folder unless it has some, or the data are not
+    those of its training. An ensemble's are of its mean probabilities, and in the report alone. The
+    report always gets a file, with which `evaluate.py --predictions` can repeat it. Another data
+    set (`--data`) uses the points of the checkpoint, which it cannot fit.
+
+    All processes call it, after `Members.describe`. Raises DataError if the report's file cannot be
+    written; a damaged file is not used, with a warning.
+    """
+    points = _found(members, out, outputs)
+    if members.is_main:
+        with writing_to(out):
+            if points is None:
+                remove(out / OPERATING_POINTS)  # of an earlier report
+            else:
+                points.write(out / OPERATING_POINTS)
+    is_other = isinstance(members.all[0].scored, OtherData)
+    if points is not None and outputs.split == "val" and not is_other:
+        text = "the operating points are fitted on the images that are scored: they are optimistic"
+        _say(members.is_main, text)
+    return points
+
+
+def _found(members: Members, out: Path, outputs: EvalOutputs) -> Optional[OperatingPoints]:
+    """Return stored points or new ones, by the labels of the scored data."""
+    first, is_main = members.all[0], members.is_main
+    own = [] if len(members.all) > 1 else [first.checkpoint / OPERATING_POINTS]
+    # The main process decides: scoring takes all of them.
+    find = coordinator(first.trainer.launch).call_once
+    if isinstance(first.scored, OtherData):
+        wanted = _Wanted(members.all, is_other=True)
+        text = find("operating points", lambda: _stored(own, wanted))
+        if text:
+            return _renamed(OperatingPoints.model_validate_json(text), first.match)
+        advice = f"Score its own data first: evaluate.py --checkpoint {first.checkpoint}"
+        if not own:
+            advice = "An ensemble has them for the data of its training alone."
+        _say(is_main, f"no operating points: none are stored with the checkpoint. {advice}")
+        return None
+    reason = _no_fit(members.all)
+    if reason:
+        _say(is_main, f"no operating points: {reason}")
+        return None
+    wanted = _Wanted(members.all, is_other=False)
+    text = find("operating points", lambda: _stored([*own, out / OPERATING_POINTS], wanted))
+    if text:
+        return OperatingPoints.model_validate_json(text)
+    points = _fit(members, outputs, wanted.model_sha256)
+    if is_main and first.match.is_identity and not first.facts["changed_since_training"]:
+        _keep(points, own)
+    return points
+
+
+def _no_fit(members: Sequence[Member]) -> Optional[str]:
+    """Return why there is nothing to fit on, or None."""
+    if any(len(member.data.splits.val) == 0 for member in members):
+        return "there are no validation images to fit them on"
+    if len({_validation_sha256(member) for member in members}) > 1:
+        return "a member may have been trained with validation images of another"
+    return None
+
+
+def _validation_sha256(member: Member) -> str:
+    records = member.records("val")
+    labels = records.labels[:, member.match.columns]
+    return data_sha256(member.match.names, records.table["image"], labels)
+
+
+class _Wanted:
+    """What points must have been fitted with: labels, model, and data where they are at hand."""
+
+    def __init__(self, members: Sequence[Member], *, is_other: bool) -> None:
+        first = members[0]
+        match = LabelMatch.same(first.match.model_names) if is_other else first.match
+        self.labels: List[str] = match.names
+        self.data_sha256 = None if is_other else _validation_sha256(first)
+        facts = [
+            [
+                member.state["sha256"][WEIGHTS],
+                match.sources if is_other else member.match.sources,
+                member.scored.run.data.read_size,
+                member.scored.run.evaluation.views,
+            ]
+            for member in members
+        ]
+        self.model_sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def difference(self, points: OperatingPoints) -> Optional[str]:
+        """Return in what points differ, or None if they fit."""
+        if points.labels != self.labels:
+            return "other labels"
+        if points.fitted_on["model_sha256"] != self.model_sha256:
+            return "other weights, views or image sizes"
+        if self.data_sha256 not in (None, points.fitted_on["sha256"]):
+            return "other validation images or labels"
+        return None
+
+
+def _stored(places: Sequence[Path], wanted: _Wanted) -> str:
+    """Return the text of the first file that fits, or nothing; say which do not."""
+    for path in filter(Path.exists, places):
+        try:
+            points = OperatingPoints.read(path)
+        except DataError as error:  # the scores of the split are not to be lost
+            logger.warning("not used: %s", error)
+            continue
+        difference = wanted.difference(points)
+        if difference is None:
+            return points.model_dump_json()
+        print(f"{path} is not used: it was fitted with {difference}", flush=True)
+    return ""
+
+
+def _fit(members: Members, outputs: EvalOutputs, model_sha256: str) -> OperatingPoints:
+    """Fit on the validation images, which are scored unless the outputs are theirs."""
+    records = members.records("val")
+    if outputs.split != "val":
+        text = f"operating points: scoring {len(records)} validation images to fit them"
+        _say(members.is_main, text)
+        start = time.perf_counter()
+        scored = [member.test("val") for member in members.all]
+        outputs = ensemble(scored) if len(scored) > 1 else scored[0]
+        _say(members.is_main, f"scored in {time.perf_counter() - start:.0f} s")
+    return OperatingPoints.fit(predictions_of(records, outputs), model_sha256=model_sha256)
+
+
+def _keep(points: OperatingPoints, places: Sequence[Path]) -> None:
+    """Store points with the checkpoint; a file that is there stays."""
+    for path in places:
+        if path.exists():
+            continue
+        try:
+            points.write(path)
+        except OSError as error:  # a read-only folder
+            reason = error.strerror or error
+            print(
+                f"{path} cannot be written ({reason}): the report alone has the operating points",
+                flush=True,
+            )
+        else:
+            print(f"operating points: {path}", flush=True)
+
+
+def _renamed(points: OperatingPoints, match: LabelMatch) -> OperatingPoints:
+    """Return the points of a model under the names of a data set.
+
+    A label that is compared with several of the model has none: its scores are other ones.
+    """
+    sources = {
+        name: match.model_names[source[0]]
+        for name, source in zip(match.names, match.sources)
+        if len(source) == 1
+    }
+    values = {
+        key: {name: each[source] for name, source in sources.items() if source in each}
+        for key in ("thresholds", "temperature", "platt")
+        for each in [getattr(points, key)]
+    }
+    return points.model_copy(update={"labels": match.names, **values})
+
+
+def _say(is_main: bool, text: str) -> None:
+    if is_main:
+        print(text, flush=True)
