@@ -59,8 +59,9 @@ def expected_calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> 
     Noise of the rate makes that too large by about ``E|N(d, s^2)| - |d|``, with ``d = rate - mean``
     and ``s^2 = rate (1 - rate) / images``, which is subtracted: the estimator of Kumar, Liang and
     Ma, Verified Uncertainty Calibration, NeurIPS 2019 (`normal_debiased_ce` of their library), with
-    the mean of the folded normal distribution in place of samples. The result is at least 0. Of
-    probabilities without error it removes about 40 % of the bias, and nearly all of others.
+    the mean of the folded normal distribution in place of samples. The result is at least 0. It
+    removes nearly all of the bias where the probabilities are wrong, and about 40 % of it where
+    they are right.
     """
     bins = reliability(probabilities, truth)
     if len(bins.images) == 0:

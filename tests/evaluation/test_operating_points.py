@@ -16,10 +16,12 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     log_loss,
+    precision_recall_fscore_support,
     precision_score,
     recall_score,
 )
 
+from cxr_vit.data.labels import FINDINGS
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Resamples, limits
 from cxr_vit.evaluation.calibration import calibration, expected_calibration_error, reliability
@@ -403,3 +405,46 @@ def test_label_with_one_scaling_has_no_values_of_the_other() -> None:
     found = calibration(alone, predictions)["Mass"]
     assert found["temperature"] is None and found["temperature_scaled"] is None
     assert found["platt_scaled"] == calibration(points, predictions)["Mass"]["platt_scaled"]
+
+
+# Real labels
+
+
+NIH = (
+    Path(__file__).resolve().parents[3] / "shared" / "data" / "nih" / "Data_Entry_2017_v2020.csv.gz"
+)
+
+
+@pytest.mark.skipif(not NIH.is_file(), reason=f"the real NIH labels are not available ({NIH})")
+def test_numbers_of_real_labels_are_those_of_scikit_learn() -> None:
+    csv = pd.read_csv(NIH, usecols=["Image Index", "Finding Labels", "Patient ID"])
+    labels = np.stack([csv["Finding Labels"].str.contains(name) for name in FINDINGS], axis=1)
+    logits = np.random.default_rng(0).normal(-2 + 1.2 * labels, 1.2)
+    table = pd.DataFrame(
+        {"image": csv["Image Index"], "patient": csv["Patient ID"], "split": "val"}
+    )
+    probabilities = np.round(1 / (1 + np.exp(-logits)), 3).astype(np.float32)  # with ties
+    relabels = np.full((len(csv), 4), np.nan, np.float32)
+    whole = Predictions(FINDINGS, table, labels.astype(np.int8), probabilities, relabels)
+    is_test = (csv["Patient ID"] % 4 == 0).to_numpy()
+    points, test = OperatingPoints.fit(whole.take(~is_test)), whole.take(is_test)
+    applied, calibrated = apply(points, test, Resamples(5))["points"], calibration(points, test)
+    for column, name in enumerate(FINDINGS):
+        truth, probability = test.labels[:, column], test.probabilities[:, column].astype(float)
+        assert set(applied[name]) == set(KINDS)
+        for found in applied[name].values():
+            above = probability >= found["threshold"]
+            expected = precision_recall_fscore_support(truth, above, labels=[0, 1])
+            assert found["npv"]["value"] == pytest.approx(expected[0][0], rel=1e-9)
+            assert found["ppv"]["value"] == pytest.approx(expected[0][1], rel=1e-9)
+            assert found["specificity"]["value"] == pytest.approx(expected[1][0], rel=1e-9)
+            assert found["sensitivity"]["value"] == pytest.approx(expected[1][1], rel=1e-9)
+            assert found["true_positives"] + found["false_negatives"] == truth.sum()
+        found = calibrated[name]["platt_scaled"]
+        slope, intercept = points.platt[name]
+        kept = clipped(probability)
+        line = slope * np.log(kept / (1 - kept)) + intercept
+        scores = 1 / (1 + np.exp(-line))
+        assert found["brier"] == pytest.approx(brier_score_loss(truth, scores), rel=1e-9)
+        assert found["log_loss"] == pytest.approx(log_loss(truth, scores), rel=1e-9)
+        assert found["log_loss"] < calibrated[name]["before"]["log_loss"]
