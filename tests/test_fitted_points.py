@@ -18,9 +18,10 @@ from cxr_vit.commands.fitted_points import operating_points_of
 from cxr_vit.commands.members import Members
 from cxr_vit.commands.scored_data import scored_data
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
-from cxr_vit.evaluation.predictions import predictions_of
+from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
 from cxr_vit.training.run_folder import config_of_checkpoint
+from cxr_vit.training.scoring import ensemble
 
 Call = Callable[..., Tuple[Optional[OperatingPoints], str]]
 
@@ -39,7 +40,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(str(trained), str(tmp_path / "run"), symlinks=True))
 
 
-def _members(*words: Any) -> Tuple[Members, Any]:
+def _members(*words: Any) -> Tuple[Members, Predictions]:
     """Score as evaluate.py does."""
     arguments = evaluate_arguments(["--checkpoint", *map(str, words)])
     found = []
@@ -50,7 +51,9 @@ def _members(*words: Any) -> Tuple[Members, Any]:
     members = Members(found)
     split = members.set_up(arguments.split)
     members.describe(split)
-    return members, members.test(split)
+    scored = [member.test(split) for member in members.all]
+    outputs = ensemble(scored) if len(scored) > 1 else scored[0]
+    return members, predictions_of(members.records(split), outputs)
 
 
 @pytest.fixture
@@ -58,10 +61,10 @@ def call(capsys: Any, tmp_path: Path) -> Call:
     """Return the points that evaluate.py would apply, and what it prints of them."""
 
     def points_of(*words: Any, out: str = "out") -> Tuple[Optional[OperatingPoints], str]:
-        members, outputs = _members(*words)
+        members, predictions = _members(*words)
         capsys.readouterr()
         (tmp_path / out).mkdir(exist_ok=True)
-        return operating_points_of(members, tmp_path / out, outputs), capsys.readouterr().out
+        return operating_points_of(members, tmp_path / out, predictions), capsys.readouterr().out
 
     return points_of
 
@@ -79,8 +82,8 @@ def test_first_report_scores_the_validation_images_and_later_ones_read(
     again, output = call(run, out="other")
     assert (again, output) == (points, "")
     assert OperatingPoints.read(tmp_path / "other" / OPERATING_POINTS) == points
-    members, outputs = _members(run, "--split", "val")
-    expected = OperatingPoints.fit(predictions_of(members.records("val"), outputs))
+    _, predictions = _members(run, "--split", "val")
+    expected = OperatingPoints.fit(predictions)
     assert points.thresholds == expected.thresholds
     assert points.fitted_on["sha256"] == expected.fitted_on["sha256"]
 
@@ -178,8 +181,8 @@ def test_ensemble_is_fitted_on_its_mean_probabilities(run: Path, call: Call, sec
     other = second
     points, output = call(run, other)
     assert points is not None and "scoring 30" in output
-    members, outputs = _members(run, other, "--split", "val")
-    expected = OperatingPoints.fit(predictions_of(members.records("val"), outputs))
+    _, predictions = _members(run, other, "--split", "val")
+    expected = OperatingPoints.fit(predictions)
     assert points.thresholds == expected.thresholds
     assert not (checkpoint_of(run) / OPERATING_POINTS).exists()
     assert call(run, other) == (points, ""), "read from the report"
@@ -187,10 +190,11 @@ def test_ensemble_is_fitted_on_its_mean_probabilities(run: Path, call: Call, sec
 
 
 def test_fit_leaves_the_facts_of_the_scored_split(run: Path, tmp_path: Path, second: Path) -> None:
-    members, outputs = _members(run, second)
+    members, predictions = _members(run, second)
+    members.all[0].facts["auroc_macro"] = 0.5
     before = json.dumps(members.origin())
-    assert operating_points_of(members, tmp_path, outputs) is not None
-    assert json.dumps(members.origin()) == before and "auroc_macro" in before
+    assert operating_points_of(members, tmp_path, predictions) is not None
+    assert json.dumps(members.origin()) == before
 
 
 def test_ensemble_with_other_validation_images_has_no_points(

@@ -15,9 +15,8 @@ from cxr_vit.commands.scored_data import OtherData
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.label_match import LabelMatch
-from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints, data_sha256
-from cxr_vit.evaluation.predictions import predictions_of
+from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.files import remove, writing_to
 from cxr_vit.training.scoring import ensemble
 
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def operating_points_of(
-    members: Members, out: Path, outputs: EvalOutputs
+    members: Members, out: Path, predictions: Predictions
 ) -> Optional[OperatingPoints]:
     """Return the operating points for a scored split, by its labels, or None with a message.
 
@@ -39,7 +38,7 @@ def operating_points_of(
     All processes call it, after `Members.describe`. Raises DataError if the report's file cannot be
     written; a damaged file is not used, with a warning.
     """
-    points = _found(members, out, outputs)
+    points = _found(members, out, predictions)
     if members.is_main:
         with writing_to(out):
             if points is None:
@@ -47,13 +46,13 @@ def operating_points_of(
             else:
                 points.write(out / OPERATING_POINTS)
     is_other = isinstance(members.all[0].scored, OtherData)
-    if points is not None and outputs.split == "val" and not is_other:
+    if points is not None and _is_validation(predictions) and not is_other:
         text = "the operating points are fitted on the images that are scored: they are optimistic"
         _say(members.is_main, text)
     return points
 
 
-def _found(members: Members, out: Path, outputs: EvalOutputs) -> Optional[OperatingPoints]:
+def _found(members: Members, out: Path, predictions: Predictions) -> Optional[OperatingPoints]:
     """Return stored points or new ones, by the labels of the scored data."""
     first, is_main = members.all[0], members.is_main
     own = [] if len(members.all) > 1 else [first.checkpoint / OPERATING_POINTS]
@@ -77,7 +76,7 @@ def _found(members: Members, out: Path, outputs: EvalOutputs) -> Optional[Operat
     text = find("operating points", lambda: _stored([*own, out / OPERATING_POINTS], wanted))
     if text:
         return OperatingPoints.model_validate_json(text)
-    points = _fit(members, outputs, wanted.model_sha256)
+    points = _fit(members, predictions, wanted.model_sha256)
     if is_main and first.match.is_identity and not first.facts["changed_since_training"]:
         _keep(points, own)
     return points
@@ -143,17 +142,21 @@ def _stored(places: Sequence[Path], wanted: _Wanted) -> str:
     return ""
 
 
-def _fit(members: Members, outputs: EvalOutputs, model_sha256: str) -> OperatingPoints:
-    """Fit on the validation images, which are scored unless the outputs are theirs."""
-    records = members.records("val")
-    if outputs.split != "val":
+def _fit(members: Members, predictions: Predictions, model_sha256: str) -> OperatingPoints:
+    """Fit on the validation images, which are scored unless the predictions are theirs."""
+    if not _is_validation(predictions):
+        records = members.records("val")
         text = f"operating points: scoring {len(records)} validation images to fit them"
         _say(members.is_main, text)
         start = time.perf_counter()
         scored = [member.test("val") for member in members.all]
-        outputs = ensemble(scored) if len(scored) > 1 else scored[0]
+        predictions = predictions_of(records, ensemble(scored) if len(scored) > 1 else scored[0])
         _say(members.is_main, f"scored in {time.perf_counter() - start:.0f} s")
-    return OperatingPoints.fit(predictions_of(records, outputs), model_sha256=model_sha256)
+    return OperatingPoints.fit(predictions, model_sha256=model_sha256)
+
+
+def _is_validation(predictions: Predictions) -> bool:
+    return bool((predictions.table["split"] == "val").all())
 
 
 def _keep(points: OperatingPoints, places: Sequence[Path]) -> None:
