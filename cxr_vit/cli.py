@@ -55,6 +55,10 @@ COMMANDS = {
         "compare runs: mean and standard deviation over the seeds of a recipe, or of several",
         "summarize:summarize",
     ),
+    "compare": Command(
+        "compare models on the same images: which differences are more than noise",
+        "compare:compare",
+    ),
     "check": Command(
         "validate a configuration; print it, the batch arithmetic and the stages", "check:check"
     ),
