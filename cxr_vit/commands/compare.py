@@ -33,8 +33,8 @@ def compare(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     if not 2 <= len(arguments.models) <= _MOST_MODELS:
         parser.error(
-            f"give from 2 to {_MOST_MODELS} models, the baseline first; there is"
-            f" {len(arguments.models)}"
+            f"{len(arguments.models)} given to compare: give the baseline first, and from 1 to"
+            f" {_MOST_MODELS - 1} others"
         )
     least, most = _RESAMPLES
     if not least <= arguments.resamples <= most:
