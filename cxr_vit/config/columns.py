@@ -137,12 +137,13 @@ class Columns(BaseModel):
     sex: Optional[Column] = None
     age: Optional[Column] = None
     view: Optional[Column] = None
+    source: Optional[Column] = None
     labels: Optional[Column] = None
 
 
 COLUMNS_WORDS = (
-    "a mapping of image, patient (both needed), split, sex, age, view, labels to the name of a"
-    " column, or to {column: name, pattern: regular expression}"
+    "a mapping of image, patient (both needed), split, sex, age, view, source, labels to the"
+    " name of a column, or to {column: name, pattern: regular expression}"
 )
 
 #: A label's name is a tag of the logs, a column of predictions.csv and text on the terminal: no

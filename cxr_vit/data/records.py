@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import numpy as np
 import pandas as pd
 
 #: Findings labelled again by Google's radiologists; the order of `Records.relabels`.
 RELABELS: Tuple[str, ...] = ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass")
+#: NIH's findings that are one of these; it has none for fractures. Material in the airspaces is
+#: called by any of the four names in NIH's reports.
+NIH_FINDINGS: Dict[str, Tuple[str, ...]] = {
+    "Pneumothorax": ("Pneumothorax",),
+    "Airspace opacity": ("Consolidation", "Infiltration", "Pneumonia", "Edema"),
+    "Nodule or mass": ("Nodule", "Mass"),
+}
 
 #: Columns of `Records.boxes`.
 BOX_SIDES = ["x", "y", "width", "height"]
@@ -33,7 +40,8 @@ class Records:
         Columns `image` (file name, or path as the table has it), `patient` (int64 or text), `age`
         (years, float64, NaN if unknown), `sex` and `view` (text, empty if unknown); of NIH's CSV
         also `findings` (text), `follow_up` (int64, -1 if unknown), `width` and `height` of the
-        original image (pixels, float64, NaN if unknown).
+        original image (pixels, float64, NaN if unknown); of a table also `source` (text, empty if
+        unknown).
     labels
         int8 ``[len(table), classes]``: 0, 1 or `UNKNOWN`.
     boxes

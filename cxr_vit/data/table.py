@@ -46,7 +46,7 @@ _SPLIT_WORDS = {
 _SEXES = {"male": "M", "m": "M", "female": "F", "f": "F"}
 
 #: Columns in which the rows of an image agree.
-_OF_IMAGE = ("patient", "split", "sex", "age", "view")
+_OF_IMAGE = ("patient", "split", "sex", "age", "view", "source")
 
 #: Different values that a message lists.
 _SHOWN_VALUES = 20
@@ -55,7 +55,7 @@ _SHOWN_VALUES = 20
 class _Part(NamedTuple):
     """What is read of one file and those joined to it."""
 
-    #: Columns `image`, `patient`, `split`, `sex`, `age`, `view`.
+    #: Column `image`, and those of `_OF_IMAGE`.
     table: pd.DataFrame
     labels: np.ndarray
 
@@ -272,7 +272,7 @@ def _one_row_per_image(
     for key in _OF_IMAGE:
         values = pd.factorize(table[key])[0]  # NaN equals NaN
         differs = values != values[first][codes]
-        hint = "All rows of an image have the same patient, split, sex, age and view."
+        hint = "All rows of an image have the same patient, split, sex, age, view and source."
         what = f"another {key} than in the image's first row{{}}"
         _refuse_in_files(rows, differs, images, what, hint, first[codes])
     positive = _sums(codes, labels == 1, len(distinct))

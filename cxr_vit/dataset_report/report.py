@@ -15,7 +15,7 @@ import pandas as pd
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.nih import IMAGE_PIXELS
-from cxr_vit.data.records import RELABELS, UNKNOWN
+from cxr_vit.data.records import NIH_FINDINGS, RELABELS, UNKNOWN
 from cxr_vit.data.splits import SPLIT_NAMES, num_sharing_patients
 from cxr_vit.dataset_report import page
 from cxr_vit.dataset_report.page import Section, Table
@@ -34,13 +34,6 @@ _MOST_SHOWN = 40
 #: The score of a finding with fewer patients in a split is mostly noise.
 _FEW_PATIENTS = 10
 _ADULT_YEARS = 18
-
-#: A radiologists' label, and the corresponding findings of the CSV.
-_MEANING = {
-    "Pneumothorax": ("Pneumothorax",),
-    "Airspace opacity": ("Consolidation", "Infiltration", "Pneumonia", "Edema"),
-    "Nodule or mass": ("Nodule", "Mass"),
-}
 
 
 class _Data:
@@ -386,10 +379,10 @@ def _relabels_section(data: _Data) -> List[Section]:
         read = np.flatnonzero(~np.isnan(answers[:, column]))
         second = answers[read, column] == 1
         cells = [label, _count(len(read)), _count(second.sum())]
-        if label not in _MEANING:
+        if label not in NIH_FINDINGS:
             rows.append([*cells, *["-"] * 5])
             continue
-        names = [data.names.index(name) for name in _MEANING[label]]
+        names = [data.names.index(name) for name in NIH_FINDINGS[label]]
         first = data.labels[read][:, names].any(axis=1)
         both = (first & second).sum()
         counts = map(_count, (both, (first & ~second).sum(), (~first & second).sum()))
@@ -401,7 +394,9 @@ def _relabels_section(data: _Data) -> List[Section]:
         rows,
     )
     meanings = "; ".join(
-        f"{label} with {' or '.join(names)}" for label, names in _MEANING.items() if len(names) > 1
+        f"{label} with {' or '.join(names)}"
+        for label, names in NIH_FINDINGS.items()
+        if len(names) > 1
     )
     images = (~np.isnan(answers)).any(axis=1).sum()
     note = (

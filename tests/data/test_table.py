@@ -55,7 +55,7 @@ def refused(root: Path, *args: Any, **changes: Any) -> str:
 def test_every_column_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = read(tmp_path, columns=EVERY)
     table = records.table
-    assert list(table.columns) == ["image", "patient", "sex", "age", "view"]
+    assert list(table.columns) == ["image", "patient", "sex", "age", "view", "source"]
     assert table["image"].tolist() == ["a/1.png", "a/2.png", "b/3", "C:\\x\\4.dcm"]
     assert table["patient"].tolist() == ["P01", "P01", "1", "00001"]
     assert table["sex"].tolist() == ["M", "M", "F", "unknown"]
@@ -73,11 +73,26 @@ def test_every_column_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_columns_that_are_not_named_are_empty(tmp_path: Path) -> None:
     records = read(tmp_path)
     assert records.given_split is None
-    assert records.table["sex"].tolist() == records.table["view"].tolist() == [""] * 4
+    for name in ("sex", "view", "source"):
+        assert records.table[name].tolist() == [""] * 4
     assert all(map(math.isnan, records.table["age"]))
     taken = records.take(np.array([3, 0]))
     assert taken.table["patient"].tolist() == ["00001", "P01"]
     assert taken.labels.tolist() == [[1, 0], [1, 0]]
+
+
+def test_several_files_have_one_column_of_sources(tmp_path: Path) -> None:
+    header = "path,who,site,Mass,Nodule"
+    write(tmp_path / "v.csv", ["south/3.png,c,S,0,1"], header)
+    csv, rows = {"train": "t.csv", "val": "v.csv"}, ["north/1.png,a,N,1,0", "2.png,b,,0,0"]
+    records = read(tmp_path, rows, header, csv=csv, columns={**COLUMNS, "source": "site"})
+    assert records.table["source"].tolist() == ["N", "", "S"]
+    folder = {"column": "path", "pattern": "^([^/]+)/"}
+    assert "no match of data.columns.source.pattern" in refused(
+        tmp_path, rows, header, csv=csv, columns={**COLUMNS, "source": folder}
+    )
+    records = read(tmp_path, rows[:1], header, csv=csv, columns={**COLUMNS, "source": folder})
+    assert records.table["source"].tolist() == ["north", "south"]
 
 
 def test_a_missing_column_is_named_with_near_ones_and_the_header(tmp_path: Path) -> None:
@@ -178,7 +193,7 @@ def test_a_pattern_names_the_columns_of_labels(tmp_path: Path) -> None:
     assert names == ["is_[Mass]", "is_Nodule"] and records.labels.shape == (4, 2)
     for labels, found in (
         ("i?_N*", ["is_Nodule"]),
-        ("view", ["view"]),
+        ("part", ["part"]),
         ("w*", None),
         ("IS*", None),
     ):
@@ -501,6 +516,14 @@ def test_rows_of_an_image_must_agree(tmp_path: Path, middle: str, key: str) -> N
     assert (
         f"another {key} than in the image's first row in 1 of 10 rows, first in row 10" in message
     )
+
+
+def test_rows_of_an_image_have_one_source(tmp_path: Path) -> None:
+    rows, columns = ["a,P,north,1,0", "a,P,south,0,0"], {**COLUMNS, "source": "site"}
+    message = refused(
+        tmp_path, rows, "path,who,site,Mass,Nodule", columns=columns, repeated_images="any"
+    )
+    assert "another source than in the image's first row in 1 of 2 rows" in message
 
 
 def test_unknown_ages_agree(tmp_path: Path) -> None:

@@ -179,10 +179,10 @@ def relabels(folder: Path) -> Reader:
 _COLUMNS = {
     "image": "path",
     "patient": {"column": "path", "pattern": r"p\d+"},
-    **{key: key for key in ("split", "sex", "age", "view")},
+    **{key: key for key in ("split", "sex", "age", "view", "source")},
 }
-_TABLE = "path,split,sex,age,view,Mass,Nodule\n" + "\n".join(
-    f"p{row // 2}/{row}.png,train,Female,5{row}.0,PA,{'1.0' if row % 2 else -1},{row % 3 % 2}"
+_TABLE = "path,split,sex,age,view,source,Mass,Nodule\n" + "\n".join(
+    f"p{row // 2}/{row}.png,train,Female,5{row}.0,PA,X,{'1.0' if row % 2 else -1},{row % 3 % 2}"
     for row in range(8)
 )
 
