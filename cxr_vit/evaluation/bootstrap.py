@@ -73,7 +73,12 @@ def replicate(
 def intervals(
     statistic: Statistic, patients: int, resamples: Resamples, progress: Optional[Progress] = None
 ) -> Dict[str, Interval]:
-    """Return each value that is defined, by name, with its interval over `patients` patients."""
+    """Return each value that is defined, by name, with its interval over `patients` patients.
+
+    One patient has no interval: every resample would be the same.
+    """
+    if patients < 2:
+        resamples = Resamples(0, resamples.seed)
     values = statistic.of(np.ones((1, patients), np.int64))[0]
     replicates = replicate(statistic, patients, resamples, progress)
     return {
