@@ -104,10 +104,9 @@ class Predictions:
             table[name] = table[name].where(values.notna(), "")
         for name, values in zip(RELABELS, self.relabels.T):
             if not np.isnan(values).all():
-                known = ~np.isnan(values)
-                table[relabel_column(name)] = [
-                    int(value) if is_known else None for value, is_known in zip(values, known)
-                ]
+                # As objects: a column of numbers without some would be 0.0 and 1.0 in the file.
+                texts = [None if np.isnan(value) else int(value) for value in values]
+                table[relabel_column(name)] = pd.Series(texts, dtype=object)
         write_csv(path, table)
 
 
