@@ -104,9 +104,8 @@ class Predictions:
             table[name] = table[name].where(values.notna(), "")
         for name, values in zip(RELABELS, self.relabels.T):
             if not np.isnan(values).all():
-                # As objects: a column of numbers without some would be 0.0 and 1.0 in the file.
-                texts = [None if np.isnan(value) else int(value) for value in values]
-                table[relabel_column(name)] = pd.Series(texts, dtype=object)
+                texts = ["" if np.isnan(value) else str(int(value)) for value in values]
+                table[relabel_column(name)] = texts
         write_csv(path, table)
 
 
