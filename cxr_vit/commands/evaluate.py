@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         found.append((checkpoint, state, scored))
 
     with importing():
+        from cxr_vit.commands.fitted_points import operating_points_of
         from cxr_vit.commands.given_predictions import score_predictions, show_report
         from cxr_vit.commands.members import Members
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     out = make_folder(arguments.out, default, levels=levels)  # now: scoring may take long
     members.describe(split)
     predictions = members.predictions(split)
+    points = operating_points_of(members, out, predictions)
     if members.is_main:
-        show_report(out, predictions, members.evaluation, members.origin())
+        show_report(out, predictions, members.evaluation, members.origin(), points)
     return 0

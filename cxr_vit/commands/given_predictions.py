@@ -9,9 +9,10 @@ from cxr_vit.config import read_config
 from cxr_vit.config.schema import EvaluationSection
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Resamples
+from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
 from cxr_vit.evaluation.predictions import Predictions, read_predictions
 from cxr_vit.evaluation.report import METRICS, print_table, sha256_of, write_report
-from cxr_vit.files import make_folder
+from cxr_vit.files import make_folder, writing_to
 from cxr_vit.regular_files import read_json
 
 #: Of metrics.json, which has some kilobytes for each label.
@@ -23,11 +24,14 @@ def show_report(
     predictions: Predictions,
     evaluation: EvaluationSection,
     origin: Dict[str, Any],
+    points: Optional[OperatingPoints],
     source: Optional[Path] = None,
 ) -> None:
     """Write the report and print its table; see `write_report`."""
     resamples = Resamples(evaluation.resamples)
-    metrics = write_report(out, predictions, resamples=resamples, origin=origin, source=source)
+    metrics = write_report(
+        out, predictions, resamples=resamples, origin=origin, points=points, source=source
+    )
     print_table(metrics)
     print(f"report: {out}")
 
@@ -35,7 +39,8 @@ def show_report(
 def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str]) -> int:
     """Score a predictions.csv, by default into its own folder; return the exit status.
 
-    What the report beside it says of checkpoint and data is kept. Raises DataError if the report
+    The operating points are those beside the file. What the report beside it says of checkpoint and
+    data is kept. Raises DataError if the report
     is of other predictions and would be replaced.
     """
     evaluation = read_config([], overrides).evaluation
@@ -49,7 +54,12 @@ def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str
         )
     out = make_folder(given, path.parent)
     print(f"{path}: {len(predictions)} images, {len(predictions.names)} labels", flush=True)
-    show_report(out, predictions, evaluation, origin or {}, source=path)
+    stored = path.parent / OPERATING_POINTS
+    points = OperatingPoints.read(stored) if stored.exists() else None
+    if points is not None:
+        with writing_to(out):
+            points.write(out / OPERATING_POINTS)
+    show_report(out, predictions, evaluation, origin or {}, points, source=path)
     return 0
 
 

@@ -113,6 +113,10 @@ class OperatingPoints(BaseModel):
             platt=_fitted(fit_platt, labels),
         )
 
+    def of_kind(self, kind: _Kind) -> Dict[str, float]:
+        """Return the threshold of a kind by label."""
+        return {name: each[kind] for name, each in self.thresholds.items() if kind in each}
+
     def write(self, path: Path) -> None:
         """Write the file atomically; `read` returns the same. Raises OSError if that fails."""
         write_text(path, json.dumps(self.model_dump(), indent=2) + "\n")

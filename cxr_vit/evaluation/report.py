@@ -16,11 +16,15 @@ from rich.table import Table
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.console import progress
 from cxr_vit.evaluation.bootstrap import Resamples
+from cxr_vit.evaluation.calibration import calibration
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import mean_of_defined
+from cxr_vit.evaluation.operating_points import OperatingPoints, apply
 from cxr_vit.evaluation.predictions import Predictions
+from cxr_vit.evaluation.relabels import relabels
 from cxr_vit.evaluation.scores import score
 from cxr_vit.evaluation.statistics import clipped
+from cxr_vit.evaluation.subgroups import subgroups
 from cxr_vit.files import replacing, write_text, writing_to
 
 NOTICE = "For research only; not a medical device."
@@ -36,15 +40,17 @@ def write_report(
     *,
     resamples: Resamples,
     origin: Dict[str, Any],
+    points: Optional[OperatingPoints] = None,
     source: Optional[Path] = None,
 ) -> Dict[str, Any]:
     """Write the files of the report of a scored split; return the content of metrics.json.
 
-    `origin` are JSON-able facts to store with the scores: checkpoint, step, data hashes. `source`
-    is the file that the predictions are from, if any; that file itself is not written. Raises
-    DataError if the folder cannot be written.
+    `points` are those that `operating_points.json` of the folder has. `origin` are JSON-able facts
+    to store with the scores: checkpoint, step, data hashes. `source` is the file that the
+    predictions are from, if any; that file itself is not written. Raises DataError if the folder
+    cannot be written.
     """
-    computed = compute_metrics(predictions, resamples)
+    computed = compute_metrics(predictions, resamples, points)
     facts = {key: value for key, value in origin.items() if key not in computed}
     metrics = {**computed, **facts, "notice": NOTICE}
     title = (
@@ -73,9 +79,11 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def compute_metrics(predictions: Predictions, resamples: Resamples) -> Dict[str, Any]:
+def compute_metrics(
+    predictions: Predictions, resamples: Resamples, points: Optional[OperatingPoints]
+) -> Dict[str, Any]:
     """Return what metrics.json has of predictions: the scores in brief, then the sections."""
-    sections = _sections(predictions, resamples)
+    sections = _sections(predictions, resamples, points)
     return {
         "schema_version": SCHEMA_VERSION,
         "split": predictions.split,
@@ -84,10 +92,20 @@ def compute_metrics(predictions: Predictions, resamples: Resamples) -> Dict[str,
     }
 
 
-def _sections(predictions: Predictions, resamples: Resamples) -> Dict[str, Any]:
+def _sections(
+    predictions: Predictions, resamples: Resamples, points: Optional[OperatingPoints]
+) -> Dict[str, Any]:
     """Return the sections of metrics.json, each the result of a function of the predictions."""
     with progress("resample", done=0, total=resamples.count) as advance:
-        return {**score(predictions, resamples, advance)}
+        scores = score(predictions, resamples, advance)
+    youden = {} if points is None else points.of_kind("youden")
+    return {
+        **scores,
+        "operating_points": points and apply(points, predictions, resamples),
+        "calibration": points and calibration(points, predictions),
+        "subgroups": subgroups(predictions, youden, resamples),
+        "relabels": relabels(predictions, resamples),
+    }
 
 
 def _brief(predictions: Predictions, findings: Dict[str, Any]) -> Dict[str, Any]:
