@@ -30,6 +30,11 @@ def option(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
+def less_is_better(score: str) -> bool:
+    """Whether the name of a score is that of a loss; of all others, more is better."""
+    return score.endswith("loss")
+
+
 def _expand(text: str) -> str:
     """Replace `${VARIABLE:-default}` and a leading `~`; an unset variable needs a default."""
 

@@ -314,8 +314,15 @@ class TrainSection(Section):
         "a NaN or infinite loss or gradient: stop and describe it in a file of the run, or leave"
         " the weights as they are and go on (torch and pipeline engines)",
     )
+    monitor: str = option(
+        "auroc_macro",
+        "score of the validations that decides which checkpoint is best, and early stopping: a"
+        " logged one without val/, such as average_precision_macro, auroc/Hernia or loss, of which"
+        " less is better",
+        min_length=1,
+    )
     early_stopping_patience: Optional[Count] = option(
-        None, "validations without a better macro AUROC before training stops"
+        None, "validations without a better train.monitor before training stops"
     )
 
 

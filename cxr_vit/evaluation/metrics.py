@@ -19,6 +19,8 @@ from cxr_vit.errors import NonFiniteLoss
 
 #: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
 Scores = Dict[str, Optional[float]]
+#: The scores of a validation that are the limits of the macro AUROC's interval.
+MACRO_LIMITS = ("auroc_macro_low", "auroc_macro_high")
 
 
 @dataclass(frozen=True)

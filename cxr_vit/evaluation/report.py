@@ -141,6 +141,7 @@ def print_table(metrics: Dict[str, Any], console: Optional[Console] = None) -> N
         # Else there is no room for one more column in 80.
         show_edge=not has_unknown,
         collapse_padding=has_unknown,
+        pad_edge=not has_unknown,
     )
     table.add_column("finding", no_wrap=True)
     level = f"{100 * metrics['intervals']['level']:.0f} %"

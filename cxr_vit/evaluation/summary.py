@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from cxr_vit.checkpoint_files import CONFIG
 from cxr_vit.config import Config, read_config
+from cxr_vit.config.fields import less_is_better
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.files import is_lock_file
 from cxr_vit.regular_files import read_bytes, read_json
@@ -124,7 +125,7 @@ def read_run(path: Path) -> Run:
     scored = [event for event in events if _MACRO in event]
     if not scored:
         raise UnusableRun("metrics.jsonl has no validation: it has not come that far")
-    best = _best(scored)
+    best = _best(scored, config.train.monitor)
     speeds = [event for event in events if event.get("perf/samples_per_s")]
     test = _test_scores(path / "report" / "metrics.json")
     labels = {tag[len(_OF_LABEL) :]: best[tag] for tag in best if tag.startswith(_OF_LABEL)}
@@ -168,10 +169,11 @@ def _events(path: Path) -> List[Dict[str, Any]]:
     return events
 
 
-def _best(scored: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+def _best(scored: Sequence[Dict[str, Any]], monitor: str) -> Dict[str, Any]:
     """Return the first event with the best score, as training chooses; else the last one."""
-    defined = [event for event in scored if event[_MACRO] is not None]
-    return max(defined, key=lambda event: float(event[_MACRO])) if defined else scored[-1]
+    tag, sign = f"val/{monitor}", -1.0 if less_is_better(monitor) else 1.0
+    defined = [event for event in scored if event.get(tag) is not None]
+    return max(defined, key=lambda event: sign * float(event[tag])) if defined else scored[-1]
 
 
 def _is_number(value: Any) -> bool:

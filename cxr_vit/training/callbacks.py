@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from cxr_vit.config.schema import Config
+from cxr_vit.config.fields import less_is_better
+from cxr_vit.config.schema import Config, TrainSection
 from cxr_vit.console import progress_bar
 from cxr_vit.data.dataset import Batch
 from cxr_vit.errors import ConfigError
@@ -25,8 +26,8 @@ from cxr_vit.training.nonfinite import NonFiniteGuard
 
 logger = logging.getLogger(__name__)
 
-#: The metric that decides which checkpoint is best.
-MONITOR = "auroc_macro"
+#: The score that decides which checkpoint is best, by default.
+MONITOR: str = TrainSection().monitor
 
 
 def default_callbacks(
@@ -36,7 +37,7 @@ def default_callbacks(
     every = config.train.log_every_steps
     built_in: List[Callback] = [
         NonFiniteGuard(skips=config.train.on_nonfinite == "skip_update"),
-        EarlyStopping(patience=config.train.early_stopping_patience),
+        EarlyStopping(f"val/{config.train.monitor}", patience=config.train.early_stopping_patience),
         MetricsLogging(every=every),
     ]
     if config.engine.synthetic_data:
@@ -66,7 +67,7 @@ class EarlyStopping(Callback):
         patience: Optional[int] = 3,
         mode: Optional[str] = None,
     ) -> None:
-        mode = mode or ("min" if monitor.endswith("loss") else "max")
+        mode = mode or ("min" if less_is_better(monitor) else "max")
         if mode not in ("max", "min"):
             raise ConfigError(f"EarlyStopping: mode={mode!r} must be 'max' or 'min'.")
         self.patience = patience

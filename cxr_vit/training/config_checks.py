@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Collection, Iterable
+
+import torch
 
 from cxr_vit.config import Config
-from cxr_vit.errors import ConfigError
+from cxr_vit.config.schema import TrainSection
+from cxr_vit.errors import ConfigError, suggestion
+from cxr_vit.evaluation.metrics import MACRO_LIMITS
 from cxr_vit.model.module import ViTModule
 from cxr_vit.model.optim import explaining_missing_rate
 
@@ -46,6 +50,30 @@ def check_data_config(config: Config, data_config: Config, *, trains: bool) -> N
         sections = ("data.", "augment.", "run.seed")
         keys = {key for key in config.flat() if key.startswith(sections)} - _NOT_CONTENT
     _check_same("data module", config, data_config, keys)
+
+
+def check_monitor(config: Config, module: ViTModule) -> None:
+    """Raise ConfigError if a validation will have no score `train.monitor`.
+
+    What a module of the user's own returns is known after the first validation only.
+    """
+    has_own = type(module).compute_metrics is not ViTModule.compute_metrics
+    if has_own or config.train.monitor in (TrainSection().monitor, "loss"):
+        return
+    example = torch.tensor([[0.0], [1.0]]).expand(2, len(module.names))
+    names = [*module.compute_metrics(example, example), "loss"]
+    if config.evaluation.val_resamples:
+        names += MACRO_LIMITS
+    refuse_unknown_score(config.train.monitor, names)
+
+
+def refuse_unknown_score(monitor: str, names: Collection[str]) -> None:
+    """Raise ConfigError if `train.monitor` is none of the scores of a validation."""
+    if monitor not in names:
+        raise ConfigError(
+            f"train.monitor={monitor}: a validation has no such score.{suggestion(monitor, names)}"
+            f" There are: {', '.join(names)}."
+        )
 
 
 def rate_at(module: ViTModule, step: int, total_steps: int) -> float:

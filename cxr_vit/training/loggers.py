@@ -64,6 +64,10 @@ _MACHINE = {
 _LAYOUT = {
     "validation": {
         "macro AUROC": ["Multiline", ["^val/auroc_macro$"]],
+        "macro AUROC with its 95 % interval": [
+            "Margin",
+            ["val/auroc_macro", "val/auroc_macro_low", "val/auroc_macro_high"],
+        ],
         "AUROC of each finding": ["Multiline", ["^val/auroc/"]],
     },
     "training": {

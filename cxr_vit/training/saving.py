@@ -10,9 +10,12 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from cxr_vit.config.fields import less_is_better
 from cxr_vit.errors import CheckpointError, NonFiniteLoss
+from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import RESERVED, check_json, only_warning
+from cxr_vit.training.config_checks import refuse_unknown_score
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +26,14 @@ class Saver:
     Attributes
     ----------
     best_score, best_step
-        `MONITOR` of the checkpoint `best`, None while undefined, and its step.
+        `train.monitor` of the checkpoint `best`, None while undefined, and its step.
     tried_step
         Step of the last checkpoint, also if it could not be written.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._monitor = trainer.config.train.monitor
         self.best_score: Optional[float] = None
         self.best_step: Optional[int] = None
         self.tried_step = 0
@@ -41,8 +45,12 @@ class Saver:
         self._unsaved_best: Optional[Tuple[Optional[float], Optional[int]]] = None
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue after a checkpoint, given the content of its `trainer_state.json`."""
-        self.best_score, self.best_step = state["best_score"], state["best_step"]
+        """Continue after a checkpoint, given the content of its `trainer_state.json`.
+
+        If `train.monitor` was another, the next validated checkpoint is the best.
+        """
+        if state.get("monitor", MONITOR) == self._monitor:
+            self.best_score, self.best_step = state["best_score"], state["best_step"]
         self.tried_step, self._tried_validation = state["step"], state["evaluated_step"]
 
     def restore_folder(self) -> None:
@@ -53,6 +61,17 @@ class Saver:
     def forget_best(self) -> None:
         """Make the next validated checkpoint the best."""
         self.best_score = self.best_step = None
+
+    def monitored(self) -> Optional[float]:
+        """Return `train.monitor` of the last validation; None where it is undefined.
+
+        Raises ConfigError if there is no such score. A module's own metrics may lack the default.
+        """
+        outputs: EvalOutputs = self.trainer.validation_outputs
+        scores = {**outputs.scores, "loss": outputs.loss}
+        if self._monitor != MONITOR:
+            refuse_unknown_score(self._monitor, scores)
+        return scores.get(self._monitor)
 
     def save_if_best(self, score: Optional[float]) -> None:
         """Save after a validation, if its score is the best or a checkpoint is due.
@@ -76,9 +95,12 @@ class Saver:
         if score is None:  # no label of the validation split has both positives and negatives
             effect = "best follows the last one" if self.best_score is None else "best stays"
             if effect != self._announced:
-                logger.warning("val/%s is undefined at step %d: %s", MONITOR, step, effect)
+                logger.warning("val/%s is undefined at step %d: %s", self._monitor, step, effect)
             self._announced = effect
-        is_best = self.best_score is None or (score is not None and score > self.best_score)
+        sign = -1.0 if less_is_better(self._monitor) else 1.0
+        is_best = self.best_score is None or (
+            score is not None and sign * score > sign * self.best_score
+        )
         if is_best:
             self.best_score, self.best_step = score, step
         return is_best
@@ -149,6 +171,7 @@ def collect_state(trainer: Any) -> Dict[str, Any]:
         "evaluated_step": trainer.evaluated_step,
         "best_score": trainer.saver.best_score,
         "best_step": trainer.saver.best_step,
+        "monitor": trainer.config.train.monitor,
         "callbacks": states,
     }
     own = dict(state)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Callable, List, Optional, Sequence, Tuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.dataset import ChestXrayDataset
-from cxr_vit.data.records import UNKNOWN
+from cxr_vit.data.records import UNKNOWN, Records
 from cxr_vit.data.views import VIEWS
 from cxr_vit.engines.base import Engine
 from cxr_vit.errors import ConfigError
+from cxr_vit.evaluation.bootstrap import Resamples, intervals
 from cxr_vit.evaluation.label_match import LabelMatch, match_labels
-from cxr_vit.evaluation.metrics import EvalOutputs, flat_scores
+from cxr_vit.evaluation.metrics import MACRO_LIMITS, EvalOutputs, flat_scores, probabilities
+from cxr_vit.evaluation.statistics import ranking
 from cxr_vit.model.loss import multi_label_loss
 from cxr_vit.model.module import ViTModule
 
@@ -96,6 +101,29 @@ def ensemble(members: Sequence[EvalOutputs]) -> EvalOutputs:
         sum(member.seconds for member in members),
         first.names,
     )
+
+
+def with_interval(outputs: EvalOutputs, records: Records, resamples: int) -> EvalOutputs:
+    """Add the 95 % interval of the macro AUROC to the scores: `MACRO_LIMITS`, None without one.
+
+    It is that of a bootstrap over the patients of `records`, which are in the order of the outputs.
+    Scores of a module's own, and those with no resamples, are returned as they are.
+    """
+    if resamples == 0 or "auroc_defined" not in outputs.scores:
+        return outputs
+    patients, distinct = pd.factorize(records.table["patient"])
+    statistic = ranking(
+        probabilities(outputs.logits).numpy(),
+        outputs.labels.numpy(),
+        patients,
+        outputs.names,
+        [column for column, name in enumerate(outputs.names) if not is_no_finding(name)],
+        means=("macro",),
+    )
+    how = Resamples(resamples if len(distinct) > 1 else 0)
+    macro = intervals(statistic, len(distinct), how).get("auroc/macro")
+    limits = (None, None) if macro is None else (macro.low, macro.high)
+    return replace(outputs, scores={**outputs.scores, **dict(zip(MACRO_LIMITS, limits))})
 
 
 def outputs_of(

@@ -42,7 +42,6 @@ from cxr_vit.evaluation.metrics import EvalOutputs, Scores, probabilities
 from cxr_vit.model.module import ViTModule
 from cxr_vit.training import config_checks
 from cxr_vit.training.callback import Callback, TrainOutputs
-from cxr_vit.training.callbacks import MONITOR
 from cxr_vit.training.checkpoint import CheckpointStore, check_facts, load_checkpoint
 from cxr_vit.training.durations import Durations
 from cxr_vit.training.extensions import all_callbacks, all_loggers
@@ -50,7 +49,13 @@ from cxr_vit.training.loggers import Figures, Logger, as_number
 from cxr_vit.training.pace import Pace, timed
 from cxr_vit.training.run_folder import FoundRun, RunFolder, create_run, find_run
 from cxr_vit.training.saving import Saver, restore_callbacks
-from cxr_vit.training.scoring import describe_views, match_of, outputs_of, predict_views
+from cxr_vit.training.scoring import (
+    describe_views,
+    match_of,
+    outputs_of,
+    predict_views,
+    with_interval,
+)
 from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -181,6 +186,7 @@ class Trainer:
             found = find_run(self.config.run, ckpt_path, self.launch, stack)
             self.setup_data(datamodule, "fit")
             self._open_module(module)
+            config_checks.check_monitor(self.config, module)
             self.match = match_of(module, datamodule, trains=True)
             self._open_splits(datamodule)
             restored = None
@@ -497,7 +503,10 @@ class Trainer:
     def _validate(self, dataset: ChestXrayDataset) -> None:
         """Score the validation split and notify the callbacks."""
         self._notify("on_validation_start")
-        self.validation_outputs = self._score(dataset, "val")
+        outputs = self._score(dataset, "val")
+        count = self.config.evaluation.val_resamples
+        self.validation_outputs = with_interval(outputs, dataset.records, count)
+        self.callback_metrics.update(self.validation_outputs.tagged())
         self._notify("on_validation_end")
 
     def _validate_and_save(self) -> None:
@@ -509,7 +518,7 @@ class Trainer:
         except Interrupted:  # a resumed run repeats it
             self.evaluated_step = before
             return
-        self.saver.save_if_best(self.validation_outputs.scores.get(MONITOR))
+        self.saver.save_if_best(self.saver.monitored())
 
     def _score(self, dataset: ChestXrayDataset, split: str, views: str = "center") -> EvalOutputs:
         """Score a split with the present weights."""

@@ -326,8 +326,13 @@ def test_layout_begins_with_the_macro_auroc_alone(run):
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = [chart for category in layout.category for chart in category.chart]
     tags = [list(chart.multiline.tag) for chart in charts]
+    (band,) = charts[1].margin.series
+    assert (band.value, band.lower, band.upper) == (
+        *("val/auroc_macro", "val/auroc_macro_low", "val/auroc_macro_high"),
+    )
     assert tags == [
         ["^val/auroc_macro$"],
+        [],
         ["^val/auroc/"],
         ["^train/loss$", "^val/loss$"],
         ["^train/lr$"],
