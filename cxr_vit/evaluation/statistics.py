@@ -267,9 +267,15 @@ def _mean(values: np.ndarray) -> np.ndarray:
     """Return the mean of each row's defined values, NaN without any."""
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(defined, values, 0.0).sum(axis=1) / defined.sum(axis=1)
+        return _sum(np.where(defined, values, 0.0)) / defined.sum(axis=1)
 
 
 def _weighted_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return (np.nan_to_num(values) * shares).sum(axis=1) / shares.sum(axis=1)
+        return _sum(np.nan_to_num(values) * shares) / _sum(shares)
+
+
+def _sum(values: np.ndarray) -> np.ndarray:
+    """Sum each row in an order that does not depend on the number of rows or their layout."""
+    total: np.ndarray = np.ascontiguousarray(values).sum(axis=1)
+    return total
