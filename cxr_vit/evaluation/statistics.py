@@ -151,7 +151,7 @@ def ranking(
                 "weighted": _weighted_mean(counted, shares),
                 "micro": pooled[:, row],
             }
-            parts += [values, np.stack([of_mean[name] for name in means], axis=1)]
+            parts += [values, *(of_mean[name][:, None] for name in means)]
         return np.concatenate(parts, axis=1)
 
     values = [*names, *means]
