@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "architecture.png"
 #: Scripts outside the package that compose it.
 SCRIPTS = ["train", "evaluate"]
 #: Modules that every package may import; they import nothing of the package but each other.
-GROUND = ["errors", "files", "regular_files", "checkpoint_files", "console", "version"]
+GROUND = ["errors", "files", "regular_files", "checkpoint_files", "console", "version", "web_page"]
 #: Each imports only itself, those before it, and the ground.
 ROAD = ["config", "data", "evaluation", "model", "engines", "training"]
 #: Beside the road: import config, data, model and the ground; nothing on the road imports them.

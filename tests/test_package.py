@@ -144,7 +144,14 @@ def test_wheel_has_the_files_that_are_no_modules(built):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
     configs = {f"cxr_vit/configs/{name}" for name in names}
     assert {"vit_demo.yaml", "data/chexpert.yaml"} <= names
-    assert data == {"cxr_vit/py.typed", "cxr_vit/dataset_report/page.html", *configs}
+    pages = {
+        path.relative_to(ROOT).as_posix()
+        for ending in ("html", "css", "js", "json")
+        for path in (ROOT / "cxr_vit").rglob(f"*.{ending}")
+    }
+    assert {"cxr_vit/web_page.html", "cxr_vit/dataset_report/page.css"} <= pages
+    assert {"cxr_vit/evaluation/page.js", "cxr_vit/evaluation/metrics.schema.json"} <= pages
+    assert data == {"cxr_vit/py.typed", *pages, *configs}
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Render sections of tables, notes and figures as text for a terminal and as one HTML page.
 
 The page is self-contained: its style is inline, its images are data URIs, and its content security
-policy forbids scripts and external addresses. It is also well-formed XML.
+policy (`cxr_vit.web_page`) forbids scripts and addresses. It is also well-formed XML.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import textwrap
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
@@ -19,12 +18,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from markupsafe import Markup
 from PIL import Image
 
 from cxr_vit.console import columns
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.nih import IMAGE_PIXELS
 from cxr_vit.data.splits import SPLIT_NAMES
+from cxr_vit.web_page import data_uri, printable, render
 
 _TEXT_WIDTH = 110
 
@@ -33,6 +34,7 @@ _IMAGE_COUNTS = (1, 2, 3, 5, 10, 20, 50)
 _YEARS = np.arange(0, 126, 5)
 
 _LARGEST_SIDE = 256  # larger images are shrunk
+_SHADES = 20  # of cells, in page.css
 _WITHOUT_FINDING = 6  # images
 
 
@@ -56,14 +58,6 @@ class Section(NamedTuple):
     notes: Sequence[str] = ()
     figures: Sequence[Tuple[Figure, str]] = ()
     markup: str = ""  # HTML, for the page only
-
-
-def printable(text: str) -> str:
-    """Escape characters that no page or terminal should get: controls, lone surrogates."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )
 
 
 def text_report(title: str, notice: str, sections: Sequence[Section]) -> str:
@@ -118,19 +112,20 @@ def _text_table(table: Table) -> List[str]:
 
 def html_page(title: str, notice: str, sections: Sequence[Section]) -> str:
     """Render an HTML5 page; all texts except `markup` are escaped here."""
-    parts = []
-    for section in sections:
-        parts += ["<section>", f"<h2>{_escaped(section.title)}</h2>"]
-        parts += [f'<p class="warning">{_escaped(text)}</p>' for text in section.warnings]
-        parts += [f"<p>{_escaped(text)}</p>" for text in section.notes]
-        parts += [table_html(table) for table in section.tables]
-        if section.figures:
-            figures = "".join(_figure_html(figure, caption) for figure, caption in section.figures)
-            parts.append(f'<div class="side-by-side">{figures}</div>')
-        parts += [section.markup, "</section>"]
-    texts = {"title": _escaped(title), "notice": _escaped(notice), "sections": "\n".join(parts)}
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return Template(template).substitute(texts)
+    template = Path(__file__).with_name("page.html")
+    shown = [Markup(_section_html(section)) for section in sections]
+    return render(template, title=title, notice=notice, sections=shown)
+
+
+def _section_html(section: Section) -> str:
+    parts = ["<section>", f"<h2>{_escaped(section.title)}</h2>"]
+    parts += [f'<p class="warning">{_escaped(text)}</p>' for text in section.warnings]
+    parts += [f"<p>{_escaped(text)}</p>" for text in section.notes]
+    parts += [table_html(table) for table in section.tables]
+    if section.figures:
+        figures = "".join(_figure_html(figure, caption) for figure, caption in section.figures)
+        parts.append(f'<div class="side-by-side">{figures}</div>')
+    return "\n".join([*parts, section.markup, "</section>"])
 
 
 def table_html(table: Table) -> str:
@@ -163,11 +158,12 @@ def _row_html(table: Table, row: int) -> str:
     first, *others = table.rows[row]
     cells = [f'<th class="text" scope="row">{_escaped(first)}</th>']
     for column, text in enumerate(others, start=1):
-        style = ""
+        name = _text_class(table, column)
         if table.shades is not None:
-            shade = float(table.shades[row, column - table.text_columns])
-            style = f' style="background:rgba(31,119,180,{0.85 * shade:.3f})"'
-        cells.append(f"<td{_text_class(table, column)}{style}>{_escaped(text)}</td>")
+            # The policy of the page allows no style but that of its style sheet.
+            shade = _SHADES * float(table.shades[row, column - table.text_columns])
+            name = f' class="shade-{shade:.0f}"'
+        cells.append(f"<td{name}>{_escaped(text)}</td>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -330,15 +326,7 @@ def _card(image: np.ndarray, title: str, lines: Sequence[str], boxes: Sequence[A
     )
     return (
         f'<figure><svg viewBox="0 0 {IMAGE_PIXELS} {IMAGE_PIXELS}" role="img" aria-label="{title}">'
-        f'<image width="{IMAGE_PIXELS}" height="{IMAGE_PIXELS}" href="data:image/png;base64,'
-        f'{_png(image)}" />{shapes}</svg>'
+        f'<image width="{IMAGE_PIXELS}" height="{IMAGE_PIXELS}" href="'
+        f'{data_uri(Image.fromarray(image), largest_side=_LARGEST_SIDE)}" />{shapes}</svg>'
         f"<figcaption><b>{title}</b><br />{'<br />'.join(lines)}</figcaption></figure>"
     )
-
-
-def _png(image: np.ndarray) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return _base64(buffer)

@@ -25,10 +25,10 @@ from cxr_vit.dataset_report.page import (
     Table,
     choose_images,
     html_page,
-    printable,
     text_report,
 )
 from cxr_vit.dataset_report.report import write_data_report
+from cxr_vit.web_page import printable
 
 COUNTS = "Images and patients with each finding"
 PEOPLE = "Patients and images by split; percent of the split's images"
@@ -270,12 +270,11 @@ def test_cells_are_shaded_by_their_share_of_the_row(report):
     table = next(table for table in report.root.iter("table") if table.get("class") == "heat")
     for place, row in enumerate(table.find("tbody").iter("tr")):
         counts = [int(cell.text) for cell in row.iter("td")]
-        shades = [
-            float(re.search(r"([\d.]+)\)", cell.get("style")).group(1)) for cell in row.iter("td")
-        ]
-        expected = 0.85 * np.array(counts) / max(1, counts[place])
+        shades = [int(cell.get("class")[len("shade-") :]) for cell in row.iter("td")]
+        expected = np.array(counts) / max(1, counts[place])
         expected[place] = 0.0
-        assert np.allclose(shades, expected, atol=1e-3)
+        assert shades == np.round(20 * expected).tolist()
+    assert ".shade-20 { background" in report.page
 
 
 def test_facts_of_patients_match_pandas(report):
@@ -529,9 +528,10 @@ def test_printable_escapes_control_characters_only():
     assert printable("a\x1b\n\udcff") == "a\\x1b\\n\\udcff"
 
 
-def test_texts_with_dollar_signs_are_not_substituted():
-    page = html_page("$title", "$notice ${sections}", [Section("$x", notes=["$y"])])
-    assert "<title>$title</title>" in page and "$notice ${sections}" in page
+def test_texts_with_templates_are_not_rendered():
+    page = html_page("{{ title }}", "{% if %}", [Section("{{ x }}", notes=["{# y #}"])])
+    assert "<title>{{ title }}</title>" in page and "{% if %}" in page
+    assert "<h2>{{ x }}</h2>" in page and "{# y #}" in page
 
 
 # The images
