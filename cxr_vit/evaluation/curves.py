@@ -81,9 +81,7 @@ def _corners(points: np.ndarray, distance: float) -> List[int]:
 
 def svg_points(points: Sequence[Sequence[float]], side: float, most: float = 1.0) -> str:
     """Return the points of an SVG polyline in a square of `side`, x and y from 0 to `most`."""
-    return " ".join(
-        f"{side * x / most:.1f},{side * (1 - y / most):.1f}" for x, y, *_ in points
-    )
+    return " ".join(f"{side * x / most:.1f},{side * (1 - y / most):.1f}" for x, y, *_ in points)
 
 
 def rounded_up(value: float) -> float:

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts a table by a column: by a click, or with the keyboard, on the button in its heading.
+// Sorts a table by a column: by a click, or with the keyboard, on its heading.
 // The numbers of a column are in data-value, empty where there is none: those rows stay last.
 function compare(one, other, sign) {
   if (one === "" || other === "") return (one === "") - (other === "");
@@ -18,7 +18,14 @@ function sort(table, head) {
   body.append(...Array.from(body.rows).sort((a, b) => compare(value(a), value(b), sign)));
 }
 for (const table of document.querySelectorAll("table.sortable")) {
-  for (const button of table.querySelectorAll("thead button")) {
+  for (const button of table.querySelectorAll("thead span")) {
+    button.setAttribute("role", "button");
+    button.tabIndex = 0;
     button.addEventListener("click", () => sort(table, button.parentElement));
+    button.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") if (event.key !== " ") return;
+      event.preventDefault(); // a space scrolls
+      sort(table, button.parentElement);
+    });
   }
 }

@@ -28,6 +28,9 @@ _SIDE = 100.0
 #: hard to open.
 _MOST_SHOWN = 40
 
+#: The end of a gap's axis that it has always.
+_ZERO = {"value": 0.0, "low": None, "high": None}
+
 _SCALINGS = {
     "before": "as predicted",
     "temperature_scaled": "temperature",
@@ -203,17 +206,38 @@ def _subgroups(metrics: Mapping[str, Any]) -> List[Dict[str, Any]]:
                 if any(group.get(name, {}).get(score) for group in groups.values())
             ]
             if of_score:
-                tables.append({"score": score, "words": words, "labels": of_score})
+                drawn = [section["gaps"].get(name, {}).get(score) for name in of_score]
+                axis = _axis([*drawn, _ZERO])
+                zero = _ends(_ZERO, axis)["value"]
+                part = {"score": score, "words": words, "labels": of_score}
+                tables.append({**part, "axis": axis, "zero": zero})
         found.append(
             {
                 "name": attribute,
                 "groups": groups,
                 "gaps": section["gaps"],
                 "tables": tables,
+                "notes": _notes(metrics, attribute, section),
                 "axis": _axis([group["macro"]["auroc"] for group in groups.values()]),
             }
         )
     return found
+
+
+def _notes(metrics: Mapping[str, Any], attribute: str, section: Mapping[str, Any]) -> List[str]:
+    """Say which images and findings the groups of an attribute leave out."""
+    notes = []
+    if section.get("unknown"):
+        notes.append(f"{section['unknown']:,} images of unknown {attribute} are in no group.")
+    if section.get("left_out"):
+        notes.append(f"{section['left_out']:,} images of smaller groups are left out.")
+    if "macro_of" in section:
+        total = metrics["num_findings"]
+        notes.append(
+            f"The macro AUROC is over the {len(section['macro_of'])} of {total} findings that every"
+            " group has a score of."
+        )
+    return notes
 
 
 def _axis(statistics: List[Optional[Mapping[str, Any]]]) -> Tuple[float, float]:
@@ -233,12 +257,11 @@ def _axis(statistics: List[Optional[Mapping[str, Any]]]) -> Tuple[float, float]:
 
 def _ends(
     statistic: Optional[Mapping[str, Any]], axis: Tuple[float, float]
-) -> Optional[Dict[str, Optional[str]]]:
-    """Return value and limits as places on an axis that is 100 units long."""
-    if statistic is None:
-        return None
+) -> Dict[str, Optional[str]]:
+    """Return value and limits as places on an axis that is 100 units long; {} without a value."""
     low, high = axis
     return {
         key: None if value is None else f"{100 * (value - low) / (high - low):.1f}"
-        for key, value in statistic.items()
+        for key, value in (statistic or {}).items()
+        if key in ("value", "low", "high")
     }

@@ -1,12 +1,23 @@
 """What the numbers of metrics.json say, in sentences: how good, how sure, for whom, where not.
 
-A sentence is a sequence of texts. Those that name a label or a group of patients are `Name`, so that
-each kind of page escapes them in its own way.
+A sentence is a sequence of texts. Those that name a label or a group of patients are `Name`, so
+that each kind of page escapes them in its own way.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 from cxr_vit.config.columns import is_no_finding
 
@@ -30,11 +41,12 @@ GAP_WORDS = {"auroc": "AUROC", "false_negative_rate": "false negative rate"}
 
 #: What no number of the report shows.
 LIMITS = (
-    "Research use only. The model is not a medical device: no decision on a patient may rest on it.",
+    "Research use only. The model is not a medical device: no decision on a patient may rest on"
+    " it.",
     "The scores hold for images like those of this data set. Hospitals, scanners, patients and the"
     " prevalence of findings differ, and scores are mostly lower elsewhere.",
-    "Labels from reports are wrong for some images; a score compares the model with these labels, not"
-    " with the truth.",
+    "Labels from reports are wrong for some images; a score compares the model with these labels,"
+    " not with the truth.",
     "Intervals describe how the scores vary over patients drawn from the same source. They say"
     " nothing of wrong labels, of the choice of a checkpoint, or of another training.",
     "Comparisons of several findings and groups are not independent; some intervals exclude 0 by"
@@ -205,9 +217,7 @@ def _for_whom(metrics: Metrics) -> Iterator[Sentence]:
     clear = [gap for gap in every if gap.excludes_zero]
     attributes = ", ".join(subgroups)
     if not clear:
-        yield (
-            f"Of {len(every)} gaps between groups ({attributes}), no interval excludes 0.",
-        )
+        yield (f"Of {len(every)} gaps between groups ({attributes}), no interval excludes 0.",)
     for gap in [gap for gap in clear if gap.name == "macro"]:
         yield (f"Macro {GAP_WORDS[gap.score]} by {gap.attribute}: ", *_gap(gap), ".")
     for score, words in GAP_WORDS.items():
@@ -217,13 +227,16 @@ def _for_whom(metrics: Metrics) -> Iterator[Sentence]:
             compared = sum(gap.score == score and gap.name != "macro" for gap in every)
             each = [(Name(gap.name), f" by {gap.attribute}: ", *_gap(gap)) for gap in of_score]
             yield (
-                f"{len(of_score)} of {compared} gaps in {words} by finding have an interval that"
-                " excludes 0: ",
+                f"Gaps in {words} by finding whose interval excludes 0 ({len(of_score)} of"
+                f" {compared}): ",
                 *listed(each, 3),
                 ".",
             )
     if clear:
-        yield ("The intervals are not corrected for the number of gaps.",)
+        yield (
+            "The two groups of a gap were chosen for it, and no interval is corrected for the number"
+            " of gaps: expect smaller ones on other patients.",
+        )
 
 
 def _gap(gap: Gap) -> Sentence:
@@ -232,9 +245,7 @@ def _gap(gap: Gap) -> Sentence:
 
 
 def _where_not(metrics: Metrics) -> Iterator[Sentence]:
-    findings = {
-        name: each for name, each in metrics["findings"].items() if not is_no_finding(name)
-    }
+    findings = {name: each for name, each in metrics["findings"].items() if not is_no_finding(name)}
     for what in ("positives", "negatives"):
         yield from _with_names(
             f"Not scored, because no image is known to be {what[:-1]}: ",

@@ -55,9 +55,7 @@ def example_metrics(predictions: Predictions, count: int = 40) -> Dict[str, Any]
     known, positive = predictions.labels != UNKNOWN, predictions.labels == 1
     arguments = predictions.probabilities, predictions.labels, patients, names, predictions.findings
     people, resamples = int(patients.max()) + 1, Resamples(count)
-    found = intervals(
-        joined({"": ranking(*arguments), "e": errors(*arguments)}), people, resamples
-    )
+    found = intervals(joined({"": ranking(*arguments), "e": errors(*arguments)}), people, resamples)
     values = {key.partition("/")[2]: each._asdict() for key, each in found.items()}
     thresholds = {
         name: {
@@ -104,9 +102,7 @@ def example_metrics(predictions: Predictions, count: int = 40) -> Dict[str, Any]
         "average_precision_macro": macro["average_precision"]
         and macro["average_precision"]["value"],
         **{
-            score: {
-                name: each[score] and each[score]["value"] for name, each in findings.items()
-            }
+            score: {name: each[score] and each[score]["value"] for name, each in findings.items()}
             for score in SCORES[:2]
         },
         "positives": {name: each["positives"] for name, each in findings.items()},
@@ -262,5 +258,3 @@ def _relabels(predictions: Predictions, people: int, resamples: Resamples) -> Di
             "average_precision": {"google": score, "nih": None},
         }
     return found
-
-
