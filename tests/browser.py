@@ -105,7 +105,9 @@ class Browser:
         return found["result"].get("value")
 
     def open(self, path: Path, width: int = 1400, dark: bool = False) -> None:
-        """Open a file in a window of some width."""
+        """Open a file in a window of some width, and forget the problems of those before."""
+        self.problems.clear()
+        self.requests.clear()
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

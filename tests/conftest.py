@@ -63,6 +63,18 @@ def engine_of(config: Config, module: Any, launch: Optional[Launch] = None) -> "
     return build_engine(config, module, choice, BatchPlan.from_section(config.batch), launch)
 
 
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser without a window, tests/browser.py."""
+    from browser import CHROMIUM, NO_BROWSER, Browser
+
+    if CHROMIUM is None:
+        pytest.skip(NO_BROWSER)
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
     """Restore the package's log level, which the command lines set."""

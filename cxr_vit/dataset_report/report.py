@@ -232,7 +232,7 @@ def _pairs_section(data: _Data) -> Section:
     few = f" Of {len(names)} findings, the {len(shown)} most frequent ones are shown."
     heat = Table(
         "Images with both findings, over all splits; the diagonal counts all images with the"
-        " finding. The darker a cell, the larger the share of the row's images that have the"
+        " finding. The bluer a cell, the larger the share of the row's images that have the"
         f" column's finding too.{few if len(shown) < len(names) else ''}",
         ["", *(names[column] for column in shown)],
         [[names[row], *map(_count, together[row, shown])] for row in shown],

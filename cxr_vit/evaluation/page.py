@@ -15,10 +15,12 @@ from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.files import write_text
 from cxr_vit.web_page import render
 
+#: Sections of metrics.json that may be absent.
+OPTIONAL_KEYS = ("calibration", "operating_points", "subgroups", "relabels")
 #: The keys of metrics.json that are not facts about the origin of the scores.
 SCORE_KEYS = {
     *("schema_version", "notice", "split", "num_samples", "num_findings", "intervals", "findings"),
-    *("means", "calibration", "operating_points", "subgroups", "relabels", "positives", "unknown"),
+    *("means", *OPTIONAL_KEYS, "positives", "unknown"),
     *("auroc", "auroc_macro", "auroc_defined", "auroc_macro_with_no_finding"),
     *("average_precision", "average_precision_macro"),
 }
@@ -80,6 +82,7 @@ def write_page(
     Sections that are missing or None in `metrics` are left out. Raises OSError if it cannot be
     written.
     """
+    metrics = {**dict.fromkeys(OPTIONAL_KEYS), **metrics}
     shown = _shown(metrics)
     text = render(
         Path(__file__).with_name("page.html"),
@@ -148,7 +151,7 @@ def _curve_figures(
 
 def _youden(metrics: Mapping[str, Any], name: str) -> Optional[Dict[str, float]]:
     """Return sensitivity and specificity at the Youden threshold of a label, if it has one."""
-    points = (metrics.get("operating_points") or {"points": {}})["points"]
+    points = (metrics["operating_points"] or {"points": {}})["points"]
     point = points.get(name, {}).get("youden")
     if point is None or point["sensitivity"] is None or point["specificity"] is None:
         return None
@@ -159,7 +162,7 @@ def _reliability_figures(metrics: Mapping[str, Any], shown: List[str]) -> List[D
     """Return, by label, the bins before and after scaling in a square of its own scale."""
     figures = []
     for name in shown:
-        calibration = (metrics.get("calibration") or {}).get(name)
+        calibration = (metrics["calibration"] or {}).get(name)
         if calibration is None:
             continue
         parts = [(key, calibration[key]) for key in _SCALINGS if calibration[key] is not None]
@@ -182,7 +185,7 @@ def _reliability_figures(metrics: Mapping[str, Any], shown: List[str]) -> List[D
 
 def _operating_points(metrics: Mapping[str, Any]) -> List[Dict[str, Any]]:
     """Return the rows of each kind of threshold, those with any."""
-    points = (metrics.get("operating_points") or {"points": {}})["points"]
+    points = (metrics["operating_points"] or {"points": {}})["points"]
     tables = [
         {
             "words": words,
@@ -196,7 +199,7 @@ def _operating_points(metrics: Mapping[str, Any]) -> List[Dict[str, Any]]:
 def _subgroups(metrics: Mapping[str, Any]) -> List[Dict[str, Any]]:
     """Return the groups and gaps of each attribute, with a table for each score that any has."""
     found = []
-    for attribute, section in (metrics.get("subgroups") or {}).items():
+    for attribute, section in (metrics["subgroups"] or {}).items():
         groups = section["groups"]
         tables = []
         for score, words in statements.GAP_WORDS.items():

@@ -234,8 +234,8 @@ def _for_whom(metrics: Metrics) -> Iterator[Sentence]:
             )
     if clear:
         yield (
-            "The two groups of a gap were chosen for it, and no interval is corrected for the number"
-            " of gaps: expect smaller ones on other patients.",
+            "The two groups of a gap were chosen for it, and no interval is corrected for the"
+            " number of gaps: expect smaller ones on other patients.",
         )
 
 

@@ -179,6 +179,18 @@ def test_page_has_a_language_a_title_and_fits_a_phone(report):
     assert len(report.tables()) == len(list(root.iter("table")))
 
 
+@pytest.mark.parametrize("width", [400, 1400])
+def test_browser_shows_the_page_and_reports_no_problem(report, browser, tmp_path, width):
+    (tmp_path / "page.html").write_text(report.page, encoding="utf-8")
+    browser.open(tmp_path / "page.html", width)
+    widths = "Array.from(document.images, image => image.naturalWidth)"
+    assert min(browser.evaluate(widths)) > 100
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    shade = "getComputedStyle(document.querySelector('.shade-20')).backgroundColor"
+    assert browser.evaluate(shade) == "rgba(31, 119, 180, 0.85)"
+    assert browser.problems == []
+
+
 def test_every_figure_is_a_picture(report):
     figures = [image.get("src").split(",")[1] for image in report.root.iter("img")]
     assert len(figures) == 3
