@@ -116,14 +116,15 @@ def gaps(metrics: Metrics) -> List[Gap]:
 
 def number(value: Optional[float], digits: int = 3) -> str:
     """Format a score: ``"0.842"``, ``"-"`` for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    # Without the sign of a zero.
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def interval(statistic: Optional[Mapping[str, Any]], digits: int = 3) -> str:
     """Format the limits of a score: ``"0.835 to 0.849"``, ``""`` where there is no interval."""
     if statistic is None or statistic["low"] is None:
         return ""
-    return f"{statistic['low']:.{digits}f} to {statistic['high']:.{digits}f}"
+    return f"{number(statistic['low'], digits)} to {number(statistic['high'], digits)}"
 
 
 def with_interval(statistic: Optional[Mapping[str, Any]], digits: int = 3) -> str:
@@ -219,7 +220,9 @@ def _for_whom(metrics: Metrics) -> Iterator[Sentence]:
     if not clear:
         yield (f"Of {len(every)} gaps between groups ({attributes}), no interval excludes 0.",)
     for gap in [gap for gap in clear if gap.name == "macro"]:
-        yield (f"Macro {GAP_WORDS[gap.score]} by {gap.attribute}: ", *_gap(gap), ".")
+        chosen = subgroups[gap.attribute].get("macro_of")
+        over = "" if chosen is None else f", over {len(chosen)} findings"
+        yield (f"Macro {GAP_WORDS[gap.score]} by {gap.attribute}{over}: ", *_gap(gap), ".")
     for score, words in GAP_WORDS.items():
         of_score = [gap for gap in clear if gap.score == score and gap.name != "macro"]
         of_score.sort(key=lambda gap: -gap.statistic["value"])
@@ -263,6 +266,9 @@ def _where_not(metrics: Metrics) -> Iterator[Sentence]:
         lambda each: each["unknown"] > 0,
         lambda each: f" ({each['unknown']:,})",
     )
+    points = metrics.get("operating_points")
+    if points and points["fitted_on"]["split"] == metrics["split"]:
+        yield ("The operating points were fitted on these images: their ratios are too good.",)
     shared = (metrics.get("data") or {}).get("images_of_training")
     if shared:
         yield (f"{shared:,} images have the names of training images: the scores are too high.",)

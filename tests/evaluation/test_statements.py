@@ -83,9 +83,9 @@ def test_gaps_whose_interval_excludes_zero_are_named(metrics):
         "Edema": {"auroc": gap(0.2, 0.4, ("F", "M")), "false_negative_rate": None},
         "Hernia": {"auroc": {"value": 0.5, "low": None, "high": None, "of": ["M", "F"]}},
     }
-    metrics["subgroups"] = {"sex": {"groups": {}, "gaps": gaps}}
+    metrics["subgroups"] = {"sex": {"groups": {}, "gaps": gaps, "macro_of": NAMES[:3]}}
     found = texts(metrics)["For whom?"]
-    assert found[0] == "Macro AUROC by sex: M over F by 0.020 (0.010 to 0.030)."
+    assert found[0] == "Macro AUROC by sex, over 3 findings: M over F by 0.020 (0.010 to 0.030)."
     assert found[1] == (
         "Gaps in AUROC by finding whose interval excludes 0 (1 of 3): Edema by sex: F over M by"
         " 0.300 (0.200 to 0.400)."
@@ -128,6 +128,12 @@ def test_images_of_the_training_and_changes_are_said(metrics):
     assert "Changed since the training: csv_sha256." in found
 
 
+def test_operating_points_of_the_same_images_are_said_to_be_too_good(metrics):
+    assert sentence(metrics, "Where not?", "The operating points") is None
+    metrics["operating_points"]["fitted_on"]["split"] = metrics["split"]
+    assert sentence(metrics, "Where not?", "The operating points").endswith("too good.")
+
+
 def test_unknown_labels_are_counted(metrics):
     metrics["findings"]["Mass"]["unknown"] = 1234
     assert sentence(metrics, "Where not?", "Labels are unknown").endswith("Mass (1,234).")
@@ -155,3 +161,4 @@ def test_long_lists_are_cut():
 def test_numbers_without_a_value_are_dashes():
     assert (number(None), with_interval(None)) == ("-", "-")
     assert with_interval({"value": 0.5, "low": None, "high": None}) == "0.500"
+    assert with_interval({"value": 0.1, "low": -1e-5, "high": 0.2}) == "0.100 (0.000 to 0.200)"
