@@ -6,6 +6,7 @@ that each kind of page escapes them in its own way.
 
 from __future__ import annotations
 
+import math
 from typing import (
     Any,
     Callable,
@@ -180,11 +181,11 @@ def _how_sure(metrics: Metrics) -> Iterator[Sentence]:
             f"Intervals are {100 * facts['level']:.0f} % {facts['method']}: {facts['patients']:,}"
             f" patients, {facts['resamples']:,} resamples, seed {facts['seed']}.",
         )
+        widths = {name: _width(each["auroc"]) for name, each in by_score.items()}
         wide = [
-            (Name(name), f" ({limits})" if limits else " (none)")
-            for name, each in by_score.items()
-            for limits in [interval(each["auroc"])]
-            if not limits or each["auroc"]["high"] - each["auroc"]["low"] > WIDE
+            (Name(name), f" ({interval(by_score[name]['auroc']) or 'none'})")
+            for name in sorted(widths, key=lambda name: -widths[name])
+            if widths[name] > WIDE
         ]
         if wide:
             yield (f"No AUROC interval, or one wider than {WIDE}: ", *listed(wide), ".")
@@ -192,7 +193,7 @@ def _how_sure(metrics: Metrics) -> Iterator[Sentence]:
             yield (f"No AUROC interval is wider than {WIDE}.",)
     yield from _with_names(
         f"Fewer than {FEW_POSITIVES} positive images: ",
-        by_score,
+        dict(sorted(by_score.items(), key=lambda item: item[1]["positives"])),
         lambda each: each["positives"] < FEW_POSITIVES,
         lambda each: f" ({each['positives']})",
     )
@@ -256,9 +257,9 @@ def _where_not(metrics: Metrics) -> Iterator[Sentence]:
             lambda each, what=what: each["auroc"] is None and each[what] == 0,  # type: ignore[misc]
         )
     yield from _with_names(
-        f"The AUROC interval includes {_CHANCE}, which is chance: ",
+        f"The AUROC interval is not above {_CHANCE}, which is chance: ",
         findings,
-        lambda each: _includes_chance(each["auroc"]),
+        lambda each: _may_be_chance(each["auroc"]),
     )
     yield from _with_names(
         "Labels are unknown for some images of: ",
@@ -281,12 +282,14 @@ def _where_not(metrics: Metrics) -> Iterator[Sentence]:
     )
 
 
-def _includes_chance(statistic: Optional[Mapping[str, Any]]) -> bool:
-    return (
-        statistic is not None
-        and statistic["low"] is not None
-        and statistic["low"] <= _CHANCE <= statistic["high"]
-    )
+def _may_be_chance(statistic: Optional[Mapping[str, Any]]) -> bool:
+    return statistic is not None and statistic["low"] is not None and statistic["low"] <= _CHANCE
+
+
+def _width(statistic: Mapping[str, Any]) -> float:
+    """Return the width of an interval, infinite where there is none."""
+    low, high = statistic["low"], statistic["high"]
+    return math.inf if low is None else float(high - low)
 
 
 def _with_names(
