@@ -70,8 +70,9 @@ def _body(metrics: Mapping[str, Any], context: PageContext) -> Iterator[str]:
     yield from ("", "## Model and data", "")
     facts = [*origin_facts(metrics), *context.versions.items()]
     yield from _table(["", ""], [[key, text] for key, text in facts])
-    yield from ("", "## Configuration", "")
-    yield from _code(context.config_text)
+    if context.config_text:
+        yield from ("", "## Configuration", "")
+        yield from _code(context.config_text)
     yield from ("", "## Limits", "")
     yield from (f"- {limit}" for limit in statements.LIMITS)
     yield from ("", f"**{_escaped(metrics['notice'])}**")

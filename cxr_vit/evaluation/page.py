@@ -60,7 +60,7 @@ class PageContext:
     title
         One line.
     config_text
-        The configuration of the run, as YAML.
+        The configuration of the run, as YAML; "" if it is not known.
     versions
         Library -> its version.
     images

@@ -208,6 +208,11 @@ def figures_of(root, name):
     return list(found.iter("figure"))
 
 
+def test_unknown_configuration_is_left_out(predictions, metrics, tmp_path):
+    page = written(tmp_path, metrics, predictions, PageContext("title", "", {}))
+    assert "Configuration" not in page and "<pre>" not in page
+
+
 def test_best_and_worst_cases_are_shown(root, predictions):
     column = NAMES.index("Mass")
     labels, scores = predictions.labels[:, column], predictions.probabilities[:, column]
@@ -371,6 +376,17 @@ def test_figures_are_large_enough_to_read_on_a_phone(browser, path):
         " text => 9 * text.ownerSVGElement.getBoundingClientRect().width / 125)"
     )
     assert min(sizes) > 10, "pixels"
+
+
+def test_long_names_do_not_widen_the_page(browser, tmp_path):
+    predictions = random_predictions(["W" * 100, "finding " * 12], images=100)
+    predictions.table["view"] = np.where(np.arange(100) % 2, "V" * 200, "PA")
+    predictions.table["image"] = [f"{'i' * 240}{row}.png" for row in range(100)]
+    metrics = {**example_metrics(predictions, count=2), "checkpoint": "/" + "c" * 400}
+    written(tmp_path, metrics, predictions, context(lambda name: None))
+    for width in (400, 1400):
+        browser.open(tmp_path / "page.html", width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def luminance(colour):
