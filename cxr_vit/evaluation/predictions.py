@@ -175,7 +175,7 @@ def read_predictions(path: Path) -> Predictions:
         refuse_rows(path, empty, table["image"], f"no {name}", _NO_PREDICTIONS)
     repeated = table["image"].duplicated().to_numpy(dtype=bool)
     refuse_rows(path, repeated, table["image"], "an image that is there before", _NO_PREDICTIONS)
-    table.update({name: to_numbers(table[name]) for name in about if name in _NUMBERS})
+    table.update({name: _numbers(table[name]) for name in about if name in _NUMBERS})
     second = np.full((len(texts), len(RELABELS)), np.nan, np.float32)
     for name, column in relabels.items():
         values = _labels(path, texts[column])
@@ -213,8 +213,14 @@ def _labels(path: Path, texts: pd.Series) -> np.ndarray:
     return labels
 
 
+def _numbers(texts: pd.Series) -> pd.Series:
+    """Return what `to_numbers` does, exactly: earlier versions of pandas miss the last digit."""
+    known = to_numbers(texts).notna()
+    return pd.Series([float(text) if is_known else np.nan for text, is_known in zip(texts, known)])
+
+
 def _probabilities(path: Path, texts: pd.Series) -> np.ndarray:
-    values = to_numbers(texts)
+    values = _numbers(texts)
     wrong = ~values.between(0, 1).to_numpy(dtype=bool)
     what = f"a value of {texts.name!r} that is not from 0 to 1"
     refuse_rows(path, wrong, texts, what, _NO_PREDICTIONS)
