@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     results = {
         "report": time_report(),
         "validation": [time_validation(images) for images in VALIDATIONS],
-        "coverage": coverage(arguments.data_sets, patients=200, resamples=1000),
+        "coverage": coverage(arguments.data_sets, patients=500, resamples=1000),
     }
     command = "python -m benchmarks.intervals"
     about = {"command": command, **describe_machine("numpy"), "results": results}

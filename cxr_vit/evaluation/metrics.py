@@ -1,21 +1,24 @@
-"""AUROC and average precision per label over a whole split, computed by torchmetrics.
+"""AUROC and average precision per label over a whole split.
 
-For a class without positives torchmetrics returns 0.0 and includes it in the mean. Here such a
-class is undefined (None) and excluded, and the number of defined classes is reported. A label that
-is unknown for an image leaves the image out of this label's scores alone.
+A label without positives or negatives is undefined (None) and excluded from the mean, and the
+number of defined ones is reported. A label that is unknown for an image leaves the image out of
+this label's scores alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import NonFiniteLoss
+from cxr_vit.evaluation.statistics import ranking
 
 #: Metric name (`auroc_macro`, `auroc/Hernia`) -> value, None where it is undefined.
 Scores = Dict[str, Optional[float]]
@@ -80,28 +83,27 @@ def evaluate(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Dict[str, 
     is the mean over all classes. If labels are unknown, `unknown` is their number by label name.
     Raises NonFiniteLoss if a logit is NaN or infinite.
     """
-    # Not needed until the first validation: the import takes half a second.
-    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-
     refuse_nonfinite(logits)
-    positives: Dict[str, int] = {}
-    auroc: Dict[str, Optional[float]] = dict.fromkeys(names)
-    precision: Dict[str, Optional[float]] = dict.fromkeys(names)
-    for name, (probs, truth) in zip(names, scorable(logits, labels)):
-        positives[name] = int(truth.sum())
-        if 0 < positives[name] < len(truth):
-            auroc[name] = float(binary_auroc(probs, truth))
-            precision[name] = float(binary_average_precision(probs, truth))
-    findings = [name for name in names if not is_no_finding(name)]
+    findings = [column for column, name in enumerate(names) if not is_no_finding(name)]
+    truth = labels.numpy()
+    everyone = np.zeros(len(truth), np.int64)
+    statistic = ranking(
+        probabilities(logits).detach().numpy(), truth, everyone, names, findings, means=("macro",)
+    )
+    (found,) = statistic.of(np.ones((1, 1), np.int64)).tolist()
+    values = {
+        key: None if math.isnan(value) else value for key, value in zip(statistic.names, found)
+    }
+    auroc = {name: values[f"auroc/{name}"] for name in names}
     scores: Dict[str, Any] = {
         "num_samples": len(labels),
-        "auroc_macro": mean_of_defined([auroc[name] for name in findings]),
-        "auroc_defined": sum(auroc[name] is not None for name in findings),
+        "auroc_macro": values["auroc/macro"],
+        "auroc_defined": sum(auroc[names[column]] is not None for column in findings),
         "num_findings": len(findings),
-        "average_precision_macro": mean_of_defined([precision[name] for name in findings]),
+        "average_precision_macro": values["average_precision/macro"],
         "auroc": auroc,
-        "average_precision": precision,
-        "positives": positives,
+        "average_precision": {name: values[f"average_precision/{name}"] for name in names},
+        "positives": dict(zip(names, (truth == 1).sum(axis=0).tolist())),
     }
     if len(findings) < len(names):
         scores["auroc_macro_with_no_finding"] = mean_of_defined(list(auroc.values()))

@@ -87,7 +87,7 @@ def compute_metrics(
     return {
         "schema_version": SCHEMA_VERSION,
         "split": predictions.split,
-        **_brief(predictions, sections["findings"]),
+        **_brief(predictions, sections["findings"], sections["means"]["macro"]),
         **sections,
     }
 
@@ -108,20 +108,22 @@ def _sections(
     }
 
 
-def _brief(predictions: Predictions, findings: Dict[str, Any]) -> Dict[str, Any]:
+def _brief(
+    predictions: Predictions, findings: Dict[str, Any], macro: Dict[str, Any]
+) -> Dict[str, Any]:
     """Return the scores without intervals, by kind: the keys of earlier versions."""
     by_kind: Dict[str, Dict[str, Optional[float]]] = {
         kind: {name: each[kind] and each[kind]["value"] for name, each in findings.items()}
         for kind in ("auroc", "average_precision")
     }
-    auroc, precision = by_kind["auroc"], by_kind["average_precision"]
+    auroc = by_kind["auroc"]
     counted = [name for name in findings if not is_no_finding(name)]
     brief: Dict[str, Any] = {
         "num_samples": len(predictions),
-        "auroc_macro": mean_of_defined([auroc[name] for name in counted]),
+        "auroc_macro": macro["auroc"] and macro["auroc"]["value"],
         "auroc_defined": sum(auroc[name] is not None for name in counted),
         "num_findings": len(counted),
-        "average_precision_macro": mean_of_defined([precision[name] for name in counted]),
+        "average_precision_macro": macro["auroc"] and macro["average_precision"]["value"],
         **by_kind,
         "positives": {name: each["positives"] for name, each in findings.items()},
     }
