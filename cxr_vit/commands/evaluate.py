@@ -43,5 +43,6 @@ def main(argv: Sequence[str]) -> int:
     predictions = members.predictions(split)
     points = operating_points_of(members, out, predictions)
     if members.is_main:
-        show_report(out, predictions, members.evaluation, members.origin(), points)
+        context = members.context(split)
+        show_report(out, predictions, members.config, context, members.origin(), points)
     return 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-from cxr_vit.config import read_config
-from cxr_vit.config.schema import EvaluationSection
+from cxr_vit.config import Config, read_config
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
+from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, read_predictions
 from cxr_vit.evaluation.report import METRICS, print_table, sha256_of, write_report
 from cxr_vit.files import make_folder, writing_to
 from cxr_vit.regular_files import read_json
+from cxr_vit.training.run_folder import package_versions
 
 #: Of metrics.json, which has some kilobytes for each label.
 _MOST_JSON = 50_000_000
@@ -22,15 +23,21 @@ _MOST_JSON = 50_000_000
 def show_report(
     out: Path,
     predictions: Predictions,
-    evaluation: EvaluationSection,
+    config: Config,
+    context: PageContext,
     origin: Dict[str, Any],
     points: Optional[OperatingPoints],
     source: Optional[Path] = None,
 ) -> None:
     """Write the report and print its table; see `write_report`."""
-    resamples = Resamples(evaluation.resamples)
     metrics = write_report(
-        out, predictions, resamples=resamples, origin=origin, points=points, source=source
+        out,
+        predictions,
+        context,
+        resamples=Resamples(config.evaluation.resamples),
+        origin=origin,
+        points=points,
+        source=source,
     )
     print_table(metrics)
     print(f"report: {out}")
@@ -43,7 +50,7 @@ def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str
     data is kept. Raises DataError if the report
     is of other predictions and would be replaced.
     """
-    evaluation = read_config([], overrides).evaluation
+    config = read_config([], overrides)
     predictions = read_predictions(path)
     origin = _origin(path)
     beside = path.parent / METRICS
@@ -59,7 +66,9 @@ def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str
     if points is not None:
         with writing_to(out):
             points.write(out / OPERATING_POINTS)
-    show_report(out, predictions, evaluation, origin or {}, points, source=path)
+    images = (lambda name: None) if config.report.images else None  # their names alone
+    context = PageContext(f"Report of {path.name}", "", package_versions(), images)
+    show_report(out, predictions, config, context, origin or {}, points, source=path)
     return 0
 
 

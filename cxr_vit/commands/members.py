@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from PIL import Image
+
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.commands.callbacks import DescribeEngine
 from cxr_vit.commands.scored_data import ScoredData
-from cxr_vit.config.schema import EvaluationSection
+from cxr_vit.config import Config, dump_config
 from cxr_vit.data.records import Records
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, predictions_of
+from cxr_vit.training.run_folder import package_versions
 from cxr_vit.training.scoring import ensemble, match_of
 
 
@@ -68,9 +72,26 @@ class Members:
         return self._first.trainer.is_global_zero
 
     @property
-    def evaluation(self) -> EvaluationSection:
-        """How the predictions are scored."""
-        return self._first.scored.run.evaluation
+    def config(self) -> Config:
+        """The configuration of the first run."""
+        return self._first.scored.run
+
+    def context(self, split: str) -> PageContext:
+        """Return what the page of the report says and shows beside the scores."""
+        run, checkpoint = self.config, self._first.checkpoint
+        others = f" and {len(self._members) - 1} more" if self._is_ensemble else ""
+        dataset = self._first.data.dataset(split)
+        rows = {name: row for row, name in enumerate(dataset.image_names)}
+
+        def image(name: str) -> Image.Image:
+            return Image.fromarray(dataset.read_images([rows[name]])[0])
+
+        return PageContext(
+            f"{run.run.name}: {checkpoint.name}{others}",
+            dump_config(run),
+            package_versions(),
+            image if run.report.images else None,
+        )
 
     @property
     def _is_ensemble(self) -> bool:

@@ -350,6 +350,16 @@ class EvaluationSection(Section):
     )
 
 
+class ReportSection(Section):
+    """What the report of evaluate.py shows."""
+
+    images: bool = option(
+        True,
+        "whether report.html shows images and their names: those that the model is most right and"
+        " most wrong about. With real data these are patients",
+    )
+
+
 class ProbeSection(Section):
     """The linear probe on the features of the frozen model (python -m cxr_vit probe)."""
 
@@ -498,6 +508,7 @@ class Config(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection = Field(default_factory=TrainSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    report: ReportSection = Field(default_factory=ReportSection)
     probe: ProbeSection = Field(default_factory=ProbeSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     planner: PlannerSection = Field(default_factory=PlannerSection)

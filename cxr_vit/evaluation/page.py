@@ -12,7 +12,6 @@ from cxr_vit.evaluation import statements
 from cxr_vit.evaluation.cases import Images, cases
 from cxr_vit.evaluation.curves import curves, rounded_up, svg_points
 from cxr_vit.evaluation.predictions import Predictions
-from cxr_vit.files import write_text
 from cxr_vit.web_page import render
 
 #: Sections of metrics.json that may be absent.
@@ -74,17 +73,14 @@ class PageContext:
     images: Optional[Images] = None
 
 
-def write_page(
-    path: Path, metrics: Mapping[str, Any], predictions: Predictions, context: PageContext
-) -> None:
-    """Write the page of a report, given the content of its metrics.json, atomically.
+def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: PageContext) -> str:
+    """Return the page of a report, given the content of its metrics.json.
 
-    Sections that are missing or None in `metrics` are left out. Raises OSError if it cannot be
-    written.
+    Sections that are missing or None in `metrics` are left out.
     """
     metrics = {**dict.fromkeys(OPTIONAL_KEYS), **metrics}
     shown = _shown(metrics)
-    text = render(
+    return render(
         Path(__file__).with_name("page.html"),
         title=context.title,
         notice=metrics["notice"],
@@ -106,7 +102,6 @@ def write_page(
         axis=_axis([each["auroc"] for each in metrics["findings"].values()]),
         ends=_ends,
     )
-    write_text(path, text)
 
 
 def origin_facts(metrics: Mapping[str, Any]) -> List[Tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The report of a split: predictions.csv, metrics.json, ROC curves, and a table on the terminal."""
+"""The report of a split: its files, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.calibration import calibration
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import mean_of_defined
+from cxr_vit.evaluation.model_card import model_card
 from cxr_vit.evaluation.operating_points import OperatingPoints, apply
+from cxr_vit.evaluation.page import PageContext, report_page
 from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.evaluation.relabels import relabels
 from cxr_vit.evaluation.scores import score
@@ -32,11 +34,13 @@ NOTICE = "For research only; not a medical device."
 SCHEMA_VERSION = 1
 #: Files of a report.
 PREDICTIONS, METRICS = "predictions.csv", "metrics.json"
+PAGE, MODEL_CARD = "report.html", "MODEL_CARD.md"
 
 
 def write_report(
     folder: Path,
     predictions: Predictions,
+    context: PageContext,
     *,
     resamples: Resamples,
     origin: Dict[str, Any],
@@ -53,6 +57,7 @@ def write_report(
     computed = compute_metrics(predictions, resamples, points)
     facts = {key: value for key, value in origin.items() if key not in computed}
     metrics = {**computed, **facts, "notice": NOTICE}
+    page, card = report_page(metrics, predictions, context), model_card(metrics, context)
     title = (
         f"ROC on {metrics['split']}, {len(predictions)} images, macro AUROC {_mean_text(metrics)}"
     )
@@ -69,6 +74,8 @@ def write_report(
             with replacing(folder / f"roc.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix, dpi=100)
         metrics["predictions_sha256"] = sha256_of(path)
+        write_text(folder / PAGE, page)
+        write_text(folder / MODEL_CARD, card)
         # Written last: where it exists, the report is complete.
         write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return metrics

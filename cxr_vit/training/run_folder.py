@@ -197,10 +197,7 @@ class RunFolder:
             "platform": platform.platform(),
             "device": device,
             "engine": engine,
-            "versions": {
-                "cxr-vit": __version__,
-                **{name: metadata.version(name) for name in _PACKAGES},
-            },
+            "versions": package_versions(),
             "git_commit": git_commit(),
             **data,
         }
@@ -210,6 +207,11 @@ class RunFolder:
         """Write skipped.csv, the images left out and the reasons, if there are any."""
         if self.writes and len(skipped):
             write_csv(self.path / "skipped.csv", skipped)
+
+
+def package_versions() -> Dict[str, str]:
+    """Return the versions of this package and of those that its results depend on."""
+    return {"cxr-vit": __version__, **{name: metadata.version(name) for name in _PACKAGES}}
 
 
 def _not_empty(path: Path) -> ConfigError:

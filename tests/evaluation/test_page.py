@@ -5,7 +5,6 @@ import hashlib
 import io
 import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from example_metrics import example_metrics, random_predictions
 from PIL import Image
 
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.evaluation.page import OPTIONAL_KEYS, PageContext, write_page
+from cxr_vit.evaluation.page import OPTIONAL_KEYS, PageContext, report_page
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" \u05d0\u05d1\u05d2"
 NAMES = ["Mass", "Nodule", "Edema", HOSTILE, "Hernia", "No Finding"]
@@ -48,13 +47,12 @@ def metrics(predictions):
 @pytest.fixture(scope="module")
 def path(predictions, metrics, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(path, metrics, predictions, context(picture))
+    path.write_text(report_page(metrics, predictions, context(picture)), encoding="utf-8")
     return path
 
 
-def written(folder, metrics, predictions, given=None):
-    write_page(folder / "page.html", metrics, predictions, given or context())
-    return (folder / "page.html").read_text(encoding="utf-8")
+def written(metrics, predictions, given=None):
+    return report_page(metrics, predictions, given or context())
 
 
 @pytest.fixture(scope="module")
@@ -158,29 +156,29 @@ def test_figures_have_titles_and_descriptions(root):
     assert "Hernia: ROC" not in drawn, "undefined"
 
 
-def test_what_is_absent_is_left_out(metrics, predictions, tmp_path):
+def test_what_is_absent_is_left_out(metrics, predictions):
     given = {key: value for key, value in metrics.items() if key not in OPTIONAL_KEYS}
-    page = written(tmp_path, given, predictions)
-    assert page == written(tmp_path, {**given, **dict.fromkeys(OPTIONAL_KEYS)}, predictions)
+    page = written(given, predictions)
+    assert page == written({**given, **dict.fromkeys(OPTIONAL_KEYS)}, predictions)
     root = ElementTree.fromstring(page)
     for heading in ("Operating points", "Calibration", "Subgroups", "Radiologists' labels"):
         assert section(root, heading) is None
     assert section(root, "ROC curves") is not None
 
 
-def test_parts_of_a_calibration_may_be_absent(metrics, predictions, tmp_path):
+def test_parts_of_a_calibration_may_be_absent(metrics, predictions):
     calibration = dict.fromkeys(NAMES)
     calibration["Mass"] = {**metrics["calibration"]["Mass"], "platt": None, "platt_scaled": None}
     given = {**metrics, "calibration": calibration}
-    root = ElementTree.fromstring(written(tmp_path, given, predictions))
+    root = ElementTree.fromstring(written(given, predictions))
     row = rows_of(section(root, "Calibration"), "Errors")["Mass"]
     assert row[:3] == ["1.200", "-", "-"] and row.count("-") == 5
 
 
-def test_page_of_undefined_scores_is_written(predictions, tmp_path):
+def test_page_of_undefined_scores_is_written(predictions):
     nothing = predictions.take(np.arange(20))
     nothing.labels[:] = -1
-    page = written(tmp_path, example_metrics(nothing, count=2), nothing, context(picture))
+    page = written(example_metrics(nothing, count=2), nothing, context(picture))
     root = ElementTree.fromstring(page)
     assert "No score is defined" in page
     assert section(root, "ROC curves") is None
@@ -208,8 +206,8 @@ def figures_of(root, name):
     return list(found.iter("figure"))
 
 
-def test_unknown_configuration_is_left_out(predictions, metrics, tmp_path):
-    page = written(tmp_path, metrics, predictions, PageContext("title", "", {}))
+def test_unknown_configuration_is_left_out(predictions, metrics):
+    page = written(metrics, predictions, PageContext("title", "", {}))
     assert "Configuration" not in page and "<pre>" not in page
 
 
@@ -239,14 +237,14 @@ def test_thumbnails_are_small_pictures(root):
         assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 192
 
 
-def test_image_that_cannot_be_shown_is_named(predictions, metrics, tmp_path):
-    page = written(tmp_path, metrics, predictions, context(lambda name: None))
+def test_image_that_cannot_be_shown_is_named(predictions, metrics):
+    page = written(metrics, predictions, context(lambda name: None))
     assert "<img" not in page and "data:image" not in page
     assert len(figures_of(ElementTree.fromstring(page), "Mass")) == 3
 
 
-def test_without_images_no_patient_is_named(predictions, metrics, tmp_path):
-    page = written(tmp_path, metrics, predictions)
+def test_without_images_no_patient_is_named(predictions, metrics):
+    page = written(metrics, predictions)
     assert "names and shows no image" in page
     assert not [name for name in predictions.table["image"] if name in page]
     assert "<img" not in page
@@ -274,31 +272,18 @@ def test_names_are_escaped(path, root):
     assert "&lt;i&gt;" in text and "<i>" not in text
 
 
-def test_page_of_14_findings_is_small(tmp_path):
+def test_page_of_14_findings_is_small():
     predictions = random_predictions(FINDINGS, images=5000)
-    page = written(tmp_path, example_metrics(predictions, count=2), predictions)
+    page = written(example_metrics(predictions, count=2), predictions)
     assert 100_000 < len(page.encode()) < 500_000
 
 
-def test_of_many_labels_the_most_frequent_are_drawn(tmp_path):
+def test_of_many_labels_the_most_frequent_are_drawn():
     predictions = random_predictions([f"finding {number}" for number in range(45)], images=200)
     metrics = example_metrics(predictions, count=2)
-    root = ElementTree.fromstring(written(tmp_path, metrics, predictions))
+    root = ElementTree.fromstring(written(metrics, predictions))
     assert len(list(section(root, "ROC curves").iter("figure"))) == 40
     assert len(rows_of(section(root, "Scores by finding"), "Scores")) == 1 + 45 + 3
-
-
-def test_page_is_replaced_atomically(metrics, predictions, tmp_path, monkeypatch):
-    before = written(tmp_path, metrics, predictions)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        written(tmp_path, metrics, predictions, context(picture))
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 # In a browser
@@ -383,7 +368,8 @@ def test_long_names_do_not_widen_the_page(browser, tmp_path):
     predictions.table["view"] = np.where(np.arange(100) % 2, "V" * 200, "PA")
     predictions.table["image"] = [f"{'i' * 240}{row}.png" for row in range(100)]
     metrics = {**example_metrics(predictions, count=2), "checkpoint": "/" + "c" * 400}
-    written(tmp_path, metrics, predictions, context(lambda name: None))
+    page = written(metrics, predictions, context(lambda name: None))
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
     for width in (400, 1400):
         browser.open(tmp_path / "page.html", width)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width

@@ -17,6 +17,7 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.errors import ConfigError, DataError, NonFiniteLoss
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, predictions_of, read_predictions
 from cxr_vit.evaluation.report import write_report
 from scored_rows import make_predictions, random_predictions
@@ -172,7 +173,10 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     folder = tmp_path / "report"
-    write_report(folder, full(), resamples=Resamples(30), origin={"step": 7, "checkpoint": "a"})
+    origin = {"step": 7, "checkpoint": "a"}
+    write_report(
+        folder, full(), PageContext("a run", "", {}), resamples=Resamples(30), origin=origin
+    )
     return folder
 
 

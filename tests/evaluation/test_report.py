@@ -16,6 +16,7 @@ from cxr_vit.data.text_files import csv_line, original_text, write_csv
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import predictions_of
 from cxr_vit.evaluation.report import print_table, write_report
 from cxr_vit.files import make_folder
@@ -26,7 +27,8 @@ def write_scored(folder, records, labels, *, logits=None, names=FINDINGS, **orig
     logits = labels if logits is None else logits
     outputs = EvalOutputs("test", 12, 0.7, {}, logits, labels, 1.0, names)
     predictions = predictions_of(records, outputs)
-    return write_report(folder, predictions, resamples=Resamples(50), origin=origin)
+    context = PageContext("a run", "", {})
+    return write_report(folder, predictions, context, resamples=Resamples(50), origin=origin)
 
 
 @pytest.fixture
@@ -47,7 +49,8 @@ def report(dataset, tmp_path):
 def test_folder_has_metrics_predictions_and_plots(report):
     folder = report[0]
     names = {path.name for path in folder.iterdir()}
-    assert names == {"metrics.json", "predictions.csv", "roc.png", "roc.svg"}
+    tables = {"metrics.json", "predictions.csv"}
+    assert names == {*tables, "report.html", "MODEL_CARD.md", "roc.png", "roc.svg"}
 
 
 def test_metrics_have_the_documented_keys(report, dataset):
