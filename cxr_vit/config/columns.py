@@ -167,6 +167,8 @@ Meaning = Literal["negative", "positive", "unknown"]
 IMAGE_COLUMNS = ("image", "patient", "split")
 #: Means over the findings: of all alike, weighted by their positives, and over all their decisions.
 MEANS = ("macro", "weighted", "micro")
+#: Keys beside those of the labels in the groups of metrics.json.
+_COUNTS = ("images", "patients")
 #: What predictions.csv says of each image, where it is known.
 ABOUT_COLUMNS = ("sex", "age", "view", "follow_up", "source")
 
@@ -194,8 +196,8 @@ def repeated_name(names: Sequence[str]) -> Optional[str]:
     for name in names:
         if name.lower() in taken:
             return f"the label {name!r} has the name of another column of predictions.csv"
-        if name.lower() in MEANS:
-            return f"the label {name!r} has the name of a mean over the labels"
+        if name.lower() in (*MEANS, *_COUNTS):
+            return f"the label {name!r} has the name of a mean or a count of metrics.json"
     return None
 
 

@@ -233,7 +233,7 @@ def read_boxes(csv: Path) -> pd.DataFrame:
 
 
 def read_relabels(csv: Path) -> pd.DataFrame:
-    """Read Google's labels of four findings (Majkowska et al., 2019), `YES` or `NO` per column.
+    """Read Google's labels of four findings (Majkowska et al., 2020), `YES` or `NO` per column.
 
     Returns float32 columns `RELABELS` of zeros and ones; the index, `image`, is the file name.
 

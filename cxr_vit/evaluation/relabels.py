@@ -15,7 +15,7 @@ _TRUTHS = ("google", "nih")
 
 
 def relabels(predictions: Predictions, resamples: Resamples) -> Optional[Dict[str, Any]]:
-    """Score the images that Google's radiologists labelled (Majkowska et al., Radiology 2019).
+    """Score the images that Google's radiologists labelled (Majkowska et al., Radiology 294, 2020).
 
     Returns, JSON-able, by Google's finding: `nih_findings`, those of NIH that are one of it; the
     `images` that both have labelled, and how many of these are `positives` of Google's and

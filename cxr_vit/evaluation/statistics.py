@@ -37,12 +37,6 @@ def joined(statistics: Dict[str, Statistic]) -> Statistic:
     return Statistic(tuple(names), of)
 
 
-def difference(first: Statistic, second: Statistic) -> Statistic:
-    """Return the values of the first minus those of the second, resample by resample."""
-    assert first.names == second.names, "the same values of two models"
-    return Statistic(first.names, lambda weights: first.of(weights) - second.of(weights))
-
-
 class Ranking:
     """Images in the order of their probabilities, for AUROC and average precision.
 
