@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from cxr_vit.cli import run
-from cxr_vit.evaluation.bootstrap import Resamples, intervals
+from cxr_vit.evaluation.bootstrap import LEVEL, Resamples, intervals
 from cxr_vit.evaluation.delong import delong_interval
 from cxr_vit.evaluation.statistics import errors, joined, ranking
 
@@ -175,6 +175,7 @@ def coverage(data_sets: int, *, patients: int, resamples: int) -> Dict[str, Any]
     design = {"data_sets": data_sets, "patients": patients, "resamples": resamples}
     return {
         **design,
+        "level_percent": 100 * LEVEL,
         "images": round(images / data_sets),
         "prevalence": PREVALENCE,
         "share_of_patients": SHARE,

@@ -503,10 +503,7 @@ class Trainer:
     def _validate(self, dataset: ChestXrayDataset) -> None:
         """Score the validation split and notify the callbacks."""
         self._notify("on_validation_start")
-        outputs = self._score(dataset, "val")
-        count = self.config.evaluation.val_resamples
-        self.validation_outputs = with_interval(outputs, dataset.records, count)
-        self.callback_metrics.update(self.validation_outputs.tagged())
+        self.validation_outputs = self._score(dataset, "val")
         self._notify("on_validation_end")
 
     def _validate_and_save(self) -> None:
@@ -527,6 +524,9 @@ class Trainer:
         start = time.perf_counter()
         scored, step = self._predict(dataset, views), self.global_step
         outputs = outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
+        if split == "val":
+            count = self.config.evaluation.val_resamples
+            outputs = with_interval(outputs, dataset.records, count)
         self.callback_metrics.update(outputs.tagged())
         return outputs
 
