@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/vit_demo.yaml run.dir=$(RUN)
 	$(VENV)/bin/python evaluate.py --checkpoint $(RUN)
 	@echo
-	@echo "The report:         $(RUN)/report (metrics.json, predictions.csv, roc.png)"
+	@echo "The report:         $(RUN)/report (report.html, metrics.json, predictions.csv)"
 	@echo "The curves:         $(VENV)/bin/tensorboard --logdir runs"
 	@echo "What was trained:   notebooks/chest_xray_walkthrough.ipynb, step by step"
 	@echo "The documentation:  docs/index.md, or make docs and open site/index.html"

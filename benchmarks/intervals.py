@@ -16,6 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Dict, NamedTuple, Sequence
 
 import numpy as np
@@ -29,6 +30,8 @@ from cxr_vit.evaluation.statistics import errors, joined, ranking
 #: The official test split.
 IMAGES, PATIENTS, FINDINGS = 25_596, 2_797, 14
 VALIDATIONS = (1_000, 11_000)
+#: Patients of the simulated data sets.
+COVERED_PATIENTS = (200, 500)
 #: Images of a patient on average, share of positives, and difference of their scores in deviations.
 MEAN_IMAGES, PREVALENCE, SEPARATION = 5, 0.2, 1.2
 #: Share of the variance that patients have: of the tendency to the finding, and of the score.
@@ -53,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
     results = {
         "report": time_report(),
         "validation": [time_validation(images) for images in VALIDATIONS],
-        "coverage": coverage(arguments.data_sets, patients=500, resamples=1000),
+        "coverage": [
+            coverage(arguments.data_sets, patients=patients, resamples=1000)
+            for patients in COVERED_PATIENTS
+        ],
     }
     command = "python -m benchmarks.intervals"
     about = {"command": command, **describe_machine("numpy"), "results": results}
@@ -105,20 +111,10 @@ def draw(generator: np.random.Generator, patients: int) -> Rows:
         values: np.ndarray = own * of_patients + other * generator.standard_normal(len(patient))
         return values
 
-    truth = clustered() > _quantile(1.0 - PREVALENCE)
+    truth = clustered() > NormalDist().inv_cdf(1.0 - PREVALENCE)
     scores = SEPARATION * truth + clustered()
     probabilities = 1.0 / (1.0 + np.exp(-(SEPARATION * scores - 2.1)))
     return Rows(probabilities[:, None].astype(np.float32), truth[:, None].astype(np.int8), patient)
-
-
-def _quantile(share: float) -> float:
-    """Return the quantile of the standard normal distribution, by bisection."""
-    low, high = -9.0, 9.0
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        below = 0.5 * (1.0 + math.erf(middle / math.sqrt(2.0)))
-        low, high = (middle, high) if below < share else (low, middle)
-    return low
 
 
 def statistic_of(rows: Rows) -> Any:
