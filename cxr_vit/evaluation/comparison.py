@@ -67,20 +67,7 @@ def read_models(files: Sequence[Path]) -> List[Model]:
 
     Raises DataError if a file is missing, is no predictions.csv, or has an image twice.
     """
-    return [Model(name, path, _read_once_each(path)) for name, path in zip(ascii_uppercase, files)]
-
-
-def _read_once_each(path: Path) -> Predictions:
-    predictions = read_predictions(path)
-    images = predictions.table["image"]
-    twice = images.duplicated().to_numpy(dtype=bool)
-    if twice.any():
-        raise DataError(
-            f"{path}: {int(twice.sum())} rows have the image of another row, such as"
-            f" {images[twice].iloc[0]!r}, so that rows of the files cannot be matched. Leave each"
-            " image in once."
-        )
-    return predictions
+    return [Model(name, path, read_predictions(path)) for name, path in zip(ascii_uppercase, files)]
 
 
 def pair(models: Sequence[Model]) -> Pairing:

@@ -358,7 +358,7 @@ def test_image_twice_in_a_file_is_refused(tmp_path):
     predictions = make_predictions(make_truth(20))
     predictions.table.loc[3, "image"] = "00002.png"
     predictions.write(tmp_path / "predictions.csv")
-    with pytest.raises(DataError, match=r"predictions.csv: 1 rows .* such as '00002.png'"):
+    with pytest.raises(DataError, match=r"there before in 1 of 20 rows, .*'00002.png'"):
         read_models([tmp_path / "predictions.csv"] * 2)
 
 
