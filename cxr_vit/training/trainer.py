@@ -276,6 +276,7 @@ class Trainer:
             self._notify("on_test_start")
             views = self.config.evaluation.views
             self.test_outputs = self._score(datamodule.dataset(split), split, views)
+            self.callback_metrics.update(self.test_outputs.tagged())
             self._notify("on_test_end")
         return self.test_outputs.tagged()
 
@@ -503,7 +504,9 @@ class Trainer:
     def _validate(self, dataset: ChestXrayDataset) -> None:
         """Score the validation split and notify the callbacks."""
         self._notify("on_validation_start")
-        self.validation_outputs = self._score(dataset, "val")
+        scored, count = self._score(dataset, "val"), self.config.evaluation.val_resamples
+        self.validation_outputs = with_interval(scored, dataset.records, count)
+        self.callback_metrics.update(self.validation_outputs.tagged())
         self._notify("on_validation_end")
 
     def _validate_and_save(self) -> None:
@@ -523,12 +526,7 @@ class Trainer:
             self.engine.prepare_scoring(dataset)
         start = time.perf_counter()
         scored, step = self._predict(dataset, views), self.global_step
-        outputs = outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
-        if split == "val":
-            count = self.config.evaluation.val_resamples
-            outputs = with_interval(outputs, dataset.records, count)
-        self.callback_metrics.update(outputs.tagged())
-        return outputs
+        return outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
 
     def _predict(self, dataset: ChestXrayDataset, views: str) -> Tuple[Tensor, Tensor]:
         self._print(*describe_views(views))
