@@ -31,8 +31,11 @@ def option(default: Any, text: str, **limits: Any) -> Any:
 
 
 def less_is_better(score: str) -> bool:
-    """Whether the name of a score is that of a loss; of all others, more is better."""
-    return score.endswith("loss")
+    """Whether the name of a score is that of a loss; of all others, more is better.
+
+    The name may begin with `val/`. A label may end in `loss`: ``"auroc/volume loss"`` is none.
+    """
+    return re.match("(val/)?[^/]*loss(/|$)", score) is not None
 
 
 def _expand(text: str) -> str:

@@ -116,13 +116,14 @@ class EarlyStopping(Callback):
         logger.warning("%s is undefined%s%s", self.monitor, why, effect)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the best score, None before the first one, and the count."""
-        return {"best": self.best, "since_best": self.since_best}
+        """Return the best score, None before the first one, of which score, and the count."""
+        return {"monitor": self.monitor, "best": self.best, "since_best": self.since_best}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Restore the best score and the count."""
+        """Restore the best score and the count, unless they are of another score."""
         state = _Patience.model_validate(state_dict)
-        self.best, self.since_best = state.best, state.since_best
+        if state.monitor in (None, self.monitor):
+            self.best, self.since_best = state.best, state.since_best
 
 
 class _Patience(BaseModel):
@@ -130,6 +131,7 @@ class _Patience(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    monitor: Optional[str] = None  # earlier versions do not say
     best: Optional[float]
     since_best: int = Field(ge=0)
 

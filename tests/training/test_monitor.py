@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, Trainer, ViTModule
+from cxr_vit.config.fields import less_is_better
 from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.predictions import predictions_of
@@ -97,6 +98,31 @@ def test_resumed_run_with_another_monitor_begins_a_new_best(make_f1):
     assert best(trainer) == "step_00000003"
 
 
+def test_resumed_run_with_another_monitor_is_not_stopped_by_the_best_before(make_f1):
+    scores = [0.1, 0.1, 0.2, 0.3, 0.4, 0.5]
+    patience = "train.early_stopping_patience=2"
+    make_f1(patience, scores=scores, callbacks=[StopAt(2)]).fit()
+    trainer = make_f1(patience, "train.monitor=f1", scores=scores[1:]).resume()
+    assert (trainer.global_step, best(trainer)) == (6, "step_00000006")
+
+
+@pytest.mark.parametrize(
+    ("score", "is_less"),
+    [
+        ("loss", True),
+        ("val/loss", True),
+        ("my_loss", True),
+        ("my_loss/Hernia", True),
+        ("auroc/volume loss", False),
+        ("val/auroc/volume loss", False),
+        ("auroc_macro", False),
+        ("lossless", False),
+    ],
+)
+def test_less_is_better_of_losses_alone(score, is_less):
+    assert less_is_better(score) == is_less
+
+
 # The interval
 
 
@@ -117,6 +143,8 @@ def test_interval_of_a_validation_is_that_of_a_report(make_config, tmp_path):
     assert limits == (macro["low"], macro["high"])
     assert limits[0] < event["val/auroc_macro"] < limits[1]
     assert trainer.validate(module, data)["val/auroc_macro_low"] == limits[0]
+    tested = trainer.test(module, data, split="val")
+    assert "val/auroc_macro" in tested and "val/auroc_macro_low" not in tested, "a report has it"
 
 
 def test_no_resamples_are_no_interval(make_config, tmp_path):
