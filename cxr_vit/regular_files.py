@@ -20,6 +20,9 @@ _KINDS = {
     stat.S_IFLNK: "a symbolic link",
 }
 
+#: Bytes of a metrics.json, which has some kilobytes for each label.
+MOST_METRICS = 50_000_000
+
 
 def read_bytes(path: Union[str, Path], *, limit: int, length: Optional[int] = None) -> bytes:
     """Return the content of a regular file of at most `limit` bytes, or its first `length` ones.

@@ -220,6 +220,14 @@ def test_doubtful_comparisons_are_named(write, tmp_path, capsys):
     assert "its report is of step 3, not of the best one" in out
 
 
+def test_report_of_many_labels_is_read(write, tmp_path):
+    run = write("s0", test=(0.7, 0.7, 0.7))
+    path = run / "report" / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "subgroups": "x" * 5_000_000}))
+    summarise(run, "--out", tmp_path)
+    assert summary(tmp_path)["warnings"] == []
+
+
 def test_reports_of_other_views_or_data_are_named(write, tmp_path, capsys):
     runs = [
         write(f"s{seed}", f"run.seed={seed}", *views, test=(0.7, 0.7, 0.7))

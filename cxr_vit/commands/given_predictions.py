@@ -13,11 +13,8 @@ from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, read_predictions
 from cxr_vit.evaluation.report import METRICS, print_table, sha256_of, write_report
 from cxr_vit.files import make_folder, writing_to
-from cxr_vit.regular_files import read_json
+from cxr_vit.regular_files import MOST_METRICS, read_json
 from cxr_vit.training.run_folder import package_versions
-
-#: Of metrics.json, which has some kilobytes for each label.
-_MOST_JSON = 50_000_000
 
 
 def show_report(
@@ -78,7 +75,7 @@ def _origin(path: Path) -> Optional[Dict[str, Any]]:
     The scores in it are computed again; the others are facts about checkpoint and data.
     """
     try:
-        found = read_json(path.parent / METRICS, limit=_MOST_JSON)
+        found = read_json(path.parent / METRICS, limit=MOST_METRICS)
     except (OSError, ValueError):
         return None
     return found if found.get("predictions_sha256") == sha256_of(path) else None

@@ -16,7 +16,7 @@ from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Interval, Resamples, intervals
 from cxr_vit.evaluation.predictions import Predictions
-from cxr_vit.evaluation.scaling import fit_platt, fit_temperature
+from cxr_vit.evaluation.scaling import LEAST_SCALE, MOST_SCALE, fit_platt, fit_temperature
 from cxr_vit.evaluation.statistics import Statistic, joined, ratios
 from cxr_vit.files import write_text
 from cxr_vit.regular_files import read_bytes
@@ -30,7 +30,7 @@ _RATE = 0.95
 
 _Kind = Literal["youden", "f1", "specificity_95", "sensitivity_95"]
 _Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-_Positive = Annotated[FiniteFloat, Field(gt=0)]
+_Scale = Annotated[float, Field(ge=LEAST_SCALE, le=MOST_SCALE, allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 _Count = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -72,8 +72,8 @@ class OperatingPoints(BaseModel):
     labels: Annotated[List[LabelName], Field(min_length=1)]
     fitted_on: FittedOn
     thresholds: Dict[str, Dict[_Kind, _Probability]]
-    temperature: Dict[str, _Positive]
-    platt: Dict[str, Tuple[_Positive, FiniteFloat]]
+    temperature: Dict[str, _Scale]
+    platt: Dict[str, Tuple[_Scale, FiniteFloat]]
 
     @model_validator(mode="after")
     def _has_own_labels_only(self) -> OperatingPoints:
@@ -119,7 +119,7 @@ class OperatingPoints(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the file atomically; `read` returns the same. Raises OSError if that fails."""
-        write_text(path, json.dumps(self.model_dump(), indent=2) + "\n")
+        write_text(path, json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> OperatingPoints:

@@ -93,20 +93,21 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """Write predictions.csv; `read_predictions` returns the same."""
-        table = self.table[list(IMAGE_COLUMNS)].copy()
+        # One frame at the end: a column more copies the table after 100 of them.
+        table = {name: self.table[name] for name in IMAGE_COLUMNS}
         for column, name in enumerate(self.names):
             of_name = pd.Series(self.labels[:, column], dtype=object)
             table[name] = of_name.where(of_name != UNKNOWN, None)
             table[probability_column(name)] = self.probabilities[:, column]
         for name in self.table.columns.intersection(ABOUT_COLUMNS, sort=False):
             values = self.table[name]
-            table[name] = values.map(_shortest) if name in _NUMBERS else values
-            table[name] = table[name].where(values.notna(), "")
+            texts = values.map(_shortest) if name in _NUMBERS else values
+            table[name] = texts.where(values.notna(), "")
         for name, values in zip(RELABELS, self.relabels.T):
-            if not np.isnan(values).all():
+            if not np.isnan(values).all() and relabel_column(name) not in self.names:
                 texts = ["" if np.isnan(value) else str(int(value)) for value in values]
                 table[relabel_column(name)] = texts
-        write_csv(path, table)
+        write_csv(path, pd.DataFrame(table))
 
 
 def _shortest(value: float) -> str:
@@ -152,7 +153,7 @@ def read_predictions(path: Path) -> Predictions:
 
     Raises DataError if the file is none: a column is missing, a label has no legal name or is not
     0, 1 or empty, a probability is not from 0 to 1, an image has no name, no patient or several
-    rows, or there is no row.
+    rows, a column is there twice, or there is no row.
     """
     header = read_header(path, IMAGE_COLUMNS)
     refuse_absent(str(path), IMAGE_COLUMNS, header, _NO_PREDICTIONS)
@@ -166,8 +167,13 @@ def read_predictions(path: Path) -> Predictions:
     labels = tuple(map(original_text, names))
     _refuse_names(path, labels)
     about = [name for name in ABOUT_COLUMNS if name in header and name not in names]
-    relabels = {name: relabel_column(name) for name in RELABELS if relabel_column(name) in header}
+    relabels = {
+        name: column
+        for name, column in zip(RELABELS, map(relabel_column, RELABELS))
+        if column in header and column not in names
+    }
     wanted = [*IMAGE_COLUMNS, *names, *map(probability_column, names), *about, *relabels.values()]
+    read_header(path, wanted)  # refuses one that is there twice
     texts = read_columns(path, wanted)
     table = {name: texts[name].map(original_text) for name in (*IMAGE_COLUMNS, *about)}
     for name in IMAGE_COLUMNS[:2]:

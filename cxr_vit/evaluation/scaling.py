@@ -10,8 +10,9 @@ from cxr_vit.evaluation.statistics import clipped
 
 #: Positives, and negatives, that a fit needs.
 _LEAST_IMAGES = 10
-#: A slope below it ranks nothing, and scaled probabilities would round to the same value.
-_LEAST_SLOPE = 1e-6
+#: Temperatures and slopes. Scaled probabilities of a smaller slope would round to the same value,
+#: and those of a larger one to 0 and 1.
+LEAST_SCALE, MOST_SCALE = 1e-6, 1e6
 _MOST_STEPS, _TOLERANCE = 100, 1e-9
 
 
@@ -39,7 +40,9 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> Optional[fl
     if not right.min() < 0 < right.max():
         return None
     weights = _maximum_likelihood(logits[:, None], truth)
-    return None if weights is None or weights[0] < _LEAST_SLOPE else float(1 / weights[0])
+    if weights is None or not LEAST_SCALE <= weights[0] <= MOST_SCALE:
+        return None
+    return min(MOST_SCALE, max(LEAST_SCALE, float(1 / weights[0])))
 
 
 def fit_platt(probabilities: np.ndarray, truth: np.ndarray) -> Optional[Tuple[float, float]]:
@@ -64,7 +67,7 @@ def fit_platt(probabilities: np.ndarray, truth: np.ndarray) -> Optional[Tuple[fl
     mean, spread = logits.mean(), logits.std()
     standard = (logits - mean) / spread
     weights = _maximum_likelihood(np.stack([standard, np.ones_like(standard)], axis=1), truth)
-    if weights is None or weights[0] / spread < _LEAST_SLOPE:
+    if weights is None or not LEAST_SCALE <= weights[0] / spread <= MOST_SCALE:
         return None
     slope = weights[0] / spread
     return float(slope), float(weights[1] - slope * mean)

@@ -19,10 +19,10 @@ from cxr_vit.config import Config, read_config
 from cxr_vit.config.fields import less_is_better
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.files import is_lock_file
-from cxr_vit.regular_files import read_bytes, read_json
+from cxr_vit.regular_files import MOST_METRICS, read_bytes, read_json
 
-#: Largest files that are read, bytes.
-_MOST_METRICS, _MOST_JSON = 2**26, 2**22
+#: Bytes of a metrics.jsonl and of an environment.json.
+_MOST_EVENTS, _MOST_JSON = 2**26, 2**22
 #: Settings in which the runs of one group may differ: seed, names, folders, and what only changes
 #: how images are read.
 _OF_RUN = {
@@ -148,7 +148,7 @@ def read_run(path: Path) -> Run:
 def _events(path: Path) -> List[Dict[str, Any]]:
     """Return the events of metrics.jsonl; a last line may be incomplete, as a kill leaves it."""
     try:
-        lines = read_bytes(path, limit=_MOST_METRICS).split(b"\n")
+        lines = read_bytes(path, limit=_MOST_EVENTS).split(b"\n")
     except OSError as error:
         raise UnusableRun(f"{path.name}: {error.strerror or error}") from error
     events: List[Dict[str, Any]] = []
@@ -200,7 +200,7 @@ def _minutes(speeds: Sequence[Dict[str, Any]], images: int) -> Optional[float]:
 def _test_scores(path: Path) -> Optional[Dict[str, Any]]:
     """Return macro AUROC, AUROC by label, and step; None without a report of the test split."""
     try:
-        found = read_json(path, limit=_MOST_JSON)
+        found = read_json(path, limit=MOST_METRICS)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -63,7 +63,7 @@ def test_blanks_at_the_ends_quoted_lines_and_long_fields_are_read(tmp_path: Path
         ('id,text\n1,"a\n2,b\n', "not a readable CSV .* in row 1"),
         ("id,text\n", "no rows below the header"),
         ("id,text,id\n1,2,3\n", "the column 'id' is there twice"),
-        ("id" + ",x" * 1000 + "\n1\n", "more than 1000 columns"),
+        ("id" + ",x" * 4096 + "\n1\n", "more than 4096 columns"),
         ("id,text,\n1,a\n2\n3\n", r"2 of 3 rows are cut off, first row 2: it has 1 fields, the h"),
         ('id,text\n1,"' + ("a" * 600_000 + "\n") * 2 + '"\n', "not a readable CSV .field larger"),
         ("id,text\n1," + "a" * 1_000_001 + "\n", "the longest of 1,000,004 bytes"),

@@ -176,6 +176,8 @@ _DELETED = object()
         (["thresholds", "Mass", "youden"], True, "thresholds.Mass.youden: "),
         (["thresholds", "Mass", "best"], 0.5, "thresholds.Mass.best"),
         (["temperature", "Mass"], 0.0, "temperature.Mass: "),
+        (["temperature", "Mass"], 1e-310, "temperature.Mass: "),
+        (["platt", "Mass"], [1e300, 0.0], "platt.Mass.0: "),
         (["temperature", "Mass"], float("inf"), "temperature.Mass: "),
         (["temperature", "Mass"], float("nan"), "temperature.Mass: "),
         (["platt", "Mass"], [1.0], "platt.Mass"),

@@ -127,6 +127,14 @@ def cell(row: int, column: int, text: str) -> Callable[[List[str]], List[str]]:
         (lambda lines: [*lines, lines[1]], "an image that is there before in 1 of 6 rows"),
         (cell(0, 0, "picture"), "no column 'image'"),
         (cell(0, 1, "image"), "the column 'image' is there twice|no column 'patient'"),
+        (
+            lambda lines: [f"{line},{line.split(',')[4]}" for line in lines],
+            "the column 'Mass_probability' is there twice",
+        ),
+        (
+            lambda lines: [f"{line},{end}" for line, end in zip(lines, ["sex,sex", *["M,F"] * 5])],
+            "the column 'sex' is there twice",
+        ),
         (cell(0, 4, "Mass_logit"), r"no label with a column of probabilities, such as Hernia and"),
         (cell(2, 3, "2"), "a value of 'Mass' that is not 0, 1 or empty in 1 of 5 rows, first in"),
         (cell(2, 3, "-1"), "a value of 'Mass' that is not 0, 1 or empty"),
@@ -165,6 +173,26 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(DataError, match=rf"{path}: cannot be read"):
             read_predictions(path)
+
+
+def test_label_with_the_name_of_a_second_label_is_read_as_a_label(tmp_path: Path) -> None:
+    found = full()
+    found = replace(found, names=("Fracture_google2019", *found.names[1:]))
+    found.relabels[:] = np.nan
+    path = tmp_path / "predictions.csv"
+    found.write(path)
+    same(found, read_predictions(path))
+    found.relabels[:, 0] = 1
+    found.write(path)
+    assert path.read_text().split("\n")[0].count("Fracture_google2019,") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_thousand_labels_are_written_and_read(tmp_path: Path) -> None:
+    found = random_predictions(5, 1000, seed=0)
+    found = replace(found, names=tuple(f"label {number}" for number in range(1000)))
+    found.write(tmp_path / "predictions.csv")
+    assert read_predictions(tmp_path / "predictions.csv").names == found.names
 
 
 # evaluate.py --predictions
@@ -240,7 +268,10 @@ def test_columns_of_the_users_own_stay_in_the_file(tmp_path: Path) -> None:
         (["--predictions", "a.csv", "--split", "val"], "--split has no effect with --predictions"),
         (["--predictions", "a.csv", "--data", "b.yaml"], "--data has no effect with --predictions"),
         (["--predictions", "a.csv", "data.root=b"], "data.root=b: with --predictions only evaluat"),
-        (["--predictions", "a.csv", "evaluation.views=flip"], "only evaluation.resamples has"),
+        (
+            ["--predictions", "a.csv", "evaluation.views=flip"],
+            "only evaluation.resamples and report.images have",
+        ),
         (["a.csv"], "a.csv: predictions are given as --predictions a.csv"),
         ([], "required: --checkpoint, or --predictions"),
         (["--predictions", "a.csv", "evaluation.resamples=-1"], "evaluation.resamples"),
