@@ -395,7 +395,7 @@ def evaluate_arguments(argv: Sequence[str]) -> EvaluateArguments:
         type=Path,
         metavar="DIR",
         help="default: <run>/report, of several checkpoints <run>/report-ensemble in the first's"
-        " run; with --data, its <name>; with --predictions, the file's folder",
+        " run; with --data, its <name>; with --predictions, recomputed/ beside the file",
     )
     parser.add_overrides(
         "overrides of the run's configuration; with --data, those of data.* apply to the other data"

@@ -64,13 +64,16 @@ def call(capsys: Any, tmp_path: Path) -> Call:
         members, predictions = _members(*words)
         capsys.readouterr()
         (tmp_path / out).mkdir(exist_ok=True)
-        return operating_points_of(members, tmp_path / out, predictions), capsys.readouterr().out
+        points = operating_points_of(members, tmp_path / out, predictions)
+        if points is not None:  # as the report does
+            points.write(tmp_path / out / OPERATING_POINTS)
+        return points, capsys.readouterr().out
 
     return points_of
 
 
 def test_first_report_scores_the_validation_images_and_later_ones_read(
-    run: Path, call: Call, tmp_path: Path
+    run: Path, call: Call
 ) -> None:
     checkpoint = checkpoint_of(run)
     points, output = call(run)
@@ -78,10 +81,8 @@ def test_first_report_scores_the_validation_images_and_later_ones_read(
     assert "scoring 30 validation images" in output
     assert "optimistic" not in output
     assert OperatingPoints.read(checkpoint / OPERATING_POINTS) == points
-    assert OperatingPoints.read(tmp_path / "out" / OPERATING_POINTS) == points
     again, output = call(run, out="other")
     assert (again, output) == (points, "")
-    assert OperatingPoints.read(tmp_path / "other" / OPERATING_POINTS) == points
     _, predictions = _members(run, "--split", "val")
     expected = OperatingPoints.fit(predictions)
     assert points.thresholds == expected.thresholds
@@ -111,24 +112,28 @@ def test_validation_images_are_scored_once_and_said_to_be_optimistic(run: Path, 
     assert call(run) == (points, "")
 
 
-def test_points_of_other_images_or_weights_are_fitted_again(
-    run: Path, call: Call, tmp_path: Path
-) -> None:
+def test_points_of_other_images_or_weights_are_fitted_again(run: Path, call: Call) -> None:
     stored = checkpoint_of(run) / OPERATING_POINTS
     call(run)
     text = stored.read_text()
-    own, output = call(run, "data.val_fraction=0.25")
-    assert own is not None and own.fitted_on["images"] < 30
-    assert "is not used: it was fitted with other validation images" in output
-    assert stored.read_text() == text, "the data are not those of the training"
-    assert call(run, "data.val_fraction=0.25")[0] == own
     flipped, output = call(run, "evaluation.views=flip")
     assert "other weights, views or image sizes" in output
-    assert flipped is not None and flipped != own and stored.read_text() == text
-    content = json.loads(text)
-    content["fitted_on"]["model_sha256"] = "0" * 64
-    stored.write_text(json.dumps(content))
-    assert "other weights" in call(run, out="third")[1]
+    assert flipped is not None and flipped != OperatingPoints.read(stored)
+    assert stored.read_text() == text
+    for key, reason in (("model_sha256", "other weights"), ("sha256", "other validation images")):
+        content = json.loads(text)
+        content["fitted_on"][key] = "0" * 64
+        stored.write_text(json.dumps(content))
+        assert f"is not used: it was fitted with {reason}" in call(run, out=key)[1]
+
+
+def test_validation_images_of_another_split_may_be_those_of_the_training(
+    run: Path, call: Call, second: Path
+) -> None:
+    call(run)
+    for members in ([run], [run, second]):
+        points, output = call(*members, "data.val_fraction=0.25", out="changed")
+        assert points is None and "no operating points: the split is not that of the tr" in output
 
 
 def test_damaged_file_is_not_used_and_stays(run: Path, call: Call, caplog: Any) -> None:
@@ -159,13 +164,10 @@ def test_folder_that_cannot_be_written_leaves_the_points_in_the_report(
     assert again == points and "scoring" not in output
 
 
-def test_data_without_validation_images_have_no_points(
-    run: Path, call: Call, tmp_path: Path
-) -> None:
+def test_data_without_validation_images_have_no_points(run: Path, call: Call) -> None:
     call(run)
     points, output = call(run, "data.split=all")
     assert points is None
-    assert list((tmp_path / "out").iterdir()) == [], "those of the report before are removed"
     assert "no operating points: there are no validation images" in output
 
 
@@ -221,4 +223,10 @@ def test_other_data_use_the_points_of_the_checkpoint_under_their_names(
     assert points.thresholds["Pleural Effusion"] == own.thresholds["Effusion"]
     assert "Lung Lesion" not in points.thresholds, "the higher of two outputs"
     assert set(points.thresholds) <= set(points.labels)
-    assert OperatingPoints.read(tmp_path / "chexpert-report" / OPERATING_POINTS) == points
+    points, output = call(run, *data, "evaluation.views=flip", out="flipped")
+    stored = checkpoint_of(run) / OPERATING_POINTS
+    assert points is None and "it was fitted with other weights, views" in output
+    assert f"{stored} does not fit. Remove it, and score" in output
+    stored.unlink()
+    call(run, "evaluation.views=flip", out="flipped-own")
+    assert call(run, *data, "evaluation.views=flip", out="flipped")[0] is not None

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         from cxr_vit.commands.fitted_points import operating_points_of
         from cxr_vit.commands.given_predictions import score_predictions, show_report
         from cxr_vit.commands.members import Members
+        from cxr_vit.evaluation.report import refuse_other_files
 
     if arguments.predictions is not None:
         return score_predictions(arguments.predictions, arguments.out, arguments.overrides)
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     split = members.set_up(arguments.split)
     default, levels = members.folder(split)
     out = make_folder(arguments.out, default, levels=levels)  # now: scoring may take long
+    refuse_other_files(out)
     members.describe(split)
     predictions = members.predictions(split)
     points = operating_points_of(members, out, predictions)

@@ -17,7 +17,6 @@ from cxr_vit.errors import DataError
 from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints, data_sha256
 from cxr_vit.evaluation.predictions import Predictions, predictions_of
-from cxr_vit.files import remove, writing_to
 from cxr_vit.training.scoring import ensemble
 
 logger = logging.getLogger(__name__)
@@ -31,20 +30,13 @@ def operating_points_of(
     They are those of the checkpoint's folder, or those of the report folder `out`, if they were
     fitted with the same model on the validation images at hand. Otherwise the validation images are
     scored, and the points stored in the checkpoint's folder unless it has some, or the data are not
-    those of its training. An ensemble's are of its mean probabilities, and in the report alone. The
-    report always gets a file, with which `evaluate.py --predictions` can repeat it. Another data
-    set (`--data`) uses the points of the checkpoint, which it cannot fit.
+    those of its training. An ensemble's are of its mean probabilities, and in the report alone.
+    With another split than that of the training there are none. Another data set (`--data`) uses
+    the points of the checkpoint, which it cannot fit.
 
-    All processes call it, after `Members.describe`. Raises DataError if the report's file cannot be
-    written; a damaged file is not used, with a warning.
+    All processes call it, after `Members.describe`. A damaged file is not used, with a warning.
     """
     points = _found(members, out, predictions)
-    if members.is_main:
-        with writing_to(out):
-            if points is None:
-                remove(out / OPERATING_POINTS)  # of an earlier report
-            else:
-                points.write(out / OPERATING_POINTS)
     is_other = isinstance(members.all[0].scored, OtherData)
     if points is not None and _is_validation(predictions) and not is_other:
         text = "the operating points are fitted on the images that are scored: they are optimistic"
@@ -63,10 +55,7 @@ def _found(members: Members, out: Path, predictions: Predictions) -> Optional[Op
         text = find("operating points", lambda: _stored(own, wanted))
         if text:
             return _renamed(OperatingPoints.model_validate_json(text), first.match)
-        advice = f"Score its own data first: evaluate.py --checkpoint {first.checkpoint}"
-        if not own:
-            advice = "An ensemble has them for the data of its training alone."
-        _say(is_main, f"no operating points: none are stored with the checkpoint. {advice}")
+        _say(is_main, f"no operating points: {_no_other(first.checkpoint, own)}")
         return None
     reason = _no_fit(members.all)
     if reason:
@@ -82,10 +71,28 @@ def _found(members: Members, out: Path, predictions: Predictions) -> Optional[Op
     return points
 
 
+def _no_other(checkpoint: Path, own: Sequence[Path]) -> str:
+    """Return why there are no points for another data set, and what to do."""
+    command = f"evaluate.py --checkpoint {checkpoint}"
+    if not own:
+        return "an ensemble has them for the data of its training alone"
+    if own[0].exists():  # `_stored` said in what they differ
+        return (
+            f"{own[0]} does not fit. Remove it, and score the checkpoint's own data with the same"
+            f" settings first: {command}"
+        )
+    return f"none are stored with the checkpoint. Score its own data first: {command}"
+
+
 def _no_fit(members: Sequence[Member]) -> Optional[str]:
     """Return why there is nothing to fit on, or None."""
     if any(len(member.data.splits.val) == 0 for member in members):
         return "there are no validation images to fit them on"
+    if any("split_sha256" in member.facts["changed_since_training"] for member in members):
+        return (
+            "the split is not that of the training: its validation images may be images that the"
+            " model was trained with"
+        )
     if len({_validation_sha256(member) for member in members}) > 1:
         return "a member may have been trained with validation images of another"
     return None

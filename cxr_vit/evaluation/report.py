@@ -15,19 +15,20 @@ from rich.table import Table
 
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.console import progress
+from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.calibration import calibration
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import mean_of_defined
 from cxr_vit.evaluation.model_card import model_card
-from cxr_vit.evaluation.operating_points import OperatingPoints, apply
+from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints, apply
 from cxr_vit.evaluation.page import PageContext, report_page
 from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.evaluation.relabels import relabels
 from cxr_vit.evaluation.scores import score
 from cxr_vit.evaluation.statistics import clipped
 from cxr_vit.evaluation.subgroups import subgroups
-from cxr_vit.files import replacing, write_text, writing_to
+from cxr_vit.files import remove, replacing, write_text, writing_to
 
 NOTICE = "For research only; not a medical device."
 #: Version of the keys of metrics.json.
@@ -49,11 +50,12 @@ def write_report(
 ) -> Dict[str, Any]:
     """Write the files of the report of a scored split; return the content of metrics.json.
 
-    `points` are those that `operating_points.json` of the folder has. `origin` are JSON-able facts
-    to store with the scores: checkpoint, step, data hashes. `source` is the file that the
-    predictions are from, if any; that file itself is not written. Raises DataError if the folder
-    cannot be written.
+    `points` are written beside the scores; a file of an earlier report is removed without them.
+    `origin` are JSON-able facts to store with the scores: checkpoint, step, data hashes. `source`
+    is the file that the predictions are from, if any; that file itself is not written. Raises
+    DataError if the folder cannot be written, or as `refuse_other_files` does.
     """
+    refuse_other_files(folder, source)
     computed = compute_metrics(predictions, resamples, points)
     facts = {key: value for key, value in origin.items() if key not in computed}
     metrics = {**computed, **facts, "notice": NOTICE}
@@ -67,18 +69,42 @@ def write_report(
     figure = roc_figure(logits, labels, predictions.names, title=title)
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / PREDICTIONS
-        if source is None or not (path.exists() and path.samefile(source)):
-            predictions.write(path)
         for suffix in ("png", "svg"):
             with replacing(folder / f"roc.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix, dpi=100)
-        metrics["predictions_sha256"] = sha256_of(path)
-        write_text(folder / PAGE, page)
         write_text(folder / MODEL_CARD, card)
+        # Before the predictions: they tell `refuse_other_files` that those are of a report.
+        write_text(folder / PAGE, page)
+        path, stored = folder / PREDICTIONS, folder / OPERATING_POINTS
+        if not _is_same(path, source):
+            predictions.write(path)
+        if points is None:
+            remove(stored)
+        else:
+            points.write(stored)
+        metrics["predictions_sha256"] = sha256_of(path)
+        metrics["operating_points_sha256"] = None if points is None else sha256_of(stored)
         # Written last: where it exists, the report is complete.
-        write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        write_text(folder / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
+
+
+def refuse_other_files(folder: Path, source: Optional[Path] = None) -> None:
+    """Raise DataError if a folder has a predictions.csv of the user's, other than `source`.
+
+    A file with a page or scores beside it is of a report, perhaps one that was cut off.
+    """
+    path = folder / PREDICTIONS
+    is_report = any((folder / name).exists() for name in (PAGE, METRICS))
+    if path.exists() and not is_report and not _is_same(path, source):
+        raise DataError(
+            f"{path} is not of a report of evaluate.py and would be replaced. Give another folder"
+            " with --out."
+        )
+
+
+def _is_same(path: Path, source: Optional[Path]) -> bool:
+    return source is not None and path.exists() and path.samefile(source)
 
 
 def sha256_of(path: Path) -> str:

@@ -56,6 +56,7 @@ def test_undefined_scores_are_null(validator, metrics):
         ("schema_version", 2),
         ("notice", "fit for patients"),
         ("num_samples", -1),
+        ("operating_points_sha256", 3),
         ("findings/Mass/auroc", 0.8),
         ("findings/Mass/auroc/value", None),
         ("findings/Mass/auroc/p", 0.1),

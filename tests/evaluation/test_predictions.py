@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -17,6 +18,7 @@ from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.errors import ConfigError, DataError, NonFiniteLoss
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.metrics import EvalOutputs
+from cxr_vit.evaluation.operating_points import OperatingPoints
 from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, predictions_of, read_predictions
 from cxr_vit.evaluation.report import write_report
@@ -201,11 +203,15 @@ def test_a_thousand_labels_are_written_and_read(tmp_path: Path) -> None:
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     folder = tmp_path / "report"
-    origin = {"step": 7, "checkpoint": "a"}
-    write_report(
-        folder, full(), PageContext("a run", "", {}), resamples=Resamples(30), origin=origin
-    )
+    _write(folder, full(), points=OperatingPoints.fit(full(seed=1)))
     return folder
+
+
+def _write(folder: Path, predictions: Predictions, **given: Any) -> Any:
+    context, origin = PageContext("a run", "", {}), {"step": 7, "checkpoint": "a"}
+    return write_report(
+        folder, predictions, context, resamples=Resamples(30), origin=origin, **given
+    )
 
 
 def test_scores_of_the_file_are_those_of_the_model(
@@ -214,11 +220,16 @@ def test_scores_of_the_file_are_those_of_the_model(
     before = {path.name: path.read_bytes() for path in report.iterdir()}
     given = ["--predictions", str(report / "predictions.csv")]
     assert main([*given, "evaluation.resamples=30"]) == 0
-    assert {path.name for path in report.iterdir()} == set(before)
-    for name in ("predictions.csv", "metrics.json", "roc.png"):
-        assert (report / name).read_bytes() == before[name]
+    out = report / "recomputed"
+    assert {path.name for path in report.iterdir()} == {*before, "recomputed"}
+    assert {path.name for path in out.iterdir()} == set(before)
+    for name, content in before.items():
+        assert (report / name).read_bytes() == content, "the page has images, which are not here"
+    for name in ("predictions.csv", "metrics.json", "roc.png", "operating_points.json"):
+        assert (out / name).read_bytes() == before[name]
     printed = capsys.readouterr().out
-    assert "40 images, 3 labels" in printed and f"report: {report}" in printed
+    assert "40 images, 3 labels" in printed and f"report: {out}" in printed
+    assert "not used" not in printed
 
 
 def test_report_goes_to_another_folder(report: Path, tmp_path: Path) -> None:
@@ -234,31 +245,82 @@ def test_report_goes_to_another_folder(report: Path, tmp_path: Path) -> None:
     same(full(), read_predictions(tmp_path / "other" / "predictions.csv"))
 
 
-def test_report_of_other_predictions_is_not_replaced(report: Path, tmp_path: Path) -> None:
+def test_facts_of_other_predictions_are_not_kept(report: Path, capsys: Any) -> None:
     path = report / "predictions.csv"
     path.write_text(re.sub("\n[^\n]*\n$", "\n", path.read_text()))
-    before = (report / "metrics.json").read_bytes()
-    given = ["--predictions", str(path), "evaluation.resamples=0"]
-    with pytest.raises(DataError, match=r"is not the report of predictions.csv .* --out"):
-        main(given)
-    assert (report / "metrics.json").read_bytes() == before
-    assert main([*given, "--out", str(tmp_path / "b")]) == 0
-    other = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert main(["--predictions", str(path), "evaluation.resamples=0"]) == 0
+    other = json.loads((report / "recomputed" / "metrics.json").read_text())
     assert other["num_samples"] == 39
-    assert "step" not in other, "facts of other predictions"
+    assert "step" not in other
+    assert other["operating_points"] is None and other["operating_points_sha256"] is None
+    assert not (report / "recomputed" / "operating_points.json").exists()
+    assert f"{report / 'operating_points.json'} is not used: no metrics.json" in _words(capsys)
+
+
+def _words(capsys: Any) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_operating_points_of_another_model_are_not_used(report: Path, capsys: Any) -> None:
+    OperatingPoints.fit(full(seed=2)).write(report / "operating_points.json")
+    given = ["--predictions", str(report / "predictions.csv"), "evaluation.resamples=0"]
+    assert main(given) == 0
+    assert json.loads((report / "recomputed" / "metrics.json").read_text())["step"] == 7
+    assert "operating_points.json is not used" in _words(capsys)
+    assert not (report / "recomputed" / "operating_points.json").exists()
+
+
+def test_operating_points_of_an_earlier_report_are_removed(report: Path, capsys: Any) -> None:
+    metrics = json.loads((report / "metrics.json").read_text())
+    content = (report / "operating_points.json").read_bytes()
+    assert metrics["operating_points_sha256"] == hashlib.sha256(content).hexdigest()
+    assert _write(report, full(seed=3))["operating_points_sha256"] is None
+    assert not (report / "operating_points.json").exists()
+
+
+def test_predictions_of_the_users_own_are_not_replaced(report: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    path = folder / "predictions.csv"
+    path.write_text("precious")
+    for attempt in (
+        lambda: main(["--predictions", str(report / "predictions.csv"), "--out", str(folder)]),
+        lambda: _write(folder, full()),
+    ):
+        with pytest.raises(DataError, match=rf"{path} is not of a report .* --out"):
+            attempt()
+    assert path.read_text() == "precious" and len(list(folder.iterdir())) == 1
+
+
+def test_report_that_was_cut_off_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cxr_vit.evaluation.report.sha256_of", fail)
+        with pytest.raises(DataError, match="No space left"):
+            _write(tmp_path, full())
+    assert not (tmp_path / "metrics.json").exists() and (tmp_path / "predictions.csv").exists()
+    _write(tmp_path, full())
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_columns_of_the_users_own_stay_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     random_predictions(30, 2, seed=0).write(path)
     lines = path.read_text().splitlines()
-    (tmp_path / "predictions.csv").write_text(
+    own = tmp_path / "predictions.csv"
+    own.write_text(
         "\n".join(f"{line},{'note' if row == 0 else 'x'}" for row, line in enumerate(lines)) + "\n"
     )
-    before = (tmp_path / "predictions.csv").read_bytes()
-    assert main(["--predictions", str(tmp_path / "predictions.csv"), "evaluation.resamples=9"]) == 0
-    assert (tmp_path / "predictions.csv").read_bytes() == before
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 30
+    before = own.read_bytes()
+    for out in ([], ["--out", str(tmp_path)]):
+        assert main(["--predictions", str(own), "evaluation.resamples=9", *out]) == 0
+        assert own.read_bytes() == before
+    for folder in (tmp_path, tmp_path / "recomputed"):
+        assert json.loads((folder / "metrics.json").read_text())["num_samples"] == 30
 
 
 @pytest.mark.parametrize(
