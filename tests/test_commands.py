@@ -259,6 +259,31 @@ def test_evaluation_of_a_run_scores_its_best_checkpoint(trained, call):
     assert (out / "metrics.json").read_text() == (run / "report" / "metrics.json").read_text()
 
 
+def test_report_is_computed_again_from_its_own_files(trained, call):
+    report = trained[0] / "report"
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    result = call(evaluate, "--predictions", report / "predictions.csv")
+    assert result.status == 0 and "not used" not in result.out
+    again = {path.name: path.read_bytes() for path in (report / "recomputed").iterdir()}
+    assert set(again) == set(before) and "operating_points.json" in again
+    for name in ("metrics.json", "predictions.csv", "operating_points.json"):
+        assert again[name] == before[name]
+    shutil.rmtree(report / "recomputed")
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+
+
+def test_folder_with_predictions_of_the_users_own_is_refused_before_scoring(
+    trained, call, tmp_path
+):
+    path = tmp_path / "predictions.csv"
+    path.write_text("precious")
+    result = call(evaluate, "--checkpoint", trained[0], "--out", tmp_path)
+    assert result.status == 2
+    assert f"{path} is not of a report" in result.err
+    assert "images at" not in result.out, "the data are described before they are scored"
+    assert path.read_text() == "precious"
+
+
 def test_evaluation_never_writes_a_synthetic_data_set(trained, call, tmp_path):
     result = call(
         evaluate, "--checkpoint", trained[0] / "checkpoints" / "best",

@@ -105,7 +105,8 @@ def test_checkpoint_has_labels_best_score_and_callback_states(make):
     state = json.loads((trainer.checkpoints.folder / "last" / "trainer_state.json").read_text())
     assert state["labels"][0] == "Atelectasis"
     assert (state["format"], state["best_score"]) == (3, 0.7)
-    assert state["callbacks"]["early_stopping"] == {"best": 0.7, "since_best": 1}
+    expected = {"monitor": "val/auroc_macro", "best": 0.7, "since_best": 1}
+    assert state["callbacks"]["early_stopping"] == expected
     assert set(state["callbacks"]) == {"early_stopping", "metrics"}
 
 
