@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from cxr_vit.evaluation.statistics import Statistic
 LEVEL = 0.95
 #: Resamples that are scored together: more use more memory and are not faster.
 _TOGETHER = 8
+#: Patients that an interval needs: with a positive image and with a negative one, with a
+#: denominator, or of a mean in all. Intervals of fewer are too narrow.
+LEAST_PATIENTS = 10
 #: An interval needs a value in this share of the resamples at least.
-_LEAST_DEFINED = 0.95
+_LEAST_DEFINED = 0.5
 
 #: Takes the number of resamples just finished, as `cxr_vit.console.progress` does.
 Progress = Callable[[int], None]
@@ -75,29 +79,39 @@ def intervals(
 ) -> Dict[str, Interval]:
     """Return each value that is defined, by name, with its interval over `patients` patients.
 
-    One patient has no interval: every resample would be the same.
+    A value that rests on less than `LEAST_PATIENTS` has no limits.
     """
-    if patients < 2:
+    has_limits = statistic.fewest >= LEAST_PATIENTS
+    if not has_limits.any():
         resamples = Resamples(0, resamples.seed)
     values = statistic.of(np.ones((1, patients), np.int64))[0]
     replicates = replicate(statistic, patients, resamples, progress)
     return {
-        name: Interval(float(value), *limits(replicates[:, column]))
-        for column, (name, value) in enumerate(zip(statistic.names, values))
+        name: Interval(float(value), *(limits(of_value) if has else (None, None)))
+        for name, value, of_value, has in zip(statistic.names, values, replicates.T, has_limits)
         if not np.isnan(value)
     }
+
+
+def defined(replicates: np.ndarray) -> np.ndarray:
+    """Return the values of those resamples that have one; none if less than half of them do."""
+    kept = replicates[~np.isnan(replicates)]
+    return kept if len(kept) >= max(2, _LEAST_DEFINED * len(replicates)) else kept[:0]
 
 
 def limits(replicates: np.ndarray) -> Tuple[Optional[float], Optional[float]]:
     """Return the percentiles of ``[count]`` replicates that hold `LEVEL` of them, or Nones.
 
-    None where more than a twentieth of the resamples leave the value undefined, as they do for a
-    finding that very few patients have.
+    None where more than half of the resamples leave the value undefined, and where the limits are
+    the same, as those of a perfect score: that says nothing of the next patient.
     """
-    defined = replicates[~np.isnan(replicates)]
-    if len(defined) < max(2, _LEAST_DEFINED * len(replicates)):
+    kept = defined(replicates)
+    if len(kept) == 0:
         return None, None
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # Equal up to the rounding of sums.
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):
+        return None, None
     return float(low), float(high)
 
 

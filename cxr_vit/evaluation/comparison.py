@@ -17,7 +17,15 @@ from matplotlib.lines import Line2D
 
 from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import DataError
-from cxr_vit.evaluation.bootstrap import LEVEL, Progress, Resamples, limits, replicate
+from cxr_vit.evaluation.bootstrap import (
+    LEAST_PATIENTS,
+    LEVEL,
+    Progress,
+    Resamples,
+    defined,
+    limits,
+    replicate,
+)
 from cxr_vit.evaluation.predictions import Predictions, read_predictions
 from cxr_vit.evaluation.statistics import joined, ranking
 
@@ -217,7 +225,10 @@ def compare(
     # A difference of two columns is that of the models in the same resamples.
     drawn = np.concatenate([values[None], replicate(statistic, count, resamples, progress)])
     by_name = dict(zip(statistic.names, drawn.T))
-    comparisons = [_comparison(model.name, first, by_name, count) for model in pairing.models[1:]]
+    has_limits = dict(zip(statistic.names, (statistic.fewest >= LEAST_PATIENTS).tolist()))
+    comparisons = [
+        _comparison(model.name, first, by_name, has_limits) for model in pairing.models[1:]
+    ]
     return {
         "schema_version": 1,
         "models": [
@@ -239,7 +250,10 @@ def compare(
 
 
 def _comparison(
-    model: str, truth: Predictions, by_name: Dict[str, np.ndarray], patients: int
+    model: str,
+    truth: Predictions,
+    by_name: Dict[str, np.ndarray],
+    has_limits: Dict[str, bool],
 ) -> Dict[str, Any]:
     """Return the entry of one model; arrays are the value and then that of each resample."""
     labels: Dict[str, Dict[str, Any]] = {
@@ -249,8 +263,8 @@ def _comparison(
     macro: Dict[str, Any] = {}
     for score in SCORES:
         for name, entry in [*labels.items(), ("macro", macro)]:
-            key = f"{score}/{name}"
-            entry[score] = _difference(by_name[f"A/{key}"], by_name[f"{model}/{key}"], patients)
+            baseline, other = f"A/{score}/{name}", f"{model}/{score}/{name}"
+            entry[score] = _difference(by_name[baseline], by_name[other], has_limits[other])
         tested = [entry[score] for entry in labels.values() if (entry[score] or {}).get("p")]
         for each, p in zip(tested, holm([each["p"] for each in tested])):
             each["p_holm"] = p
@@ -260,14 +274,18 @@ def _comparison(
     return {"model": model, "baseline": "A", "labels": labels, "macro": macro}
 
 
-def _difference(baseline: np.ndarray, model: np.ndarray, patients: int) -> Optional[Dict[str, Any]]:
-    value, *replicates = model - baseline
+def _difference(
+    baseline: np.ndarray, model: np.ndarray, has_limits: bool
+) -> Optional[Dict[str, Any]]:
+    differences = model - baseline
+    value, drawn = differences[0], defined(differences[1:])
     if np.isnan(value):
         return None
-    drawn = np.asarray(replicates)
-    # All resamples of one patient are the same.
-    low, high = limits(drawn) if patients > 1 else (None, None)
-    p = None if low is None else two_sided_p(drawn)
+    if not has_limits:
+        drawn = drawn[:0]
+    low, high = limits(drawn)
+    # Models that are equal in every resample have a p-value of 1, and no limits.
+    p = two_sided_p(drawn) if len(drawn) else None
     return {
         "baseline": float(baseline[0]),
         "model": float(model[0]),
@@ -278,16 +296,15 @@ def _difference(baseline: np.ndarray, model: np.ndarray, patients: int) -> Optio
 
 
 def two_sided_p(differences: np.ndarray) -> float:
-    """Return the two-sided p-value of no difference from those of the resamples, NaN left out.
+    """Return the two-sided p-value of no difference from those of the resamples.
 
     It is 2 * min(share <= 0, share >= 0), the level at which the percentile interval ends at 0
     (Efron and Tibshirani, An Introduction to the Bootstrap, 1993), at most 1. A share is
     (1 + count) / (1 + resamples), so that it is never 0 (Davison and Hinkley, Bootstrap Methods
     and their Application, 1997).
     """
-    defined = differences[~np.isnan(differences)]
-    counts = int((defined <= 0).sum()), int((defined >= 0).sum())
-    return min(1.0, 2 * (1 + min(counts)) / (1 + len(defined)))
+    counts = int((differences <= 0).sum()), int((differences >= 0).sum())
+    return min(1.0, 2 * (1 + min(counts)) / (1 + len(differences)))
 
 
 def holm(p_values: Sequence[float]) -> List[float]:
@@ -309,7 +326,7 @@ def _verdict(entry: Dict[str, Any]) -> str:
         return TOO_FEW
     if entry["p_holm"] >= SIGNIFICANCE:
         return NOISE
-    return BETTER if entry["difference"]["low"] > 0 else WORSE
+    return BETTER if entry["difference"]["value"] > 0 else WORSE
 
 
 def _doubts(comparisons: Sequence[Dict[str, Any]], resamples: Resamples) -> List[str]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from cxr_vit.config.columns import is_no_finding
 from cxr_vit.console import progress
 from cxr_vit.errors import DataError
-from cxr_vit.evaluation.bootstrap import Resamples
+from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS, Resamples
 from cxr_vit.evaluation.calibration import calibration
 from cxr_vit.evaluation.figures import roc_figure
 from cxr_vit.evaluation.metrics import mean_of_defined
@@ -210,7 +210,7 @@ def _remarks(metrics: Dict[str, Any]) -> List[str]:
     """Return what is to be known of the numbers: how the intervals are made, and what lacks one."""
     findings, how = metrics["findings"], metrics["intervals"]
     lines = []
-    if how["resamples"]:
+    if how["resamples"] and how["patients"] >= LEAST_PATIENTS:
         lines.append(
             f"intervals: {how['method']}, {how['resamples']:,} resamples of {how['patients']:,}"
             " patients"
@@ -218,9 +218,14 @@ def _remarks(metrics: Dict[str, Any]) -> List[str]:
     undefined = [name for name, each in findings.items() if each["auroc"] is None]
     if undefined:
         lines.append(f"undefined (no positive or no negative image): {', '.join(undefined)}")
-    without = [name for name, each in findings.items() if each["auroc"] and not each["delong"]]
+    without = [
+        name for name, each in findings.items() if each["auroc"] and each["auroc"]["low"] is None
+    ]
     if without and how["resamples"]:
-        lines.append(f"no interval (too few patients): {', '.join(without)}")
+        lines.append(
+            f"no interval (less than {LEAST_PATIENTS} patients with a positive or with a negative"
+            f" image, or the same score in every resample): {', '.join(without)}"
+        )
     differing = [
         name for name, each in findings.items() if each["delong"] and not each["delong"]["agrees"]
     ]

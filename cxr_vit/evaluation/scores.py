@@ -15,8 +15,6 @@ from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.evaluation.statistics import errors, joined, ranking
 
 _METHOD = "percentile bootstrap over patients"
-#: Patients with a positive image, and with a negative one, that a finding's interval needs.
-_LEAST_PATIENTS = 2
 _RANKING = ("auroc", "average_precision")
 _ERRORS = ("brier", "log_loss")
 
@@ -28,14 +26,12 @@ def score(
 
     Every score is that of the images whose label is known. AUROC and average precision are None
     without a positive or a negative one, Brier score, log loss and expected calibration error
-    without any. There are no limits where less than two patients have a positive or a negative
-    image, or where `resamples` are none. `progress` is called with resamples that were finished.
+    without any. Limits are None as `intervals` says. `progress` is called with resamples that were
+    finished.
     """
     names, findings = predictions.names, predictions.findings
     patients = predictions.patients
     count = int(patients.max()) + 1 if len(patients) else 0
-    if count < _LEAST_PATIENTS:  # every resample would be the same
-        resamples = Resamples(0, resamples.seed)
     given = predictions.probabilities, predictions.labels, patients, names, findings
     found = intervals(
         joined({"ranking": ranking(*given), "errors": errors(*given)}), count, resamples, progress
@@ -49,22 +45,20 @@ def score(
             "patients": count,
         },
         "findings": {
-            name: _of_finding(predictions, patients, column, found)
-            for column, name in enumerate(names)
+            name: _of_finding(predictions, column, found) for column, name in enumerate(names)
         },
         "means": _means(predictions, found),
     }
 
 
 def _of_finding(
-    predictions: Predictions, patients: np.ndarray, column: int, found: Dict[str, Interval]
+    predictions: Predictions, column: int, found: Dict[str, Interval]
 ) -> Dict[str, Any]:
     known = predictions.labels[:, column] != UNKNOWN
     truth = predictions.labels[known, column] == 1
-    probs, whose = predictions.probabilities[known, column], patients[known]
+    probs = predictions.probabilities[known, column]
     positives, negatives = int(truth.sum()), int((~truth).sum())
-    has_limits = all(len(np.unique(whose[side])) >= _LEAST_PATIENTS for side in (truth, ~truth))
-    scores = _scores(found, predictions.names[column], has_limits=has_limits)
+    scores = _scores(found, predictions.names[column])
     return {
         "positives": positives,
         "negatives": negatives,
@@ -76,14 +70,12 @@ def _of_finding(
     }
 
 
-def _scores(found: Dict[str, Interval], name: str, *, has_limits: bool = True) -> Dict[str, Any]:
+def _scores(found: Dict[str, Interval], name: str) -> Dict[str, Any]:
     """Return the scores of a finding or a mean; None where they are undefined."""
     scores: Dict[str, Any] = {}
     for family, keys in (("ranking", _RANKING), ("errors", _ERRORS)):
         for key in keys:
             interval = found.get(f"{family}/{key}/{name}")
-            if interval is not None and not has_limits:
-                interval = Interval(interval.value, None, None)
             scores[key] = None if interval is None else interval._asdict()
     return scores
 

@@ -6,7 +6,6 @@ that each kind of page escapes them in its own way.
 
 from __future__ import annotations
 
-import math
 from typing import (
     Any,
     Callable,
@@ -21,6 +20,7 @@ from typing import (
 )
 
 from cxr_vit.config.columns import is_no_finding
+from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS
 
 Metrics = Mapping[str, Any]
 Sentence = Tuple[str, ...]
@@ -181,15 +181,25 @@ def _how_sure(metrics: Metrics) -> Iterator[Sentence]:
             f"Intervals are {100 * facts['level']:.0f} % {facts['method']}: {facts['patients']:,}"
             f" patients, {facts['resamples']:,} resamples, seed {facts['seed']}.",
         )
-        widths = {name: _width(each["auroc"]) for name, each in by_score.items()}
+        yield from _with_names(
+            f"No AUROC interval, because less than {LEAST_PATIENTS} patients have a positive or a"
+            " negative image, or because all resamples have the same AUROC: ",
+            by_score,
+            lambda each: each["auroc"]["low"] is None,
+        )
+        widths = {
+            name: each["auroc"]["high"] - each["auroc"]["low"]
+            for name, each in by_score.items()
+            if each["auroc"]["low"] is not None
+        }
         wide = [
-            (Name(name), f" ({interval(by_score[name]['auroc']) or 'none'})")
+            (Name(name), f" ({interval(by_score[name]['auroc'])})")
             for name in sorted(widths, key=lambda name: -widths[name])
             if widths[name] > WIDE
         ]
         if wide:
-            yield (f"No AUROC interval, or one wider than {WIDE}: ", *listed(wide), ".")
-        else:
+            yield (f"An AUROC interval wider than {WIDE}: ", *listed(wide), ".")
+        elif widths:
             yield (f"No AUROC interval is wider than {WIDE}.",)
     yield from _with_names(
         f"Fewer than {FEW_POSITIVES} positive images: ",
@@ -284,12 +294,6 @@ def _where_not(metrics: Metrics) -> Iterator[Sentence]:
 
 def _may_be_chance(statistic: Optional[Mapping[str, Any]]) -> bool:
     return statistic is not None and statistic["low"] is not None and statistic["low"] <= _CHANCE
-
-
-def _width(statistic: Mapping[str, Any]) -> float:
-    """Return the width of an interval, infinite where there is none."""
-    low, high = statistic["low"], statistic["high"]
-    return math.inf if low is None else float(high - low)
 
 
 def _with_names(

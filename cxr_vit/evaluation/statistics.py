@@ -21,10 +21,15 @@ Weights = np.ndarray
 
 @dataclass(frozen=True)
 class Statistic:
-    """Values with names, and the function from weights to them."""
+    """Values with names, and the function from weights to them.
+
+    `fewest` is int64 ``[values]``: how many patients each value rests on, those with a positive or
+    with a negative image, whichever are fewer.
+    """
 
     names: Tuple[str, ...]
     of: Callable[[Weights], np.ndarray]
+    fewest: np.ndarray
 
 
 def joined(statistics: Dict[str, Statistic]) -> Statistic:
@@ -34,7 +39,8 @@ def joined(statistics: Dict[str, Statistic]) -> Statistic:
     def of(weights: Weights) -> np.ndarray:
         return np.concatenate([each.of(weights) for each in statistics.values()], axis=1)
 
-    return Statistic(tuple(names), of)
+    fewest = np.concatenate([each.fewest for each in statistics.values()])
+    return Statistic(tuple(names), of, fewest)
 
 
 class Ranking:
@@ -55,6 +61,8 @@ class Ranking:
         ordered, positive = scores[order], truth[order] == 1
         self._patients = patients[order]
         self._of_positives = self._patients[positive]
+        #: Patients with a positive image or with a negative one, whichever are fewer.
+        self.fewest = min(_distinct(self._of_positives), _distinct(self._patients[~positive]))
         # Last image of each group of tied scores. Only groups with a positive count below.
         ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], len(ordered) > 0))
         groups, sizes = np.unique(
@@ -123,15 +131,16 @@ def ranking(
         Those of `MEANS` to compute; `micro` takes as long as all labels together.
 
     The names are ``auroc/<label>`` and ``average_precision/<label>``, then the same of each of the
-    means. A label that a resample leaves undefined is in none of its means.
+    means. A mean is over the findings that are defined with all weights 1, and undefined in a
+    resample that lacks one of them: it would be the mean of other findings.
     """
     known = labels != UNKNOWN
     by_label = [
         Ranking(probabilities[rows, column], labels[rows, column], patients[rows])
         for column, rows in enumerate(known.T)
     ]
-    columns = list(findings)
-    micro = _pooled(probabilities, labels, patients, columns) if "micro" in means else None
+    columns = [column for column in findings if by_label[column].fewest > 0]
+    micro = _pooled(probabilities, labels, patients, list(findings)) if "micro" in means else None
 
     def of(weights: Weights) -> np.ndarray:
         each = np.stack([label.of(weights) for label in by_label], axis=2)
@@ -139,18 +148,20 @@ def ranking(
         parts: List[np.ndarray] = []
         for row in (0, 1):
             values, counted = each[:, row], each[:, row][:, columns]
-            shares = np.where(np.isnan(counted), 0.0, each[:, 2][:, columns])
             of_mean = {
-                "macro": _mean(counted),
-                "weighted": _weighted_mean(counted, shares),
+                "macro": _weighted_mean(counted, np.ones_like(counted)),
+                "weighted": _weighted_mean(counted, each[:, 2][:, columns]),
                 "micro": pooled[:, row],
             }
             parts += [values, *(of_mean[name][:, None] for name in means)]
         return np.concatenate(parts, axis=1)
 
     values = [*names, *means]
+    fewest = [*(label.fewest for label in by_label), *[_distinct(patients)] * len(means)]
     return Statistic(
-        tuple(f"{score}/{name}" for score in ("auroc", "average_precision") for name in values), of
+        tuple(f"{score}/{name}" for score in ("auroc", "average_precision") for name in values),
+        of,
+        np.tile(np.array(fewest, np.int64), 2),
     )
 
 
@@ -167,6 +178,8 @@ def ratios(
     numerators: np.ndarray, denominators: np.ndarray, patients: np.ndarray, names: Sequence[str]
 ) -> Statistic:
     """Return sums over images divided by sums over images: sensitivities, mean errors, ...
+
+    A value rests on the patients with a denominator.
 
     Parameters
     ----------
@@ -186,7 +199,7 @@ def ratios(
         with np.errstate(divide="ignore", invalid="ignore"):
             return (drawn @ above) / (drawn @ below)
 
-    return Statistic(tuple(names), of)
+    return Statistic(tuple(names), of, (below > 0).sum(axis=0))
 
 
 def _by_patient(values: np.ndarray, patients: np.ndarray, count: int) -> np.ndarray:
@@ -207,13 +220,14 @@ def errors(
 
     The arguments are those of `ranking`. The Brier score is the mean of (p - y)^2, the log loss the
     mean of -log p of the truth, in nats, with p kept off 0 and 1 by the step of float32 next to 1.
-    A label is defined if any image is known. `weighted` weights by the positives.
+    A label is defined if any image is known. `weighted` weights by the positives. The means are
+    over the same findings in every resample, as those of `ranking`.
     """
     known, truth = labels != UNKNOWN, labels == 1
     kept = clipped(probabilities)
     squares = np.where(known, (probabilities.astype(np.float64) - truth) ** 2, 0.0)
     logs = np.where(known, -np.log(np.where(truth, kept, 1.0 - kept)), 0.0)
-    columns = list(findings)
+    columns = [column for column in findings if known[:, column].any()]
     of_findings = known[:, columns]
     pooled = [
         np.concatenate([values, values[:, columns].sum(axis=1, keepdims=True)], axis=1)
@@ -235,15 +249,20 @@ def errors(
         for half in np.split(values, 2, axis=1):
             each, micro = half[:, :-1], half[:, -1:]
             chosen = each[:, columns]
-            weighted = _weighted_mean(chosen, np.where(np.isnan(chosen), 0.0, shares))
-            parts.append(each)
-            parts.append(np.stack([_mean(chosen), weighted], axis=1))
-            parts.append(micro)
+            macro = _weighted_mean(chosen, np.ones_like(chosen))
+            parts += [each, np.stack([macro, _weighted_mean(chosen, shares)], axis=1), micro]
         return np.concatenate(parts, axis=1)
 
     labelled = [*names, *MEANS]
+    sides = (known & truth, known & ~truth)
+    fewest = [
+        min(_distinct(patients[side[:, column]]) for side in sides) for column in range(len(names))
+    ]
+    fewest += [_distinct(patients)] * len(MEANS)
     return Statistic(
-        tuple(f"{score}/{name}" for score in ("brier", "log_loss") for name in labelled), of
+        tuple(f"{score}/{name}" for score in ("brier", "log_loss") for name in labelled),
+        of,
+        np.tile(np.array(fewest, np.int64), 2),
     )
 
 
@@ -257,16 +276,14 @@ def _count(patients: np.ndarray) -> int:
     return int(patients.max()) + 1 if len(patients) else 0
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each row's defined values, NaN without any."""
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return _sum(np.where(defined, values, 0.0)) / defined.sum(axis=1)
+def _distinct(patients: np.ndarray) -> int:
+    return len(np.unique(patients))
 
 
 def _weighted_mean(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the mean of each row, NaN where a value is, or where there are no shares."""
     with np.errstate(invalid="ignore"):
-        return _sum(np.nan_to_num(values) * shares) / _sum(shares)
+        return _sum(values * shares) / _sum(shares)
 
 
 def _sum(values: np.ndarray) -> np.ndarray:

@@ -57,8 +57,7 @@ def subgroups(
       `false_negative_rate`. A score is None with fewer than `FEWEST` positives, an AUROC also with
       fewer negatives. Of `macro`, `auroc` is the mean over the findings of `macro_of`.
     - `macro_of`: the findings with an AUROC in every group that has any, so that the means of
-      the groups are over the same findings. What a resample leaves undefined in one group is left
-      out of the means of all in this resample.
+      the groups are over the same findings.
     - `gaps`: by label, and of `macro`, the highest value of a score minus the lowest, and the two
       groups, as `of`; None where fewer than two groups have the score.
     - `unknown`: images of no known group; `left_out`: those of groups beyond `MOST_GROUPS`.
@@ -171,7 +170,8 @@ class _Groups:
             for group in range(len(rows))
         ]
         findings = np.array(predictions.findings, np.int64)
-        self._compared = np.flatnonzero(is_ranked[:, findings].any(axis=1))
+        ranked = is_ranked[:, findings].sum(axis=1)
+        self._compared = np.flatnonzero(ranked > 0)
         self.common = findings[is_ranked[self._compared][:, findings].all(axis=0)].tolist()
         if len(self._compared) == 0:
             self.common = []
@@ -205,20 +205,28 @@ class _Groups:
             values[:, 0, group, label] = ranking.of(weights)[:, 0]
         for group, misses in enumerate(self._misses):
             values[:, 1, group, :-1] = misses.of(weights)
-        common = values[:, 0, self._compared][:, :, self.common]
-        is_defined = ~np.isnan(common).any(axis=1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            means = np.where(is_defined, common, 0.0).sum(axis=2) / is_defined.sum(axis=2)
-        values[:, 0, self._compared, -1] = means
+        if self.common:
+            common = values[:, 0, self._compared][:, :, self.common]
+            values[:, 0, self._compared, -1] = common.sum(axis=2) / len(self.common)
         return values
+
+    def _fewest(self) -> np.ndarray:
+        """Return the patients that each value rests on: int64, in the shape of a resample's."""
+        fewest = np.zeros((len(_SCORES), len(self.rows), self.positives.shape[1] + 1), np.int64)
+        for (group, label), ranking in self._rankings.items():
+            fewest[0, group, label] = ranking.fewest
+        for group, (rows, misses) in enumerate(zip(self.rows, self._misses)):
+            fewest[1, group, :-1] = misses.fewest
+            fewest[0, group, -1] = len(np.unique(self.patients[rows]))
+        return fewest
 
     def intervals(self, resamples: Resamples) -> Dict[str, Interval]:
         """Return what is defined: ``<score>/<group>/<label>``, ``gap/<score>/<label>``, by number.
 
         The number after those of the labels is that of the mean.
         """
-        shape = (len(_SCORES), len(self.rows), self.positives.shape[1] + 1)
-        names = ["/".join(map(str, place)) for place in np.ndindex(*shape)]
+        fewest = self._fewest()
+        names = ["/".join(map(str, place)) for place in np.ndindex(*fewest.shape)]
         names += [f"gap/{pair.score}/{pair.label}" for pair in self.pairs]
         of, label, highest, lowest = (
             np.array(self.pairs, np.int64).reshape(-1, len(_Pair._fields)).T
@@ -229,8 +237,10 @@ class _Groups:
             gaps = values[:, of, highest, label] - values[:, of, lowest, label]
             return np.concatenate([values.reshape(len(weights), -1), gaps], axis=1)
 
+        of_gaps = np.minimum(fewest[of, highest, label], fewest[of, lowest, label])
+        every = np.concatenate([fewest.ravel(), of_gaps])
         count = int(self.patients.max()) + 1
-        return intervals(Statistic(tuple(names), statistic), count, resamples)
+        return intervals(Statistic(tuple(names), statistic, every), count, resamples)
 
 
 def _pairs(values: np.ndarray) -> List[_Pair]:

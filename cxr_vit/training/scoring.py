@@ -120,8 +120,7 @@ def with_interval(outputs: EvalOutputs, records: Records, resamples: int) -> Eva
         [column for column, name in enumerate(outputs.names) if not is_no_finding(name)],
         means=("macro",),
     )
-    how = Resamples(resamples if len(distinct) > 1 else 0)
-    macro = intervals(statistic, len(distinct), how).get("auroc/macro")
+    macro = intervals(statistic, len(distinct), Resamples(resamples)).get("auroc/macro")
     limits = (None, None) if macro is None else (macro.low, macro.high)
     return replace(outputs, scores={**outputs.scores, **dict(zip(MACRO_LIMITS, limits))})
 

@@ -100,7 +100,9 @@ def test_table_has_the_scores(root, metrics):
         texts = " ".join(rows[name])
         for key in ("auroc", "average_precision", "brier"):
             if each[key] is not None:
-                shown = "{value:.3f} {low:.3f} to {high:.3f}".format(**each[key])
+                has_limits = each[key]["low"] is not None
+                form = "{value:.3f} {low:.3f} to {high:.3f}" if has_limits else "{value:.3f}"
+                shown = form.format(**each[key])
                 assert shown in texts, (name, key)
         assert str(each["positives"]) in rows[name] and str(each["unknown"]) in rows[name]
     assert rows["Hernia"][0] == "-"

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 from cxr_vit.data.labels import FINDINGS
-from cxr_vit.evaluation.bootstrap import Resamples, limits, replicate
+from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS, Resamples, limits, replicate
 from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.evaluation.scores import score
 from cxr_vit.evaluation.statistics import errors, joined, ranking, ratios
@@ -180,9 +180,50 @@ def test_macro_alone_is_the_same_macro() -> None:
 
 
 def test_value_that_resamples_leave_undefined_has_no_limits() -> None:
-    assert limits(np.array([np.nan] * 6 + [0.5] * 94)) == (None, None)
-    assert limits(np.array([np.nan] * 5 + [0.5] * 95)) == (0.5, 0.5)
+    values = np.linspace(0.0, 1.0, 50)
+    assert limits(np.append(values, [np.nan] * 51)) == (None, None)
+    assert limits(np.append(values, [np.nan] * 50)) == pytest.approx((0.025, 0.975))
     assert limits(np.empty(0)) == (None, None)
+
+
+def test_limits_that_are_one_value_are_none() -> None:
+    assert limits(np.full(100, 0.5)) == (None, None)
+    assert limits(np.tile([0.1, np.nextafter(0.1, 1)], 50)) == (None, None), "rounding of sums"
+
+
+def test_mean_of_a_resample_that_lacks_a_finding_is_undefined() -> None:
+    given = random_predictions(90, 3, seed=9)
+    given.labels[:, 2] = given.patients == 4
+    patients, resamples = int(given.patients.max()) + 1, Resamples(80)
+    drawn = [resamples.weights(index, patients) for index in range(resamples.count)]
+    lacks = np.array([each[4] == 0 for each in drawn])
+    assert 0.2 < lacks.mean() < 0.5
+    fast = dict(zip(ranked(given).names, replicate(ranked(given), patients, resamples).T))
+    for kind in KINDS:
+        each = np.stack([fast[f"{kind}/{name}"] for name in given.names])
+        assert fast[f"{kind}/macro"] == pytest.approx(each.mean(axis=0), nan_ok=True, **EXACT)
+        for mean in ("macro", "weighted"):
+            assert np.array_equal(np.isnan(fast[f"{kind}/{mean}"]), lacks)
+        found = score(given, resamples)
+        macro, rare = found["means"]["macro"][kind], found["findings"][given.names[2]][kind]
+        expected = np.quantile(fast[f"{kind}/macro"][~lacks], [0.025, 0.975]).tolist()
+        assert [macro["low"], macro["high"]] == expected, "of the resamples that have it"
+        assert rare["value"] is not None and rare["low"] is None
+
+
+def test_errors_of_a_resample_without_a_known_label_are_in_no_mean() -> None:
+    given = random_predictions(90, 2, seed=9)
+    given.labels[given.patients != 4, 1] = -1
+    patients = int(given.patients.max()) + 1
+    statistic = errors(
+        *(given.probabilities, given.labels, given.patients), *(given.names, given.findings)
+    )
+    weights = np.ones((2, patients), np.int64)
+    weights[1, 4] = 0
+    found = dict(zip(statistic.names, statistic.of(weights).T))
+    for kind in ("brier", "log_loss"):
+        for mean in ("macro", "weighted"):
+            assert np.isnan(found[f"{kind}/{mean}"]).tolist() == [False, True]
 
 
 # What must hold
@@ -200,11 +241,11 @@ SPREAD = np.linspace(0.1, 0.4, 60)[:, None]
 
 def test_perfect_scores() -> None:
     found = only(make_predictions(TRUTH, TRUTH))
-    assert found["auroc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert found["auroc"] == {"value": 1.0, "low": None, "high": None}
     assert found["average_precision"]["value"] == 1.0
     assert found["brier"]["value"] == 0.0
     assert 0 <= found["log_loss"]["value"] < 1e-6, "finite"
-    assert found["delong"] == {"low": 1.0, "high": 1.0, "agrees": True}
+    assert found["delong"] is None, "without an interval to compare it with"
 
 
 def test_reversed_scores() -> None:
@@ -215,10 +256,10 @@ def test_reversed_scores() -> None:
 
 def test_constant_scores() -> None:
     found = only(make_predictions(TRUTH, np.full(TRUTH.shape, 0.5)))
-    assert found["auroc"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert found["auroc"] == {"value": 0.5, "low": None, "high": None}
     assert found["average_precision"]["value"] == found["prevalence"] == 0.5
     assert found["brier"]["value"] == 0.25
-    assert found["log_loss"]["value"] == pytest.approx(np.log(2))
+    assert found["log_loss"] == {"value": pytest.approx(np.log(2)), "low": None, "high": None}
 
 
 def test_order_of_tied_images_does_not_matter() -> None:
@@ -230,21 +271,25 @@ def test_order_of_tied_images_does_not_matter() -> None:
 
 def test_one_patient_has_no_interval() -> None:
     found = score(make_predictions(TRUTH, SPREAD, ["one"] * 60), Resamples(50))
-    assert (found["intervals"]["patients"], found["intervals"]["resamples"]) == (1, 0)
+    assert found["intervals"]["patients"] == 1
     auroc = found["findings"][FINDINGS[0]]["auroc"]
     assert auroc["value"] is not None and auroc["low"] is auroc["high"] is None
     assert found["means"]["macro"]["brier"]["low"] is None
 
 
 @pytest.mark.parametrize("rare", [0, 1])
-def test_one_patient_of_a_class_has_no_interval(rare: int) -> None:
+@pytest.mark.parametrize("patients", [LEAST_PATIENTS - 1, LEAST_PATIENTS])
+def test_few_patients_of_a_class_have_no_interval(rare: int, patients: int) -> None:
     truth = np.full((60, 1), 1 - rare)
-    truth[:2] = rare
-    found = only(make_predictions(truth, SPREAD, [0, 0, *range(1, 59)]))
+    truth[: 2 * patients] = rare
+    # Each patient of the rare class has two images.
+    whose = [*(np.arange(2 * patients) // 2), *range(100, 160 - 2 * patients)]
+    probs = np.random.default_rng(0).permutation(SPREAD)
+    found = only(make_predictions(truth, probs, whose))
     for kind in ("auroc", "average_precision", "brier", "log_loss"):
         assert found[kind]["value"] is not None
-        assert (found[kind]["low"], found[kind]["high"]) == (None, None)
-    assert found["delong"] is None
+        assert (found[kind]["low"] is not None) == (patients == LEAST_PATIENTS)
+    assert (found["delong"] is not None) == (patients == LEAST_PATIENTS)
 
 
 @pytest.mark.parametrize("present", [0, 1])

@@ -48,8 +48,10 @@ def test_wide_and_missing_intervals_are_named(metrics):
     for name, low in (("Mass", 0.75), ("Nodule", 0.65), ("Edema", None), ("Hernia", 0.79)):
         high = None if low is None else 0.8
         metrics["findings"][name]["auroc"] = {"value": 0.8, "low": low, "high": high}
-    text = sentence(metrics, "How sure?", "No AUROC interval, or")
-    assert text.endswith(": Edema (none), Nodule (0.650 to 0.800).")
+    text = sentence(metrics, "How sure?", "No AUROC interval, because less than 10 patients")
+    assert text.endswith(": Edema.")
+    text = sentence(metrics, "How sure?", "An AUROC interval wider than 0.1")
+    assert text.endswith(": Nodule (0.650 to 0.800).")
 
 
 def test_findings_with_few_positives_are_named(metrics):

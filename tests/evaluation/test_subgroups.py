@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data.records import RELABELS
 from cxr_vit.data.table import read_table_records
-from cxr_vit.evaluation.bootstrap import Resamples
+from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS, Resamples
 from cxr_vit.evaluation.metrics import EvalOutputs
 from cxr_vit.evaluation.predictions import Predictions, predictions_of, read_predictions
 from cxr_vit.evaluation.subgroups import FEWEST, MOST_GROUPS, subgroups
@@ -185,8 +185,7 @@ def loop(
                 found.setdefault(f"{group}/{NAMES[column]}/auroc", []).append(
                     aurocs[number, column]
                 )
-        # A finding that one group lacks now counts for neither.
-        means = aurocs[:, ~np.isnan(aurocs).any(axis=0)].mean(axis=1)
+        means = aurocs.mean(axis=1)  # NaN if the group lacks a finding now
         for group, mean in zip(pair, means):
             found.setdefault(f"{group}/macro/auroc", []).append(mean)
         found.setdefault("gap", []).append(means[0] - means[1])
@@ -211,7 +210,7 @@ def test_intervals_equal_a_loop_over_repeated_rows(attribute: str) -> None:
         assert [cell["low"], cell["high"]] == pytest.approx(limits(values), abs=1e-12)
 
 
-def test_mean_of_a_resample_is_over_findings_that_no_group_lacks() -> None:
+def test_mean_of_a_resample_that_lacks_a_finding_is_undefined() -> None:
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(60), 4)
     labels = rng.integers(0, 2, (240, 3))
@@ -310,6 +309,23 @@ def test_means_are_over_the_findings_that_every_group_has() -> None:
     assert "Nodule" not in found["gaps"]
 
 
+def test_group_of_few_patients_has_no_interval() -> None:
+    labels = np.tile([1, 0], 60)[:, None]
+    sources = pd.Series(["a"] * 40 + ["b"] * 80, dtype=object)
+    for count in (LEAST_PATIENTS - 1, LEAST_PATIENTS):
+        # Each patient of a has positives and negatives.
+        patients = [*(np.arange(40) // 2 % count), *range(100, 180)]
+        given = predictions(labels, patients=patients, names=["Mass"], source=sources)
+        found = subgroups(given, THRESHOLDS, Resamples(50))["source"]
+        cells = found["groups"]["a"]
+        for cell in (
+            *(cells["Mass"][key] for key in ("auroc", "false_negative_rate")),
+            *(cells["macro"]["auroc"], found["gaps"]["Mass"]["auroc"]),
+            found["gaps"]["macro"]["auroc"],
+        ):
+            assert (cell["low"] is not None) == (count == LEAST_PATIENTS)
+
+
 def test_one_group_has_no_gap() -> None:
     labels = np.random.default_rng(0).integers(0, 2, (60, 3))
     found = subgroups(predictions(labels, sex="F"), THRESHOLDS, Resamples(20))["sex"]
@@ -358,7 +374,9 @@ def test_group_that_many_resamples_lack_has_no_interval() -> None:
         assert (alone["low"], alone["high"]) == (None, None) and others["low"] < others["high"]
         assert found["gaps"]["Mass"][key]["low"] is None
     assert found["groups"]["a"]["patients"] == 1
-    assert found["groups"]["b"]["macro"]["auroc"]["low"] is None, "compared with nothing"
+    macros = [found["groups"][group]["macro"]["auroc"]["low"] for group in "ab"]
+    assert macros[0] is None and macros[1] is not None
+    assert found["gaps"]["macro"]["auroc"]["low"] is None
 
 
 def test_one_patient_has_no_interval() -> None:
@@ -373,7 +391,7 @@ def test_equal_groups_have_a_gap_of_zero_between_two() -> None:
     sexes = pd.Series(["F"] * 40 + ["M"] * 40, dtype=object)
     given = predictions(labels, probs, names=["Mass"], sex=sexes)
     gap = subgroups(given, THRESHOLDS, Resamples(30))["sex"]["gaps"]["Mass"]["auroc"]
-    assert gap == {"value": 0.0, "low": 0.0, "high": 0.0, "of": ["F", "M"]}
+    assert gap == {"value": 0.0, "low": None, "high": None, "of": ["F", "M"]}
 
 
 def test_a_positive_has_the_threshold_or_more() -> None:
