@@ -56,8 +56,9 @@ def subgroups(
     - `groups`: by group `images`, `patients`, and by label `positives`, `negatives`, `auroc` and
       `false_negative_rate`. A score is None with fewer than `FEWEST` positives, an AUROC also with
       fewer negatives. Of `macro`, `auroc` is the mean over the findings of `macro_of`.
-    - `macro_of`: the findings with an AUROC in every group that has any, so that the means of
-      the groups are over the same findings.
+    - `macro_of`: the findings with an AUROC in every group that has a mean, so that the means are
+      over the same findings. A group with an AUROC for less than half as many findings as the group
+      with the most has no mean; else it would leave nearly nothing to compare the others on.
     - `gaps`: by label, and of `macro`, the highest value of a score minus the lowest, and the two
       groups, as `of`; None where fewer than two groups have the score.
     - `unknown`: images of no known group; `left_out`: those of groups beyond `MOST_GROUPS`.
@@ -171,7 +172,7 @@ class _Groups:
         ]
         findings = np.array(predictions.findings, np.int64)
         ranked = is_ranked[:, findings].sum(axis=1)
-        self._compared = np.flatnonzero(ranked > 0)
+        self._compared = np.flatnonzero((ranked > 0) & (2 * ranked >= ranked.max()))
         self.common = findings[is_ranked[self._compared][:, findings].all(axis=0)].tolist()
         if len(self._compared) == 0:
             self.common = []

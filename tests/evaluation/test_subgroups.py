@@ -309,6 +309,23 @@ def test_means_are_over_the_findings_that_every_group_has() -> None:
     assert "Nodule" not in found["gaps"]
 
 
+def test_a_group_with_few_of_the_findings_leaves_the_others_comparable() -> None:
+    names = [f"finding {column}" for column in range(5)]
+    labels = np.random.default_rng(0).integers(0, 2, (260, 5))
+    views = np.array(["AP", "PA"] * 100 + ["LAT"] * 60)
+    few = views == "LAT"
+    labels[few, 2:] = 0
+    for ranked, macro_of in ((2, names), (3, names[:3])):
+        labels[few, 2] = (np.arange(60) < 20) * (ranked == 3)
+        given = predictions(labels, names=names, view=pd.Series(views, dtype=object))
+        found = subgroups(given, {}, NONE)["view"]
+        assert found["macro_of"] == macro_of
+        assert found["groups"]["LAT"][names[0]]["auroc"] is not None
+        # Two of five are less than half.
+        assert (found["groups"]["LAT"]["macro"]["auroc"] is None) == (ranked == 2)
+        assert found["groups"]["AP"]["macro"]["auroc"] is not None
+
+
 def test_group_of_few_patients_has_no_interval() -> None:
     labels = np.tile([1, 0], 60)[:, None]
     sources = pd.Series(["a"] * 40 + ["b"] * 80, dtype=object)
