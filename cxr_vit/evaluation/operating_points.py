@@ -16,7 +16,13 @@ from cxr_vit.data.records import UNKNOWN
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.bootstrap import Interval, Resamples, intervals
 from cxr_vit.evaluation.predictions import Predictions
-from cxr_vit.evaluation.scaling import LEAST_SCALE, MOST_SCALE, fit_platt, fit_temperature
+from cxr_vit.evaluation.scaling import (
+    LEAST_SCALE,
+    MOST_SCALE,
+    fit_platt,
+    fit_temperature,
+    has_enough,
+)
 from cxr_vit.evaluation.statistics import Statistic, joined, ratios
 from cxr_vit.files import write_text
 from cxr_vit.regular_files import read_bytes
@@ -154,7 +160,7 @@ def data_sha256(names: Sequence[str], images: Sequence[str], labels: np.ndarray)
 
 
 def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> Dict[_Kind, float]:
-    """Return the best threshold of each kind, empty without positives or without negatives.
+    """Return the best threshold of each kind, empty with less than 10 positives or 10 negatives.
 
     Parameters
     ----------
@@ -167,13 +173,13 @@ def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> Dict[_Kind, 
     `sensitivity_95` the reverse. Of several that are best, the highest threshold counts.
     `specificity_95` is left out if more than 5 % of the negatives share the highest probability.
     """
+    if not has_enough(truth):
+        return {}
     order = np.argsort(-probabilities, kind="stable")
     values = probabilities[order]
-    ends = np.flatnonzero(np.append(values[1:] != values[:-1], len(values) > 0))
+    ends = np.flatnonzero(np.append(values[1:] != values[:-1], True))
     hits = np.cumsum(truth[order] == 1)[ends]
     misses = ends + 1 - hits
-    if len(ends) == 0 or hits[-1] == 0 or misses[-1] == 0:
-        return {}
     positives, negatives = hits[-1], misses[-1]
     is_specific = (negatives - misses) / negatives >= _RATE
     is_sensitive = hits / positives >= _RATE
@@ -204,9 +210,7 @@ def apply(
 ) -> Dict[str, Any]:
     """Score the decisions of each threshold: the section `operating_points` of metrics.json.
 
-    A ratio without a denominator is None. One without an error, or without a success, has no
-    interval: every resample gives the same value, which says nothing of the next image. Labels
-    that `points` or `predictions` lack are left out.
+    A ratio without a denominator is None. Labels that `points` or `predictions` lack are left out.
     """
     counts: Dict[str, Dict[_Kind, Dict[str, np.ndarray]]] = {}
     statistics: Dict[str, Statistic] = {}
@@ -255,9 +259,6 @@ def _ratios(decided: Dict[str, np.ndarray], patients: np.ndarray) -> Statistic:
     return ratios(above, below, patients, list(_RATIOS))
 
 
-def _stated(interval: Any) -> Any:
+def _stated(interval: Optional[Interval]) -> Optional[Dict[str, Any]]:
     """Return a ratio as metrics.json has it."""
-    if interval is None:
-        return None
-    has_width = interval.low != interval.high
-    return (interval if has_width else Interval(interval.value, None, None))._asdict()
+    return None if interval is None else interval._asdict()

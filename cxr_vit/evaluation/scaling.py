@@ -34,7 +34,7 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> Optional[fl
     wrong sign; and where all have the right sign, because a lower one is always better.
     """
     logits = _logits(probabilities)
-    if not _has_enough(truth):
+    if not has_enough(truth):
         return None
     right = np.where(truth == 1, logits, -logits)
     if not right.min() < 0 < right.max():
@@ -59,7 +59,7 @@ def fit_platt(probabilities: np.ndarray, truth: np.ndarray) -> Optional[Tuple[fl
     slope is then always better (Albert and Anderson, Biometrika 71, 1984).
     """
     logits = _logits(probabilities)
-    if not _has_enough(truth):
+    if not has_enough(truth):
         return None
     positive, negative = logits[truth == 1], logits[truth != 1]
     if not (positive.min() < negative.max() and negative.min() < positive.max()):
@@ -73,7 +73,8 @@ def fit_platt(probabilities: np.ndarray, truth: np.ndarray) -> Optional[Tuple[fl
     return float(slope), float(weights[1] - slope * mean)
 
 
-def _has_enough(truth: np.ndarray) -> bool:
+def has_enough(truth: np.ndarray) -> bool:
+    """Whether there are enough positives and negatives for a fit."""
     positives = int((truth == 1).sum())
     return min(positives, len(truth) - positives) >= _LEAST_IMAGES
 

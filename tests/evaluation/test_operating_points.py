@@ -105,9 +105,24 @@ def test_thresholds_of_perfect_constant_and_reversed_scores() -> None:
     assert reverse["youden"] == 0.0, "sensitivity + specificity is at most 1"
 
 
-@pytest.mark.parametrize("truth", [[0, 0, 0], [1, 1, 1], []])
-def test_label_without_positives_or_negatives_has_no_threshold(truth: List[int]) -> None:
-    assert fit_thresholds(np.float32([0.1, 0.5, 0.9][: len(truth)]), np.int8(truth)) == {}
+@pytest.mark.parametrize(("positives", "negatives"), [(0, 30), (9, 30), (30, 9), (0, 0)])
+def test_label_with_few_positives_or_negatives_has_no_threshold(
+    positives: int, negatives: int
+) -> None:
+    truth = np.repeat([1, 0], [positives, negatives]).astype(np.int8)
+    assert fit_thresholds(np.linspace(0, 1, len(truth), dtype=np.float32), truth) == {}
+
+
+def test_ratios_of_few_patients_have_no_interval() -> None:
+    predictions = _predictions(120)
+    points = OperatingPoints.fit(predictions)
+    positive = np.flatnonzero(predictions.labels[:, 0] == 1)
+    for patients in (9, 10):
+        predictions.table.loc[positive, "patient"] = [f"x{row % patients}" for row in positive]
+        found = apply(points, predictions, Resamples(50))["points"]["Mass"]["youden"]
+        assert found["sensitivity"]["value"] is not None
+        assert (found["sensitivity"]["low"] is not None) == (patients == 10)
+        assert found["specificity"]["low"] is not None
 
 
 def test_points_leave_out_what_cannot_be_fitted() -> None:
