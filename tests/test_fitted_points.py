@@ -17,6 +17,7 @@ from cxr_vit.commands import train
 from cxr_vit.commands.fitted_points import operating_points_of
 from cxr_vit.commands.members import Members
 from cxr_vit.commands.scored_data import scored_data
+from cxr_vit.data.synthetic.dataset import write_sample
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
 from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
@@ -24,6 +25,14 @@ from cxr_vit.training.run_folder import config_of_checkpoint
 from cxr_vit.training.scoring import ensemble
 
 Call = Callable[..., Tuple[Optional[OperatingPoints], str]]
+
+
+@pytest.fixture(scope="module")
+def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic data set that is large enough for thresholds: ten positives of a finding."""
+    root = tmp_path_factory.mktemp("data") / "sample"
+    write_sample(root, num_images=700, image_size=32, seed=0)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def test_first_report_scores_the_validation_images_and_later_ones_read(
     checkpoint = checkpoint_of(run)
     points, output = call(run)
     assert points is not None and points.thresholds
-    assert "scoring 30 validation images" in output
+    assert "scoring 269 validation images" in output
     assert "optimistic" not in output
     assert OperatingPoints.read(checkpoint / OPERATING_POINTS) == points
     again, output = call(run, out="other")
@@ -140,7 +149,7 @@ def test_damaged_file_is_not_used_and_stays(run: Path, call: Call, caplog: Any) 
     stored = checkpoint_of(run) / OPERATING_POINTS
     stored.write_text("{")
     points, output = call(run)
-    assert points is not None and "scoring 30" in output
+    assert points is not None and "scoring 269" in output
     assert f"not used: {stored}: no operating points can be read (" in caplog.text
     assert "Remove it" in caplog.text
     assert stored.read_text() == "{", "it may be somebody's work"
@@ -182,7 +191,7 @@ def second(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ensemble_is_fitted_on_its_mean_probabilities(run: Path, call: Call, second: Path) -> None:
     other = second
     points, output = call(run, other)
-    assert points is not None and "scoring 30" in output
+    assert points is not None and "scoring 269" in output
     _, predictions = _members(run, other, "--split", "val")
     expected = OperatingPoints.fit(predictions)
     assert points.thresholds == expected.thresholds
