@@ -393,27 +393,27 @@ def comparison_figure(found: Dict[str, Any], notice: str) -> Figure:
     comparisons = found["comparisons"]
     labels = comparisons[0]["labels"]
     frequent = sorted(labels, key=lambda name: -labels[name]["positives"])[:_MOST_ROWS]
-    shown = [MEAN, *(name for name in labels if name in frequent)]
-    height = 1.5 + len(shown) * max(0.27, 0.14 * len(comparisons))
+    shown = [name for name in labels if name in frequent]
+    height = 1.5 + (1 + len(shown)) * max(0.27, 0.14 * len(comparisons))
     figure = Figure(figsize=(8.0, height), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(SCORES), sharey=True)
     for axis, (score, heading) in zip(axes, SCORES.items()):
         axis.axvline(0, color="0.35", linewidth=1.2, zorder=1)
         for index, comparison in enumerate(comparisons):
             offset = (index - (len(comparisons) - 1) / 2) * 0.7 / len(comparisons)
-            rows = dict(rows_of(comparison))
-            _draw(axis, [rows[name][score] for name in shown], offset, index)
+            rows = [comparison["macro"], *(comparison["labels"][name] for name in shown)]
+            _draw(axis, [row[score] for row in rows], offset, index)
         axis.set_xlabel(f"{heading}: difference to A", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.axhline(0.5, color="0.8", linewidth=0.8)
         axis.grid(axis="x", color="0.92")
         axis.set_axisbelow(True)
-    texts = [MEAN, *(f"{name} ({labels[name]['positives']})" for name in shown[1:])]
-    axes[0].set_yticks(range(len(shown)))
+    texts = [MEAN, *(f"{name} ({labels[name]['positives']})" for name in shown)]
+    axes[0].set_yticks(range(len(texts)))
     axes[0].set_yticklabels(texts, fontsize=8, parse_math=False)
-    axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    axes[0].set_ylim(len(texts) - 0.5, -0.5)
     title = f"{found['images']} images of {found['intervals']['patients']} patients"
-    if len(shown) <= len(labels):
+    if len(shown) < len(labels):
         title += f"; the {_MOST_ROWS} most frequent of {len(labels)} labels"
     figure.suptitle(f"{title}; lines: {LEVEL:.0%} intervals", fontsize=10)
     handles = [_marker(index, is_filled=True) for index in range(len(comparisons))]

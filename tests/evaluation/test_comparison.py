@@ -416,6 +416,17 @@ def test_figure_has_a_marker_per_difference():
     assert figure.legends[0].get_title().get_text() == "research only"
 
 
+def test_label_with_the_name_of_the_mean_has_a_row_of_its_own():
+    truth = make_truth(60)
+    names = (MEAN, *NAMES[1:])
+    models = [make_predictions(truth, 0.3 + 2 * seed, seed=seed, names=names) for seed in (0, 1)]
+    found = compared(*models, resamples=100)
+    markers = comparison_figure(found, "research").axes[0].lines
+    first = [line for line in markers if line.get_marker() != "None"][0]
+    macro = found["comparisons"][0]["macro"]["auroc"]["difference"]["value"]
+    assert float(first.get_xdata()[0]) == macro
+
+
 def test_figure_of_many_labels_shows_the_most_frequent(tmp_path):
     truth = make_truth(60, labels=45)
     truth[:, 3] = 0
