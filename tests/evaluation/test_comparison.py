@@ -422,7 +422,7 @@ def test_label_with_the_name_of_the_mean_has_a_row_of_its_own():
     models = [make_predictions(truth, 0.3 + 2 * seed, seed=seed, names=names) for seed in (0, 1)]
     found = compared(*models, resamples=100)
     markers = comparison_figure(found, "research").axes[0].lines
-    first = [line for line in markers if line.get_marker() != "None"][0]
+    first = next(line for line in markers if line.get_marker() != "None")
     macro = found["comparisons"][0]["macro"]["auroc"]["difference"]["value"]
     assert float(first.get_xdata()[0]) == macro
 
