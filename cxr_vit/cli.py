@@ -31,8 +31,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved: EX_TEMPFAIL of sysexits.h, "try again".
 EXIT_STOPPED = 75
-#: The overrides that evaluate.py takes with --predictions.
-OF_PREDICTIONS = ("evaluation.resamples", "report.images")
+#: The override that evaluate.py takes with --predictions.
+OF_PREDICTIONS = "evaluation.resamples"
 #: All but newlines, also those that reverse the direction of text or separate lines.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -432,9 +432,8 @@ def _predictions_arguments(given: argparse.Namespace) -> EvaluateArguments:
                 " Give one of the two."
             )
     for text in given.overrides:
-        if text.partition("=")[0] not in OF_PREDICTIONS:
+        if text.partition("=")[0] != OF_PREDICTIONS:
             raise ConfigError(
-                f"{text}: with --predictions only {' and '.join(OF_PREDICTIONS)} have an effect."
-                " Leave it out."
+                f"{text}: with --predictions only {OF_PREDICTIONS} has an effect. Leave it out."
             )
     return EvaluateArguments([], None, given.out, given.overrides, [], [], given.predictions)

@@ -17,7 +17,9 @@ from cxr_vit.commands import train
 from cxr_vit.commands.fitted_points import operating_points_of
 from cxr_vit.commands.members import Members
 from cxr_vit.commands.scored_data import scored_data
+from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.synthetic.dataset import write_sample
+from cxr_vit.errors import DataError
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
 from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.training.checkpoint import CheckpointStore, load_checkpoint
@@ -143,6 +145,23 @@ def test_validation_images_of_another_split_may_be_those_of_the_training(
     for members in ([run], [run, second]):
         points, output = call(*members, "data.val_fraction=0.25", out="changed")
         assert points is None and "no operating points: the split is not that of the tr" in output
+
+
+def test_thumbnail_that_cannot_be_read_is_left_out(
+    run: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, predictions = _members(run)
+    context = members.context("test")
+    assert context.images is not None
+    name = predictions.table["image"].iloc[0]
+    assert context.images(name) is not None
+
+    def fail(*_: Any) -> None:
+        raise DataError(f"{name}: the image is not there")
+
+    monkeypatch.setattr(ChestXrayDataset, "read_images", fail)
+    assert context.images(name) is None
+    assert "not shown in the report" in caplog.text
 
 
 def test_damaged_file_is_not_used_and_stays(run: Path, call: Call, caplog: Any) -> None:

@@ -53,8 +53,7 @@ def score_predictions(path: Path, given: Optional[Path], overrides: Sequence[str
     out = make_folder(given, path.parent / RECOMPUTED)
     print(f"{path}: {len(predictions)} images, {len(predictions.names)} labels", flush=True)
     report = _report_of(path)
-    images = (lambda name: None) if config.report.images else None  # their names alone
-    context = PageContext(f"Report of {path.name}", "", package_versions(), images)
+    context = PageContext(f"Report of {path.name}", "", package_versions())
     points = _points(path, report.pop("operating_points_sha256", None))
     show_report(out, predictions, config, context, report, points, source=path)
     return 0

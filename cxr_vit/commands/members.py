@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -18,6 +19,8 @@ from cxr_vit.evaluation.page import PageContext
 from cxr_vit.evaluation.predictions import Predictions, predictions_of
 from cxr_vit.training.run_folder import package_versions
 from cxr_vit.training.scoring import ensemble, match_of
+
+logger = logging.getLogger(__name__)
 
 
 class Member:
@@ -83,8 +86,12 @@ class Members:
         dataset = self._first.data.dataset(split)
         rows = {name: row for row, name in enumerate(dataset.image_names)}
 
-        def image(name: str) -> Image.Image:
-            return Image.fromarray(dataset.read_images([rows[name]])[0])
+        def image(name: str) -> Optional[Image.Image]:
+            try:
+                return Image.fromarray(dataset.read_images([rows[name]])[0])
+            except DataError as error:  # the scores are not to be lost for a thumbnail
+                logger.warning("not shown in the report: %s", error)
+                return None
 
         return PageContext(
             f"{run.run.name}: {checkpoint.name}{others}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, Collection, List, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
@@ -33,14 +33,16 @@ class Cases(NamedTuple):
     cases: List[Case]
 
 
-def cases(predictions: Predictions, images: Images) -> List[Cases]:
-    """Return up to three images of each finding.
+def cases(predictions: Predictions, images: Images, names: Collection[str]) -> List[Cases]:
+    """Return up to three images of each finding that is among the names.
 
     Its positive and its negative image with the highest probability, and its positive image with
     the lowest; of several the first. A finding with neither has none.
     """
     found = []
     for column in predictions.findings:
+        if predictions.names[column] not in names:
+            continue
         labels, scores = predictions.labels[:, column], predictions.probabilities[:, column]
         chosen = [
             ("highest, finding present", np.where(labels == 1, scores, -1.0)),

@@ -93,13 +93,13 @@ def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: P
         errors=_ERRORS,
         operating_points=_operating_points(metrics),
         subgroups=_subgroups(metrics),
-        cases=[]
-        if context.images is None
-        else [each for each in cases(predictions, context.images) if each.name in shown],
+        cases=[] if context.images is None else cases(predictions, context.images, shown),
         facts=origin_facts(metrics),
         say=statements,
         mean_words=statements.MEAN_WORDS,
-        axis=_axis([each["auroc"] for each in metrics["findings"].values()]),
+        axis=_axis(
+            [each["auroc"] for of in ("findings", "means") for each in metrics[of].values()]
+        ),
         ends=_ends,
     )
 

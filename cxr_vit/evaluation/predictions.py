@@ -32,6 +32,8 @@ from cxr_vit.data.text_files import original_text, write_csv
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.metrics import EvalOutputs, probabilities, refuse_nonfinite
 
+#: What evaluate.py scores: a split, or every image of another data set.
+SPLITS = ("train", "val", "test", "all")
 _NUMBERS = ("age", "follow_up")
 _NO_PREDICTIONS = "Give a predictions.csv that evaluate.py wrote."
 
@@ -179,6 +181,9 @@ def read_predictions(path: Path) -> Predictions:
     for name in IMAGE_COLUMNS[:2]:
         empty = (table[name] == "").to_numpy(dtype=bool)
         refuse_rows(path, empty, table["image"], f"no {name}", _NO_PREDICTIONS)
+    wrong = ~table["split"].isin(SPLITS).to_numpy(dtype=bool)
+    what = f"a split that is none of {', '.join(SPLITS)}"
+    refuse_rows(path, wrong, table["split"], what, _NO_PREDICTIONS)
     repeated = table["image"].duplicated().to_numpy(dtype=bool)
     refuse_rows(path, repeated, table["image"], "an image that is there before", _NO_PREDICTIONS)
     table.update({name: _numbers(table[name]) for name in about if name in _NUMBERS})

@@ -75,13 +75,15 @@ def write_report(
         write_text(folder / MODEL_CARD, card)
         # Before the predictions: they tell `refuse_other_files` that those are of a report.
         write_text(folder / PAGE, page)
+        remove(folder / METRICS)  # of an earlier report: not beside other predictions
         path, stored = folder / PREDICTIONS, folder / OPERATING_POINTS
-        if not _is_same(path, source):
+        is_source = _is_same(path, source)
+        if not is_source:
             predictions.write(path)
-        if points is None:
-            remove(stored)
-        else:
+        if points is not None:
             points.write(stored)
+        elif not is_source:
+            remove(stored)
         metrics["predictions_sha256"] = sha256_of(path)
         metrics["operating_points_sha256"] = None if points is None else sha256_of(stored)
         # Written last: where it exists, the report is complete.

@@ -153,7 +153,7 @@ def _how_good(metrics: Metrics) -> Iterator[Sentence]:
     macro, by_score = metrics["means"]["macro"], scored(metrics)
     total = metrics["num_findings"]
     if not by_score:
-        yield (f"No score is defined for any of the {total} findings.",)
+        yield (f"No AUROC is defined for any of {total} findings.",)
         return
     yield (
         f"Macro AUROC {with_interval(macro['auroc'])}, over {len(by_score)} of {total} findings,"
@@ -176,6 +176,8 @@ def _how_sure(metrics: Metrics) -> Iterator[Sentence]:
     facts, by_score = metrics["intervals"], scored(metrics)
     if facts["resamples"] == 0:
         yield ("No intervals were computed.",)
+    elif facts["patients"] < LEAST_PATIENTS:
+        yield (f"No intervals: fewer than {LEAST_PATIENTS} patients.",)
     else:
         yield (
             f"Intervals are {100 * facts['level']:.0f} % {facts['method']}: {facts['patients']:,}"
@@ -229,7 +231,11 @@ def _for_whom(metrics: Metrics) -> Iterator[Sentence]:
     clear = [gap for gap in every if gap.excludes_zero]
     attributes = ", ".join(subgroups)
     if not clear:
-        yield (f"Of {len(every)} gaps between groups ({attributes}), no interval excludes 0.",)
+        count = sum(gap.statistic["low"] is not None for gap in every)
+        if count:
+            yield (f"Of {count} gaps between groups ({attributes}), no interval excludes 0.",)
+        else:
+            yield (f"No gap between groups ({attributes}) has an interval.",)
     for gap in [gap for gap in clear if gap.name == "macro"]:
         chosen = subgroups[gap.attribute].get("macro_of")
         over = "" if chosen is None else f", over {len(chosen)} findings"
@@ -277,19 +283,31 @@ def _where_not(metrics: Metrics) -> Iterator[Sentence]:
         lambda each: each["unknown"] > 0,
         lambda each: f" ({each['unknown']:,})",
     )
-    points = metrics.get("operating_points")
-    if points and points["fitted_on"]["split"] == metrics["split"]:
+    if fitted_on_these(metrics):
         yield ("The operating points were fitted on these images: their ratios are too good.",)
-    shared = (metrics.get("data") or {}).get("images_of_training")
+    members = metrics.get("members") or [metrics]
+    shared = max((each.get("data") or {}).get("images_of_training") or 0 for each in members)
     if shared:
-        yield (f"{shared:,} images have the names of training images: the scores are too high.",)
-    changed = metrics.get("changed_since_training")
+        yield (
+            f"{shared:,} images have the names of images of the training or its validation: the"
+            " scores are too high.",
+        )
+    changed = dict.fromkeys(
+        key for each in members for key in each.get("changed_since_training") or []
+    )
     if changed:
         yield (f"Changed since the training: {', '.join(map(str, changed))}.",)
     yield (
         "Other hospitals, scanners and patients than those of this data set: no number here holds"
         " for them. No use on patients.",
     )
+
+
+def fitted_on_these(metrics: Metrics) -> bool:
+    """Whether the operating points were fitted on the images that are scored."""
+    points = metrics.get("operating_points") or {"fitted_on": {"split": None}}
+    is_other = any("data" in each for each in metrics.get("members") or [metrics])
+    return not is_other and points["fitted_on"]["split"] == metrics["split"]
 
 
 def _may_be_chance(statistic: Optional[Mapping[str, Any]]) -> bool:

@@ -115,7 +115,7 @@ def test_operating_points_have_counts_and_ratios(root, metrics):
     assert len(tables(part)) == 4
     row = rows_of(part, "Highest sensitivity")["Mass"]
     point = metrics["operating_points"]["points"]["Mass"]["youden"]
-    assert row[0] == f"{point['threshold']:.4f}"
+    assert row[0] == f"{point['threshold']:.3g}"
     assert row[1].startswith(f"{point['sensitivity']['value']:.3f}")
     counts = ("true_positives", "false_positives", "true_negatives", "false_negatives")
     assert row[-4:] == [str(point[count]) for count in counts]
@@ -182,7 +182,7 @@ def test_page_of_undefined_scores_is_written(predictions):
     nothing.labels[:] = -1
     page = written(example_metrics(nothing, count=2), nothing, context(picture))
     root = ElementTree.fromstring(page)
-    assert "No score is defined" in page
+    assert "No AUROC is defined" in page
     assert section(root, "ROC curves") is None
 
 

@@ -232,6 +232,14 @@ def test_scores_of_the_file_are_those_of_the_model(
     assert "not used" not in printed
 
 
+def test_split_that_evaluate_does_not_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.csv"
+    full().write(path)
+    path.write_text(path.read_text().replace(",test,", ",<b>,"))
+    with pytest.raises(DataError, match=r"a split that is none of train, val, test, all in 40"):
+        read_predictions(path)
+
+
 def test_report_goes_to_another_folder(report: Path, tmp_path: Path) -> None:
     given = ["--predictions", str(report / "predictions.csv"), "--out", str(tmp_path / "other")]
     assert main([*given, "evaluation.resamples=0"]) == 0
@@ -332,7 +340,7 @@ def test_columns_of_the_users_own_stay_in_the_file(tmp_path: Path) -> None:
         (["--predictions", "a.csv", "data.root=b"], "data.root=b: with --predictions only evaluat"),
         (
             ["--predictions", "a.csv", "evaluation.views=flip"],
-            "only evaluation.resamples and report.images have",
+            "only evaluation.resamples has an effect",
         ),
         (["a.csv"], "a.csv: predictions are given as --predictions a.csv"),
         ([], "required: --checkpoint, or --predictions"),

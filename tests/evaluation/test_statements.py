@@ -100,6 +100,9 @@ def test_without_a_clear_gap_their_number_is_said(metrics):
     metrics["subgroups"] = {"sex": {"groups": {}, "gaps": gaps}}
     expected = "Of 2 gaps between groups (sex), no interval excludes 0."
     assert texts(metrics)["For whom?"] == [expected]
+    for statistic in (gaps["macro"]["auroc"], gaps["Mass"]["auroc"]):
+        statistic.update(low=None, high=None)
+    assert texts(metrics)["For whom?"] == ["No gap between groups (sex) has an interval."]
 
 
 @pytest.mark.parametrize("value", [None, {}])
@@ -127,14 +130,21 @@ def test_findings_that_may_be_chance_are_named(metrics):
 def test_images_of_the_training_and_changes_are_said(metrics):
     metrics.update(data={"images_of_training": 1200}, changed_since_training=["csv_sha256"])
     found = " ".join(texts(metrics)["Where not?"])
-    assert "1,200 images have the names of training images" in found
+    assert "1,200 images have the names of images of the training" in found
     assert "Changed since the training: csv_sha256." in found
+    of_member = {key: metrics.pop(key) for key in ("data", "changed_since_training")}
+    metrics["members"] = [{"changed_since_training": ["read_size"]}, of_member]
+    found = " ".join(texts(metrics)["Where not?"])
+    assert "1,200 images have the names of images of the training" in found
+    assert "Changed since the training: read_size, csv_sha256." in found
 
 
 def test_operating_points_of_the_same_images_are_said_to_be_too_good(metrics):
     assert sentence(metrics, "Where not?", "The operating points") is None
     metrics["operating_points"]["fitted_on"]["split"] = metrics["split"]
     assert sentence(metrics, "Where not?", "The operating points").endswith("too good.")
+    metrics["data"] = {"images_of_training": 0}
+    assert sentence(metrics, "Where not?", "The operating points") is None, "a split of other data"
 
 
 def test_unknown_labels_are_counted(metrics):
@@ -146,7 +156,7 @@ def test_without_a_score_nothing_is_ranked(metrics):
     for each in metrics["findings"].values():
         each["auroc"] = each["average_precision"] = None
     assert texts(metrics)["How good?"] == [
-        "No score is defined for any of the 4 findings.",
+        "No AUROC is defined for any of 4 findings.",
     ]
 
 
