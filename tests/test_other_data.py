@@ -118,6 +118,17 @@ def test_probability_of_a_mapped_label_is_the_highest_of_the_model(run, sample_r
     assert metrics["data"]["images_of_training"] == 0, "of the test split"
 
 
+def test_file_of_the_data_keeps_its_images_out_of_the_report(run, sample_root, call, tmp_path):
+    for shows in (True, False):
+        data = tmp_path / "other.yaml"
+        data.write_text(
+            f"data: {{root: '{sample_root}'}}\nreport: {{images: {str(shows).lower()}}}\n"
+        )
+        call("--data", data, folder="report/other")
+        page = (run / "report/other/report.html").read_text(encoding="utf-8")
+        assert ("data:image/png" in page) == shows
+
+
 def test_images_of_the_training_are_counted(run, sample_root, call, caplog):
     file = run / "two_lines.yaml"
     file.write_text(f"data:\n  root: {sample_root}\n")

@@ -132,7 +132,8 @@ def scored_data(run: Config, arguments: EvaluateArguments) -> ScoredData:
     files, overrides, split = arguments.files, arguments.data_overrides, arguments.split
     if not files:
         return ScoredData(run, run)
-    data = read_config(files, overrides).data
+    given = read_config(files, overrides)
+    data = given.data
     for key in _OF_MODEL:
         own, other = getattr(run.data, key), getattr(data, key)
         if key in data.model_fields_set and other != own:
@@ -145,5 +146,8 @@ def scored_data(run: Config, arguments: EvaluateArguments) -> ScoredData:
     if split is None:
         changed["split"] = "all"
     config = check(run.model_copy(update={"data": data.model_copy(update=changed)}))
-    run = run.changed(data={key: getattr(data, key) for key in _OF_ENGINE})
+    # Either file may say that its images are not to be shown.
+    images = run.report.images and given.report.images
+    of_engine = {key: getattr(data, key) for key in _OF_ENGINE}
+    run = run.changed(data=of_engine, report={"images": images})
     return OtherData(run, config, files, overrides, split)

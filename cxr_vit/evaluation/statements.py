@@ -267,10 +267,11 @@ def _gap(gap: Gap) -> Sentence:
 def _where_not(metrics: Metrics) -> Iterator[Sentence]:
     findings = {name: each for name, each in metrics["findings"].items() if not is_no_finding(name)}
     for what in ("positives", "negatives"):
+        unseen = {name: each for name, each in findings.items() if each[what] == 0}
         yield from _with_names(
             f"Not scored, because no image is known to be {what[:-1]}: ",
-            findings,
-            lambda each, what=what: each["auroc"] is None and each[what] == 0,  # type: ignore[misc]
+            unseen,
+            lambda each: each["auroc"] is None,
         )
     yield from _with_names(
         f"The AUROC interval is not above {_CHANCE}, which is chance: ",
