@@ -23,15 +23,15 @@ SCRIPTS = ["train", "evaluate"]
 GROUND = ["errors", "files", "regular_files", "checkpoint_files", "console", "version", "web_page"]
 #: Each imports only itself, those before it, and the ground.
 ROAD = ["config", "data", "evaluation", "model", "engines", "training"]
-#: Beside the road: import config, data, model and the ground; nothing on the road imports them.
-LEAVES = ["planner", "dataset_report"]
+#: Beside the road: import those up to model and the ground; nothing on the road imports them.
+LEAVES = ["planner", "dataset_report", "saliency", "prediction"]
 #: Compose all packages; only commands import commands.
 COMMANDS = [*SCRIPTS, "cli", "commands", "__main__"]
 #: Horizontal places in the picture, inches, and colours; the level gives the vertical place.
 COLUMNS = {
     **{"commands": 4.2, "training": 4.2, "engines": 4.2, "config": 4.2, "ground": 4.2},
     **{"data": 4.2, "model": 4.2, "evaluation": 4.2},
-    **{"dataset_report": 1.4, "planner": 7.0},
+    **{"dataset_report": 1.4, "planner": 7.0, "saliency": 6.6, "prediction": 1.6},
 }
 COLOURS = {"commands": "#ffe4b8", "road": "#cfe3f7", "leaf": "#d8efd3", "ground": "#e0e0e0"}
 

@@ -32,6 +32,7 @@ from cxr_vit.errors import CheckpointError
 from cxr_vit.model.key_names import hub_name
 from cxr_vit.model.normalisation import RESAMPLE, Normalisation, Normalise, PerChannel
 from cxr_vit.model.vit import (
+    Pool,
     VitParts,
     check_halves,
     layer_halves,
@@ -64,7 +65,8 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         parts = VitParts(model)
-        self._pool = parts.pool
+        #: Converts the tokens of the last layer to the input of the head.
+        self.pool = parts.pool
         self.dtype = torch.float32  # of the hidden states; the weights may have another
         self.has_embedding = plan.has_embedding(index)
         self.has_head = plan.has_head(index)
@@ -112,7 +114,7 @@ class Stage(nn.Module):
         """
         if not (self.has_head or self._last_layer in self._numbers):
             return None
-        answers = self._answers or [tokens_read(self._pool, *self._end)]
+        answers = self._answers or [tokens_read(self.pool, *self._end)]
         if (self._compute_stage, self._compute_layer) != (Stage._compute, _compute_layer):
             self._answers = answers
         return answers[0]
@@ -181,7 +183,7 @@ class Stage(nn.Module):
     def _classify(self, tokens: Optional[int], hidden: Tensor, paths: Optional[Tensor]) -> Tensor:
         norm, classifier = self._head
         hidden = hidden if tokens is None else hidden[:, :tokens]
-        logits: Tensor = classifier(self._pool(hidden, norm))
+        logits: Tensor = classifier(self.pool(hidden, norm))
         return logits
 
 
@@ -258,6 +260,11 @@ class StagedViT(nn.Module):
     def stage(self, index: int) -> Stage:
         """Return one stage."""
         return self._stages[index]
+
+    @property
+    def pool(self) -> Pool:
+        """What converts the tokens of the last layer to the input of the head."""
+        return self._stages[-1].pool
 
     @property
     def attentions(self) -> List[nn.Module]:
