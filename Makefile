@@ -23,8 +23,8 @@ PIP         := -m pip install --quiet --disable-pip-version-check
 SPELLED     := cxr_vit tests configs benchmarks docs .github .ci train.py evaluate.py Makefile \
                $(wildcard *.md *.toml *.txt *.cff *.in *.yml .*.yaml notebooks)
 # What the tests need besides requirements.txt.
-DEV         := requirements-dev.txt requirements-dicom.txt requirements-loggers.txt \
-               requirements-parquet.txt
+DEV         := requirements-dev.txt requirements-dicom.txt requirements-export.txt \
+               requirements-loggers.txt requirements-parquet.txt
 
 .PHONY: demo setup test test-all test-faults test-sdk34 test-frontend lint docs dist picture clean
 
