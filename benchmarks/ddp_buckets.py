@@ -77,7 +77,10 @@ def main() -> int:
     mp.spawn(_worker, (arguments.processes, arguments.rounds, str(raw)), arguments.processes)
     seconds = json.loads(raw.read_text(encoding="utf-8"))
     raw.unlink()
-    results: Dict[str, Any] = {"processes": arguments.processes, "rounds": arguments.rounds}
+    results: Dict[str, Any] = {
+        **{"model": MODEL, "image_size": SIDE, "patch_size": PATCH, "images": MICRO_BATCH},
+        **{"processes": arguments.processes, "rounds": arguments.rounds},
+    }
     for size, values in seconds.items():
         ratios = sorted(a / b for a, b in zip(values, seconds["25"]))
         results[size] = {

@@ -174,7 +174,7 @@ def test_metadata_has_version_dependencies_and_extras(built):
         name = line.partition("#")[0].partition(">=")[0].strip().replace("_", "-")
         assert not name or any(text.startswith(name) and "extra" not in text for text in required)
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("ipu", "dicom", "parquet", "loggers", "docs", "dev", "benchmarks"),
+        *("ipu", "dicom", "export", "parquet", "loggers", "docs", "dev", "benchmarks"),
     }
     assert any(text.startswith("torch==2.0.1") and "ipu" in text for text in required)
 

@@ -87,7 +87,7 @@ def grad_cam(model: StagedViT, images: Tensor, columns: Sequence[int]) -> Tensor
 def _patches(model: StagedViT, tokens: Tensor) -> Tensor:
     """Return the values of the patches as a square: ``[B, tokens]`` to ``[B, side, side]``."""
     side = model.config.image_size // model.config.patch_size
-    return tokens[:, model.pool.extra_tokens :].unflatten(1, (side, side)).float().cpu()
+    return tokens[:, model.pool.extra_tokens :].reshape(-1, side, side).float().cpu()
 
 
 #: Name in the configuration and on command lines -> method.
