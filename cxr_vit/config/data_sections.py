@@ -151,6 +151,11 @@ class DataSection(Section):
     max_megapixels: Annotated[int, Field(ge=1, le=178)] = option(
         64, "refuse larger images without reading them (a few kB can decode to gigabytes)"
     )
+    dicom_window: Optional[Annotated[str, Field(min_length=1, max_length=64)]] = option(
+        None,
+        "the window or lookup table of DICOM files that is shown, by its explanation in the file,"
+        " e.g. NORMAL; a file without it is refused. null: the first. Part of the cache's settings",
+    )
     cache: Literal["auto", "require", "off"] = option(
         "auto",
         "one file of the decoded and resized images: build it on first use, require a"

@@ -68,18 +68,29 @@ class CacheSettings:
     max_megapixels: _Positive
     resize: Reason = "bilinear, antialiased (Pillow)"
     format: int = _FORMAT
+    dicom_window: Optional[Reason] = None
 
     @classmethod
     def of(cls, data: DataSection) -> CacheSettings:
         """Return what the configuration needs."""
         resize = f"{data.resample}, antialiased (Pillow)"
-        return cls(data.read_size, data.max_megapixels, resize)
+        window = data.dicom_window
+        return cls(data.read_size, data.max_megapixels, resize, dicom_window=window)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Return the settings as they are written; earlier releases know no `dicom_window`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def decode(self, path: str) -> Union[np.ndarray, str]:
         """Read an image as these settings say, uint8 ``[H, W]``, or return why it is unusable."""
         resample = self.resize.partition(",")[0]
-        limit = self.max_megapixels
-        return gray_or_reason(path, self.image_size, max_megapixels=limit, resample=resample)
+        return gray_or_reason(
+            path,
+            self.image_size,
+            max_megapixels=self.max_megapixels,
+            resample=resample,
+            dicom_window=self.dicom_window,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ class CacheIndex:
 
     def save(self, path: Path) -> None:
         """Write the index atomically."""
-        write_text(path, json.dumps(asdict(self)))
+        write_text(path, json.dumps({**asdict(self), "settings": self.settings.as_dict()}))
 
     @property
     def cache_bytes(self) -> int:

@@ -17,7 +17,6 @@ import time
 import zlib
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -160,7 +159,7 @@ def _plan(settings: CacheSettings, names: List[str], sizes: List[int]) -> str:
     images = "\n".join(f"{name} {size}" for name, size in zip(names, sizes))
     digest = hashlib.sha256(images.encode()).hexdigest()
     facts = {"chunk": _CHUNK_IMAGES, "images": digest, **library_versions()}
-    return json.dumps({**asdict(settings), **facts})
+    return json.dumps({**settings.as_dict(), **facts})
 
 
 def _resume(

@@ -187,9 +187,13 @@ def dataset_of_files(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"no such image: {missing[0]}{more}. Correct the path.")
     files = {name: name for name in names}
-    limit, resample = data.max_megapixels, data.resample
     reader = FileReader(
-        files, names, image_size=data.read_size, max_megapixels=limit, resample=resample
+        files,
+        names,
+        image_size=data.read_size,
+        max_megapixels=data.max_megapixels,
+        resample=data.resample,
+        dicom_window=data.dicom_window,
     )
     table = pd.DataFrame({"image": names}, dtype=object)  # a name may be no UTF-8
     records = Records(table, np.zeros((len(names), num_classes), np.uint8))

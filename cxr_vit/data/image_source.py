@@ -217,9 +217,13 @@ def _from_files(
     bad, plain = once("bad images", check)
     usable = [name for name in names if name in paths and name not in bad]
     missing = [name for name in names if name not in paths]
-    limit, resample = data.max_megapixels, data.resample
     reader = FileReader(
-        paths, usable, image_size=data.read_size, max_megapixels=limit, resample=resample
+        paths,
+        usable,
+        image_size=data.read_size,
+        max_megapixels=data.max_megapixels,
+        resample=data.resample,
+        dicom_window=data.dicom_window,
     )
     source = ImageSource(reader, missing, bad, "their files, decoded each time", plain)
     _warn_of_plain(source)

@@ -131,7 +131,8 @@ class ImageReader(ABC):
 class FileReader(ImageReader):
     """Read images from their files; every read decodes and resizes.
 
-    `paths` maps file names to paths; `names` are the images of this sequence, in order.
+    `paths` maps file names to paths; `names` are the images of this sequence, in order; `how` is
+    what `gray_or_reason` takes.
     """
 
     def __init__(
@@ -141,11 +142,10 @@ class FileReader(ImageReader):
         *,
         image_size: int,
         max_megapixels: int,
-        resample: str = "bilinear",
+        **how: Any,
     ) -> None:
         super().__init__(image_size)
-        self.max_megapixels = max_megapixels
-        self.resample = resample
+        self._how = {"max_megapixels": max_megapixels, **how}
         self._by_name = paths
         self._paths = [paths[name] for name in names]
 
@@ -158,15 +158,13 @@ class FileReader(ImageReader):
             self._by_name,
             names,
             image_size=self.image_size,
-            max_megapixels=self.max_megapixels,
-            resample=self.resample,
+            **self._how,
         )
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Decode and resize images."""
-        how = {"max_megapixels": self.max_megapixels, "resample": self.resample}
         for image, row in zip(out, rows):
-            image[:] = read_gray(self._paths[row], self.image_size, **how)
+            image[:] = read_gray(self._paths[row], self.image_size, **self._how)
 
     def source(self, row: int) -> str:
         """Return the path of an image."""
@@ -384,13 +382,14 @@ def gray_or_reason(
     *,
     max_megapixels: int = MAX_MEGAPIXELS,
     resample: str = "bilinear",
+    dicom_window: Optional[str] = None,
 ) -> Union[np.ndarray, str]:
     """Read an image as `read_gray` does, or return the reason why it is unusable.
 
-    `resample` is one of `FILTERS`.
+    `resample` is one of `FILTERS`; `dicom_window` has no effect on a PNG or JPEG.
     """
     try:
-        gray = _decode(_read_bytes(path, max_megapixels), max_megapixels)
+        gray = _decode(_read_bytes(path, max_megapixels), max_megapixels, dicom_window)
     except Unusable as reason:  # it may quote the file
         return "".join(letter if letter.isprintable() else "?" for letter in str(reason))
     if gray.size != (size, size):
@@ -415,10 +414,10 @@ def _read_bytes(path: Union[str, Path], max_megapixels: int) -> bytes:
     return data
 
 
-def _decode(data: bytes, max_megapixels: int) -> Image.Image:
+def _decode(data: bytes, max_megapixels: int, window: Optional[str]) -> Image.Image:
     """Decode a file to an image of mode L."""
     if is_dicom(data):
-        return Image.fromarray(decode_dicom(data, max_megapixels=max_megapixels))
+        return Image.fromarray(decode_dicom(data, max_megapixels=max_megapixels, window=window))
     try:
         chunks = read_chunks(data) if data.startswith(PNG_SIGNATURE) else None
         if data.startswith(JPEG_SIGNATURE):
