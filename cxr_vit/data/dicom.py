@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import sys
 import warnings
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 
@@ -75,8 +77,7 @@ def decode_dicom(data: bytes, *, max_megapixels: int, window: Optional[str] = No
     except ImportError as error:
         raise Unusable(f"a DICOM file, which needs pydicom. {INSTALL}") from error
     try:
-        with warnings.catch_warnings():  # pydicom warns of values that break the standard
-            warnings.simplefilter("ignore")
+        with quiet():
             dataset = parse(data)
             _check_header(dataset, max_megapixels)
             choose_view(dataset, window)
@@ -86,6 +87,19 @@ def decode_dicom(data: bytes, *, max_megapixels: int, window: Optional[str] = No
     except Exception as error:  # errors of many types, as bytes are damaged in many places
         what = str(error).strip().split("\n")[0][:100] or type(error).__name__
         raise Unusable(f"a damaged DICOM file ({what}). Fetch the file again.") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence pydicom, which quotes values that break the standard, also those of a patient."""
+    log = logging.getLogger("pydicom")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = was_disabled
 
 
 def parse(data: bytes, **options: Any) -> Any:

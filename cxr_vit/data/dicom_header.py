@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Union
 
-from cxr_vit.data.dicom import INSTALL, is_dicom, parse
+from cxr_vit.data.dicom import INSTALL, is_dicom, parse, quiet
 from cxr_vit.errors import ConfigError, suggestion
 from cxr_vit.regular_files import read_bytes
 
@@ -68,8 +67,7 @@ def read_dicom_header(path: Union[str, Path], keep: Sequence[str] = ()) -> Dicom
         if not is_dicom(read_bytes(path, limit=_FILE_BYTES, length=132)):
             return nothing
         data = read_bytes(path, limit=_FILE_BYTES, length=_HEADER_BYTES)
-        with warnings.catch_warnings():  # pydicom warns of values that break the standard
-            warnings.simplefilter("ignore")
+        with quiet():
             dataset = parse(data, stop_before_pixels=True)
             tags = {keyword: _text(_element(dataset, keyword), _MAX_TAG) for keyword in keep}
             return DicomHeader(list(_warnings(dataset)), tags)

@@ -10,76 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dicom_files import assert_equal_gray, encoded, image, ramp, read, reason, stretched
 from image_files import SIDE, write
 from PIL import Image
 
+from cxr_vit.config.data_sections import DataSection
 from cxr_vit.data import dicom
+from cxr_vit.data.image_source import open_image_source
 from cxr_vit.data.images import FileReader, gray_or_reason, read_gray
 from cxr_vit.errors import DataError
 
 pydicom = pytest.importorskip("pydicom", reason="reading DICOM needs pydicom (extra: dicom)")
 from pydicom import uid  # noqa: E402
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
 
-IS_PYDICOM_2 = pydicom.__version__.startswith("2.")
-
-
-def ramp(bits: int = 12) -> np.ndarray:
-    """All levels of gray, the first pixel at 0."""
-    return np.linspace(0, 2**bits - 1, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
-
-
-def image(values: np.ndarray, *, bits: int = 12, **fields: Any) -> Dataset:
-    """An X-ray of these values; `fields` are added or replaced."""
-    dataset = Dataset()
-    dataset.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
-    dataset.SOPInstanceUID = uid.generate_uid()
-    dataset.Rows, dataset.Columns = values.shape
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, bits, bits - 1
-    dataset.PixelRepresentation = int(values.dtype.kind == "i")
-    dataset.PixelData = values.astype(values.dtype.newbyteorder("<")).tobytes()
-    for name, value in fields.items():
-        setattr(dataset, name, value)
-    return dataset
-
-
-def encoded(dataset: Dataset, syntax: str = uid.ExplicitVRLittleEndian) -> bytes:
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
-    buffer = io.BytesIO()
-    if IS_PYDICOM_2:
-        dataset.is_little_endian = True
-        dataset.is_implicit_VR = syntax == uid.ImplicitVRLittleEndian
-        dataset.save_as(buffer, write_like_original=False)
-    else:
-        dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def read(dataset: Dataset, folder: Path, syntax: str = uid.ExplicitVRLittleEndian) -> np.ndarray:
-    return read_gray(write(folder, encoded(dataset, syntax), "image.dcm"), SIDE)
-
-
-def reason(data: bytes, folder: Path, **limits: int) -> str:
-    found = gray_or_reason(write(folder, data, "image.dcm"), SIDE, **limits)
-    assert isinstance(found, str)
-    return found
-
-
-def stretched(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    shown = np.clip((values.astype(np.float64) - black) / (white - black), 0, 1)
-    return np.round(255 * shown).astype(np.uint8)
-
-
-def assert_equal_gray(found: np.ndarray, expected: np.ndarray) -> None:
-    """Allow one level where float32 rounds the other way."""
-    assert found.dtype == np.uint8
-    difference = np.abs(found.astype(int) - expected.astype(int))
-    assert difference.max() <= 1 and np.count_nonzero(difference) <= 2
-
+FAKE = Path(__file__).resolve().parents[3] / "shared" / "data" / "nih" / "Fake_MONOHR1.dcm"
 
 # What is shown
 
@@ -206,6 +152,78 @@ def test_image_is_resized(tmp_path: Path, size: int) -> None:
     assert (found[:, 0] == 0).all() and (found[:, -1] == 255).all()
 
 
+def table_of(root: Path, count: int = 6) -> DataSection:
+    """A table of DICOM files with two windows, a patient each."""
+    for index in range(count):
+        views = {"WindowCenter": [1000 + index, 3000], "WindowWidth": [2001, 500]}
+        views["WindowCenterWidthExplanation"] = ["NORMAL", "BONE"]
+        write(root, encoded(image(ramp(), **views)), f"{index}.dcm")
+    rows = [f"{index}.dcm,{index},{index % 2}" for index in range(count)]
+    (root / "t.csv").write_text("\n".join(["file,who,Mass", *rows, ""]), encoding="utf-8")
+    columns: Any = {"image": "file", "patient": "who"}
+    return DataSection(
+        **{"root": str(root), "format": "table", "csv": "t.csv", "columns": columns},
+        **{"labels": ["Mass"], "image_size": SIDE, "cache_workers": 1},
+    )
+
+
+def test_cache_and_training_read_what_the_reader_reads(tmp_path: Path) -> None:
+    data, names = table_of(tmp_path), [f"{index}.dcm" for index in range(6)]
+    bone = data.model_copy(update={"dicom_window": "Bone"})
+    for section in (data, bone):
+        path = tmp_path / "5.dcm"
+        expected = read_gray(path, SIDE, dicom_window=section.dicom_window)
+        for cache in ("off", "auto", "require"):
+            folder = str(tmp_path / str(section.dicom_window))
+            asked = section.model_copy(update={"cache": cache, "cache_dir": folder})
+            source = open_image_source(asked, names)
+            out = np.empty((1, SIDE, SIDE), np.uint8)
+            source.reader.select(names).read(np.array([5]), out)
+            np.testing.assert_array_equal(out[0], expected)
+    index = (tmp_path / "None").glob("*.json")
+    assert "dicom_window" not in next(index).read_text(), "earlier releases would refuse it"
+    other = bone.model_copy(update={"cache_dir": str(tmp_path / "None")})
+    with pytest.raises(DataError, match="built with dicom_window=None, and Bone is needed"):
+        open_image_source(other, names)
+
+
+def test_window_that_a_file_does_not_have_is_its_reason(tmp_path: Path) -> None:
+    data = table_of(tmp_path, count=2).model_copy(update={"dicom_window": "LUNG", "cache": "off"})
+    write(tmp_path, jpeg(SIDE, SIDE, 1), "1.dcm")  # has no windows, and needs none
+    source = open_image_source(data, ["0.dcm", "1.dcm"])
+    assert list(source.bad) == ["0.dcm"]
+    assert "without a window 'LUNG': it has NORMAL, BONE" in source.bad["0.dcm"]
+
+
+# Files of others
+
+
+def test_files_of_pydicom_are_read_or_refused() -> None:
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    found = {path.name: gray_or_reason(path, SIDE) for path in sorted(folder.glob("*.dcm"))}
+    for name, gray in found.items():
+        if isinstance(gray, str):
+            assert gray.isprintable() and len(gray) < 200, name
+        else:
+            assert gray.shape == (SIDE, SIDE), name
+    plain = found["MR_small.dcm"]
+    for other in ("RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless"):
+        np.testing.assert_array_equal(found[f"MR_small_{other}.dcm"], plain, err_msg=other)
+    for colour in ("rle", "gdcm_KY", "jpeg_dcmtk", "dcmtk_+eb+cr", "dcmtk_+eb+cy+np"):
+        assert not isinstance(found[f"SC_rgb_{colour}.dcm"], str), colour
+    assert "several pictures" in str(found["SC_rgb_rle_2frame.dcm"])
+    assert "without an image" in str(found["rtplan.dcm"])
+
+
+@pytest.mark.skipif(not FAKE.exists(), reason=f"needs {FAKE}")
+def test_monochrome1_file_of_others_is_the_negative_of_its_jpeg(tmp_path: Path) -> None:
+    picture = pydicom.dcmread(FAKE).PixelData
+    found = read_gray(FAKE, 64)
+    stored = read_gray(write(tmp_path, picture[picture.index(b"\xff\xd8\xff") :]), 64)
+    difference = np.abs(255 - stored.astype(int) - found)
+    assert difference.max() <= 2  # of two decoders
+
+
 # What is refused
 
 
@@ -214,9 +232,15 @@ def test_several_frames_are_refused(tmp_path: Path) -> None:
     assert "several pictures" in reason(encoded(two), tmp_path)
 
 
-def test_colour_is_refused(tmp_path: Path) -> None:
-    colour = image(ramp(), PhotometricInterpretation="RGB", SamplesPerPixel=3, BitsAllocated=8)
-    assert "a colour image in a DICOM file (RGB)" in reason(encoded(colour), tmp_path)
+@pytest.mark.parametrize(
+    "fields",
+    [{"BitsAllocated": 16}, {"SamplesPerPixel": 1}, {"PhotometricInterpretation": "HSV"}],
+    ids=["16 bits", "one channel", "another kind"],
+)
+def test_colour_of_other_than_8_bits_is_refused(tmp_path: Path, fields: Any) -> None:
+    given = {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3, "BitsAllocated": 8, **fields}
+    found = reason(encoded(image(ramp(), **given)), tmp_path)
+    assert f"a colour image in a DICOM file ({given['PhotometricInterpretation']})" in found
 
 
 def test_report_is_refused(tmp_path: Path) -> None:
