@@ -65,16 +65,28 @@ def test_12_bits_of_lossy_jpeg_are_decoded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_damage_does_not_end_the_process(tmp_path: Path, name: str) -> None:
-    """Each of these kinds of damage ends the process in which GDCM decodes, one time in a few."""
+def test_damage_is_a_reason(tmp_path: Path, name: str) -> None:
     data = transcoded(xray(smooth().astype(np.uint16), 12), LOSSLESS[name], tmp_path)
     start, chance = data.rindex(b"\xe0\x7f\x10\0OB"), random.Random(3)
-    for _ in range(4):
+    for _ in range(3):
         damaged = bytearray(data)
-        for _ in range(8):
+        for _ in range(4):
             damaged[chance.randrange(start + 20, start + 110)] = chance.randrange(256)
         found = gray_or_reason(write(tmp_path, bytes(damaged)), SIDE)
         assert not isinstance(found, str) or "a damaged DICOM" in found or "decoded" in found
+
+
+@pytest.mark.parametrize(
+    ("usual", "other"), [(b"\xff\xc4", b"\xff\x01"), (b"\xff\xc3\0\x0b", b"\xff\xc3\0\x0b\x36")]
+)
+def test_picture_that_ends_its_decoder_is_a_reason(
+    tmp_path: Path, usual: bytes, other: bytes
+) -> None:
+    """GDCM 3.2 ends with SIGABRT without a Huffman table, with SIGSEGV for values of 54 bits."""
+    data = transcoded(xray(smooth().astype(np.uint16), 12), LOSSLESS["JPEG"], tmp_path)
+    start = data.index(usual, data.rindex(b"\xe0\x7f\x10\0OB"))
+    damaged = data[:start] + other + data[start + len(other) :]
+    assert "cannot be decoded (JPEG Lossless" in reason(damaged, tmp_path)
 
 
 def test_decoder_that_aborts_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

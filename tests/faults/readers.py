@@ -21,6 +21,7 @@ from cxr_vit.config import load_config, read_config
 from cxr_vit.config.columns import PatternColumn, searchable_length
 from cxr_vit.config.data_sections import DataSection
 from cxr_vit.config.schema import ModelSection
+from cxr_vit.data.dicom_header import read_dicom_header
 from cxr_vit.data.image_source import open_image_source
 from cxr_vit.data.images import gray_or_reason
 from cxr_vit.data.labels import FINDINGS
@@ -325,7 +326,14 @@ def images(folder: Path) -> Reader:
 
 def dicom(folder: Path) -> Reader:
     path = folder / "image.dcm"
-    return Reader(inputs.damaged_bytes([_dicom()]), lambda data: _read_image(path, data))
+
+    def read(data: bytes) -> Any:
+        result = _read_image(path, data)
+        found = read_dicom_header(path, ["PatientID", "WindowCenter"])
+        assert "".join((*found.warnings, *found.tags.values())).isprintable()
+        return result
+
+    return Reader(inputs.damaged_bytes([_dicom()]), read)
 
 
 def cache_index(folder: Path) -> Reader:
