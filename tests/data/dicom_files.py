@@ -13,6 +13,7 @@ from image_files import SIDE, write
 from cxr_vit.data.images import gray_or_reason, read_gray
 
 pydicom = pytest.importorskip("pydicom", reason="reading DICOM needs pydicom (extra: dicom)")
+gdcm = pytest.importorskip("gdcm", reason="decoding DICOM needs python-gdcm (extra: dicom)")
 from pydicom import uid  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 
@@ -59,7 +60,6 @@ def read(dataset: Dataset, folder: Path, syntax: str = uid.ExplicitVRLittleEndia
 
 def transcoded(data: bytes, syntax: str, folder: Path) -> bytes:
     """The file in another transfer syntax, by GDCM."""
-    gdcm = pytest.importorskip("gdcm", reason="decoding DICOM needs python-gdcm (extra: dicom)")
     reader, change, writer = (
         gdcm.ImageReader(),
         gdcm.ImageChangeTransferSyntax(),
