@@ -59,6 +59,11 @@ COMMANDS = {
         "compare models on the same images: which differences are more than noise",
         "compare:compare",
     ),
+    "localize": Command(
+        "compare maps of where the model looks with the boxes of NIH's list: pointing game, IoU,"
+        " baselines, and a check by randomised weights",
+        "localize:localize",
+    ),
     "check": Command(
         "validate a configuration; print it, the batch arithmetic and the stages", "check:check"
     ),

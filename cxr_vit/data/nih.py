@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 IMAGE_PIXELS = 1024
 
 #: NIH's and that of the copy at 224 pixels.
-_BOX_FILES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
+BOX_FILES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
 
 #: In place of a path: do not read the file in the root.
 NONE = "none"
@@ -74,7 +74,7 @@ _NO_FILE_NAME = r"[/\\\x00-\x1f]|^[A-Za-z]:|^\.{0,2}$"
 
 def find_boxes(root: Path, given: Optional[str] = None) -> Optional[Path]:
     """Return the file of boxes: the given file, else NIH's in `root`; None if `given` is none."""
-    return None if given == NONE else find_file(root, given, _BOX_FILES, key="data.boxes")
+    return None if given == NONE else find_file(root, given, BOX_FILES, key="data.boxes")
 
 
 def find_relabels(root: Path, given: Optional[str] = None) -> Optional[Path]:
@@ -209,7 +209,7 @@ def read_boxes(csv: Path) -> pd.DataFrame:
     Raises DataError on another kind of file, an unknown finding, or a box that is not four numbers,
     has no extent or leaves the image.
     """
-    table = read_table(csv, list(_BOX_COLUMNS), key="data.boxes", example=_BOX_FILES[0])
+    table = read_table(csv, list(_BOX_COLUMNS), key="data.boxes", example=BOX_FILES[0])
     boxes = table[list(_BOX_COLUMNS)].rename(columns=_BOX_COLUMNS)
     boxes["image"] = boxes["image"].str.strip()
     boxes["finding"] = boxes["finding"].replace({"Infiltrate": "Infiltration"})

@@ -1,0 +1,344 @@
+"""Compare the maps of a checkpoint with the boxes of a split: scores, sanity check, figure."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+import pandas as pd
+
+from cxr_vit import ChestXrayDataModule, ViTModule
+from cxr_vit.commands.scored_data import ScoredData
+from cxr_vit.config import Config
+from cxr_vit.console import columns, count, progress
+from cxr_vit.data.dataset import ChestXrayDataset
+from cxr_vit.data.nih import BOX_FILES, NONE, find_boxes
+from cxr_vit.data.splits import SPLIT_NAMES
+from cxr_vit.engines.devices import choose_device
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import DataError, ModelError
+from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS, Resamples
+from cxr_vit.evaluation.label_match import LabelMatch
+from cxr_vit.evaluation.localization import (
+    ALL,
+    MACRO,
+    SCORES,
+    Pair,
+    boxed_pairs,
+    center_map,
+    localization,
+    map_scores,
+    random_scores,
+    rank_correlations,
+    similarity,
+)
+from cxr_vit.evaluation.localization_figure import localization_figure
+from cxr_vit.evaluation.report import NOTICE
+from cxr_vit.files import make_folder, remove, replacing, write_text, writing_to
+from cxr_vit.model.stages import StagedViT
+from cxr_vit.saliency.maps import METHODS
+from cxr_vit.saliency.randomised import cascade
+from cxr_vit.training.run_folder import report_folder
+
+#: Version of the keys of localization.json.
+SCHEMA_VERSION = 1
+#: Images whose maps are computed together: attention and its gradients of all layers are kept.
+_TOGETHER = 8
+#: Pairs in the figure.
+_SHOWN = 12
+#: The scores with columns in the table.
+_IN_TABLE = {"pointing_game": "pointing game", "iou": "IoU"}
+_GROUPS = {ALL: "all pairs", MACRO: "mean of findings"}
+#: Name of the maps to judge beside the baselines.
+MAPS = "maps"
+#: Files that are written.
+_SCORES, _FIGURE = "localization.json", "localization.png"
+
+
+class Chosen(NamedTuple):
+    """What the command line asks for; None is the default."""
+
+    split: Optional[str]
+    method: str
+    images: Optional[int]
+    sanity: int
+    out: Optional[Path]
+
+
+def run_localize(
+    checkpoint: Path, state: Mapping[str, Any], config: Config, chosen: Chosen
+) -> None:
+    """Score the maps, print the tables and write the files.
+
+    Raises DataError if no image of the split has a box of a finding that the model knows.
+    """
+    config = _with_boxes(config)
+    data = ChestXrayDataModule(config)
+    module = ViTModule.load_from_checkpoint(checkpoint, config=config)
+    split = chosen.split or data.default_split()
+    known = _known_pairs(data, split, module.names)
+    pairs = _of_images([pair for pair in known if len(pair.boxes)], chosen.images)
+    if not pairs:
+        raise DataError(_no_boxes(data, split))
+    out = _folder(checkpoint, split, data.default_split(), chosen)
+    match = LabelMatch.same(module.names)
+    facts = ScoredData(config, config).facts(data, match, state, split)
+    print(data.describe(), flush=True)
+    maps_of = _Maps(data.dataset(split), module, chosen.method)
+    maps = maps_of(maps_of.model, pairs, "maps")
+    patients, resamples = maps_of.patients(pairs), Resamples(config.evaluation.resamples)
+    scores = _scores(pairs, maps)
+    findings = [pair.finding for pair in pairs]
+    found: Dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "notice": NOTICE,
+        "checkpoint": str(checkpoint),
+        "step": state["step"],
+        "method": chosen.method,
+        "split": split,
+        **facts,
+        "counts": _counts(pairs, patients, outside=sum(not len(pair.boxes) for pair in known)),
+        **localization(scores, findings, patients, resamples),
+    }
+    print("\n".join(_tables(found)), flush=True)
+    found["sanity"] = _sanity(maps_of, pairs, maps, resamples, chosen.sanity)
+    print("\n".join([*_sanity_lines(found["sanity"]), NOTICE]), flush=True)
+    with writing_to(out):
+        remove(out / _FIGURE)  # of another call
+        if config.report.images:
+            shown = _spread(pairs)
+            hits = scores[MAPS][shown, SCORES.index("pointing_game")]
+            figure = localization_figure(
+                [pairs[index] for index in shown], maps_of.images(pairs, shown), maps[shown], hits
+            )
+            with replacing(out / _FIGURE) as temporary:
+                figure.savefig(temporary, format="png")
+        # Written last: where it exists, the folder is complete.
+        write_text(out / _SCORES, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    print(f"localization: {out}")
+
+
+def _with_boxes(config: Config) -> Config:
+    """Return the configuration with the file of the boxes, which must be there and readable."""
+    data = config.data
+    root = Path(data.root)
+    if data.format == "nih" and data.boxes != NONE:
+        found = find_boxes(root, data.boxes)
+        if found is not None:
+            return config.changed(data={"boxes": str(found)})
+        problem = f"{root} has none of {', '.join(BOX_FILES)}"
+        advice = "Put NIH's list of boxes there, or give it with data.boxes."
+    elif data.format == "nih":
+        problem, advice = f"data.boxes={NONE}", "Leave it out, or give NIH's list of boxes."
+    else:
+        problem = f"data.format={data.format} has none"
+        advice = "Only NIH's layout does: data.format=nih with its list of boxes in data.root."
+    raise DataError(
+        f"localize compares maps with boxes, and there are no boxes: {problem}. {advice}"
+    )
+
+
+def _known_pairs(data: ChestXrayDataModule, split: str, names: Sequence[str]) -> List[Pair]:
+    """Return the pairs of a split whose finding is a label of the model."""
+    found = boxed_pairs(
+        data.dataset(split).records,
+        read_size=data.data.read_size,
+        image_size=data.data.image_size,
+    )
+    return [pair for pair in found if pair.finding in names]
+
+
+def _no_boxes(data: ChestXrayDataModule, split: str) -> str:
+    rows = data.records.boxes["row"]
+    counts = [f"{name} {rows.isin(getattr(data.splits, name)).sum()}" for name in SPLIT_NAMES]
+    return (
+        f"no box of {data.data.boxes} is on the part that the model sees of a {split} image. Boxes"
+        f" by split: {', '.join(counts)}. Choose one with --split, or all images with"
+        " data.split=all."
+    )
+
+
+def _of_images(pairs: List[Pair], most: Optional[int]) -> List[Pair]:
+    """Return the pairs of up to `most` images, chosen at random with a fixed seed."""
+    rows = np.unique([pair.row for pair in pairs])
+    if most is None or len(rows) <= most:
+        return pairs
+    kept = set(np.random.default_rng(0).permutation(rows)[:most].tolist())
+    return [pair for pair in pairs if pair.row in kept]
+
+
+def _folder(checkpoint: Path, split: str, default: str, chosen: Chosen) -> Path:
+    """Make the folder to write; that of the default split and method has no suffix."""
+    report = report_folder(checkpoint, split, default=default)
+    name = report.name.replace("report", "localization", 1)
+    suffix = "" if chosen.method == next(iter(METHODS)) else f"_{chosen.method}"
+    return make_folder(chosen.out, report.with_name(f"{name}{suffix}"))
+
+
+class _Maps:
+    """Computes the maps of pairs on this host: with the model of a checkpoint, or another one."""
+
+    def __init__(self, dataset: ChestXrayDataset, module: ViTModule, method: str) -> None:
+        # In fp32, whatever the training computed in.
+        engine = module.config.engine.model_copy(update={"precision": "fp32"})
+        module.setup()
+        self._device = choose_device(engine, Launch()).device
+        self.model = module.model.eval().requires_grad_(False).to_device(self._device)
+        self._dataset, self._method = dataset, METHODS[method]
+        self._names, self._checkpoint = module.names, module.checkpoint
+
+    def __call__(self, model: StagedViT, pairs: Sequence[Pair], label: str) -> np.ndarray:
+        """Return the maps of pairs, which are ordered by finding: float32 ``[N, rows, columns]``.
+
+        Raises ModelError if they are not finite.
+        """
+        parts: List[np.ndarray] = []
+        with progress(label, done=0, total=len(pairs)) as advance:
+            for finding, group in groupby(pairs, key=lambda pair: pair.finding):
+                rows = [pair.row for pair in group]
+                for start in range(0, len(rows), _TOGETHER):
+                    images = self._dataset.__getitems__(rows[start : start + _TOGETHER]).images
+                    column = self._names.index(finding)
+                    maps = self._method(model, images.to(self._device), [column])
+                    parts.append(maps[:, 0].numpy())
+                    advance(len(images))
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            raise ModelError(f"{self._checkpoint}: maps are not finite: its weights are damaged.")
+        return found
+
+    def patients(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Return a number for the patient of each pair, int64 ``[N]``."""
+        rows = [pair.row for pair in pairs]
+        return np.asarray(pd.factorize(self._dataset.records.table["patient"].iloc[rows])[0])
+
+    def images(self, pairs: Sequence[Pair], chosen: Sequence[int]) -> np.ndarray:
+        """Return what the model sees of the images of some pairs: uint8 ``[n, H, W]``."""
+        images = self._dataset.__getitems__([pairs[index].row for index in chosen]).images
+        return images[:, 0].numpy()
+
+
+def _scores(pairs: Sequence[Pair], maps: np.ndarray) -> Dict[str, np.ndarray]:
+    """Return the scores of the maps and of the baselines, each ``[N, len(SCORES)]``."""
+    center, shape = center_map()[None], maps.shape[1:]
+    by_pair = {
+        MAPS: [map_scores(each[None], pair.boxes)[0] for each, pair in zip(maps, pairs)],
+        "center": [map_scores(center, pair.boxes)[0] for pair in pairs],
+        "random": [random_scores(pair, shape) for pair in pairs],
+    }
+    return {name: np.stack(values) for name, values in by_pair.items()}
+
+
+def _counts(pairs: Sequence[Pair], patients: np.ndarray, *, outside: int) -> Dict[str, Any]:
+    findings = np.array([pair.finding for pair in pairs])
+    return {
+        "pairs": len(pairs),
+        "images": len({pair.row for pair in pairs}),
+        "patients": len(np.unique(patients)),
+        "boxes": sum(len(pair.boxes) for pair in pairs),
+        "pairs_outside": outside,
+        "findings": {
+            name: {
+                "pairs": int((findings == name).sum()),
+                "patients": len(np.unique(patients[findings == name])),
+            }
+            for name in sorted(set(findings.tolist()))
+        },
+    }
+
+
+def _sanity(
+    maps_of: _Maps,
+    pairs: Sequence[Pair],
+    maps: np.ndarray,
+    resamples: Resamples,
+    most: int,
+) -> Optional[Dict[str, Any]]:
+    """Compare the maps of up to `most` images with those of randomised weights."""
+    if most == 0:
+        return None
+    chosen = _of_images(list(pairs), most)
+    rows = {id(pair): row for row, pair in enumerate(pairs)}
+    own = maps[[rows[id(pair)] for pair in chosen]]
+    correlations = {
+        name: rank_correlations(own, maps_of(model, chosen, f"maps, randomised to {name}"))
+        for name, model in cascade(maps_of.model)
+    }
+    findings = [pair.finding for pair in chosen]
+    return {
+        "score": "mean rank correlation with the maps of the trained weights",
+        "pairs": len(chosen),
+        "images": len({pair.row for pair in chosen}),
+        "steps": similarity(correlations, findings, maps_of.patients(chosen), resamples),
+    }
+
+
+def _spread(pairs: Sequence[Pair]) -> List[int]:
+    """Return the places of the first pair of each finding, then of the second, up to `_SHOWN`."""
+    findings = pd.Series([pair.finding for pair in pairs])
+    order = findings.groupby(findings).cumcount().sort_values(kind="stable").index[:_SHOWN]
+    return [int(place) for place in order]
+
+
+def _tables(found: Mapping[str, Any]) -> List[str]:
+    """Return lines: what is scored, the table of two scores, and differences to the baselines."""
+    counts, baselines = found["counts"], list(found["differences"])
+    heading = ["", "pairs"]
+    for title in _IN_TABLE.values():
+        heading += [title, *baselines]
+    groups = {name: each["pairs"] for name, each in counts["findings"].items()}
+    rows = [heading]
+    for group, number in {**groups, ALL: counts["pairs"], MACRO: ""}.items():
+        rows.append([_GROUPS.get(group, group), str(number)])
+        for score in _IN_TABLE:
+            of_score = {name: each[score][group] for name, each in found["scores"].items()}
+            rows[-1].append(_text(of_score[MAPS]))
+            rows[-1] += [f"{of_score[name]['value']:.2f}" for name in baselines]
+    return [
+        f"maps of {found['method']} and boxes: {count(counts['pairs'], 'pair')} of finding and"
+        f" image, {count(counts['images'], 'image')}, {count(counts['patients'], 'patient')}",
+        *columns(rows),
+        *_differences(found["differences"]),
+        *_remarks(counts),
+    ]
+
+
+def _differences(found: Mapping[str, Any]) -> List[str]:
+    rows = [["difference to", *_IN_TABLE.values()]]
+    for name, scores in found.items():
+        rows.append([f"  {name}", *(_text(scores[key][ALL], sign="+") for key in _IN_TABLE)])
+    return columns(rows)
+
+
+def _remarks(counts: Mapping[str, Any]) -> List[str]:
+    lines = []
+    if counts["patients"] < LEAST_PATIENTS:
+        lines.append(f"no intervals: they need {LEAST_PATIENTS} patients")
+    outside = counts["pairs_outside"]
+    if outside:
+        lines.append(
+            f"left out, with boxes where the model does not look: {count(outside, 'pair')}"
+        )
+    return lines
+
+
+def _sanity_lines(found: Optional[Mapping[str, Any]]) -> List[str]:
+    """Return lines: how similar the maps of randomised weights are."""
+    if found is None:
+        return []
+    rows = [["weights randomised from the head to", "rank correlation of maps"]]
+    for step in found["steps"]:
+        value = step["correlation"]
+        rows.append([f"  {step['randomised']}", "undefined" if value is None else _text(value)])
+    return [*columns(rows), f"  of {count(found['images'], 'image')}, with the trained weights"]
+
+
+def _text(value: Mapping[str, Optional[float]], *, sign: str = "") -> str:
+    """Return a value with its interval: ``"0.52 [0.44, 0.60]"``."""
+    text = format(value["value"], f"{sign}.2f")
+    if value["low"] is None:
+        return text
+    return f"{text} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
