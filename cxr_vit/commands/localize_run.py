@@ -11,20 +11,20 @@ import numpy as np
 import pandas as pd
 
 from cxr_vit import ChestXrayDataModule, ViTModule
+from cxr_vit.commands.localization_tables import sanity_lines, score_lines
 from cxr_vit.commands.scored_data import ScoredData
 from cxr_vit.config import Config
-from cxr_vit.console import columns, count, progress
+from cxr_vit.console import progress
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.nih import BOX_FILES, NONE, find_boxes
 from cxr_vit.data.splits import SPLIT_NAMES
 from cxr_vit.engines.devices import choose_device
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import DataError, ModelError
-from cxr_vit.evaluation.bootstrap import LEAST_PATIENTS, Resamples
+from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.localization import (
-    ALL,
-    MACRO,
+    MAPS,
     SCORES,
     Pair,
     boxed_pairs,
@@ -49,11 +49,6 @@ SCHEMA_VERSION = 1
 _TOGETHER = 8
 #: Pairs in the figure.
 _SHOWN = 12
-#: The scores with columns in the table.
-_IN_TABLE = {"pointing_game": "pointing game", "iou": "IoU"}
-_GROUPS = {ALL: "all pairs", MACRO: "mean of findings"}
-#: Name of the maps to judge beside the baselines.
-MAPS = "maps"
 #: Files that are written.
 _SCORES, _FIGURE = "localization.json", "localization.png"
 
@@ -80,9 +75,10 @@ def run_localize(
     module = ViTModule.load_from_checkpoint(checkpoint, config=config)
     split = chosen.split or data.default_split()
     known = _known_pairs(data, split, module.names)
-    pairs = _of_images([pair for pair in known if len(pair.boxes)], chosen.images)
-    if not pairs:
+    seen = [pair for pair in known if len(pair.boxes)]
+    if not seen:
         raise DataError(_no_boxes(data, split))
+    pairs = [seen[place] for place in _places(seen, chosen.images)]
     out = _folder(checkpoint, split, data.default_split(), chosen)
     match = LabelMatch.same(module.names)
     facts = ScoredData(config, config).facts(data, match, state, split)
@@ -100,12 +96,16 @@ def run_localize(
         "method": chosen.method,
         "split": split,
         **facts,
-        "counts": _counts(pairs, patients, outside=sum(not len(pair.boxes) for pair in known)),
+        "counts": {
+            **_counts(pairs, patients, maps),
+            "pairs_outside": len(known) - len(seen),
+            "pairs_not_chosen": len(seen) - len(pairs),
+        },
         **localization(scores, findings, patients, resamples),
     }
-    print("\n".join(_tables(found)), flush=True)
+    print("\n".join(score_lines(found)), flush=True)
     found["sanity"] = _sanity(maps_of, pairs, maps, resamples, chosen.sanity)
-    print("\n".join([*_sanity_lines(found["sanity"]), NOTICE]), flush=True)
+    print("\n".join([*sanity_lines(found["sanity"]), NOTICE]), flush=True)
     with writing_to(out):
         remove(out / _FIGURE)  # of another call
         if config.report.images:
@@ -161,13 +161,11 @@ def _no_boxes(data: ChestXrayDataModule, split: str) -> str:
     )
 
 
-def _of_images(pairs: List[Pair], most: Optional[int]) -> List[Pair]:
-    """Return the pairs of up to `most` images, chosen at random with a fixed seed."""
-    rows = np.unique([pair.row for pair in pairs])
-    if most is None or len(rows) <= most:
-        return pairs
-    kept = set(np.random.default_rng(0).permutation(rows)[:most].tolist())
-    return [pair for pair in pairs if pair.row in kept]
+def _places(pairs: Sequence[Pair], most: Optional[int]) -> List[int]:
+    """Return the places of the pairs of up to `most` images, chosen at random with a fixed seed."""
+    rows = np.array([pair.row for pair in pairs])
+    kept = np.random.default_rng(0).permutation(np.unique(rows))[:most]
+    return [int(place) for place in np.flatnonzero(np.isin(rows, kept))]
 
 
 def _folder(checkpoint: Path, split: str, default: str, chosen: Chosen) -> Path:
@@ -232,14 +230,14 @@ def _scores(pairs: Sequence[Pair], maps: np.ndarray) -> Dict[str, np.ndarray]:
     return {name: np.stack(values) for name, values in by_pair.items()}
 
 
-def _counts(pairs: Sequence[Pair], patients: np.ndarray, *, outside: int) -> Dict[str, Any]:
+def _counts(pairs: Sequence[Pair], patients: np.ndarray, maps: np.ndarray) -> Dict[str, Any]:
     findings = np.array([pair.finding for pair in pairs])
     return {
         "pairs": len(pairs),
         "images": len({pair.row for pair in pairs}),
         "patients": len(np.unique(patients)),
         "boxes": sum(len(pair.boxes) for pair in pairs),
-        "pairs_outside": outside,
+        "flat_maps": int((maps.max(axis=(1, 2)) == maps.min(axis=(1, 2))).sum()),
         "findings": {
             name: {
                 "pairs": int((findings == name).sum()),
@@ -251,18 +249,13 @@ def _counts(pairs: Sequence[Pair], patients: np.ndarray, *, outside: int) -> Dic
 
 
 def _sanity(
-    maps_of: _Maps,
-    pairs: Sequence[Pair],
-    maps: np.ndarray,
-    resamples: Resamples,
-    most: int,
+    maps_of: _Maps, pairs: Sequence[Pair], maps: np.ndarray, resamples: Resamples, most: int
 ) -> Optional[Dict[str, Any]]:
     """Compare the maps of up to `most` images with those of randomised weights."""
     if most == 0:
         return None
-    chosen = _of_images(list(pairs), most)
-    rows = {id(pair): row for row, pair in enumerate(pairs)}
-    own = maps[[rows[id(pair)] for pair in chosen]]
+    places = _places(pairs, most)
+    chosen, own = [pairs[place] for place in places], maps[places]
     correlations = {
         name: rank_correlations(own, maps_of(model, chosen, f"maps, randomised to {name}"))
         for name, model in cascade(maps_of.model)
@@ -281,64 +274,3 @@ def _spread(pairs: Sequence[Pair]) -> List[int]:
     findings = pd.Series([pair.finding for pair in pairs])
     order = findings.groupby(findings).cumcount().sort_values(kind="stable").index[:_SHOWN]
     return [int(place) for place in order]
-
-
-def _tables(found: Mapping[str, Any]) -> List[str]:
-    """Return lines: what is scored, the table of two scores, and differences to the baselines."""
-    counts, baselines = found["counts"], list(found["differences"])
-    heading = ["", "pairs"]
-    for title in _IN_TABLE.values():
-        heading += [title, *baselines]
-    groups = {name: each["pairs"] for name, each in counts["findings"].items()}
-    rows = [heading]
-    for group, number in {**groups, ALL: counts["pairs"], MACRO: ""}.items():
-        rows.append([_GROUPS.get(group, group), str(number)])
-        for score in _IN_TABLE:
-            of_score = {name: each[score][group] for name, each in found["scores"].items()}
-            rows[-1].append(_text(of_score[MAPS]))
-            rows[-1] += [f"{of_score[name]['value']:.2f}" for name in baselines]
-    return [
-        f"maps of {found['method']} and boxes: {count(counts['pairs'], 'pair')} of finding and"
-        f" image, {count(counts['images'], 'image')}, {count(counts['patients'], 'patient')}",
-        *columns(rows),
-        *_differences(found["differences"]),
-        *_remarks(counts),
-    ]
-
-
-def _differences(found: Mapping[str, Any]) -> List[str]:
-    rows = [["difference to", *_IN_TABLE.values()]]
-    for name, scores in found.items():
-        rows.append([f"  {name}", *(_text(scores[key][ALL], sign="+") for key in _IN_TABLE)])
-    return columns(rows)
-
-
-def _remarks(counts: Mapping[str, Any]) -> List[str]:
-    lines = []
-    if counts["patients"] < LEAST_PATIENTS:
-        lines.append(f"no intervals: they need {LEAST_PATIENTS} patients")
-    outside = counts["pairs_outside"]
-    if outside:
-        lines.append(
-            f"left out, with boxes where the model does not look: {count(outside, 'pair')}"
-        )
-    return lines
-
-
-def _sanity_lines(found: Optional[Mapping[str, Any]]) -> List[str]:
-    """Return lines: how similar the maps of randomised weights are."""
-    if found is None:
-        return []
-    rows = [["weights randomised from the head to", "rank correlation of maps"]]
-    for step in found["steps"]:
-        value = step["correlation"]
-        rows.append([f"  {step['randomised']}", "undefined" if value is None else _text(value)])
-    return [*columns(rows), f"  of {count(found['images'], 'image')}, with the trained weights"]
-
-
-def _text(value: Mapping[str, Optional[float]], *, sign: str = "") -> str:
-    """Return a value with its interval: ``"0.52 [0.44, 0.60]"``."""
-    text = format(value["value"], f"{sign}.2f")
-    if value["low"] is None:
-        return text
-    return f"{text} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"

@@ -18,9 +18,11 @@ from cxr_vit.data.records import BOX_SIDES, Records
 from cxr_vit.evaluation.bootstrap import LEVEL, Resamples, intervals
 from cxr_vit.evaluation.statistics import Statistic, ratios
 
-#: Columns of `map_scores`. An IoU of 0.1 is what Wang et al. 2017 count as found.
+#: Columns of `map_scores`.
 SCORES = ("pointing_game", "iou", "iou_from_0.1", "iou_from_0.3")
 _IOU_LEVELS = (0.1, 0.3)
+#: Name of the scores of the maps to judge, beside those of the baselines.
+MAPS = "maps"
 #: Groups of pairs beside the findings: all of them, and the mean of the findings.
 ALL, MACRO = "all", "macro"
 #: The region of a map is where it has at least this share of its maximum.
@@ -50,10 +52,9 @@ def boxed_pairs(records: Records, *, read_size: int, image_size: int) -> List[Pa
     start = int((read_size - image_size) / 2)  # as `View` does
     found = []
     for (finding, row), boxes in records.boxes.groupby(["finding", "row"]):
-        corners = boxes[BOX_SIDES].to_numpy(np.float64)
-        corners[:, 2:] += corners[:, :2]
-        seen = (corners / IMAGE_PIXELS * read_size - start) / image_size
-        seen = seen.clip(0.0, 1.0)
+        corner, size = np.split(boxes[BOX_SIDES].to_numpy(np.float64), 2, axis=1)
+        read = np.concatenate([corner, corner + size], axis=1) / IMAGE_PIXELS * read_size
+        seen = ((read - start) / image_size).clip(0.0, 1.0)
         found.append(Pair(int(row), str(finding), seen[(seen[:, 2:] > seen[:, :2]).all(axis=1)]))
     return found
 
@@ -91,7 +92,8 @@ def map_scores(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     without their tolerance of 15 pixels): whether the center of the cell with the maximum is in a
     box; of several equal maxima, the share of them that are. IoU: the area that the region and the
     boxes share, divided by that of both together; the region is the cells with at least half the
-    maximum. Then whether the IoU is at least 0.1, and 0.3.
+    maximum. Then whether the IoU is at least 0.1, and 0.3. A map with one value everywhere is as
+    good as a point at random, and its region is everything.
     """
     rows, columns = maps.shape[1:]
     highest = maps.max(axis=(1, 2), keepdims=True)
@@ -171,22 +173,22 @@ def localization(
     patients: np.ndarray,
     resamples: Resamples,
 ) -> Dict[str, Any]:
-    """Return the mean scores of maps and baselines, and the differences of the first to the others.
+    """Return the mean scores of maps and baselines, and the differences of the maps to the others.
 
     Parameters
     ----------
     scores
-        Name -> `map_scores` of each pair, float64 ``[N, len(SCORES)]``: the maps to judge first.
+        `MAPS` and names of baselines -> `map_scores` of each pair, float64 ``[N, len(SCORES)]``.
     findings, patients
         Of each pair; int64 ``[N]``.
 
     Each value is ``{"value", "low", "high"}`` at ``[score][group]``. A difference is over the same
     resamples of the same pairs.
     """
-    first, *others = scores
+    others = [name for name in scores if name != MAPS]
     versions = {
-        **{("scores", name): values for name, values in scores.items()},
-        **{("differences", name): scores[first] - scores[name] for name in others},
+        **{("scores", name): each for name, each in scores.items()},
+        **{("differences", name): scores[MAPS] - scores[name] for name in others},
     }
     values = {
         f"{kind}/{name}/{score}": each[:, column]
