@@ -38,7 +38,7 @@ def row_of(folder: Path) -> Dict[str, Any]:
     """Return the figures of a folder that `localize` wrote: of all pairs, and some by finding."""
     found = json.loads((folder / "localization.json").read_text(encoding="utf-8"))
     versions = {
-        **{name: scores for name, scores in found["scores"].items()},
+        **found["scores"],
         **{f"{MAPS} - {name}": scores for name, scores in found["differences"].items()},
     }
     sanity = found["sanity"]
@@ -47,6 +47,8 @@ def row_of(folder: Path) -> Dict[str, Any]:
         "step": found["step"],
         **_of_run(Path(found["checkpoint"]), found["step"], found["changed_since_training"]),
         "counts": found["counts"],
+        "resamples": found["intervals"]["resamples"],
+        "level_percent": 100 * found["intervals"]["level"],
         "scores": {
             score: {
                 name: {group: _rounded(scores[score][group]) for group in (ALL, MACRO)}
@@ -78,7 +80,9 @@ def _of_run(checkpoint: Path, step: int, changed: Sequence[str]) -> Dict[str, An
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [event for event in map(json.loads, lines) if "val/auroc_macro" in event]
     (score,) = [event["val/auroc_macro"] for event in events if event["step"] == step]
-    facts = {"val_auroc_macro": round(score, 3)}
+    model = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    sizes = {key: model[key] for key in ("image_size", "patch_size")}
+    facts = {"val_auroc_macro": round(score, 3), **sizes}
     if "split_sha256" not in changed:
         return facts
     data = load_config([folder / "config.yaml"], []).data
