@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import SMALL
 from cxr_vit import cli
 from cxr_vit.commands import train
+from cxr_vit.commands.localize_run import _with_boxes
 from cxr_vit.data.synthetic.dataset import BOX_NAME, write_sample
 from cxr_vit.errors import ConfigError, DataError
 from cxr_vit.saliency.maps import METHODS
@@ -24,7 +25,7 @@ from cxr_vit.saliency.maps import METHODS
 def root(tmp_path_factory):
     """A synthetic data set with boxes of more than 10 test patients."""
     root = tmp_path_factory.mktemp("data") / "sample"
-    write_sample(root, num_images=320, image_size=64, seed=0)
+    write_sample(root, num_images=320, image_size=32, seed=0)
     return root
 
 
@@ -94,7 +95,7 @@ def test_some_images_with_the_other_method_and_no_figure(run, localize, tmp_path
 
 def test_default_folders_are_in_the_run(run):
     for words, name in (((), "localization"), (("--method", "grad_cam"), "localization_grad_cam")):
-        few = ("--images", "1", "--sanity", "0")
+        few = ("--images", "1", "--sanity", "0", "report.images=false")
         assert cli.main(["localize", str(run), *few, *words]) == 0
         assert (run / name / "localization.json").is_file()
 
@@ -112,13 +113,14 @@ def test_boxes_are_where_the_model_sees_them(run, localize, root, tmp_path, monk
         pixels = np.zeros((1024, 1024), np.uint8)
         pixels[round(y) : round(y + height), round(x) : round(x + width)] = 255
         (found,) = (white / "images").rglob(image)
-        Image.fromarray(pixels).save(found)
+        Image.fromarray(pixels).save(found, compress_level=1)
 
     def brightness(model, images, columns):
         return images.to(torch.float32).expand(-1, len(columns), -1, -1)
 
     monkeypatch.setitem(METHODS, "relevance", brightness)
-    found, _ = localize(f"data.root={white}", "data.cache=off", "--sanity", "0", *words)
+    words = (f"data.root={white}", "data.cache=off", "report.images=false", *words)
+    found, _ = localize("--sanity", "0", *words)
     assert found["counts"]["pairs"] > 5
     scores = {name: each["all"]["value"] for name, each in found["scores"]["maps"].items()}
     assert scores["pointing_game"] == 1.0
@@ -140,7 +142,7 @@ def refused(error, *words):
     return str(raised.value)
 
 
-def test_data_without_boxes(run, root, tmp_path):
+def test_data_without_boxes(run, root, make_config, tmp_path):
     assert "data.boxes=none" in refused(DataError, run, "data.boxes=none")
     assert "Boxes by split: train 0, val 0, test" in refused(DataError, run, "--split", "val")
     without = tmp_path / "without"
@@ -149,6 +151,8 @@ def test_data_without_boxes(run, root, tmp_path):
     message = refused(DataError, run, f"data.root={without}")
     assert f"{without} has none of {BOX_NAME}" in message
     assert "data.boxes" in message
+    with pytest.raises(DataError, match="format=table has none"):
+        _with_boxes(make_config("data.image_size=32").changed(data={"format": "table"}))
     (without / BOX_NAME).write_text("image,x\n")
     assert BOX_NAME in refused(DataError, run, f"data.root={without}")
 

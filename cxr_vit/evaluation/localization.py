@@ -80,7 +80,8 @@ def covered(boxes: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def _inside(boxes: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return whether each point of a grid is in a box: bool ``[len(y), len(x)]``."""
     left, top, right, low = (side[:, None] for side in boxes.T)
-    of_box = ((y >= top) & (y <= low))[:, :, None] & ((x >= left) & (x <= right))[:, None]
+    # A pixel's corner belongs to one pixel: of adjacent boxes, one has the point between them.
+    of_box = ((y >= top) & (y < low))[:, :, None] & ((x >= left) & (x < right))[:, None]
     inside: np.ndarray = of_box.any(axis=0)
     return inside
 

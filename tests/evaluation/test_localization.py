@@ -82,6 +82,9 @@ def test_maximum_is_the_center_of_its_cell():
     values = [[0, 0], [0, 1]]
     assert score(values, [0.7, 0.7, 0.8, 0.8])["pointing_game"] == 1.0
     assert score(values, [0.5, 0.5, 0.74, 0.74])["pointing_game"] == 0.0
+    # Of two boxes that touch there, one has it.
+    assert score(values, [0.75, 0.5, 1.0, 1.0])["pointing_game"] == 1.0
+    assert score(values, [0.5, 0.5, 0.75, 1.0])["pointing_game"] == 0.0
 
 
 def test_equal_maxima_count_by_their_share():
