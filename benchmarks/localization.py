@@ -67,10 +67,10 @@ def row_of(folder: Path) -> Dict[str, Any]:
     }
 
 
-def _rounded(value: Dict[str, Any]) -> Any:
-    """Return value, low and high with three digits, or the value alone."""
-    numbers = [round(number, 3) for number in value.values() if number is not None]
-    return numbers if len(numbers) > 1 else numbers[0]
+def _rounded(value: Dict[str, Any]) -> str:
+    """Return ``"value [low, high]"`` with three digits, or the value alone."""
+    shown, *limits = (round(number, 3) for number in value.values() if number is not None)
+    return f"{shown} {limits}" if limits else str(shown)
 
 
 def _of_run(checkpoint: Path, step: int, changed: Sequence[str]) -> Dict[str, Any]:

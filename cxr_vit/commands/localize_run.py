@@ -107,16 +107,10 @@ def run_localize(
     found["sanity"] = _sanity(maps_of, pairs, maps, resamples, chosen.sanity)
     print("\n".join([*sanity_lines(found["sanity"]), NOTICE]), flush=True)
     with writing_to(out):
-        remove(out / _FIGURE)  # of another call
         if config.report.images:
-            shown = _spread(pairs)
-            hits = scores[MAPS][shown, SCORES.index("pointing_game")]
-            figure = localization_figure(
-                [pairs[index] for index in shown], maps_of.images(pairs, shown), maps[shown], hits
-            )
-            with replacing(out / _FIGURE) as temporary:
-                figure.savefig(temporary, format="png")
-        # Written last: where it exists, the folder is complete.
+            _draw(out / _FIGURE, maps_of, pairs, maps, scores[MAPS])
+        else:
+            remove(out / _FIGURE)  # of another call
         write_text(out / _SCORES, json.dumps(found, indent=2, allow_nan=False) + "\n")
     print(f"localization: {out}")
 
@@ -213,9 +207,9 @@ class _Maps:
         rows = [pair.row for pair in pairs]
         return np.asarray(pd.factorize(self._dataset.records.table["patient"].iloc[rows])[0])
 
-    def images(self, pairs: Sequence[Pair], chosen: Sequence[int]) -> np.ndarray:
-        """Return what the model sees of the images of some pairs: uint8 ``[n, H, W]``."""
-        images = self._dataset.__getitems__([pairs[index].row for index in chosen]).images
+    def images(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Return what the model sees of the image of each pair: uint8 ``[N, H, W]``."""
+        images = self._dataset.__getitems__([pair.row for pair in pairs]).images
         return images[:, 0].numpy()
 
 
@@ -269,8 +263,15 @@ def _sanity(
     }
 
 
-def _spread(pairs: Sequence[Pair]) -> List[int]:
-    """Return the places of the first pair of each finding, then of the second, up to `_SHOWN`."""
+def _draw(
+    path: Path, maps_of: _Maps, pairs: Sequence[Pair], maps: np.ndarray, scores: np.ndarray
+) -> None:
+    """Draw the first pair of each finding, then the second, up to `_SHOWN`."""
     findings = pd.Series([pair.finding for pair in pairs])
-    order = findings.groupby(findings).cumcount().sort_values(kind="stable").index[:_SHOWN]
-    return [int(place) for place in order]
+    order = findings.groupby(findings).cumcount().sort_values(kind="stable")
+    places = order.index[:_SHOWN].to_numpy()
+    shown = [pairs[place] for place in places]
+    hits = scores[places, SCORES.index("pointing_game")]
+    figure = localization_figure(shown, maps_of.images(shown), maps[places], hits, NOTICE)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

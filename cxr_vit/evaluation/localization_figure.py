@@ -17,7 +17,7 @@ _INCHES = 2.1
 
 
 def localization_figure(
-    pairs: Sequence[Pair], images: np.ndarray, maps: np.ndarray, hits: np.ndarray
+    pairs: Sequence[Pair], images: np.ndarray, maps: np.ndarray, hits: np.ndarray, notice: str
 ) -> Figure:
     """Draw each image with the boxes, and again with its map and the place of its maximum.
 
@@ -33,7 +33,7 @@ def localization_figure(
     lines = math.ceil(len(pairs) / _COLUMNS)
     size = (2 * _COLUMNS * _INCHES, lines * (_INCHES + 0.3) + 0.4)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.suptitle("boxes, and maps with their maximum (+)", fontsize=10)
+    figure.suptitle(f"boxes, and maps with their maximum (+). {notice}", fontsize=10)
     axes = figure.subplots(lines, 2 * _COLUMNS, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
