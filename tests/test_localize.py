@@ -158,6 +158,7 @@ def test_data_without_boxes(run, root, make_config, tmp_path):
 
 
 def test_mistakes_on_the_command_line(run, monkeypatch):
+    assert "a checkpoint or of a run first" in refused(ConfigError)
     assert "give 1 or more" in refused(ConfigError, run, "--images", "0")
     assert "give 0 or more" in refused(ConfigError, run, "--sanity", "-1")
     assert "invalid choice: 'lime'" in refused(ConfigError, run, "--method", "lime")

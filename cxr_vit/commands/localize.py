@@ -23,7 +23,7 @@ def localize(argv: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
     parser = Parser("localize", description=COMMANDS["localize"].summary)
     add, text = parser.add_argument, "a checkpoint's folder, or a run's folder: then its best one"
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+    add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=text)
     text = "default: test, or val where the split has no test images; data.split=all: every image"
     add("--split", choices=["train", "val", "test"], help=text)
     text = "what maps are made with (default: %(default)s)"
@@ -38,6 +38,8 @@ def localize(argv: Sequence[str]) -> int:
     add("--out", type=Path, metavar="DIR", help=text)
     parser.add_overrides("overrides of the run's configuration (train.py --help lists the fields)")
     arguments = parser.parse(argv)
+    if arguments.checkpoint is None:
+        parser.error("give the folder of a checkpoint or of a run first")
     if arguments.images is not None and arguments.images < 1:
         parser.error(f"--images {arguments.images}: give 1 or more, or leave it out for all")
     if arguments.sanity < 0:
