@@ -28,6 +28,8 @@ from cxr_vit.errors import ConfigError, CxrVitError, suggestion
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+#: `predict` has a row for each image, and some could not be read.
+EXIT_PARTIAL = 3
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved: EX_TEMPFAIL of sysexits.h, "try again".
 EXIT_STOPPED = 75
@@ -48,6 +50,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fine-tune a Vision Transformer, or resume a run", "train:main"),
     "evaluate": Command("score a split with a checkpoint and write the report", "evaluate:main"),
+    "predict": Command(
+        "predict the findings of PNG, JPEG and DICOM files with a checkpoint: a row for each image",
+        "predict:predict",
+    ),
     "probe": Command(
         "fit a linear probe on the features of the frozen model, in minutes on a CPU", "probe:probe"
     ),

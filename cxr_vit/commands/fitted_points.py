@@ -7,11 +7,12 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Any, Iterable, List, Mapping, Optional, Sequence
 
 from cxr_vit.checkpoint_files import WEIGHTS
 from cxr_vit.commands.members import Member, Members
 from cxr_vit.commands.scored_data import OtherData
+from cxr_vit.config import Config
 from cxr_vit.engines.process_group import coordinator
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.label_match import LabelMatch
@@ -112,16 +113,10 @@ class _Wanted:
         match = LabelMatch.same(first.match.model_names) if is_other else first.match
         self.labels: List[str] = match.names
         self.data_sha256 = None if is_other else _validation_sha256(first)
-        facts = [
-            [
-                member.state["sha256"][WEIGHTS],
-                match.sources if is_other else member.match.sources,
-                member.scored.run.data.read_size,
-                member.scored.run.evaluation.views,
-            ]
+        self.model_sha256 = _sha256(
+            _facts(member.state, member.scored.run, match if is_other else member.match)
             for member in members
-        ]
-        self.model_sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        )
 
     def difference(self, points: OperatingPoints) -> Optional[str]:
         """Return in what points differ, or None if they fit."""
@@ -132,6 +127,47 @@ class _Wanted:
         if self.data_sha256 not in (None, points.fitted_on["sha256"]):
             return "other validation images or labels"
         return None
+
+
+def _facts(state: Mapping[str, Any], config: Config, match: LabelMatch) -> List[Any]:
+    """Return what the probabilities of a checkpoint depend on, besides the images."""
+    weights = state["sha256"][WEIGHTS]
+    return [weights, match.sources, config.data.read_size, config.evaluation.views]
+
+
+def _sha256(models: Iterable[List[Any]]) -> str:
+    return hashlib.sha256(json.dumps(list(models)).encode()).hexdigest()
+
+
+def points_of_checkpoint(
+    checkpoint: Path, state: Mapping[str, Any], config: Config, labels: List[str]
+) -> Optional[OperatingPoints]:
+    """Return the stored points of a checkpoint for images without labels, or None with a message.
+
+    `labels` are those of the model.
+    """
+    path, advice = checkpoint / OPERATING_POINTS, f"evaluate.py --checkpoint {checkpoint}"
+    if not path.exists():
+        logger.warning(
+            "no operating points are stored with the checkpoint: neither findings nor calibrated"
+            " probabilities. This fits them on its validation images: %s",
+            advice,
+        )
+        return None
+    try:
+        points = OperatingPoints.read(path)
+    except DataError as error:
+        logger.warning("not used: %s", error)
+        return None
+    model = _sha256([_facts(state, config, LabelMatch.same(labels))])
+    if (points.labels, points.fitted_on["model_sha256"]) == (labels, model):
+        return points
+    logger.warning(
+        "%s is not used: it was fitted with other labels, weights, views or image sizes. Remove it,"
+        " and fit it again: %s",
+        *(path, advice),
+    )
+    return None
 
 
 def _stored(places: Sequence[Path], wanted: _Wanted) -> str:

@@ -6,19 +6,14 @@ import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 import zlib
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import (
     IO,
@@ -50,7 +45,7 @@ from cxr_vit.data.cache import (
     library_versions,
     plain_crc32,
 )
-from cxr_vit.data.spawn import without_main_module
+from cxr_vit.data.spawn import SpawnedPool, usable_cores
 from cxr_vit.errors import DataError
 from cxr_vit.files import lock
 from cxr_vit.regular_files import no_link, truncate
@@ -342,9 +337,7 @@ def in_parallel(
     `workers` None uses a process per available core; with 1, or few images, this process does it.
     `done` images were finished earlier. Raises DataError if a process ends before its work.
     """
-    if workers is None:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    workers = workers or usable_cores()
     left = sum(len(chunk.paths) for chunk in chunks)
     results: Iterator[Tuple[Chunk, Result]]
     if workers == 1 or left <= _FEW_IMAGES:
@@ -360,15 +353,12 @@ def in_parallel(
 def _in_processes(
     function: Callable[[Chunk], Result], chunks: List[Chunk], workers: int
 ) -> Iterator[Tuple[Chunk, Result]]:
-    # Spawned, not forked: this process may have threads (torch's, a progress bar's).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = SpawnedPool(workers)
     futures: Dict[Future[Result], Chunk] = {}
     try:
-        with _sigint_blocked(), without_main_module():
-            # No comprehension: after a signal, the futures submitted so far must be cancelled.
-            for chunk in chunks:
-                futures[pool.submit(function, chunk)] = chunk
+        # No comprehension: after a signal, the futures submitted so far must be cancelled.
+        for chunk in chunks:
+            futures[pool.submit(function, chunk)] = chunk
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:  # it has ended all futures
@@ -382,26 +372,3 @@ def _in_processes(
         raise
     finally:
         pool.shutdown()
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C: they inherit the mask, and the parent handles it."""
-    resource_tracker.ensure_running()  # starting it later would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """End this process when the parent ends, even if that is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()

@@ -200,6 +200,32 @@ def dataset_of_files(
     return ChestXrayDataset(records, reader, image_size=data.image_size)
 
 
+class PixelReader(ImageReader):
+    """Images that are in memory, uint8 ``[n, H, H]``."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        super().__init__(images.shape[1])
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def select(self, names: Sequence[str]) -> PixelReader:
+        """Return a reader of the images whose rows, as texts, are the names."""
+        return PixelReader(self._images[[int(name) for name in names]])
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy images."""
+        out[:] = self._images[rows]
+
+
+def dataset_of_pixels(images: np.ndarray, *, num_classes: int, image_size: int) -> ChestXrayDataset:
+    """Return a data set of images in memory, uint8 ``[n, H, H]``, with labels of zero."""
+    table = pd.DataFrame({"image": [str(row) for row in range(len(images))]}, dtype=object)
+    records = Records(table, np.zeros((len(images), num_classes), np.uint8))
+    return ChestXrayDataset(records, PixelReader(images), image_size=image_size)
+
+
 def collate(batch: Any) -> Batch:  # torch's types expect a list of samples
     """Return the batch of `__getitems__` unchanged; a function, as spawned loaders pickle it."""
     whole: Batch = batch

@@ -218,7 +218,7 @@ def find_images(root: Path, wanted: Optional[Iterable[str]] = None) -> Dict[str,
 def _find_exactly(root: Path, wanted: Optional[Container[str]]) -> Dict[str, str]:
     found: Dict[str, str] = {}
     duplicates = []
-    for folder, names in _walk(root):
+    for folder, names in walk(root):
         for name in names:
             if name in wanted if wanted is not None else extension(name) in IMAGE_EXTENSIONS:
                 path = os.path.join(folder, name)
@@ -237,7 +237,7 @@ def _find_by_stem(
     scores: Dict[str, int] = {}
     twice: Dict[str, str] = {}
     places: List[List[str]] = []
-    for folder, names in _walk(root):
+    for folder, names in walk(root):
         folders = parts_of(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve follows links)
         beginnings = index.beginnings(folders)
         has_images = any(extension(name) in IMAGE_EXTENSIONS for name in names)
@@ -263,17 +263,23 @@ def _find_by_stem(
     return found
 
 
-def _walk(root: Path) -> Iterator[Tuple[str, List[str]]]:
-    """Yield each folder and its file names, following links to folders."""
+def walk(
+    root: Path, *, on_error: Optional[Callable[[OSError], None]] = None, hidden: bool = True
+) -> Iterator[Tuple[str, List[str]]]:
+    """Yield each folder and its file names, following links to folders.
+
+    `on_error` is called for a folder that cannot be read, which is passed over otherwise. `hidden`
+    folders may be left out.
+    """
     seen: Set[object] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=True):
         status = Path(folder).stat()
         identity = status.st_dev, status.st_ino
         if identity in seen:  # links may form a circle
             folders.clear()
             continue
         seen.add(identity)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         yield folder, names
 
 

@@ -10,18 +10,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from torch import Tensor
@@ -296,9 +285,21 @@ class Trainer:
             num_classes=len(module.names),
             data=self.config.data,
         )
+        with self.predicting(module, ckpt_path) as predict:
+            return predict(dataset)
+
+    @contextlib.contextmanager
+    def predicting(
+        self, module: ViTModule, ckpt_path: Optional[PathLike] = None
+    ) -> Iterator[Callable[[ChestXrayDataset], Tensor]]:
+        """Open the engine, and yield what `predict` calls: images to float32 ``[N, C]``.
+
+        It may be called any number of times. See `validate` for `ckpt_path`.
+        """
+        views = self.config.evaluation.views
         with self._scoring(module, None, "predict", ckpt_path):
-            logits, _ = self._predict(dataset, self.config.evaluation.views)
-        return probabilities(logits)
+            self._print(*describe_views(views))
+            yield lambda dataset: probabilities(self._predict(dataset, views)[0])
 
     # Opening and closing
 
@@ -524,12 +525,12 @@ class Trainer:
         """Score a split with the present weights."""
         with explaining_out_of_memory(self.config, training=False):
             self.engine.prepare_scoring(dataset)
+        self._print(*describe_views(views))
         start = time.perf_counter()
         scored, step = self._predict(dataset, views), self.global_step
         return outputs_of(self.engine, self.match, *scored, split=split, step=step, start=start)
 
     def _predict(self, dataset: ChestXrayDataset, views: str) -> Tuple[Tensor, Tensor]:
-        self._print(*describe_views(views))
         stops = self._is_interrupted if self.is_fitting else None
         with explaining_out_of_memory(self.config, training=False):
             return predict_views(self.engine, dataset, views, stops=stops)
@@ -690,7 +691,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _only_warning(what: str, kind: Type[Exception] = Exception) -> Iterator[None]:
+def _only_warning(what: str, kind: type[Exception] = Exception) -> Iterator[None]:
     """Warn of an error that must not hide another one, or end a run."""
     try:
         yield

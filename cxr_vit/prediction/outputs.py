@@ -1,0 +1,184 @@
+"""A file of rows that is continued after an interruption, and the images that the model sees."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import IO, Any, Dict, Iterator, List, Mapping, Sequence, Union
+
+import numpy as np
+from PIL import Image
+
+from cxr_vit.data.views import CENTER
+from cxr_vit.errors import DataError
+from cxr_vit.files import Locked, lock, replacing, sync, write_text
+from cxr_vit.prediction.rows import CsvRows, Done, JsonRows
+from cxr_vit.regular_files import no_link, read_json
+
+FileRows = Union[CsvRows, JsonRows]
+_MOST_FACTS = 2**26  # bytes
+
+
+def facts_file(path: Path) -> Path:
+    """Return the file beside an output that says what its rows depend on."""
+    return path.with_name(f"{path.name}.json")
+
+
+def refuse_existing(path: Path, *, resumes: bool) -> None:
+    """Raise DataError if an output is there and is not to be continued, or cannot be made."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: the folder {path.parent} does not exist. Make it, or correct it.")
+    if resumes:
+        return
+    for each in (path, facts_file(path)):
+        if os.path.lexists(each):
+            raise DataError(
+                f"{each} exists and is not overwritten. Give another --out, remove it, or continue"
+                " it with --resume."
+            )
+
+
+class OutputFile:
+    """An open file that rows are appended to, and what it says of the images in it.
+
+    Attributes
+    ----------
+    done
+        The rows that were there.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], done: List[Done]) -> None:
+        self.done = done
+        self._path, self._file = path, file
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Append lines and flush them to disk. Raises DataError if that fails."""
+        try:
+            self._file.write("".join(lines).encode("utf-8"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"{self._path} cannot be written ({error.strerror or error}). Correct this, and run"
+                " the same command with --resume: the rows that are there are kept."
+            ) from error
+
+
+@contextlib.contextmanager
+def open_output(
+    path: Path, rows: FileRows, facts: Mapping[str, Any], *, resumes: bool
+) -> Iterator[OutputFile]:
+    """Begin a file of rows, or continue one that was begun with the same facts.
+
+    A last line that was cut off is removed. Raises DataError if the file is there and `resumes` is
+    not set, has other facts or other lines, or is written by another process.
+    """
+    with _locked(path):
+        refuse_existing(path, resumes=resumes)
+        beside = facts_file(path)
+        if os.path.lexists(path) or os.path.lexists(beside):
+            _refuse_other_facts(path, beside, json.loads(json.dumps(facts)))
+        else:
+            write_text(beside, json.dumps(facts, indent=2) + "\n")
+        with open(path, "a+b", opener=no_link) as file:
+            output = OutputFile(path, file, _read(path, file, rows))
+            if file.tell() == 0:
+                output.write([rows.header])
+                sync(path.parent)
+            yield output
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        with lock(path.with_name(f".{path.name}.lock"), timeout_s=0, removes=lambda: True):
+            yield
+    except Locked as other:
+        raise DataError(
+            f"{path} is written by {other}. Wait for its end, or give another --out."
+        ) from other
+
+
+def _refuse_other_facts(path: Path, beside: Path, facts: Dict[str, Any]) -> None:
+    try:
+        recorded = _flat(read_json(beside, limit=_MOST_FACTS))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be continued: {beside}, which says what its rows depend on, cannot be"
+            f" read ({error}). Give another --out."
+        ) from error
+    wanted = _flat(facts)
+    differing = [key for key in {**wanted, **recorded} if wanted.get(key) != recorded.get(key)]
+    if differing:
+        key = differing[0]
+        raise DataError(
+            f"{path} was begun with other settings, in {beside}: {', '.join(differing)}. {key} was"
+            f" {json.dumps(recorded.get(key))[:200]} and is {json.dumps(wanted.get(key))[:200]}."
+            " Give the same, or another --out."
+        )
+
+
+def _flat(facts: Mapping[str, Any], start: str = "") -> Dict[str, Any]:
+    found: Dict[str, Any] = {}
+    for key, value in facts.items():
+        name = f"{start}{key}"
+        found.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return found
+
+
+def _read(path: Path, file: IO[bytes], rows: FileRows) -> List[Done]:
+    """Read the lines that are there; remove the last one if it is cut off."""
+    done: List[Done] = []
+    end = 0
+    file.seek(0)
+    for number, raw in enumerate(file, start=1):
+        if not raw.endswith(b"\n"):
+            break
+        try:
+            line = raw.decode("utf-8")
+            if number > 1 or not rows.header:
+                done.append(rows.done(line))
+            elif line != rows.header:
+                raise ValueError("other columns")
+        except (ValueError, RecursionError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise DataError(
+                f"{path}: line {number} is none that this command writes ({reason}). Give another"
+                " --out."
+            ) from error
+        end += len(raw)
+    file.truncate(end)
+    file.seek(end)
+    return done
+
+
+class SeenImages:
+    """A folder of what the model sees, the middle `image_size` pixels, as PNG files."""
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        self._folder, self._size = folder, image_size
+
+    def make(self, *, resumes: bool) -> None:
+        """Make the folder. Raises DataError if it has files and `resumes` is not set."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            is_empty = next(self._folder.iterdir(), None) is None
+        except OSError as error:
+            raise DataError(f"{self._folder} cannot be used ({error.strerror}).") from error
+        if not (is_empty or resumes):
+            raise DataError(f"{self._folder} is not empty. Give a new folder.")
+
+    def write(self, number: int, path: str, pixels: np.ndarray) -> None:
+        """Write the part of an image, uint8 ``[S, S]``. Raises OSError if that fails."""
+        part = CENTER.of(pixels[None], self._size)[0]
+        with replacing(self._folder / file_name(number, path, ".png")) as temporary:
+            Image.fromarray(part).save(temporary, "PNG")
+
+
+def file_name(number: int, path: str, suffix: str) -> str:
+    """Return a name for a file about an image: safe, and another one for each number."""
+    stem = re.sub("[^A-Za-z0-9_-]+", "_", Path(path).stem)[:80]
+    return f"{number:06d}_{stem}{suffix}"
