@@ -21,8 +21,8 @@ from cxr_vit.engines.process_group import coordinator
 from cxr_vit.evaluation.metrics import refuse_nonfinite
 from cxr_vit.prediction.predictor import Facts, Predictor
 
-#: Bytes of the pixels of a chunk: few, as its rows are written together.
-_CHUNK_BYTES = 2**24
+#: Images of a chunk, and bytes of their pixels: few, as their rows are written together.
+_CHUNK_IMAGES, _CHUNK_BYTES = 256, 2**26
 
 
 class CheckpointPredictor(Predictor):
@@ -32,8 +32,8 @@ class CheckpointPredictor(Predictor):
         self, facts: Facts, predict: Callable[[ChestXrayDataset], Tensor], host_batch: int
     ) -> None:
         self.facts, self._predict = facts, predict
-        host_bytes = host_batch * facts.settings.image_size**2
-        self.chunk = host_batch * max(1, _CHUNK_BYTES // host_bytes)
+        images = min(_CHUNK_IMAGES, _CHUNK_BYTES // facts.settings.image_size**2)
+        self.chunk = host_batch * max(1, images // host_batch)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Score images; all processes call it with the same ones."""
