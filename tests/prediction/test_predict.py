@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes.launch import finish, fork
 
 from conftest import ROOT, SMALL
 from cxr_vit import cli
@@ -28,7 +29,6 @@ from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoint
 from cxr_vit.evaluation.predictions import read_predictions
 from cxr_vit.evaluation.scaling import scaled
 from fakes import loading
-from processes.launch import finish, fork
 
 NIH = ROOT.parent / "shared" / "data" / "nih"
 IPU = (
@@ -141,9 +141,10 @@ def test_bad_files_are_rows_with_their_reasons(run, sample, tmp_path, capsys):
     assert predict(*words, "--out", out) == cli.EXIT_PARTIAL == 3
     rows = read_csv(out)
     errors = {Path(row["image"].lstrip("'")).name: row["error"] for row in rows}
-    assert list(errors) == sorted(
-        ["=formula.png", "a.png", "cut.png", "empty.jpg", "link.png", "page.png", "pipe.png"]
-    ) + ["b.PNG", "new\\nline.png"]
+    assert list(errors) == [
+        *("=formula.png", "a.png", "cut.png", "empty.jpg", "link.png", "page.png", "pipe.png"),
+        *("b.PNG", "new\\nline.png"),
+    ]
     assert {name for name, error in errors.items() if not error} == {
         *("a.png", "b.PNG", "new\\nline.png")
     }
@@ -274,7 +275,7 @@ def test_full_disk_leaves_an_output_that_is_resumed(whole, tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail_later)
-        with pytest.raises(CxrVitError, match="No space left on device.*--resume"):
+        with pytest.raises(CxrVitError, match=r"No space left on device.*--resume"):
             predict(*words, "--out", out)
     assert predict(*words, "--out", out, "--resume") == 0
     assert out.read_text(encoding="utf-8") == expected
