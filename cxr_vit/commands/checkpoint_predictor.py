@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 
 import numpy as np
 from torch import Tensor
@@ -84,7 +85,10 @@ def open_checkpoint(checkpoint: Path, state: Mapping[str, Any], config: Config) 
     with trainer.predicting(module) as predict:
         identity = {
             "weights_sha256": state["sha256"][WEIGHTS],
-            **_image_facts(config, module.names),
+            "labels": module.names,
+            "image_size": config.data.image_size,
+            "reading": asdict(settings),
+            "views": config.evaluation.views,
             "engine": trainer.engine.facts()["name"],
             "precision": trainer.engine.facts()["precision"],
             "points": None if points is None else points.model_dump(),
@@ -101,15 +105,3 @@ def open_checkpoint(checkpoint: Path, state: Mapping[str, Any], config: Config) 
             coordinator(trainer.launch).call_once,
             trainer.engine.any_process,
         )
-
-
-def _image_facts(config: Config, labels: List[str]) -> Dict[str, Any]:
-    data = config.data
-    return {
-        "labels": labels,
-        "image_size": data.image_size,
-        "read_size": data.read_size,
-        "resample": data.resample,
-        "max_megapixels": data.max_megapixels,
-        "views": config.evaluation.views,
-    }

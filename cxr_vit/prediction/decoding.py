@@ -73,11 +73,10 @@ def decode_files(
 
 
 def _decode(path: str, settings: CacheSettings, keep: Sequence[str]) -> DecodedFile:
-    pixels = settings.decode(path)
+    pixels, header = settings.decode(path), read_dicom_header(path, keep)
     if isinstance(pixels, str):
-        return DecodedFile(None, pixels, [], {})
-    header = read_dicom_header(path, keep)
-    return DecodedFile(pixels, None, header.warnings, header.tags)
+        return DecodedFile(None, pixels, *header)
+    return DecodedFile(pixels, None, *header)
 
 
 Decode = Callable[[Sequence[str]], List[DecodedFile]]
