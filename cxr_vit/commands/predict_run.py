@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Uni
 
 from cxr_vit.cli import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_STOPPED
 from cxr_vit.commands.checkpoint_predictor import Opened
-from cxr_vit.commands.predict import PredictArguments, options_of
+from cxr_vit.commands.predict_arguments import PredictArguments, options_of
 from cxr_vit.console import progress
 from cxr_vit.errors import DataError
 from cxr_vit.prediction.decoding import chunks_of, in_order
@@ -136,10 +136,9 @@ class PredictRun:
     def _end(self, is_done: Sequence[bool], unread: int) -> int:
         done = sum(is_done)
         text = count_images(done, unread)
-        if self.opened.is_main and self.arguments.format == "table":
-            self._print([f"{text}\n"])
-        elif self.opened.is_main:
-            print(text, file=sys.stderr, flush=True)
+        if self.opened.is_main:
+            is_apart = self.arguments.format == "table" or self.arguments.out is not None
+            print(text, file=self._target if is_apart else sys.stderr, flush=True)
         if done < len(is_done):
             reason = self._stop_reason or "another process was stopped"
             resume = ", and --resume continues" if self.arguments.out else ""

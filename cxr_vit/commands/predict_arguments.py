@@ -1,0 +1,93 @@
+"""The command line of `predict`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from cxr_vit.cli import COMMANDS, Parser, split_overrides
+from cxr_vit.errors import ConfigError
+
+#: The kinds of `cxr_vit.evaluation.operating_points`.
+_KINDS = ("youden", "f1", "specificity_95", "sensitivity_95")
+_FORMATS = ("table", "csv", "jsonl")
+
+
+class PredictArguments(NamedTuple):
+    """Command line of `predict`; `format` is one of `_FORMATS`."""
+
+    checkpoint: Path
+    paths: List[Path]
+    out: Optional[Path]
+    format: str
+    resume: bool
+    operating_point: str
+    keep_tags: List[str]
+    preprocess_check: Optional[Path]
+    overrides: List[str]
+
+
+def predict_arguments(argv: Sequence[str]) -> PredictArguments:
+    """Parse the command line."""
+    parser = Parser(
+        "predict",
+        description=f"{COMMANDS['predict'].summary}. For research only: no medical device.",
+    )
+    add, text = (
+        parser.add_argument,
+        "a checkpoint's folder, a run's folder (then its best one), or a model.onnx of `export`",
+    )
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+    text = (
+        "PNG, JPEG and DICOM files; folders of them; a table (.csv, .tsv, .parquet) with a column"
+        " of paths, or a .txt with one a line, relative to the file's folder. section.key=value"
+        " overrides the run's configuration (train.py --help lists the fields)"
+    )
+    add("paths", nargs="+", metavar="PATH", help=text)
+    text = "file of rows, CSV or (.jsonl) JSON lines; default: a table on the terminal"
+    add("--out", type=Path, metavar="FILE", help=text)
+    text = "default: csv or jsonl by the name of --out, table without it"
+    add("--format", choices=_FORMATS, help=text)
+    text = "continue --out after an interruption; images that are in it are not read again"
+    add("--resume", action="store_true", help=text)
+    text = "thresholds of the findings (default: %(default)s)"
+    add("--operating-point", choices=_KINDS, default=_KINDS[0], help=text)
+    text = (
+        "write these tags of DICOM files, e.g. PatientID StudyDate; without it nothing that a file"
+        " says of the patient is written"
+    )
+    add("--keep-tags", nargs="+", action="extend", default=[], metavar="KEYWORD", help=text)
+    text = "write what the model sees of each image, as PNG files"
+    add("--preprocess-check", type=Path, metavar="DIR", help=text)
+    given = parser.parse(argv)
+    paths, overrides = split_overrides(given.paths)
+    if not paths:
+        parser.error("no image is given: give files, folders or a list")
+    return PredictArguments(
+        *(given.checkpoint, paths, given.out, _format(given), given.resume),
+        *(given.operating_point, list(dict.fromkeys(given.keep_tags))),
+        *(given.preprocess_check, overrides),
+    )
+
+
+def _format(given: argparse.Namespace) -> str:
+    """Return the format; ConfigError for options that exclude each other."""
+    if given.out is None:
+        if given.resume:
+            raise ConfigError("--resume continues a file. Give it as --out FILE.")
+        return given.format or "table"
+    if given.format == "table":
+        raise ConfigError("--format table is for the terminal. Leave it out, or leave --out out.")
+    return given.format or ("jsonl" if given.out.suffix == ".jsonl" else "csv")
+
+
+def options_of(arguments: PredictArguments) -> Dict[str, Any]:
+    """Return the options that the rows of an output depend on."""
+    return {
+        "paths": list(map(str, arguments.paths)),
+        "folder": str(Path.cwd()),
+        "format": arguments.format,
+        "operating_point": arguments.operating_point,
+        "keep_tags": arguments.keep_tags,
+    }
