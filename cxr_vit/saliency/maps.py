@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 from torch import Tensor
 
+from cxr_vit.errors import ModelError
 from cxr_vit.model.stages import StagedViT
 from cxr_vit.saliency.attention import RecordAttention
 
@@ -19,6 +20,7 @@ from cxr_vit.saliency.attention import RecordAttention
 Method = Callable[[StagedViT, Tensor, Sequence[int]], Tensor]
 
 
+@torch.enable_grad()  # whatever the caller set
 def relevance(model: StagedViT, images: Tensor, columns: Sequence[int]) -> Tensor:
     """Return the gradient-weighted relevance of attention.
 
@@ -27,9 +29,17 @@ def relevance(model: StagedViT, images: Tensor, columns: Sequence[int]) -> Tenso
     tokens is ``R = (1 + A_last) ... (1 + A_first)``. The map is the row of R that the head reads:
     that of the class token, the mean of those of the patches, or, where it reads both, the mean of
     the two. It leaves out what a patch adds by itself, which is the same for all.
+
+    Raises ModelError if a layer computes no softmax of its own, which fused kernels other than
+    torch's and other kinds of attention do not.
     """
-    with torch.enable_grad(), RecordAttention() as record:
+    with RecordAttention() as record:
         logits = model(images)
+    if len(record.probabilities) != len(model.layers):
+        raise ModelError(
+            f"{len(record.probabilities)} of {len(model.layers)} layers have attention whose"
+            " probabilities can be recorded, and relevance needs all. Use grad_cam."
+        )
     maps: List[Tensor] = []
     for column in columns:
         gradients = torch.autograd.grad(
@@ -55,6 +65,7 @@ def _row_of_head(model: StagedViT, count: int) -> Tensor:
     return row / row.sum(dim=1, keepdim=True)
 
 
+@torch.enable_grad()  # whatever the caller set
 def grad_cam(model: StagedViT, images: Tensor, columns: Sequence[int]) -> Tensor:
     """Return Grad-CAM on what goes into the last layer.
 
@@ -71,8 +82,7 @@ def grad_cam(model: StagedViT, images: Tensor, columns: Sequence[int]) -> Tensor
 
     hook = model.layers[-1].register_forward_pre_hook(keep)
     try:
-        with torch.enable_grad():
-            logits = model(images)
+        logits = model(images)
     finally:
         hook.remove()
     maps: List[Tensor] = []
