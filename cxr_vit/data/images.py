@@ -394,13 +394,37 @@ def gray_or_reason(
 
     `resample` is one of `FILTERS`; `dicom_window` has no effect on a PNG or JPEG.
     """
-    try:
-        gray = _decode(_read_bytes(path, max_megapixels), max_megapixels, dicom_window)
-    except Unusable as reason:  # it may quote the file
-        return "".join(letter if letter.isprintable() else "?" for letter in str(reason))
+    gray = _original_or_reason(path, max_megapixels, dicom_window)
+    if isinstance(gray, str):
+        return gray
     if gray.size != (size, size):
         gray = gray.resize((size, size), FILTERS[resample])
     return np.array(gray, dtype=np.uint8)
+
+
+def read_original(
+    path: Union[str, Path],
+    *,
+    max_megapixels: int = MAX_MEGAPIXELS,
+    dicom_window: Optional[str] = None,
+) -> Image.Image:
+    """Read an image as `read_gray` does, of mode L, at its own size.
+
+    Raises DataError as `read_gray` does.
+    """
+    gray = _original_or_reason(path, max_megapixels, dicom_window)
+    if isinstance(gray, str):
+        raise DataError(f"{path}: {gray}")
+    return gray
+
+
+def _original_or_reason(
+    path: Union[str, Path], max_megapixels: int, dicom_window: Optional[str]
+) -> Union[Image.Image, str]:
+    try:
+        return _decode(_read_bytes(path, max_megapixels), max_megapixels, dicom_window)
+    except Unusable as reason:  # it may quote the file
+        return "".join(letter if letter.isprintable() else "?" for letter in str(reason))
 
 
 def _read_bytes(path: Union[str, Path], max_megapixels: int) -> bytes:

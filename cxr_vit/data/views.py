@@ -20,10 +20,19 @@ class View(NamedTuple):
     def of(self, images: np.ndarray, size: int) -> np.ndarray:
         """Return this part of images, uint8 ``[n, H, W]``, as ``[n, size, size]``."""
         top, left = (
-            int(place * (side - size)) for place, side in zip((self.y, self.x), images.shape[1:])
+            _start(place, side, size) for place, side in zip((self.y, self.x), images.shape[1:])
         )
         whole = images[:, :, ::-1] if self.is_mirrored else images
         return np.ascontiguousarray(whole[:, top : top + size, left : left + size])
+
+    def box(self, read_size: int, size: int) -> Tuple[float, float, float, float]:
+        """Return the left, upper, right and lower edge of this part, as fractions of the image."""
+        left, top = (_start(place, read_size, size) / read_size for place in (self.x, self.y))
+        return left, top, left + size / read_size, top + size / read_size
+
+
+def _start(place: float, side: int, size: int) -> int:
+    return int(place * (side - size))
 
 
 CENTER = View()
