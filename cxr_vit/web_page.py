@@ -53,12 +53,16 @@ def render(template: Path, **values: Any) -> str:
 
 
 def data_uri(picture: Image.Image, *, largest_side: int) -> str:
-    """Return a picture as the address of an ``img``: a PNG of at most `largest_side` pixels."""
+    """Return a picture as the address of an ``img`` of at most `largest_side` pixels.
+
+    It is a PNG, or a JPEG of a picture in colours, which takes a fifth of the space.
+    """
     picture = picture.copy()
     picture.thumbnail((largest_side, largest_side))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    kind = "jpeg" if picture.mode == "RGB" else "png"
+    picture.save(buffer, format=kind, optimize=True, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _finalized(value: Any) -> Any:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cxr_vit import ChestXrayDataModule, Trainer, ViTModule
 from cxr_vit.commands.callbacks import DescribeEngine
+from cxr_vit.commands.case_overlays import case_overlays
 from cxr_vit.commands.scored_data import ScoredData
 from cxr_vit.config import Config, dump_config
 from cxr_vit.data.records import Records
@@ -98,6 +99,7 @@ class Members:
             dump_config(run),
             package_versions(),
             image if run.report.images else None,
+            case_overlays(checkpoint, run, self._first.match, is_ensemble=self._is_ensemble),
         )
 
     @property

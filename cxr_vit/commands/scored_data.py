@@ -148,6 +148,7 @@ def scored_data(run: Config, arguments: EvaluateArguments) -> ScoredData:
     config = check(run.model_copy(update={"data": data.model_copy(update=changed)}))
     # Either file may say that its images are not to be shown.
     images = run.report.images and given.report.images
+    shown = given.report.model_dump(include={"saliency"}, exclude_unset=True)
     of_engine = {key: getattr(data, key) for key in _OF_ENGINE}
-    run = run.changed(data=of_engine, report={"images": images})
+    run = run.changed(data=of_engine, report={"images": images, **shown})
     return OtherData(run, config, files, overrides, split)

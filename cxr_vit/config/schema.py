@@ -358,6 +358,11 @@ class ReportSection(Section):
         "whether report.html shows images and their names: those that the model is most right and"
         " most wrong about. With real data these are patients",
     )
+    saliency: Literal["relevance", "grad_cam", "none"] = option(
+        "relevance",
+        "what is drawn over these images a second time: the attention relevance or the Grad-CAM of"
+        " the finding, computed by torch in fp32 whatever engine scores; none: nothing",
+    )
 
 
 class ProbeSection(Section):

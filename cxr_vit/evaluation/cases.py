@@ -13,17 +13,29 @@ from cxr_vit.web_page import data_uri
 #: Takes the name of an image; None if it cannot be shown.
 Images = Callable[[str], Optional[Image.Image]]
 
+
+class Overlays(NamedTuple):
+    """What is drawn over the images a second time: a sentence about it, and what draws it.
+
+    `draw` takes a picture and a finding, and returns the picture to show, or None.
+    """
+
+    about: str
+    draw: Callable[[Image.Image, str], Optional[Image.Image]]
+
+
 _LARGEST_SIDE = 192  # larger thumbnails are shrunk
 
 
 class Case(NamedTuple):
-    """An image of a finding: what it is an example of, and its thumbnail, "" without one."""
+    """An image of a finding: what it is an example of, and its thumbnails, "" without one."""
 
     kind: str
     image: str
     probability: float
     about: str
     thumbnail: str
+    overlay: str
 
 
 class Cases(NamedTuple):
@@ -33,7 +45,12 @@ class Cases(NamedTuple):
     cases: List[Case]
 
 
-def cases(predictions: Predictions, images: Images, names: Collection[str]) -> List[Cases]:
+def cases(
+    predictions: Predictions,
+    images: Images,
+    names: Collection[str],
+    overlays: Optional[Overlays] = None,
+) -> List[Cases]:
     """Return up to three images of each finding that is among the names.
 
     Its positive and its negative image with the highest probability, and its positive image with
@@ -50,7 +67,7 @@ def cases(predictions: Predictions, images: Images, names: Collection[str]) -> L
             ("lowest, finding present", np.where(labels == 1, 1.0 - scores, -1.0)),
         ]
         of_finding = [
-            _case(predictions, column, kind, int(np.argmax(values)), images)
+            _case(predictions, column, kind, int(np.argmax(values)), images, overlays)
             for kind, values in chosen
             if values.max(initial=-1.0) >= 0.0
         ]
@@ -59,13 +76,25 @@ def cases(predictions: Predictions, images: Images, names: Collection[str]) -> L
     return found
 
 
-def _case(predictions: Predictions, column: int, kind: str, row: int, images: Images) -> Case:
+def _case(
+    predictions: Predictions,
+    column: int,
+    kind: str,
+    row: int,
+    images: Images,
+    overlays: Optional[Overlays],
+) -> Case:
     record = predictions.table.iloc[row]
     facts = []
     if not np.isnan(record.get("age", np.nan)):
         facts.append(f"{record['age']:.0f} years")
     facts += [str(record[name]) for name in ("sex", "view") if record.get(name, "")]
-    picture = images(record["image"])
-    thumbnail = "" if picture is None else data_uri(picture, largest_side=_LARGEST_SIDE)
+    picture = covered = images(record["image"])
+    if picture is not None:
+        covered = None if overlays is None else overlays.draw(picture, predictions.names[column])
+    thumbnails = [
+        "" if shown is None else data_uri(shown, largest_side=_LARGEST_SIDE)
+        for shown in (picture, covered)
+    ]
     probability = float(predictions.probabilities[row, column])
-    return Case(kind, record["image"], probability, ", ".join(facts), thumbnail)
+    return Case(kind, record["image"], probability, ", ".join(facts), *thumbnails)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from cxr_vit.evaluation import statements
-from cxr_vit.evaluation.cases import Images, cases
+from cxr_vit.evaluation.cases import Images, Overlays, cases
 from cxr_vit.evaluation.curves import curves, rounded_up, svg_points
 from cxr_vit.evaluation.predictions import Predictions
 from cxr_vit.web_page import render
@@ -65,12 +65,15 @@ class PageContext:
     images
         Takes the name of an image, returns the picture or None. Without it no image and no patient
         is named or shown.
+    overlays
+        What is drawn over the images a second time, if anything.
     """
 
     title: str
     config_text: str
     versions: Dict[str, str]
     images: Optional[Images] = None
+    overlays: Optional[Overlays] = None
 
 
 def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: PageContext) -> str:
@@ -93,7 +96,9 @@ def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: P
         errors=_ERRORS,
         operating_points=_operating_points(metrics),
         subgroups=_subgroups(metrics),
-        cases=[] if context.images is None else cases(predictions, context.images, shown),
+        cases=[]
+        if context.images is None
+        else cases(predictions, context.images, shown, context.overlays),
         facts=origin_facts(metrics),
         say=statements,
         mean_words=statements.MEAN_WORDS,

@@ -31,9 +31,7 @@ class Explainer:
         One of `METHODS`.
     """
 
-    def __init__(
-        self, checkpoint: Path, config: Config, method: str, device: torch.device
-    ) -> None:
+    def __init__(self, checkpoint: Path, config: Config, method: str, device: torch.device) -> None:
         self._checkpoint, self._config, self._device = checkpoint, config, device
         self._method = METHODS[method]
         self._loaded: Optional[StagedViT] = None
