@@ -72,6 +72,8 @@ def _open_exported(path: Path, arguments: PredictArguments, launch: Launch) -> I
 
     if arguments.overrides:
         raise ConfigError(f"{arguments.overrides[0]} has no effect on {path}. Leave it out.")
+    if arguments.saliency is not None:
+        raise ConfigError(f"--saliency needs gradients, and {path} has none. Give the checkpoint.")
     if launch.has_others:
         raise ConfigError(f"{path} runs in one process. Start the command without a launcher.")
     yield Opened(open_onnx(path))

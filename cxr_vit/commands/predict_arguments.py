@@ -12,6 +12,8 @@ from cxr_vit.errors import ConfigError
 #: The kinds of `cxr_vit.evaluation.operating_points`.
 _KINDS = ("youden", "f1", "specificity_95", "sensitivity_95")
 _FORMATS = ("table", "csv", "jsonl")
+#: The methods of `cxr_vit.saliency.maps`.
+_MAPS = ("relevance", "grad_cam")
 
 
 class PredictArguments(NamedTuple):
@@ -25,6 +27,9 @@ class PredictArguments(NamedTuple):
     operating_point: str
     keep_tags: List[str]
     preprocess_check: Optional[Path]
+    saliency: Optional[Path]
+    saliency_method: str
+    findings: List[str]
     overrides: List[str]
 
 
@@ -60,14 +65,26 @@ def predict_arguments(argv: Sequence[str]) -> PredictArguments:
     add("--keep-tags", nargs="+", action="extend", default=[], metavar="KEYWORD", help=text)
     text = "write what the model sees of each image, as PNG files"
     add("--preprocess-check", type=Path, metavar="DIR", help=text)
+    text = (
+        "write pictures of each image beside the same with a map of what a finding's probability"
+        " rests on: of its findings, or without any of the one with the highest probability"
+    )
+    add("--saliency", type=Path, metavar="DIR", help=text)
+    text = "how --saliency computes the map (default: %(default)s)"
+    add("--saliency-method", choices=_MAPS, default=_MAPS[0], help=text)
+    text = "findings that --saliency shows of every image, in place of its own"
+    add("--findings", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     given = parser.parse(argv)
+    if given.saliency is None and (given.findings or given.saliency_method != _MAPS[0]):
+        raise ConfigError("--findings and --saliency-method are for pictures. Add --saliency DIR.")
     paths, overrides = split_overrides(given.paths)
     if not paths:
         parser.error("no image is given: give files, folders or a list")
     return PredictArguments(
         *(given.checkpoint, paths, given.out, _format(given), given.resume),
         *(given.operating_point, list(dict.fromkeys(given.keep_tags))),
-        *(given.preprocess_check, overrides),
+        *(given.preprocess_check, given.saliency, given.saliency_method),
+        *(list(dict.fromkeys(given.findings)), overrides),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Uni
 from cxr_vit.cli import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_STOPPED
 from cxr_vit.commands.checkpoint_predictor import Opened
 from cxr_vit.commands.predict_arguments import PredictArguments, options_of
+from cxr_vit.commands.saliency_pictures import saliency_pictures
 from cxr_vit.console import progress
 from cxr_vit.errors import DataError
 from cxr_vit.prediction.decoding import chunks_of, in_order
@@ -156,6 +157,8 @@ def watchers_of(arguments: PredictArguments, opened: Opened) -> List[Watcher]:
     if arguments.preprocess_check is not None and opened.is_main:
         folder = arguments.preprocess_check
         watchers.append(_preprocess_check(folder, opened, resumes=arguments.resume))
+    if arguments.saliency is not None and opened.is_main:
+        watchers.append(saliency_pictures(arguments.saliency, opened, arguments))
     return watchers
 
 

@@ -155,6 +155,17 @@ def _read(path: Path, file: IO[bytes], rows: FileRows) -> List[Done]:
     return done
 
 
+def make_picture_folder(folder: Path, *, resumes: bool) -> None:
+    """Make a folder. Raises DataError if it has files and `resumes` is not set."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = next(folder.iterdir(), None) is None
+    except OSError as error:
+        raise DataError(f"{folder} cannot be used ({error.strerror}).") from error
+    if not (is_empty or resumes):
+        raise DataError(f"{folder} is not empty. Give a new folder.")
+
+
 class SeenImages:
     """A folder of what the model sees, the middle `image_size` pixels, as PNG files."""
 
@@ -163,13 +174,7 @@ class SeenImages:
 
     def make(self, *, resumes: bool) -> None:
         """Make the folder. Raises DataError if it has files and `resumes` is not set."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            is_empty = next(self._folder.iterdir(), None) is None
-        except OSError as error:
-            raise DataError(f"{self._folder} cannot be used ({error.strerror}).") from error
-        if not (is_empty or resumes):
-            raise DataError(f"{self._folder} is not empty. Give a new folder.")
+        make_picture_folder(self._folder, resumes=resumes)
 
     def write(self, number: int, path: str, pixels: np.ndarray) -> None:
         """Write the part of an image, uint8 ``[S, S]``. Raises OSError if that fails."""
@@ -180,5 +185,9 @@ class SeenImages:
 
 def file_name(number: int, path: str, suffix: str) -> str:
     """Return a name for a file about an image: safe, and another one for each number."""
-    stem = re.sub("[^A-Za-z0-9_-]+", "_", Path(path).stem)[:80]
-    return f"{number:06d}_{stem}{suffix}"
+    return f"{number:06d}_{safe_name(Path(path).stem)}{suffix}"
+
+
+def safe_name(text: str) -> str:
+    """Return the beginning of a text with nothing but letters, digits, ``_`` and ``-``."""
+    return re.sub("[^A-Za-z0-9_-]+", "_", text)[:80]

@@ -1,0 +1,68 @@
+"""The pictures of `predict --saliency`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import List, Sequence
+
+import numpy as np
+
+from cxr_vit.commands.checkpoint_predictor import Opened
+from cxr_vit.commands.predict import PredictArguments
+from cxr_vit.data.images import read_original
+from cxr_vit.engines.devices import choose_device
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import ConfigError, DataError, suggestion
+from cxr_vit.files import replacing
+from cxr_vit.prediction.outputs import file_name, make_picture_folder, safe_name
+from cxr_vit.prediction.run import Predicted, Watcher
+from cxr_vit.saliency.explainer import Explainer
+from cxr_vit.saliency.overlay import beside
+
+logger = logging.getLogger(__name__)
+
+
+def saliency_pictures(folder: Path, opened: Opened, arguments: PredictArguments) -> Watcher:
+    """Make the folder; return what writes pictures into it: an image, and a map over the same.
+
+    Those of an image are of `arguments.findings`; without them of what is at or over its threshold,
+    or else of the label with the highest probability. Raises ConfigError if the model does not know
+    a finding.
+    """
+    module = opened.module
+    assert module is not None and module.checkpoint is not None, "an export is refused before"
+    chosen = [_column(name, module.names) for name in arguments.findings]
+    config = module.config
+    device = choose_device(config.engine, Launch.from_environment()).device
+    explainer = Explainer(module.checkpoint, config, arguments.saliency_method, device)
+    make_picture_folder(folder, resumes=arguments.resume)
+
+    def write(predicted: Predicted) -> None:
+        for index in np.flatnonzero(predicted.usable):
+            path, scores = predicted.paths[index], predicted.probabilities[index]
+            own = [module.names.index(name) for name in predicted.findings[index]]
+            columns = chosen or own or [int(scores.argmax())]
+            try:
+                original = read_original(path, max_megapixels=config.data.max_megapixels)
+            except DataError as error:  # it was there a moment ago; its row is not to be lost
+                logger.warning("no picture in %s: %s", folder, error)
+                continue
+            overlays = explainer.overlays(original, predicted.pixels[index], columns)
+            for column, covered in zip(columns, overlays):
+                end = f"_{safe_name(module.names[column])}_{scores[column]:.3f}.png"
+                name = file_name(predicted.first + int(index), path, end)
+                with replacing(folder / name) as temporary:
+                    beside(original, covered).save(temporary, "PNG")
+
+    return write
+
+
+def _column(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        known: List[str] = list(names)
+        raise ConfigError(
+            f"--findings {name}: the model does not know it.{suggestion(name, known)} It knows"
+            f" {', '.join(known[:20])}."
+        )
+    return names.index(name)
