@@ -58,7 +58,7 @@ def case_overlays(
 
 def _about(run: Config, is_ensemble: bool) -> str:
     members = " of the first checkpoint of the ensemble" if is_ensemble else ""
-    views = " of the middle of the image alone" if run.evaluation.views != "center" else ""
+    views = ", of the middle of the image alone" if run.evaluation.views != "center" else ""
     return (
         f"Below each image, the same with a map of what the score{members} rests on{views}:"
         f" {_METHODS[run.report.saliency]} for this finding, computed by torch in fp32 on the host."

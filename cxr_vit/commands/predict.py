@@ -65,6 +65,8 @@ def _opening(arguments: PredictArguments, launch: Launch) -> Callable[[], Any]:
 @contextlib.contextmanager
 def _open_exported(path: Path, arguments: PredictArguments, launch: Launch) -> Iterator[Any]:
     """Open an exported model, which has no configuration and runs in one process."""
+    if arguments.saliency is not None:
+        raise ConfigError(f"--saliency needs gradients, and {path} has none. Give the checkpoint.")
     from cxr_vit.commands.checkpoint_predictor import Opened
     from cxr_vit.prediction.onnx_model import (  # type: ignore[import-not-found,unused-ignore]
         open_onnx,
@@ -72,8 +74,6 @@ def _open_exported(path: Path, arguments: PredictArguments, launch: Launch) -> I
 
     if arguments.overrides:
         raise ConfigError(f"{arguments.overrides[0]} has no effect on {path}. Leave it out.")
-    if arguments.saliency is not None:
-        raise ConfigError(f"--saliency needs gradients, and {path} has none. Give the checkpoint.")
     if launch.has_others:
         raise ConfigError(f"{path} runs in one process. Start the command without a launcher.")
     yield Opened(open_onnx(path))
