@@ -158,7 +158,15 @@ def watchers_of(arguments: PredictArguments, opened: Opened) -> List[Watcher]:
         folder = arguments.preprocess_check
         watchers.append(_preprocess_check(folder, opened, resumes=arguments.resume))
     if arguments.saliency is not None and opened.is_main:
-        watchers.append(saliency_pictures(arguments.saliency, opened, arguments))
+        watchers.append(
+            saliency_pictures(
+                arguments.saliency,
+                opened,
+                method=arguments.saliency_method,
+                findings=arguments.findings,
+                resumes=arguments.resume,
+            )
+        )
     return watchers
 
 

@@ -9,7 +9,6 @@ from typing import List, Sequence
 import numpy as np
 
 from cxr_vit.commands.checkpoint_predictor import Opened
-from cxr_vit.commands.predict import PredictArguments
 from cxr_vit.data.images import read_original
 from cxr_vit.engines.devices import choose_device
 from cxr_vit.engines.processes import Launch
@@ -23,20 +22,24 @@ from cxr_vit.saliency.overlay import beside
 logger = logging.getLogger(__name__)
 
 
-def saliency_pictures(folder: Path, opened: Opened, arguments: PredictArguments) -> Watcher:
+def saliency_pictures(
+    folder: Path, opened: Opened, *, method: str, findings: Sequence[str], resumes: bool
+) -> Watcher:
     """Make the folder; return what writes pictures into it: an image, and a map over the same.
 
-    Those of an image are of `arguments.findings`; without them of what is at or over its threshold,
-    or else of the label with the highest probability. Raises ConfigError if the model does not know
-    a finding.
+    Those of an image are of the given findings; without any, of what is at or over its threshold,
+    or else of the label with the highest probability.
+
+    Raises ConfigError if the model does not know a finding, DataError if the folder has files and
+    `resumes` is not set.
     """
     module = opened.module
     assert module is not None and module.checkpoint is not None, "an export is refused before"
-    chosen = [_column(name, module.names) for name in arguments.findings]
+    chosen = [_column(name, module.names) for name in findings]
     config = module.config
     device = choose_device(config.engine, Launch.from_environment()).device
-    explainer = Explainer(module.checkpoint, config, arguments.saliency_method, device)
-    make_picture_folder(folder, resumes=arguments.resume)
+    explainer = Explainer(module.checkpoint, config, method, device)
+    make_picture_folder(folder, resumes=resumes)
 
     def write(predicted: Predicted) -> None:
         for index in np.flatnonzero(predicted.usable):
