@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
@@ -36,7 +36,8 @@ def saliency_pictures(
     module = opened.module
     assert module is not None and module.checkpoint is not None, "an export is refused before"
     chosen = [_column(name, module.names) for name in findings]
-    config = module.config
+    config, data = module.config, module.config.data
+    how: Dict[str, Any] = {"max_megapixels": data.max_megapixels, "dicom_window": data.dicom_window}
     device = choose_device(config.engine, Launch.from_environment()).device
     explainer = Explainer(module.checkpoint, config, method, device)
     make_picture_folder(folder, resumes=resumes)
@@ -47,7 +48,7 @@ def saliency_pictures(
             own = [module.names.index(name) for name in predicted.findings[index]]
             columns = chosen or own or [int(scores.argmax())]
             try:
-                original = read_original(path, max_megapixels=config.data.max_megapixels)
+                original = read_original(path, **how)
             except DataError as error:  # it was there a moment ago; its row is not to be lost
                 logger.warning("no picture in %s: %s", folder, error)
                 continue
