@@ -19,7 +19,14 @@ from cxr_vit.errors import ConfigError
 from cxr_vit.evaluation.predictions import read_predictions
 from cxr_vit.saliency import maps
 from cxr_vit.saliency.overlay import beside, overlay
+from fakes import loading
 
+#: On the stand-in for PopTorch.
+IPU = (
+    *("engine.name=poptorch", "engine.device=auto", "engine.executable_cache=null"),
+    *("pipeline.layers_per_stage=[2, 2]", "batch.gradient_accumulation=8"),
+    *("batch.eval_micro_batch_size=2", "batch.eval_device_iterations=2"),
+)
 CROPPED = ("data.resize=40", "data.image_size=32")
 
 
@@ -57,10 +64,14 @@ def expected_picture(run, path, name, method):
     return np.asarray(beside(original, overlay(original, values, CENTER.box(40, 32))))
 
 
-@pytest.mark.parametrize("method", ["relevance", "grad_cam"])
-def test_pictures_show_the_given_findings_of_each_image(run, files, tmp_path, method, capsys):
+@pytest.mark.parametrize(
+    ("method", "engine"), [("relevance", ["engine.precision=bf16"]), ("grad_cam", IPU)]
+)
+def test_pictures_show_the_given_findings_of_each_image(run, files, tmp_path, method, engine):
+    """They are of fp32 on torch, whatever the engine."""
     words = ["--saliency", tmp_path / "out", "--saliency-method", method]
-    status = predict(run, files, "engine.precision=bf16", *words, "--findings", "Mass", "Hernia")
+    with torch.random.fork_rng(devices=[]), loading.stand_in():
+        status = predict(run, files, *engine, *words, "--findings", "Mass", "Hernia")
     assert status == cli.EXIT_PARTIAL, "the damaged one"
     found = sorted((tmp_path / "out").iterdir())
     patterns = [
