@@ -1,6 +1,6 @@
 """Measure memory and speed of `predict` for 1,000, 10,000 and 100,000 files.
 
-    python -m benchmarks.predict_rows [--root DIR] [--out FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.predict_rows [--root DIR] [--out FILE]
 
 A thousand synthetic images of 64 pixels are hard-linked under other names, so that each file is
 read and decoded. The model is vit-micro after one step of training. The exit status is 1 if an
