@@ -49,8 +49,8 @@ def measure(runs: Runs, root: Path, count: int) -> Dict[str, Any]:
         "seconds": figures["seconds"],
         "images_per_s": count / figures["seconds"],
         "main_peak_memory_mb": figures["peak_memory_mb"],
-        "decoders": children,
-        "largest_decoder_peak_memory_mb": largest,
+        "child_processes": children,
+        "largest_child_peak_memory_mb": largest,
     }
 
 
@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
     for step in steps:
         print(
             f"{step['files']:>8,} files {step['seconds']:7.1f} s {step['images_per_s']:6.0f} /s"
-            f" {step['main_peak_memory_mb']:6.0f} MB, {step['decoders']} decoders of"
-            f" {step['largest_decoder_peak_memory_mb']:.0f} MB"
+            f" {step['main_peak_memory_mb']:6.0f} MB, {step['child_processes']} other processes of"
+            f" {step['largest_child_peak_memory_mb']:.0f} MB"
         )
     result = {**describe_machine("torch", "numpy", "pillow"), "steps": steps}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

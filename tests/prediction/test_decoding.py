@@ -16,9 +16,9 @@ from cxr_vit.prediction.decoding import Chunk, chunks_of, in_order
 
 @pytest.fixture
 def files(sample_root: Path, tmp_path: Path) -> List[str]:
-    """70 files, of which two end the process that reads them."""
+    """65 files, of which two end the process that reads them."""
     (tmp_path / "absent.png").symlink_to("nowhere")
-    images = sorted((sample_root / "images").iterdir())[:67]
+    images = sorted((sample_root / "images").iterdir())[:62]
     for number, image in enumerate(images):
         shutil.copy(str(image), str(tmp_path / f"{number:03d}.png"))
     for name in ("020_deadly.png", "040_deadly.png"):
