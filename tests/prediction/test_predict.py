@@ -333,3 +333,19 @@ def test_real_originals_and_a_dicom_file_are_read(run, tmp_path):
     rows = read_lines(out)
     assert len(rows) == 22
     assert [row["image"] for row in rows if row["error"]] == [] and status == 0
+
+
+def test_exported_model_predicts_what_its_checkpoint_does(run, sample, tmp_path):
+    pytest.importorskip("cxr_vit.prediction.onnx_model")
+    pytest.importorskip("onnxruntime")
+    folder, words = sample / "images", ("data.cache_workers=1", "--format", "jsonl")
+    assert cli.main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "to")]) == 0
+    assert predict(run, folder, "--out", tmp_path / "torch.jsonl", *words) == 0
+    assert predict(tmp_path / "to", folder, "--out", tmp_path / "onnx.jsonl", *words[1:]) == 0
+    pairs = zip(read_lines(tmp_path / "onnx.jsonl"), read_lines(tmp_path / "torch.jsonl"))
+    for found, expected in pairs:
+        assert found["image"] == expected["image"]
+        for key in ("probabilities", "calibrated"):
+            assert found[key] == pytest.approx(expected[key], abs=1e-4)
+    with pytest.raises(CxrVitError, match="has no effect on"):
+        predict(tmp_path / "to", folder, "engine.device=cpu")
