@@ -88,6 +88,11 @@ COMMANDS = {
         " runs no code of the file",
         "convert_weights:convert_weights",
     ),
+    "export": Command(
+        "export a checkpoint as an ONNX file with its preprocessing, or as a folder for"
+        " transformers; compare both",
+        "export:export",
+    ),
     "prepare": Command(
         "decode and resize all images once, into the cache that training reads", "data:prepare"
     ),

@@ -47,19 +47,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Raise DataError for an error of the disk: the report cannot be written."""
+def writing_to(folder: Path, what: str = "the report") -> Iterator[None]:
+    """Raise DataError for an error of the disk: the report, or `what`, cannot be written."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"the report cannot be written to {folder} ({error.strerror or error}). Correct this,"
+            f"{what} cannot be written to {folder} ({error.strerror or error}). Correct this,"
             " or give another folder with --out."
         ) from error
 
 
-def make_folder(given: Optional[Path], default: Path, *, levels: int = 1) -> Path:
-    """Make the folder of a report, that of the run if none is given, and write to it once.
+def make_folder(
+    given: Optional[Path], default: Path, *, levels: int = 1, what: str = "the report"
+) -> Path:
+    """Make the folder of a report, or of `what`, and write to it once.
+
+    Without a given one it is the default, in the run.
 
     Raises DataError if that is not possible, or if the run has a link there: it may lead anywhere.
     The last `levels` folders of the default are in the run.
@@ -69,10 +73,10 @@ def make_folder(given: Optional[Path], default: Path, *, levels: int = 1) -> Pat
     links = [path for path in inside if path.is_symlink()]
     if given is None and links:
         raise DataError(
-            f"the report cannot be written to {links[0]} (a symbolic link). Remove it, or give the"
+            f"{what} cannot be written to {links[0]} (a symbolic link). Remove it, or give the"
             " folder with --out."
         )
-    with writing_to(folder):
+    with writing_to(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return folder
