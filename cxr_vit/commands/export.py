@@ -39,10 +39,17 @@ def export(argv: Sequence[str]) -> int:
     state = verify_checkpoint(checkpoint, needs_optimizer=False)
     config = config_of_checkpoint(checkpoint, given.overrides)
     with importing():
-        from cxr_vit.commands.export_run import Source, images_of, write_hub, write_onnx
+        from cxr_vit.commands.export_run import (
+            Source,
+            check_can_write,
+            images_of,
+            write_hub,
+            write_onnx,
+        )
         from cxr_vit.prediction.manifest import refuse_other_files
 
     source = Source(checkpoint, state, config)
+    check_can_write(source, given.to)
     write = write_onnx if given.to == "onnx" else write_hub
     default = (run_of_checkpoint(checkpoint) or checkpoint) / f"export-{given.to}"
     out = make_folder(given.out, default, what="the export")

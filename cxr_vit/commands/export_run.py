@@ -17,6 +17,7 @@ from cxr_vit.console import progress
 from cxr_vit.data.cache import CacheSettings
 from cxr_vit.data.datamodule import ChestXrayDataModule
 from cxr_vit.data.text_files import check_data_root
+from cxr_vit.data.views import VIEWS
 from cxr_vit.errors import DataError
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS
 from cxr_vit.evaluation.report import METRICS, MODEL_CARD, NOTICE
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 ONNX, CARD = "model.onnx", "README.md"
 #: Images of noise that are compared where there is no data set, and their seed.
 _NOISE_IMAGES, _SEED = 64, 0
-#: Images that are compared at a time.
-_CHUNK = 32
+#: Views of images that are compared at a time.
+_BATCH = 32
 _LARGEST_CARD = 2**24  # bytes
 
 
@@ -98,6 +99,15 @@ class Source:
         }
 
 
+def check_can_write(source: Source, kind: Kind) -> None:
+    """Raise EngineUnavailable or ModelError for an export that is not possible."""
+    if kind == "hf":
+        refuse_other_models(source.module)
+    else:
+        for name in ("onnx", "onnxruntime"):
+            optional_module(name)
+
+
 def images_of(config: Config, split: Optional[str], most: Optional[int]) -> Images:
     """Return the images of a split, by default val, else test, or noise where there is no data set.
 
@@ -125,12 +135,15 @@ def _noise(rows: np.ndarray, side: int) -> np.ndarray:
     return generator.integers(0, 256, (len(rows), side, side), dtype=np.uint8)
 
 
-def _compare(reference: Scorer, other: Scorer, images: Images, of: str) -> Parity:
-    """Compare two scorers of the same images, and print the largest difference."""
+def _compare(
+    reference: Scorer, other: Scorer, images: Images, of: str, views: str = "center"
+) -> Parity:
+    """Compare two scorers of the same views of images, and print the largest difference."""
+    step = max(1, _BATCH // len(VIEWS[views]))
 
     def chunks(advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-        for start in range(0, len(images.rows), _CHUNK):
-            rows = images.rows[start : start + _CHUNK]
+        for start in range(0, len(images.rows), step):
+            rows = images.rows[start : start + step]
             yield images.read(rows)
             advance(len(rows))
 
@@ -148,11 +161,11 @@ def _compare(reference: Scorer, other: Scorer, images: Images, of: str) -> Parit
 def write_onnx(source: Source, out: Path, images: Images) -> None:
     """Write model.onnx, which holds the manifest, and manifest.json."""
     onnx, path = optional_module("onnx"), out / ONNX
-    optional_module("onnxruntime")
     graph = onnx_graph(source.module)
     session = Session(graph.SerializeToString(), path, num_labels=len(source.module.names))
-    parity = _compare(source.scorer.probabilities, session.probabilities, images, "probability")
-    manifest = source.manifest("onnx", source.config.evaluation.views, parity)
+    reference, views = source.scorer.probabilities, source.config.evaluation.views
+    parity = _compare(reference, session.probabilities, images, "probability", views)
+    manifest = source.manifest("onnx", views, parity)
     onnx.helper.set_model_props(graph, {MANIFEST_KEY: manifest.model_dump_json()})
     content = graph.SerializeToString()
     with writing_to(out, "the export"):
@@ -166,7 +179,6 @@ def write_onnx(source: Source, out: Path, images: Images) -> None:
 
 def write_hub(source: Source, out: Path, images: Images) -> None:
     """Write the folder that transformers loads."""
-    refuse_other_models(source.module)
     if source.config.evaluation.views != "center":
         text = "evaluation.views=%s is not in the folder: transformers sees the middle of an image"
         logger.warning(text, source.config.evaluation.views)

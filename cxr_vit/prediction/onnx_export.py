@@ -34,9 +34,11 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """Map uint8 ``[B, 1, S, S]`` to probabilities and logits, float32 ``[B, C]``."""
-        logits = torch.stack([self.model(self._part(images, view)) for view in self._views])
+        # As one batch: the graph has one copy of the model, however many views there are.
+        logits = self.model(torch.cat([self._part(images, view) for view in self._views]))
         if len(self._views) == 1:
-            return torch.sigmoid(logits[0]), logits[0]
+            return torch.sigmoid(logits), logits
+        logits = logits.reshape(len(self._views), -1, logits.shape[1])
         # The logits of the mean, without a probability that rounds to 0 or 1.
         log_p, log_q = ((-F.softplus(sign * logits)).logsumexp(dim=0) for sign in (-1, 1))
         return torch.sigmoid(logits).mean(dim=0), log_p - log_q

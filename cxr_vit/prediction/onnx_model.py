@@ -10,6 +10,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
+from cxr_vit.data.views import VIEWS
 from cxr_vit.errors import EngineUnavailable, ModelError
 from cxr_vit.prediction.manifest import MANIFEST_KEY, Manifest, parse_manifest
 from cxr_vit.prediction.predictor import Facts, Predictor
@@ -19,6 +20,8 @@ from cxr_vit.regular_files import read_bytes
 INPUT, OUTPUTS = "images", ("probabilities", "logits")
 #: Size limit of a file, that of protobuf, bytes.
 LARGEST_ONNX = 2**31 - 1
+#: Views of images that are computed at a time.
+_BATCH = 64
 #: Only onnxruntime's own operators on its own threads; no message but an exception.
 _PROVIDERS, _FATAL_ONLY = ["CPUExecutionProvider"], 4
 
@@ -58,7 +61,8 @@ class Session:
         except Exception as error:
             raise self._problem(error) from error
         is_array = isinstance(found, np.ndarray) and found.dtype == np.float32
-        if not is_array or found.shape != (len(images), self.num_labels):
+        is_array = is_array and found.shape == (len(images), self.num_labels)
+        if not (is_array and bool(((found >= 0) & (found <= 1)).all())):
             raise self._problem("its output is no probability of each label")
         return np.asarray(found)
 
@@ -70,11 +74,10 @@ class Session:
 class OnnxPredictor(Predictor):
     """An exported file, given its content."""
 
-    #: A larger one is not faster on a CPU, and takes more memory.
-    chunk = 64
-
     def __init__(self, session: Session, manifest: Manifest, sha256: str) -> None:
         self._session = session
+        # More are not faster on a CPU, and take more memory. The views are one batch.
+        self.chunk = max(1, _BATCH // len(VIEWS[manifest.views]))
         self.facts = Facts(
             labels=list(manifest.labels),
             settings=manifest.reading,
