@@ -64,22 +64,23 @@ def onnx_graph(module: ViTModule) -> Any:
         )
     graph, side = Graph(module).eval(), module.config.data.read_size
     example = torch.zeros(2, 1, side, side, dtype=torch.uint8)
-    content, names = io.BytesIO(), [INPUT, *OUTPUTS]
+    file, names = io.BytesIO(), [INPUT, *OUTPUTS]
     # The exporter of torch 2.0.1 is the only one there, and is still in today's torch.
     has_choice = "dynamo" in inspect.signature(torch.onnx.export).parameters
     with _quiet(), torch.no_grad():
         torch.onnx.export(
             graph,
             (example,),
-            content,  # type: ignore[arg-type]
+            file,  # type: ignore[arg-type]
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             dynamic_axes={name: {0: "batch"} for name in names},
             opset_version=_OPSET,
             **({"dynamo": False} if has_choice else {}),  # type: ignore[arg-type]
         )
-    onnx.checker.check_model(content.getvalue(), full_check=True)
-    return onnx.load_model_from_string(content.getvalue())
+    content = file.getvalue()
+    onnx.checker.check_model(content, full_check=True)
+    return onnx.load_model_from_string(content)
 
 
 @contextlib.contextmanager
