@@ -14,7 +14,7 @@ from conftest import SMALL
 from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
 from cxr_vit.cli import evaluate_arguments
 from cxr_vit.commands import train
-from cxr_vit.commands.fitted_points import operating_points_of, points_of_checkpoint
+from cxr_vit.commands.fitted_points import operating_points_of
 from cxr_vit.commands.members import Members
 from cxr_vit.commands.scored_data import scored_data
 from cxr_vit.data.dataset import ChestXrayDataset
@@ -258,17 +258,3 @@ def test_other_data_use_the_points_of_the_checkpoint_under_their_names(
     stored.unlink()
     call(run, "evaluation.views=flip", out="flipped-own")
     assert call(run, *data, "evaluation.views=flip", out="flipped")[0] is not None
-
-
-def test_points_of_a_checkpoint_without_its_data(run: Path, call: Call, capsys: Any) -> None:
-    points, _ = call(run)
-    checkpoint = checkpoint_of(run)
-    state = verify_checkpoint(checkpoint, needs_optimizer=False)
-    assert points is not None
-    config = config_of_checkpoint(checkpoint, ["data.root=/nowhere"])
-    assert points_of_checkpoint(checkpoint, state, config, points.labels) == points
-    assert points_of_checkpoint(checkpoint, state, config, points.labels[1:]) is None
-    assert "other labels" in capsys.readouterr().out
-    other = config_of_checkpoint(checkpoint, ["evaluation.views=flip"])
-    assert points_of_checkpoint(checkpoint, state, other, points.labels) is None
-    assert "other weights, views" in capsys.readouterr().out

@@ -141,9 +141,9 @@ def test_images_of_the_comparison(run: Path, capsys: Any) -> None:
         export(run, "onnx", "--split", "val", "data.root=/nowhere")
 
 
-def test_points_of_other_views_are_left_out(run: Path, capsys: Any) -> None:
+def test_points_of_other_views_are_left_out(run: Path, caplog: Any) -> None:
     folder = export(run, "onnx", "--images", "3", "evaluation.views=flip")
-    assert "is not used: it was fitted with other weights, views" in capsys.readouterr().out
+    assert "is not used: it was fitted with other" in caplog.text
     assert manifest_of(folder).points is None
     assert manifest_of(folder).views == "flip"
 
