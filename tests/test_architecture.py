@@ -47,7 +47,7 @@ ALLOWED = {
     **{module: [] for module in GROUND},
 }
 #: Limits that keep the package readable; a file over 700 lines is rarely one idea.
-MAX_FILES, MAX_LINES, MAX_LEVELS = 185, 37_500, 9
+MAX_FILES, MAX_LINES, MAX_LEVELS = 200, 38_500, 9
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 700, 60, 50
 
 #: Nothing but the composition of the parts.
