@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 from cxr_vit.cli import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_STOPPED
 from cxr_vit.commands.checkpoint_predictor import Opened
@@ -44,7 +44,7 @@ class PredictRun:
     def _rows_of(self, format: str) -> Union[CsvRows, JsonRows, TableRows]:
         if format == "csv":
             return CsvRows(self.decider, self.arguments.keep_tags)
-        return JsonRows() if format == "jsonl" else TableRows(self.decider)
+        return (JsonRows if format == "jsonl" else TableRows)(self.decider)
 
     def run(self, watchers: Sequence[Watcher]) -> int:
         """Predict the images that are not done; return the exit status.
@@ -57,8 +57,10 @@ class PredictRun:
             errors = self.opened.once("done", lambda: self._done(done))
             is_done = [error is not None for error in errors]
             unread = errors.count(True)
-            with StopOnSignal(self._stop, quiet=not self.opened.is_alone):
-                for predicted in self._chunks(is_done):
+            chunks = self._chunks(is_done)
+            stopping = StopOnSignal(self._stop, quiet=not self.opened.is_alone)
+            with stopping, contextlib.closing(chunks):
+                for predicted in chunks:
                     if self.opened.is_main:
                         for watch in watchers:
                             watch(predicted)
@@ -84,7 +86,7 @@ class PredictRun:
     def _stop(self, reason: str) -> None:
         self._stop_reason = reason
 
-    def _chunks(self, is_done: Sequence[bool]) -> Iterator[Predicted]:
+    def _chunks(self, is_done: Sequence[bool]) -> Generator[Predicted, None, None]:
         """Yield the chunks that are not done, and show progress."""
         predictor, workers = self.opened.predictor, self.opened.workers
         chunks = chunks_of(self.inputs, predictor.chunk, is_done)

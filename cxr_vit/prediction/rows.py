@@ -133,7 +133,11 @@ class CsvRows:
 
 
 class JsonRows:
-    """Rows of JSON lines: an object for each image, without a header."""
+    """Rows of JSON lines: an object for each image, without a header.
+
+    `findings` is null where none could be decided: without thresholds, and of an image that could
+    not be read.
+    """
 
     columns = (
         *("image", "probabilities", "calibrated", "findings"),
@@ -141,9 +145,15 @@ class JsonRows:
     )
     header = ""
 
+    def __init__(self, decider: Decider) -> None:
+        self._decider = decider
+
     def line(self, row: Row) -> str:
         """Return the line of a row."""
-        return json.dumps(row._asdict(), ensure_ascii=False, allow_nan=False) + "\n"
+        content = row._asdict()
+        if not self._decider.thresholds or row.error is not None:
+            content["findings"] = None
+        return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
     def done(self, line: str) -> Done:
         """Return what a line says. Raises ValueError if it is not one that `line` wrote."""

@@ -28,6 +28,7 @@ from cxr_vit.errors import CxrVitError
 from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoints
 from cxr_vit.evaluation.predictions import read_predictions
 from cxr_vit.evaluation.scaling import scaled
+from cxr_vit.files import lock
 from fakes import loading
 
 NIH = ROOT.parent / "shared" / "data" / "nih"
@@ -180,6 +181,8 @@ def test_output_is_neither_overwritten_nor_continued_with_other_settings(run, sa
         assert out.read_bytes() == before
     assert predict(run, image, "--out", out, "--resume") == 0
     assert out.read_bytes() == before
+    with lock(tmp_path / ".out.jsonl.lock"), pytest.raises(CxrVitError, match="is written by"):
+        predict(run, image, "--out", out, "--resume")
     out.write_bytes(before + b"{}\n")
     with pytest.raises(CxrVitError, match="line 2 is none that"):
         predict(run, image, "--out", out, "--resume")
@@ -223,9 +226,11 @@ def test_checkpoint_without_points_has_no_findings(run, sample, tmp_path, caplog
         points.unlink()
         assert predict(run, image, "--format", "csv") == 0
         assert "evaluate.py --checkpoint" in caplog.text
+        assert predict(run, image, "--out", tmp_path / "out.jsonl") == 0
+        assert read_lines(tmp_path / "out.jsonl")[0]["findings"] is None
     finally:
         points.write_bytes(kept)
-    table, _, header, row = capsys.readouterr().out.splitlines()
+    table, _, header, row, _ = capsys.readouterr().out.splitlines()
     assert ": highest " in table
     assert "findings" not in header and "calibrated" not in header and row.startswith(str(image))
 
