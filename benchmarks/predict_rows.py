@@ -22,7 +22,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.nih_size import Runs
 from cxr_vit.data.synthetic.dataset import write_sample
 
+COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.predict_rows"
 FILES = (1_000, 10_000, 100_000)
+SIDE = 64
 MOST_GROWTH = 1.5
 
 
@@ -46,11 +48,11 @@ def measure(runs: Runs, root: Path, count: int) -> Dict[str, Any]:
     return {
         "files": count,
         "rows": rows,
-        "seconds": figures["seconds"],
-        "images_per_s": count / figures["seconds"],
-        "main_peak_memory_mb": figures["peak_memory_mb"],
+        "seconds": round(figures["seconds"], 1),
+        "images_per_s": round(count / figures["seconds"]),
+        "main_peak_memory_mb": round(figures["peak_memory_mb"]),
         "child_processes": children,
-        "largest_child_peak_memory_mb": largest,
+        "largest_child_peak_memory_mb": round(largest),
     }
 
 
@@ -62,12 +64,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     root = Path(tempfile.mkdtemp(prefix="predict_rows_", dir=arguments.root))
     try:
-        write_sample(root / "sample", num_images=1000, image_size=64, seed=0)
+        write_sample(root / "sample", num_images=1000, image_size=SIDE, seed=0)
         runs = Runs(root / "logs")
         runs.run(
             *("train", "train.py", "--config", "vit_demo", f"data.root={root / 'sample'}"),
             *(f"run.dir={root / 'run'}", "model.name=vit-micro", "train.steps=1"),
-            *("data.image_size=64", "model.patch_size=16", "schedule.warmup_steps=0"),
+            *(f"data.image_size={SIDE}", "model.patch_size=16", "schedule.warmup_steps=0"),
         )
         steps = [measure(runs, root, count) for count in FILES]
     finally:
@@ -78,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
             f" {step['main_peak_memory_mb']:6.0f} MB, {step['child_processes']} other processes of"
             f" {step['largest_child_peak_memory_mb']:.0f} MB"
         )
-    result = {**describe_machine("torch", "numpy", "pillow"), "steps": steps}
+    facts = describe_machine("torch", "numpy", "pillow")
+    result = {"command": COMMAND, **facts, "image_side": SIDE, "results": steps}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     growth = steps[-1]["main_peak_memory_mb"] / steps[0]["main_peak_memory_mb"]
     is_right = growth <= MOST_GROWTH and all(step["rows"] == step["files"] for step in steps)
