@@ -66,8 +66,8 @@ def predict_arguments(argv: Sequence[str]) -> PredictArguments:
     text = "write what the model sees of each image, as PNG files"
     add("--preprocess-check", type=Path, metavar="DIR", help=text)
     text = (
-        "write pictures of each image beside the same with a map of what a finding's probability"
-        " rests on: of its findings, or without any of the one with the highest probability"
+        "write pictures: each image, and beside it the same with a map of what the probability of a"
+        " finding rests on, for each of its findings, else for the one with the highest probability"
     )
     add("--saliency", type=Path, metavar="DIR", help=text)
     text = "how --saliency computes the map (default: %(default)s)"

@@ -12,6 +12,7 @@ from example_metrics import example_metrics, random_predictions
 from PIL import Image
 
 from cxr_vit.data.labels import FINDINGS
+from cxr_vit.evaluation.cases import Overlays
 from cxr_vit.evaluation.page import OPTIONAL_KEYS, PageContext, report_page
 
 HOSTILE = "<script>alert('1')</script> & \"quoted\" \u05d0\u05d1\u05d2"
@@ -20,7 +21,13 @@ NAMES = ["Mass", "Nodule", "Edema", HOSTILE, "Hernia", "No Finding"]
 
 def context(images=None):
     text = "run: {name: demo}  # <b>\ndata: {root: x}\n"
-    return PageContext("runs/demo <i>, test", text, {"torch": "2.13.0"}, images)
+    overlays = Overlays("Below is <i>a map</i>.", covered)
+    return PageContext("runs/demo <i>, test", text, {"torch": "2.13.0"}, images, overlays)
+
+
+def covered(image, finding):
+    """Return an overlay; none for one finding."""
+    return None if finding == "Nodule" else image.convert("RGB")
 
 
 def picture(name):
@@ -231,17 +238,27 @@ def test_best_and_worst_cases_are_shown(root, predictions):
 
 
 def test_thumbnails_are_small_pictures(root):
+    """Also those with maps, which are JPEG, as they would take five times the space."""
     images = [image.get("src") for image in root.iter("img")]
     assert len(images) > 5
     for image in images:
         kind, _, data = image.partition(",")
-        assert kind == "data:image/png;base64"
+        assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
         assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 192
+
+
+def test_maps_are_below_their_images(root):
+    for name, kinds in (("Mass", ["png", "jpeg"]), ("Nodule", ["png"])):
+        figure = next(each for each in figures_of(root, name) if each.find("img") is not None)
+        found = [image.get("src")[len("data:image/") :] for image in figure.iter("img")]
+        assert [each.partition(";")[0] for each in found] == kinds
+    texts = [text.text for text in section(root, "Best and worst cases").iter("p")]
+    assert "Below is <i>a map</i>." in texts
 
 
 def test_image_that_cannot_be_shown_is_named(predictions, metrics):
     page = written(metrics, predictions, context(lambda name: None))
-    assert "<img" not in page and "data:image" not in page
+    assert "<img" not in page and "data:image" not in page and "a map" not in page
     assert len(figures_of(ElementTree.fromstring(page), "Mass")) == 3
 
 
@@ -315,7 +332,7 @@ def sorted_by(browser):
 def test_browser_reports_no_problem_and_asks_for_nothing(opened, path):
     opened.click("th:nth-child(2) span")
     assert opened.problems == []
-    others = [url for url in opened.requests if not url.startswith("data:image/png")]
+    others = [url for url in opened.requests if not url.startswith("data:image/")]
     assert others == [path.as_uri()]
     assert opened.evaluate("document.querySelectorAll('script').length") == 1
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from conftest import SMALL
 from cxr_vit import ViTModule, cli
 from cxr_vit.checkpoint_files import checkpoint_of
-from cxr_vit.commands import evaluate, train
+from cxr_vit.commands import evaluate, predict_arguments, train
+from cxr_vit.config import Config
 from cxr_vit.data.images import read_gray, read_original
 from cxr_vit.data.views import CENTER
 from cxr_vit.errors import ConfigError
@@ -96,6 +98,12 @@ def test_without_findings_the_likeliest_one_is_shown(run, files, tmp_path, capsy
     assert path.name.startswith(f"000000_b_{highest}_{probability[:3]}")
     with pytest.raises(Exception, match="is not empty"):
         predict(*words)
+
+
+def test_each_method_can_be_chosen():
+    chosen = Config.model_fields["report"].annotation.model_fields["saliency"].annotation
+    assert [*maps.METHODS, "none"] == list(get_args(chosen))
+    assert list(predict_arguments._MAPS) == list(maps.METHODS)
 
 
 def test_mistakes_are_named(run, files, tmp_path):
