@@ -121,12 +121,11 @@ def test_probability_of_a_mapped_label_is_the_highest_of_the_model(run, sample_r
 def test_file_of_the_data_keeps_its_images_out_of_the_report(run, sample_root, call, tmp_path):
     for shows in (True, False):
         data = tmp_path / "other.yaml"
-        data.write_text(
-            f"data: {{root: '{sample_root}'}}\nreport: {{images: {str(shows).lower()}}}\n"
-        )
+        report = f"{{images: {str(shows).lower()}, saliency: none}}"
+        data.write_text(f"data: {{root: '{sample_root}'}}\nreport: {report}\n")
         call("--data", data, folder="report/other")
         page = (run / "report/other/report.html").read_text(encoding="utf-8")
-        assert ("data:image/png" in page) == shows
+        assert ("data:image/png" in page) == shows and "data:image/jpeg" not in page
 
 
 def test_images_of_the_training_are_counted(run, sample_root, call, caplog):
