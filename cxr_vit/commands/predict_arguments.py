@@ -33,8 +33,7 @@ class PredictArguments(NamedTuple):
     overrides: List[str]
 
 
-def predict_arguments(argv: Sequence[str]) -> PredictArguments:
-    """Parse the command line."""
+def _parser() -> Parser:
     parser = Parser(
         "predict",
         description=f"{COMMANDS['predict'].summary}. For research only: no medical device.",
@@ -74,18 +73,43 @@ def predict_arguments(argv: Sequence[str]) -> PredictArguments:
     add("--saliency-method", choices=_MAPS, default=_MAPS[0], help=text)
     text = "findings that --saliency shows of every image, in place of its own"
     add("--findings", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    return parser
+
+
+def predict_arguments(argv: Sequence[str]) -> PredictArguments:
+    """Parse the command line."""
+    parser = _parser()
     given = parser.parse(argv)
     if given.saliency is None and (given.findings or given.saliency_method != _MAPS[0]):
         raise ConfigError("--findings and --saliency-method are for pictures. Add --saliency DIR.")
     paths, overrides = split_overrides(given.paths)
     if not paths:
         parser.error("no image is given: give files, folders or a list")
+    _refuse_inside(given, paths)
     return PredictArguments(
         *(given.checkpoint, paths, given.out, _format(given), given.resume),
         *(given.operating_point, list(dict.fromkeys(given.keep_tags))),
         *(given.preprocess_check, given.saliency, given.saliency_method),
         *(list(dict.fromkeys(given.findings)), overrides),
     )
+
+
+def _refuse_inside(given: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """Raise ConfigError for a folder of pictures that would be predicted themselves."""
+    for option, folder in (
+        ("--preprocess-check", given.preprocess_check),
+        ("--saliency", given.saliency),
+    ):
+        if folder is not None and _is_inside(folder, paths):
+            raise ConfigError(
+                f"{option} {folder} is in a folder whose images are predicted: its pictures would"
+                " be, too, with --resume. Give another folder."
+            )
+
+
+def _is_inside(folder: Path, paths: Sequence[Path]) -> bool:
+    above = {folder.resolve(), *folder.resolve().parents}
+    return any(path.is_dir() and path.resolve() in above for path in paths)
 
 
 def _format(given: argparse.Namespace) -> str:

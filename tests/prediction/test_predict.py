@@ -197,6 +197,7 @@ def test_output_is_neither_overwritten_nor_continued_with_other_settings(run, sa
         (["README.md", "--out", "a.csv", "--format", "table"], "is for the terminal"),
         (["README.md", "--out", "absent/a.csv"], "folder absent does not exist"),
         (["tests"], "no images in tests"),
+        (["tests", "--preprocess-check", "tests/seen"], "in a folder whose images are predicted"),
     ],
 )
 def test_mistake_ends_before_anything_starts(run, words, text, monkeypatch):
