@@ -104,6 +104,11 @@ COMMANDS = {
         " left out; decodes every image, into the cache if one is configured",
         "data:data_report",
     ),
+    "selftest": Command(
+        "check this installation: versions, devices, decoders, and the numbers that a small model"
+        " gives; needs no network and no data",
+        "selftest:selftest",
+    ),
 }
 
 

@@ -130,6 +130,10 @@ def python_files(folder: Path) -> Set[str]:
     return {path.relative_to(ROOT).as_posix() for path in folder.rglob("*.py")}
 
 
+def files_below(folder: Path) -> List[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @pytest.mark.slow
 def test_wheel_has_every_module_and_nothing_else(built):
     modules = {name for name in built.wheel if name.endswith(".py")}
@@ -151,7 +155,9 @@ def test_wheel_has_the_files_that_are_no_modules(built):
     }
     assert {"cxr_vit/web_page.html", "cxr_vit/dataset_report/page.css"} <= pages
     assert {"cxr_vit/evaluation/page.js", "cxr_vit/evaluation/metrics.schema.json"} <= pages
-    assert data == {"cxr_vit/py.typed", *pages, *configs}
+    files = {path.relative_to(ROOT).as_posix() for path in files_below(ROOT / "cxr_vit/selftest")}
+    assert {"cxr_vit/selftest/image.png", "cxr_vit/selftest/checkpoint/model.safetensors"} <= files
+    assert data == {"cxr_vit/py.typed", *pages, *configs, *files}
 
 
 @pytest.mark.slow
@@ -226,6 +232,14 @@ def test_installed_command_finds_a_packaged_configuration(outside, name):
 def test_installed_command_advises_itself(outside):
     assert outside("plan", "--help").startswith("usage: cxr-vit plan ")
     assert outside("train", "--help").startswith("usage: cxr-vit train ")
+
+
+@pytest.mark.slow
+def test_installed_package_checks_itself(outside):
+    printed = outside("selftest", "--engine", "torch")
+    assert printed.endswith("\nnothing differs\n")
+    assert re.search(r"^torch +\S+ +ok +>=2.0.1$", printed, re.MULTILINE)  # by the metadata
+    assert re.search(r"^pydicom +\S+.* extra dicom$", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
