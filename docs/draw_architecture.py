@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import lru_cache
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Set
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -44,8 +45,8 @@ class Source(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        """The syntax tree, parsed at each call."""
-        return ast.parse(self.text)
+        """The syntax tree, which is shared: do not change it."""
+        return _parse(self.text)
 
     @property
     def package(self) -> str:
@@ -83,27 +84,39 @@ def imports(source: Source, modules: Set[str]) -> Iterator[Import]:
 
     `from package import name` yields `package.name` if that is one of `modules`, else `package`.
     """
-    yield from _imports(source.tree, modules, for_types=False, in_function=False)
+    for base, name, *where in _statements(source.text):
+        inner = f"{base}.{name}"
+        yield Import(inner if name and inner in modules else base, *where)
+
+
+@lru_cache(maxsize=None)
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@lru_cache(maxsize=None)
+def _statements(text: str) -> List[Tuple[str, str, int, bool, bool]]:
+    """Return what is imported: module, name (empty for `import module`), and where, as Import."""
+    return list(_imports(_parse(text), for_types=False, in_function=False))
 
 
 def _imports(
-    node: ast.AST, modules: Set[str], *, for_types: bool, in_function: bool
-) -> Iterator[Import]:
+    node: ast.AST, *, for_types: bool, in_function: bool
+) -> Iterator[Tuple[str, str, int, bool, bool]]:
     if isinstance(node, ast.Import):
         for alias in node.names:
-            yield Import(alias.name, node.lineno, for_types, in_function)
+            yield alias.name, "", node.lineno, for_types, in_function
     elif isinstance(node, ast.ImportFrom):
         base = "." * node.level + (node.module or "")
         for alias in node.names:
-            inner = f"{base}.{alias.name}"
-            yield Import(inner if inner in modules else base, node.lineno, for_types, in_function)
+            yield base, alias.name, node.lineno, for_types, in_function
     else:
         for_types = for_types or (
             isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         )
         inside = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         for child in ast.iter_child_nodes(node):
-            yield from _imports(child, modules, for_types=for_types, in_function=inside)
+            yield from _imports(child, for_types=for_types, in_function=inside)
 
 
 def box_of(package: str) -> str:
