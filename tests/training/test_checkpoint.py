@@ -1,8 +1,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -203,31 +202,32 @@ def test_scoring_does_not_need_the_optimizer_state(store):
     assert verify_checkpoint(path, needs_optimizer=False)["step"] == 1
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_checkpoint import CheckpointStore, save
-from cxr_vit.training import checkpoint
-store = CheckpointStore(Path({folder!r}))
-save(store, 1)
-calls = []
-def die(*arguments):
-    calls.append(arguments)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-real, os.replace = os.replace, die
-save(store, 2)
-"""
+def save_and_die(store, step, call):
+    """Save in a process that is killed at a call of os.replace; return its signal."""
+    pid = os.fork()  # a new interpreter would import torch
+    if pid == 0:
+        try:
+            calls, replace = [], os.replace
+
+            def die(*arguments):
+                calls.append(arguments)
+                if len(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return replace(*arguments)
+
+            os.replace = die
+            save(store, step)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("call", [1, 2])
-def test_process_killed_between_the_renames_leaves_last_complete(store, repository, call):
-    folder = str(store.folder)
-    code = KILLED.format(tests=str(repository / "tests" / "training"), folder=folder, call=call)
-    result = subprocess.run([sys.executable, "-c", code], cwd=str(repository))
-    assert result.returncode == -9
+def test_process_killed_between_the_renames_leaves_last_complete(store, call):
+    save(store, 1)
+    assert save_and_die(store, 2, call) == signal.SIGKILL
     assert load_checkpoint(store.folder / "last")[1]["step"] == 1
     save(store, 2)
     assert load_checkpoint(store.folder / "last")[1]["step"] == 2

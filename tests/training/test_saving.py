@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SMALL
 from cxr_vit import Callback, ChestXrayDataModule, JsonlLogger, ViTModule, checkpoint_files
 from cxr_vit.checkpoint_files import checkpoint_of, read_state, verify_checkpoint
 from cxr_vit.commands import evaluate
+from cxr_vit.config import load_config
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import CheckpointError, ConfigError
 from cxr_vit.training import checkpoint as store_module
@@ -119,11 +121,18 @@ class Signals(Callback):
             self.number = None
 
 
+@pytest.fixture(scope="module")
+def undisturbed(sample_root, tmp_path_factory):
+    """The last state of a run with validation scores of 0.5 and 0.6 that no signal reaches."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    config = load_config([], [*SMALL, f"data.root={sample_root}", f"run.dir={folder}"])
+    return last_state(Run(config, [0.5, 0.6], (), ()).fit())
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start"])
-def test_signal_saves_and_the_resumed_run_is_the_same(make, name, hook):
-    scores = [0.5, 0.6]
-    expected = last_state(make(folder="undisturbed", scores=scores).fit())
+def test_signal_saves_and_the_resumed_run_is_the_same(make, undisturbed, name, hook):
+    scores, expected = [0.5, 0.6], undisturbed
     signals = Signals(getattr(signal, name), hook)
     interrupted = make(callbacks=[signals], scores=scores).fit()
     assert interrupted.interrupted
