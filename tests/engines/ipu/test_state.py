@@ -29,6 +29,26 @@ EIGHT = ("train.steps=8", "train.checkpoint_every_steps=4", "train.eval_every_st
 SHORT = (*EIGHT, "pipeline.layers_per_stage=[2, 2]", "batch.gradient_accumulation=3")
 
 
+@pytest.fixture(scope="module")
+def trained():
+    return {}
+
+
+@pytest.fixture
+def first_run(ipu, commands, torch_run, trained):
+    """Train once for each set of overrides and implementation of PopTorch; resume from copies."""
+
+    def train(*overrides, on=IPU):
+        if on == TORCH:
+            return torch_run(*overrides)
+        key = (ipu[0].__file__, *overrides)
+        if key not in trained:
+            trained[key] = commands.train(*overrides, *on)
+        return trained[key]
+
+    return train
+
+
 def optimizer_file(run, checkpoint="last"):
     return load_file(str(run.checkpoint(checkpoint) / "optimizer.safetensors"))
 
@@ -184,10 +204,9 @@ def test_weights_of_another_model_are_refused(ipu, commands):
 
 
 @pytest.mark.parametrize(("first", "second"), [(TORCH, IPU), (IPU, TORCH)], ids=["to", "from"])
-def test_adamw_run_resumes_on_the_other_engine(ipu, commands, torch_run, first, second):
+def test_adamw_run_resumes_on_the_other_engine(commands, first_run, torch_run, first, second):
     expected = torch_run(*EIGHT)
-    first_run = commands.train(*EIGHT, *first)
-    resumed = commands.resume_at(first_run, 4, *second)
+    resumed = commands.resume_at(first_run(*EIGHT, on=first), 4, *second)
     assert resumed.status == 0
     assert resumed.losses == pytest.approx(expected.losses[4:], rel=0, abs=1e-5)
     assert resumed.logged == pytest.approx(expected.logged, rel=0, abs=1e-5)
@@ -255,15 +274,17 @@ def test_losses_depend_on_the_moments(commands, torch_run):
     ],
     ids=["sgd from", "sgd to", "lamb from", "lamb to adamw", "lamb without bias", "combined sgd"],
 )
-def test_state_of_another_optimizer_is_refused(ipu, commands, optimizer, first, second, kinds):
-    first_run = commands.train(*SHORT, *optimizer, *first)
+def test_state_of_another_optimizer_is_refused(
+    commands, first_run, optimizer, first, second, kinds
+):
+    begun = first_run(*SHORT, *optimizer, on=first)
     given, own = kinds
     message = rf"state of {given}\b.*; this engine has {own}\b.*train\.resume_weights_only=true"
     with pytest.raises(CheckpointError, match=message):
-        commands.resume_at(first_run, 4, *second)
-    resumed = commands.resume_at(first_run, 4, *second, "train.resume_weights_only=true")
+        commands.resume_at(begun, 4, *second)
+    resumed = commands.resume_at(begun, 4, *second, "train.resume_weights_only=true")
     assert resumed.status == 0
-    assert resumed.losses[0] == pytest.approx(first_run.losses[4], rel=0, abs=1e-5)
+    assert resumed.losses[0] == pytest.approx(begun.losses[4], rel=0, abs=1e-5)
     assert trainer_state(resumed)["optimizer_kind"].startswith(own)
     assert trainer_state(resumed)["scalars"]["updates"] == 8
 
@@ -286,15 +307,15 @@ def test_random_state_of_another_number_of_ipus_is_not_used(ipu, commands, said)
     assert "random state" not in said.text
 
 
-def test_another_cut_changes_no_loss_after_resume(ipu, commands):
-    first_run = commands.train(*EIGHT)
-    resumed = commands.resume_at(first_run, 4, "pipeline.layers_per_stage=[2, 2]")
-    assert resumed.losses == pytest.approx(first_run.losses[4:], rel=0, abs=1e-6)
+def test_another_cut_changes_no_loss_after_resume(commands, first_run):
+    begun = first_run(*EIGHT)
+    resumed = commands.resume_at(begun, 4, "pipeline.layers_per_stage=[2, 2]")
+    assert resumed.losses == pytest.approx(begun.losses[4:], rel=0, abs=1e-6)
 
 
-def test_sgd_equals_torchs(ipu, commands, torch_run):
+def test_sgd_equals_torchs(first_run, torch_run):
     settings = (*SHORT, *SGD)
-    run = commands.train(*settings)
+    run = first_run(*settings)
     assert run.losses == pytest.approx(torch_run(*settings).losses, rel=0, abs=1e-5)
 
 
