@@ -22,6 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests must not download from the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# No test loses power. In this process a flush to the disk, which takes milliseconds and of which a
+# run makes 25, only checks that the file is open; the processes that tests start do flush.
+os.fsync = os.fstat
+
 ROOT = Path(__file__).resolve().parents[1]
 # `processes` starts and watches processes.
 sys.path.append(str(ROOT / "tests" / "engines"))
