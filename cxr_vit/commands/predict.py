@@ -68,9 +68,7 @@ def _open_exported(path: Path, arguments: PredictArguments, launch: Launch) -> I
     if arguments.saliency is not None:
         raise ConfigError(f"--saliency needs gradients, and {path} has none. Give the checkpoint.")
     from cxr_vit.commands.checkpoint_predictor import Opened
-    from cxr_vit.prediction.onnx_model import (  # type: ignore[import-not-found,unused-ignore]
-        open_onnx,
-    )
+    from cxr_vit.prediction.onnx_model import open_onnx
 
     if arguments.overrides:
         raise ConfigError(f"{arguments.overrides[0]} has no effect on {path}. Leave it out.")
