@@ -24,6 +24,9 @@ from cxr_vit.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
+#: Names of labels in a message.
+_SHOWN = 20
+
 
 class PredictRun:
     """The images of a call, which of them are done, and where rows go.
@@ -52,6 +55,7 @@ class PredictRun:
         The main process calls the watchers with each chunk before it writes the rows.
         """
         self._refuse_other_inputs()
+        self._say_never_found()
         with self._output() as (write, done):
             # The main process decides: scoring takes all of them.
             errors = self.opened.once("done", lambda: self._done(done))
@@ -82,6 +86,14 @@ class PredictRun:
                 "this host has other images than that of the first process. Give all hosts the same"
                 " files."
             )
+
+    def _say_never_found(self) -> None:
+        """Warn of labels whose absence from the findings says nothing of an image."""
+        names = self.decider.never_found()
+        if self.decider.thresholds and names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            text = "no threshold for %s%s: never a finding, whatever the probability is"
+            logger.warning(text, ", ".join(names[:_SHOWN]), more)
 
     def _stop(self, reason: str) -> None:
         self._stop_reason = reason

@@ -56,6 +56,10 @@ class Decider:
         scales = {name: fitted[name] for name in labels if name in fitted}
         return cls(labels, points.of_kind(kind), scales)
 
+    def never_found(self) -> List[str]:
+        """Return the labels that have no threshold, and are in no finding of any image."""
+        return [name for name in self.labels if name not in self.thresholds]
+
     def findings(self, probabilities: np.ndarray) -> List[List[str]]:
         """Return the labels at or over their threshold of each image, ``[n, C]``."""
         limits = np.array([self.thresholds.get(name, np.inf) for name in self.labels])
@@ -179,8 +183,14 @@ class TableRows:
         if row.findings:
             return f"{row.image}: {_listed(row, row.findings)}{doubt}\n"
         names = sorted(row.probabilities, key=lambda name: -row.probabilities[name])[:_HIGHEST]
-        none = "no finding; highest " if self._decider.thresholds else "highest "
-        return f"{row.image}: {none}{_listed(row, names)}{doubt}\n"
+        return f"{row.image}: {self._no_finding()}highest {_listed(row, names)}{doubt}\n"
+
+    def _no_finding(self) -> str:
+        if not self._decider.thresholds:
+            return ""
+        labels = len(self._decider.labels)
+        decided = labels - len(self._decider.never_found())
+        return f"no finding among {decided} of {labels} labels; "
 
 
 def _listed(row: Row, names: Sequence[str]) -> str:

@@ -89,7 +89,7 @@ def whole(run: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Tu
     return words, out.read_text(encoding="utf-8")
 
 
-def test_test_images_have_the_probabilities_of_predictions_csv(run, sample, tmp_path):
+def test_test_images_have_the_probabilities_of_predictions_csv(run, sample, tmp_path, caplog):
     expected = read_predictions(run / "report" / "predictions.csv")
     table = tmp_path / "test.csv"
     names = expected.table["image"]
@@ -118,6 +118,9 @@ def test_test_images_have_the_probabilities_of_predictions_csv(run, sample, tmp_
         above = [name for name in limits if float(row[f"{name}_probability"]) >= limits[name]]
         assert [name for name in row["findings"].split("|") if name] == above
     assert any(row["findings"] for row in rows) and "error" in rows[0]
+    without = [name for name in expected.names if name not in limits]
+    (said,) = [line for line in caplog.messages if line.startswith("no threshold for ")]
+    assert without and said.startswith(f"no threshold for {', '.join(without)}: never a finding")
 
 
 def test_bad_files_are_rows_with_their_reasons(run, sample, tmp_path, capsys):
