@@ -12,9 +12,15 @@ import numpy as np
 
 from cxr_vit.data.views import VIEWS
 from cxr_vit.errors import EngineUnavailable, ModelError
-from cxr_vit.prediction.manifest import MANIFEST_KEY, Manifest, parse_manifest
+from cxr_vit.prediction.manifest import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    MANIFEST_KEY,
+    Manifest,
+    parse_manifest,
+)
 from cxr_vit.prediction.predictor import Facts, Predictor
-from cxr_vit.regular_files import read_bytes
+from cxr_vit.regular_files import read_bytes, read_json
 
 #: Names in the graph.
 INPUT, OUTPUTS = "images", ("probabilities", "logits")
@@ -92,16 +98,18 @@ class OnnxPredictor(Predictor):
 
 
 def open_onnx(path: Path) -> Predictor:
-    """Open a file that `export --to onnx` wrote. Its metadata are enough: no other file is read.
+    """Open a file that `export --to onnx` wrote. Its metadata are enough.
 
     Raises EngineUnavailable without onnx or onnxruntime, and ModelError for a file that is damaged,
-    not of an export, or that names other files.
+    not of an export, that names other files, or that a manifest.json beside it is not of.
     """
     onnx = optional_module("onnx")
     try:
         content = read_bytes(path, limit=LARGEST_ONNX)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror or error}. Correct the path.") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    _check_beside(path, sha256)
     try:
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf has several
@@ -117,7 +125,26 @@ def open_onnx(path: Path) -> Predictor:
         )
     manifest = parse_manifest(texts[0], path)
     session = Session(content, path, num_labels=len(manifest.labels))
-    return OnnxPredictor(session, manifest, hashlib.sha256(content).hexdigest())
+    return OnnxPredictor(session, manifest, sha256)
+
+
+def _check_beside(path: Path, sha256: str) -> None:
+    """Raise ModelError if the manifest.json beside a file has the hash of another one."""
+    beside = path.with_name(MANIFEST)
+    try:
+        recorded = read_json(beside, limit=LARGEST_MANIFEST).get("onnx_sha256")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{beside}, which has the hash of {path.name}, cannot be read ({error}). Copy both"
+            " again, or export them again."
+        ) from error
+    if recorded not in (None, sha256):  # None: of a folder for transformers, or of something else
+        raise ModelError(
+            f"{path} is not the file that {beside} was written for: it was changed, or damaged in"
+            " a copy. Copy both again, or export them again."
+        )
 
 
 def _check_own_data(onnx: Any, proto: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -62,6 +63,25 @@ def test_whole_file_is_opened(content: bytes, tmp_path: Path) -> None:
     predictor = open_onnx(path)
     assert predictor.chunk == 64
     assert predictor.probabilities(np.zeros((2, 40, 40), np.uint8)).shape == (2, 14)
+
+
+def test_file_that_is_not_that_of_the_manifest_beside_it_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    path, beside = tmp_path / "model.onnx", tmp_path / "manifest.json"
+    path.write_bytes(content)
+    beside.write_text(json.dumps({"onnx_sha256": hashlib.sha256(content).hexdigest()}))
+    open_onnx(path)
+    proto = onnx.load_model_from_string(content)
+    proto.doc_string = "changed"  # runs as before
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="it was changed, or damaged in a copy"):
+        open_onnx(path)
+    beside.write_text('{"name": "another program"}')
+    open_onnx(path)
+    beside.write_text("{")
+    with pytest.raises(ModelError, match=r"manifest\.json, which has the hash"):
+        open_onnx(path)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])
