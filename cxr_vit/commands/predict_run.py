@@ -17,7 +17,7 @@ from cxr_vit.console import progress
 from cxr_vit.errors import DataError
 from cxr_vit.prediction.decoding import chunks_of, in_order
 from cxr_vit.prediction.outputs import OutputFile, SeenImages, open_output
-from cxr_vit.prediction.rows import CsvRows, Decider, JsonRows, TableRows, plain
+from cxr_vit.prediction.rows import CsvRows, Decider, JsonRows, TableRows, plain_path
 from cxr_vit.prediction.run import Predicted, Watcher, count_images, predict
 from cxr_vit.training.run_folder import package_versions
 from cxr_vit.training.signals import StopOnSignal
@@ -80,7 +80,7 @@ class PredictRun:
 
     def _refuse_other_inputs(self) -> None:
         """Raise DataError if this process found other images than the main one."""
-        own = hashlib.sha256("\0".join(map(plain, self.inputs)).encode()).hexdigest()
+        own = hashlib.sha256("\0".join(map(plain_path, self.inputs)).encode()).hexdigest()
         if self.opened.once("inputs", lambda: own) != own:
             raise DataError(
                 "this host has other images than that of the first process. Give all hosts the same"
@@ -146,7 +146,7 @@ class PredictRun:
     def _done(self, file: Optional[OutputFile]) -> List[Optional[bool]]:
         """Return of each image whether its row has an error, None if it has no row."""
         rows = {} if file is None else {done.image: done.has_error for done in file.done}
-        return [rows.get(plain(path)) for path in self.inputs]
+        return [rows.get(plain_path(path)) for path in self.inputs]
 
     def _end(self, is_done: Sequence[bool], unread: int) -> int:
         done = sum(is_done)

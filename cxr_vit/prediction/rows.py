@@ -26,6 +26,11 @@ def plain(text: str) -> str:
     return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def plain_path(path: str) -> str:
+    """Return a path as rows have it: another text for each path, since backslashes are doubled."""
+    return plain(path.replace("\\", "\\\\"))
+
+
 @dataclass(frozen=True)
 class Decider:
     """The findings and the calibrated probabilities of a model's probabilities.

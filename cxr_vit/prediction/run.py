@@ -9,7 +9,7 @@ import numpy as np
 from cxr_vit.console import count
 from cxr_vit.prediction.decoding import DecodedChunk
 from cxr_vit.prediction.predictor import Predictor
-from cxr_vit.prediction.rows import Decider, Row, plain
+from cxr_vit.prediction.rows import Decider, Row, plain, plain_path
 
 
 class Predicted(NamedTuple):
@@ -74,11 +74,11 @@ def _rows(
         tags = {keyword: plain(text) for keyword, text in file.tags.items()}
         warnings = [plain(text) for text in file.warnings]
         if file.error is not None:
-            rows.append(Row(plain(path), {}, {}, [], warnings, plain(file.error), tags))
+            rows.append(Row(plain_path(path), {}, {}, [], warnings, plain(file.error), tags))
             continue
         own = dict(zip(decider.labels, map(_shortest, probabilities[index])))
         scaled = {name: _shortest(values[index]) for name, values in calibrated.items()}
-        rows.append(Row(plain(path), own, scaled, findings[index], warnings, None, tags))
+        rows.append(Row(plain_path(path), own, scaled, findings[index], warnings, None, tags))
     return rows
 
 

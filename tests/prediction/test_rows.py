@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cxr_vit.prediction.rows import Decider, Row, TableRows
+from cxr_vit.prediction.rows import CsvRows, Decider, JsonRows, Row, TableRows, plain_path
 
 
 def test_table_says_among_how_many_labels_there_is_no_finding() -> None:
@@ -15,3 +15,22 @@ def test_table_says_among_how_many_labels_there_is_no_finding() -> None:
     assert TableRows(Decider(decider.labels)).line(row) == (
         "a.png: highest Hernia 1.00, Mass 0.25\n"
     )
+
+
+def test_each_path_has_a_name_of_its_own_that_a_resumed_run_finds() -> None:
+    paths = [
+        "a\nb.png",
+        "a\\nb.png",
+        "a\\\\nb.png",
+        "\udcff.png",
+        "\\udcff.png",
+        "=a.png",
+        "'=a.png",
+    ]
+    names = [plain_path(path) for path in paths]
+    assert len(set(names)) == len(paths)
+    assert [name.encode().decode("unicode_escape") for name in names] == paths
+    decider = Decider(["Mass"])
+    for rows in (CsvRows(decider, []), JsonRows(decider)):
+        lines = [rows.line(Row(name, {"Mass": 0.5}, {}, [], [], None, {})) for name in names]
+        assert [rows.done(line).image for line in lines] == names
