@@ -100,11 +100,20 @@ def _stored(dataset: Any, cells: np.ndarray) -> np.ndarray:
     PS3.5, section 8.1.1: the other bits may hold anything, once an overlay; the sign is the highest
     bit stored.
     """
-    width = 8 * cells.dtype.itemsize
-    bits = min(int(dataset.BitsStored), width)
+    bits = _bits_stored(dataset, cells)
     high = int(dataset.get("HighBit", bits - 1))
-    if not 0 < bits <= high + 1 <= width:
+    if not 0 < bits <= high + 1 <= 8 * cells.dtype.itemsize:
         high = bits - 1
+    return _cut(cells, bits, high)
+
+
+def _bits_stored(dataset: Any, cells: np.ndarray) -> int:
+    return min(int(dataset.BitsStored), 8 * cells.dtype.itemsize)
+
+
+def _cut(cells: np.ndarray, bits: int, high: int) -> np.ndarray:
+    """Return the values of the `bits` of cells from the bit `high` down."""
+    width = 8 * cells.dtype.itemsize
     lifted = np.left_shift(cells, width - 1 - high, dtype=cells.dtype)
     return np.right_shift(lifted, width - bits, dtype=cells.dtype)
 
@@ -118,7 +127,8 @@ def _is_padding(dataset: Any, cells: np.ndarray) -> np.ndarray:
     given = np.array(limits, np.int64).astype(cells.dtype)  # may be read as of the other sign
     low, high = np.sort(given)
     # A value that the bits stored cannot hold is compared with the whole cell.
-    is_possible = (_stored(dataset, given) == given).all()
+    bits = _bits_stored(dataset, cells)
+    is_possible = (_cut(given, bits, bits - 1) == given).all()
     values = _stored(dataset, cells) if is_possible else cells
     return np.asarray((values >= low) & (values <= high))
 

@@ -136,6 +136,18 @@ def test_padding_is_compared_as_stored(tmp_path: Path, cell: int, given: int) ->
     assert_equal_gray(found[5:], stretched(values[5:], values[5:].min(), values[5:].max()))
 
 
+@pytest.mark.parametrize("given", [16, 3780, -2000])
+def test_padding_of_bits_that_are_stored_higher_is_a_value(tmp_path: Path, given: int) -> None:
+    values = (ramp() // 4 + 1000).astype(np.int16)  # below 2048
+    values[:5] = given
+    kind = np.int16 if given < 0 else np.uint16
+    usual = image(values.astype(kind), PixelPaddingValue=given)
+    higher = image((values << 4).astype(kind), PixelPaddingValue=given, HighBit=15)
+    found = read(higher, tmp_path)
+    assert (found[:5] == 0).all()
+    np.testing.assert_array_equal(found, read(usual, tmp_path))
+
+
 def test_image_of_nothing_but_padding_is_black(tmp_path: Path) -> None:
     values = np.full((SIDE, SIDE), 9, np.uint16)
     for more in ({}, {"WindowCenter": 4, "WindowWidth": 5}):
