@@ -17,7 +17,7 @@ from cxr_vit.console import progress
 from cxr_vit.errors import DataError
 from cxr_vit.prediction.decoding import chunks_of, in_order
 from cxr_vit.prediction.outputs import OutputFile, SeenImages, open_output
-from cxr_vit.prediction.rows import CsvRows, Decider, JsonRows, TableRows, plain_path
+from cxr_vit.prediction.rows import CsvRows, Decider, JsonRows, Row, TableRows, plain_path
 from cxr_vit.prediction.run import Predicted, Watcher, count_images, predict
 from cxr_vit.training.run_folder import package_versions
 from cxr_vit.training.signals import StopOnSignal
@@ -43,6 +43,7 @@ class PredictRun:
         self.decider = Decider.of(facts.labels, facts.points, arguments.operating_point)
         self._rows = self._rows_of(arguments.format)
         self._stop_reason: Optional[str] = None
+        self._first_unread: Optional[Row] = None
 
     def _rows_of(self, format: str) -> Union[CsvRows, JsonRows, TableRows]:
         if format == "csv":
@@ -73,7 +74,9 @@ class PredictRun:
                     write([self._rows.line(row) for row in new])
                     end = predicted.first + len(predicted.rows)
                     is_done[predicted.first : end] = [True] * len(predicted.rows)
-                    unread += sum(row.error is not None for row in new)
+                    failed = [row for row in new if row.error is not None]
+                    unread += len(failed)
+                    self._first_unread = self._first_unread or next(iter(failed), None)
                     if self.opened.any_process(self._stop_reason is not None):
                         break
         return self._end(is_done, unread)
@@ -153,6 +156,9 @@ class PredictRun:
         text = count_images(done, unread)
         if self.opened.is_main:
             is_apart = self.arguments.format == "table" or self.arguments.out is not None
+            first = self._first_unread
+            if first is not None and self.arguments.out is not None:
+                text += f"\n{first.image}: {first.error}"  # its row is in a file
             print(text, file=self._target if is_apart else sys.stderr, flush=True)
         if done < len(is_done):
             reason = self._stop_reason or "another process was stopped"

@@ -194,7 +194,12 @@ class EmptyReader(ImageReader):
         assert out.size == 0, out.shape
 
 
-def find_images(root: Path, wanted: Optional[Iterable[str]] = None) -> Dict[str, str]:
+_READ_ONE = "Set data.images to the folder that should be read, or keep one file of each image."
+
+
+def find_images(
+    root: Path, wanted: Optional[Iterable[str]] = None, *, remedy: str = _READ_ONE
+) -> Dict[str, str]:
     """Walk a folder and return the path of each image, or of each wanted one by its text.
 
     Any nesting works: `images/` of NIH's archives, `images_001/images/` of Kaggle's copy, or one
@@ -204,18 +209,18 @@ def find_images(root: Path, wanted: Optional[Iterable[str]] = None) -> Dict[str,
     file: `train/1.png` is not taken for `test/1.png`. Nothing is read outside `root`, whatever a
     text is. Without `wanted`, the key is the file name.
 
-    Raises DataError if two files fit alike, e.g. a resized copy beside the originals, or if one
-    file fits two texts.
+    Raises DataError if two files fit alike, e.g. a resized copy beside the originals, with the
+    `remedy`, or if one file fits two texts.
     """
     texts = None if wanted is None else set(wanted)
     has_folders = texts is not None and re.search(r"[/\\]", "\n".join(texts)) is not None
-    found = {} if has_folders else _find_exactly(root, texts)
+    found = {} if has_folders else _find_exactly(root, texts, remedy)
     if texts is not None and len(found) < len(texts):
-        found.update(_find_by_stem(root, texts.difference(found), taken=found))
+        found.update(_find_by_stem(root, texts.difference(found), remedy, taken=found))
     return found
 
 
-def _find_exactly(root: Path, wanted: Optional[Container[str]]) -> Dict[str, str]:
+def _find_exactly(root: Path, wanted: Optional[Container[str]], remedy: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     duplicates = []
     for folder, names in walk(root):
@@ -224,12 +229,12 @@ def _find_exactly(root: Path, wanted: Optional[Container[str]]) -> Dict[str, str
                 path = os.path.join(folder, name)
                 if found.setdefault(name, path) != path:
                     duplicates.append(f"{found[name]} and {path}")
-    _refuse_twice(root, duplicates)
+    _refuse_twice(root, duplicates, remedy)
     return found
 
 
 def _find_by_stem(
-    root: Path, wanted: Iterable[str], *, taken: Container[str] = ()
+    root: Path, wanted: Iterable[str], remedy: str, *, taken: Container[str] = ()
 ) -> Dict[str, str]:
     """Find texts by the ends of paths; files of the names `taken` are of other images."""
     index = NameIndex(wanted)
@@ -256,7 +261,7 @@ def _find_by_stem(
     for text in _absent_where_expected(scores, places):
         del found[text], scores[text]
         twice.pop(text, None)
-    _refuse_twice(root, [f"{found[text]} and {path}" for text, path in twice.items()])
+    _refuse_twice(root, [f"{found[text]} and {path}" for text, path in twice.items()], remedy)
     if len(set(found.values())) < len(found):
         _drop_shared(found, scores)
     _log_differences(found, scores)
@@ -283,12 +288,9 @@ def walk(
         yield folder, names
 
 
-def _refuse_twice(root: Path, pairs: Sequence[str]) -> None:
+def _refuse_twice(root: Path, pairs: Sequence[str], remedy: str) -> None:
     if pairs:
-        raise DataError(
-            f"{len(pairs)} images are under {root} twice, e.g. {pairs[0]}. Set data.images to the"
-            " folder that should be read, or keep one file of each image."
-        )
+        raise DataError(f"{len(pairs)} images are under {root} twice, e.g. {pairs[0]}. {remedy}")
 
 
 #: Parts of a score: the file has the text's name, or its name but for the extension.

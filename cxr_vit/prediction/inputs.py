@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence
 
+from cxr_vit.console import count
 from cxr_vit.data.dicom import is_dicom
-from cxr_vit.data.images import walk
+from cxr_vit.data.images import find_images, walk
 from cxr_vit.data.names import IMAGE_EXTENSIONS, extension
 from cxr_vit.data.table_files import read_columns, read_header, refuse_absent
 from cxr_vit.data.text_files import read_list
 from cxr_vit.errors import DataError
 from cxr_vit.regular_files import read_bytes
+
+logger = logging.getLogger(__name__)
 
 #: Columns of a table that hold the images, the first one counts: NIH's, CheXpert's and others.
 IMAGE_COLUMNS = (
@@ -23,27 +27,39 @@ _TABLES, _LISTS = (".csv", ".tsv", ".parquet"), (".txt",)
 #: An index of the DICOM files of a folder; no image.
 _DICOM_INDEX = "DICOMDIR"
 _LARGEST_FILE = 2**40
+_PATHS_IN_LIST = "Give paths in the list, relative to its folder, in place of names."
 
 
 def check_paths(paths: Sequence[Path]) -> None:
-    """Raise DataError if a path does not exist."""
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    """Raise DataError if a path does not exist, or cannot be looked at."""
+    problems = [(path, problem) for path in paths for problem in [_problem(path)] if problem]
+    if problems:
+        path, problem = problems[0]
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise DataError(
-            f"{missing[0]}{more}: no such file or folder. Give image files, folders of them, or a"
-            " CSV that lists them."
+            f"{path}{more}: {problem}. Give image files, folders of them, or a CSV that lists them."
         )
+
+
+def _problem(path: Path) -> Optional[str]:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file or folder"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def find_inputs(paths: Sequence[Path]) -> List[str]:
     """Return the paths of the images, each file once.
 
     The order is that of the given paths; files of a folder are sorted by path, those of a table are
-    in its order. A file that a table or a list names may be missing.
+    in its order. What a table or a list names is relative to its folder, else it is looked up below
+    it as the images of a training are (`find_images`). Some of it may be missing.
 
     Raises DataError if a path does not exist, a folder cannot be read, a table has no column of
-    images, or there are no images.
+    images, nothing that a list names is there, or there are no images.
     """
     check_paths(paths)
     found: Dict[str, str] = {}
@@ -66,11 +82,27 @@ def _images_of(path: Path) -> Iterator[str]:
     if path.is_dir():
         yield from _in_folder(path)
     elif path.suffix.lower() in _TABLES:
-        yield from (str(path.parent / name) for name in _in_table(path))
+        yield from _listed(path, _in_table(path))
     elif path.suffix.lower() in _LISTS:
-        yield from (str(path.parent / name) for name in sorted(read_list(path)))
+        yield from _listed(path, sorted(read_list(path)))
     else:
         yield str(path)
+
+
+def _listed(path: Path, names: Sequence[str]) -> Iterable[str]:
+    """Return the paths of the images that a list names, in its order."""
+    folder = path.parent
+    missing = [name for name in names if not os.path.lexists(folder / name)]
+    # NIH's tables have names, and the files are in folders below.
+    below = [name for name in missing if not Path(name).is_absolute()]
+    found = find_images(folder, below, remedy=_PATHS_IN_LIST) if below else {}
+    if missing and len(missing) == len(names) and not found:
+        raise DataError(
+            f"{path}: none of the {len(names)} images that it lists is there, e.g. {names[0]!r}."
+            f" They are searched in {folder} and the folders below it. Put the list above the"
+            " images, or give the whole paths in it."
+        )
+    return [found.get(name) or str(folder / name) for name in names]
 
 
 def _in_folder(root: Path) -> Iterator[str]:
@@ -83,13 +115,18 @@ def _in_folder(root: Path) -> Iterator[str]:
         )
 
     found: List[str] = []
+    others = 0
     for folder, names in walk(root, on_error=refuse, hidden=False):
         for name in names:
             path = os.path.join(folder, name)
-            if not name.startswith(".") and (
-                extension(name) in IMAGE_EXTENSIONS or _is_dicom_file(path)
-            ):
+            if name.startswith("."):
+                continue
+            if extension(name) in IMAGE_EXTENSIONS or _is_dicom_file(path):
                 found.append(path)
+            else:
+                others += 1
+    if others:
+        logger.info("%s: %s of other kinds left out", root, count(others, "file"))
     yield from sorted(found)
 
 
