@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
@@ -109,7 +110,8 @@ def _refuse_inside(given: argparse.Namespace, paths: Sequence[Path]) -> None:
 
 def _is_inside(folder: Path, paths: Sequence[Path]) -> bool:
     above = {folder.resolve(), *folder.resolve().parents}
-    return any(path.is_dir() and path.resolve() in above for path in paths)
+    folders = filter(os.path.isdir, paths)  # False where looking at it is not permitted
+    return any(path.resolve() in above for path in folders)
 
 
 def _format(given: argparse.Namespace) -> str:

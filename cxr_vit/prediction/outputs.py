@@ -20,6 +20,10 @@ from cxr_vit.regular_files import no_link, read_json
 
 FileRows = Union[CsvRows, JsonRows]
 _MOST_FACTS = 2**26  # bytes
+_ANOTHER = "Correct this, or give another --out."
+_CONTINUE = (
+    "Correct this, and run the same command with --resume: the rows that are there are kept."
+)
 
 
 def facts_file(path: Path) -> Path:
@@ -28,9 +32,12 @@ def facts_file(path: Path) -> Path:
 
 
 def refuse_existing(path: Path, *, resumes: bool) -> None:
-    """Raise DataError if an output is there and is not to be continued, or cannot be made."""
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: the folder {path.parent} does not exist. Make it, or correct it.")
+    """Raise DataError if an output cannot be made, or is there and is not to be continued."""
+    with _locked(path):  # what is written beside it first
+        _refuse_existing(path, resumes=resumes)
+
+
+def _refuse_existing(path: Path, *, resumes: bool) -> None:
     if resumes:
         return
     for each in (path, facts_file(path)):
@@ -61,10 +68,7 @@ class OutputFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise DataError(
-                f"{self._path} cannot be written ({error.strerror or error}). Correct this, and run"
-                " the same command with --resume: the rows that are there are kept."
-            ) from error
+            raise _cannot_write(self._path, error, _CONTINUE) from error
 
 
 @contextlib.contextmanager
@@ -76,30 +80,50 @@ def open_output(
     A last line that was cut off is removed. Raises DataError if the file is there and `resumes` is
     not set, has other facts or other lines, or is written by another process.
     """
-    with _locked(path):
-        refuse_existing(path, resumes=resumes)
-        beside = facts_file(path)
-        if os.path.lexists(path) or os.path.lexists(beside):
-            _refuse_other_facts(path, beside, json.loads(json.dumps(facts)))
-        else:
-            write_text(beside, json.dumps(facts, indent=2) + "\n")
-        with open(path, "a+b", opener=no_link) as file:
+    with _locked(path), contextlib.ExitStack() as stack:
+        _refuse_existing(path, resumes=resumes)
+        try:
+            _begin_or_compare(path, json.loads(json.dumps(facts)))
+            file = stack.enter_context(open(path, "a+b", opener=no_link))
             output = OutputFile(path, file, _read(path, file, rows))
             if file.tell() == 0:
                 output.write([rows.header])
                 sync(path.parent)
-            yield output
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        yield output
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    try:
-        with lock(path.with_name(f".{path.name}.lock"), timeout_s=0, removes=lambda: True):
-            yield
-    except Locked as other:
-        raise DataError(
-            f"{path} is written by {other}. Wait for its end, or give another --out."
-        ) from other
+    if not path.name or os.path.isdir(path):  # noqa: PTH112  (Path.is_dir may raise OSError)
+        raise DataError(f"--out {path} is a folder. Give the name of a file.")
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        raise DataError(f"{path}: the folder {path.parent} does not exist. Make it, or correct it.")
+    with contextlib.ExitStack() as stack:
+        try:
+            held = lock(path.with_name(f".{path.name}.lock"), timeout_s=0, removes=lambda: True)
+            stack.enter_context(held)
+        except Locked as other:
+            raise DataError(
+                f"{path} is written by {other}. Wait for its end, or give another --out."
+            ) from other
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        yield
+
+
+def _cannot_write(path: Path, error: OSError, remedy: str = _ANOTHER) -> DataError:
+    return DataError(f"{path} cannot be written ({error.strerror or error}). {remedy}")
+
+
+def _begin_or_compare(path: Path, facts: Dict[str, Any]) -> None:
+    """Write the facts of a new output; raise DataError if one that is there has others."""
+    beside = facts_file(path)
+    if os.path.lexists(path) or os.path.lexists(beside):
+        _refuse_other_facts(path, beside, facts)
+    else:
+        write_text(beside, json.dumps(facts, indent=2) + "\n")
 
 
 def _refuse_other_facts(path: Path, beside: Path, facts: Dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from cxr_vit.evaluation.operating_points import OPERATING_POINTS, OperatingPoint
 from cxr_vit.evaluation.predictions import read_predictions
 from cxr_vit.evaluation.scaling import scaled
 from cxr_vit.files import lock
+from cxr_vit.prediction import outputs
 from fakes import loading
 
 NIH = ROOT.parent / "shared" / "data" / "nih"
@@ -173,7 +175,12 @@ def test_bad_files_are_rows_with_their_reasons(run, sample, tmp_path, capsys):
     assert [line for line in lines if line.endswith(errors["cut.png"])]
 
 
-def test_output_is_neither_overwritten_nor_continued_with_other_settings(run, sample, tmp_path):
+def test_output_is_neither_overwritten_nor_continued_with_other_settings(
+    run, sample, tmp_path, monkeypatch
+):
+    def refuse(path: Any, flags: int) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
     image = sample / "images" / "00000001_000.png"
     out = tmp_path / "out.jsonl"
     assert predict(run, image, "--out", out) == 0
@@ -190,6 +197,10 @@ def test_output_is_neither_overwritten_nor_continued_with_other_settings(run, sa
         assert out.read_bytes() == before
     assert predict(run, image, "--out", out, "--resume") == 0
     assert out.read_bytes() == before
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "no_link", refuse)  # a read-only file, which root may write
+        with pytest.raises(CxrVitError, match=r"out\.jsonl cannot be written \(Read-only"):
+            predict(run, image, "--out", out, "--resume")
     with lock(tmp_path / ".out.jsonl.lock"), pytest.raises(CxrVitError, match="is written by"):
         predict(run, image, "--out", out, "--resume")
     out.write_bytes(before + b"{}\n")
@@ -205,6 +216,10 @@ def test_output_is_neither_overwritten_nor_continued_with_other_settings(run, sa
         (["README.md", "--format", "csv", "--resume"], "--resume continues a file"),
         (["README.md", "--out", "a.csv", "--format", "table"], "is for the terminal"),
         (["README.md", "--out", "absent/a.csv"], "folder absent does not exist"),
+        (["README.md", "--out", ""], "is a folder. Give the name of a file"),
+        (["README.md", "--out", "tests"], "tests is a folder. Give the name of a file"),
+        (["README.md", "--out", f"{'a' * 252}.csv"], r"csv cannot be written \(File name too long"),
+        (["README.md", "--out", "/sys/a.csv"], r"/sys/a.csv cannot be written \("),
         (["tests"], "no images in tests"),
         (["tests", "--preprocess-check", "tests/seen"], "in a folder whose images are predicted"),
     ],
