@@ -69,6 +69,9 @@ _LOOK_ALIKES = (
     (b"<", "a page of HTML or XML, not the image (a login or error page?). Fetch it again."),
 )
 
+#: What a DICOM file without preamble begins with: group 2, or 8, of its first element.
+_DICOM_GROUPS = (b"\x02\x00", b"\x08\x00")
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 #: Uncompressed 16-bit colour has 6; the file is in memory together with its decoded pixels.
@@ -468,6 +471,10 @@ def _decode(data: bytes, max_megapixels: int, window: Optional[str]) -> Image.Im
     except UnidentifiedImageError as error:
         if data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
             raise damaged("in its header") from error
+        if data.startswith(_DICOM_GROUPS):
+            raise Unusable(
+                "a DICOM file without its preamble (DICM at byte 128). Export it again."
+            ) from error
         raise Unusable("no PNG, JPEG or DICOM file by its content. Fetch it again.") from error
     except Exception as error:  # decoders raise errors of many types on damaged bytes
         raise damaged(error) from error
