@@ -137,11 +137,11 @@ def _refuse_other_facts(path: Path, beside: Path, facts: Dict[str, Any]) -> None
     wanted = _flat(facts)
     differing = [key for key in {**wanted, **recorded} if wanted.get(key) != recorded.get(key)]
     if differing:
-        key = differing[0]
+        key, more = differing[0], len(differing) - 1
         raise DataError(
-            f"{path} was begun with other settings, in {beside}: {', '.join(differing)}. {key} was"
-            f" {json.dumps(recorded.get(key))[:200]} and is {json.dumps(wanted.get(key))[:200]}."
-            " Give the same, or another --out."
+            f"{path} was begun with other settings, in {beside}: {key} was"
+            f" {json.dumps(recorded.get(key))[:200]} and is {json.dumps(wanted.get(key))[:200]}"
+            f"{f', and {more} more' if more else ''}. Give the same, or another --out."
         )
 
 
