@@ -80,6 +80,8 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Manifest:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels: two are the same")
         if self.points is not None and self.points.labels != self.labels:
             raise ValueError("points: they have other labels")
         # The rules of the configuration for what is read: sides, filter, megapixels.

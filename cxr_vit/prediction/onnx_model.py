@@ -124,6 +124,10 @@ def open_onnx(path: Path) -> Predictor:
             " Give a file of export --to onnx."
         )
     manifest = parse_manifest(texts[0], path)
+    if manifest.kind != "onnx":
+        raise ModelError(
+            f"{path} has the manifest of an export --to {manifest.kind}. Export again."
+        )
     session = Session(content, path, num_labels=len(manifest.labels))
     return OnnxPredictor(session, manifest, sha256)
 

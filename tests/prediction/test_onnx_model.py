@@ -117,6 +117,8 @@ def set_manifest(**changes: Any) -> Callable[[Any], None]:
     [
         ({"format": 2}, "format"),
         ({"labels": []}, "labels"),
+        ({"labels": ["Mass", "Mass"]}, "two are the same"),
+        ({"kind": "hf"}, "an export --to hf"),
         ({"labels": ["\x1b[2J"]}, "labels"),
         ({"image_size": 10**6}, "image_size"),
         ({"reading": {**_SETTINGS, "image_size": 60000}}, "manifest"),
