@@ -13,9 +13,13 @@ from typing import Any, Callable, Iterator, Sequence
 from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
 from cxr_vit.cli import importing
 from cxr_vit.commands.predict_arguments import PredictArguments, predict_arguments
+from cxr_vit.config import load_config
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError
 from cxr_vit.training.run_folder import config_of_checkpoint
+
+#: The override that an exported model takes: processes that decode.
+_OF_READING = "data.cache_workers="
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -70,8 +74,10 @@ def _open_exported(path: Path, arguments: PredictArguments, launch: Launch) -> I
     from cxr_vit.commands.checkpoint_predictor import Opened
     from cxr_vit.prediction.onnx_model import open_onnx
 
-    if arguments.overrides:
-        raise ConfigError(f"{arguments.overrides[0]} has no effect on {path}. Leave it out.")
+    for override in arguments.overrides:
+        if not override.startswith(_OF_READING):
+            raise ConfigError(f"{override} has no effect on {path}. Leave it out.")
     if launch.has_others:
         raise ConfigError(f"{path} runs in one process. Start the command without a launcher.")
-    yield Opened(open_onnx(path))
+    workers = load_config([], arguments.overrides).data.cache_workers
+    yield Opened(open_onnx(path), workers=workers)
