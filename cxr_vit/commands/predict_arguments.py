@@ -80,7 +80,14 @@ def _parser() -> Parser:
 def predict_arguments(argv: Sequence[str]) -> PredictArguments:
     """Parse the command line."""
     parser = _parser()
-    given = parser.parse(argv)
+    try:
+        given = parser.parse(argv)
+    except ConfigError as error:
+        greedy = [option for option in ("--keep-tags", "--findings") if option in argv]
+        if not greedy or "required: " not in str(error):
+            raise
+        text = f"{greedy[0]} takes all words up to the next option: put CHECKPOINT and PATH first."
+        raise ConfigError(f"{error} {text}") from error
     if given.saliency is None and (given.findings or given.saliency_method != _MAPS[0]):
         raise ConfigError("--findings and --saliency-method are for pictures. Add --saliency DIR.")
     paths, overrides = split_overrides(given.paths)
