@@ -10,6 +10,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
+from cxr_vit.data.spawn import usable_cores
 from cxr_vit.data.views import VIEWS
 from cxr_vit.errors import EngineUnavailable, ModelError
 from cxr_vit.prediction.manifest import (
@@ -177,5 +178,4 @@ def _num_threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given):
         return int(given)
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return usable_cores()

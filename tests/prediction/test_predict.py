@@ -223,6 +223,7 @@ def test_output_is_neither_overwritten_nor_continued_with_other_settings(
         (["README.md", "--out", "/sys/a.csv"], r"/sys/a.csv cannot be written \("),
         (["tests"], "no images in tests"),
         (["tests", "--preprocess-check", "tests/seen"], "in a folder whose images are predicted"),
+        (["tests", "--saliency", "tests/seen"], "in a folder whose images are predicted"),
     ],
 )
 def test_mistake_ends_before_anything_starts(run, words, text, monkeypatch):
@@ -333,8 +334,9 @@ def test_ipus_predict_what_the_torch_engine_does(run, sample, tmp_path):
     assert predict(*words, "--out", tmp_path / "torch.jsonl") == 0
     with torch.random.fork_rng(devices=[]), loading.stand_in():
         assert predict(*words, "--out", tmp_path / "ipu.jsonl", *IPU) == 0
-    pairs = zip(read_lines(tmp_path / "ipu.jsonl"), read_lines(tmp_path / "torch.jsonl"))
-    for found, expected in pairs:
+    rows = [read_lines(tmp_path / f"{name}.jsonl") for name in ("ipu", "torch")]
+    assert [len(each) for each in rows] == [21, 21]
+    for found, expected in zip(*rows):
         assert found["image"] == expected["image"]
         assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
 
@@ -375,8 +377,9 @@ def test_exported_model_predicts_what_its_checkpoint_does(run, sample, tmp_path)
     assert cli.main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "to")]) == 0
     assert predict(run, folder, "--out", tmp_path / "torch.jsonl", *words) == 0
     assert predict(tmp_path / "to", folder, "--out", tmp_path / "onnx.jsonl", *words) == 0
-    pairs = zip(read_lines(tmp_path / "onnx.jsonl"), read_lines(tmp_path / "torch.jsonl"))
-    for found, expected in pairs:
+    rows = [read_lines(tmp_path / f"{name}.jsonl") for name in ("onnx", "torch")]
+    assert [len(each) for each in rows] == [400, 400]
+    for found, expected in zip(*rows):
         assert found["image"] == expected["image"]
         for key in ("probabilities", "calibrated"):
             assert found[key] == pytest.approx(expected[key], abs=1e-4)
