@@ -10,6 +10,8 @@ from typing import Sequence
 
 from cxr_vit.checkpoint_files import checkpoint_of, run_of_checkpoint, verify_checkpoint
 from cxr_vit.cli import COMMANDS, Parser, importing
+from cxr_vit.engines.processes import Launch
+from cxr_vit.errors import ConfigError
 from cxr_vit.files import make_folder
 from cxr_vit.training.run_folder import config_of_checkpoint
 
@@ -35,6 +37,8 @@ def export(argv: Sequence[str]) -> int:
     given = parser.parse(argv)
     if given.images is not None and given.images < 1:
         parser.error(f"--images {given.images}: compare one image or more")
+    if Launch.from_environment().has_others:  # they would write the same files
+        raise ConfigError("export runs in one process. Start the command without a launcher.")
     checkpoint = checkpoint_of(given.checkpoint)
     state = verify_checkpoint(checkpoint, needs_optimizer=False)
     config = config_of_checkpoint(checkpoint, given.overrides)

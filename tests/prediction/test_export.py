@@ -90,7 +90,7 @@ def test_onnx_file_equals_the_checkpoint_and_says_what_it_is(run: Path, capsys: 
     assert (facts.labels, facts.image_size) == (list(FINDINGS), 32)
     assert facts.settings.image_size == 40
     assert facts.points == OperatingPoints.read(checkpoint / "operating_points.json")
-    assert "without" not in output
+    assert "MB, 14 labels, with operating points\n" in output
 
 
 def test_onnx_file_scores_image_files_as_the_torch_engine_does(
@@ -214,6 +214,14 @@ def test_mistakes(run: Path, words: List[str], error: Any, reason: str) -> None:
     with pytest.raises(error, match=reason):
         main(["export", *(word.format(run=run) for word in words)])
     assert sorted(run.rglob("*")) == before
+
+
+def test_several_processes_are_refused(run: Path, monkeypatch: Any) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="Start the command without a launcher"):
+        export(run, "onnx")
+    assert not (run / "export-onnx").exists()
 
 
 def test_export_of_another_kind_and_unknown_files_are_not_replaced(run: Path) -> None:
