@@ -158,7 +158,7 @@ class PredictRun:
             is_apart = self.arguments.format == "table" or self.arguments.out is not None
             first = self._first_unread
             if first is not None and self.arguments.out is not None:
-                text += f"\n{first.image}: {first.error}"  # its row is in a file
+                text += f"; the first is {first.image}: {first.error}"  # its row is in a file
             print(text, file=self._target if is_apart else sys.stderr, flush=True)
         if done < len(is_done):
             reason = self._stop_reason or "another process was stopped"
