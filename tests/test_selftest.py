@@ -17,6 +17,7 @@ from cxr_vit.data.synthetic.dataset import write_sample
 from cxr_vit.errors import ConfigError
 from engines.processes.launch import finish, fork, needs_pipelining
 from fakes import loading
+from selftest_files import write_hashes
 
 FOLDER = selftest_checks.FOLDER
 
@@ -40,11 +41,7 @@ def files(tmp_path, monkeypatch):
     folder = tmp_path / "selftest"
     shutil.copytree(str(FOLDER), str(folder))
     monkeypatch.setattr(selftest_checks, "FOLDER", folder)
-    monkeypatch.setattr(selftest_checks, "CHECKPOINT", folder / "checkpoint")
-    monkeypatch.setattr(selftest_checks, "EXPECTED", folder / "expected.json")
-    selftest_checks._saved_config.cache_clear()
-    yield folder
-    selftest_checks._saved_config.cache_clear()
+    return folder
 
 
 def failing(found):
@@ -56,8 +53,9 @@ def test_nothing_differs_here(run):
     assert (status, failing(found)) == (0, set()), printed
     assert printed.endswith("\nnothing differs\n")
     passed = {name for name, (word, _) in found.items() if word == "ok"}
-    assert {"PNG", "resized PNG", "DICOM", "DICOM, JPEG 2000", "configurations"} <= passed
-    assert {"torch on CPU, fp32", "torch on CPU, bf16", "training", "saved checkpoint"} <= passed
+    assert {"files", "PNG", "resized PNG", "DICOM", "DICOM, JPEG 2000"} <= passed
+    assert {"configurations", "torch on CPU, fp32", "torch on CPU, bf16", "ONNX"} <= passed
+    assert {"training", "saved checkpoint"} <= passed
     assert found["poptorch on IPU, fp16"][0] == "skipped"
     assert re.search(r"^torch +[\d.+a-z]+ +ok +>=2.0.1$", printed, re.MULTILINE)
     assert re.search(r"^IPU +no: PopTorch is not installed$", printed, re.MULTILINE)
@@ -102,16 +100,48 @@ def test_changed_decoder_is_named(run, monkeypatch):
     assert printed.endswith("\nnot as it should be: PNG, resized PNG\n")
 
 
-def test_damaged_weights_are_named(run, files):
-    path = files / "checkpoint" / "model.safetensors"
+DAMAGE = {
+    "no folder": lambda files: shutil.rmtree(str(files)),
+    "no checkpoint": lambda files: shutil.rmtree(str(files / "checkpoint")),
+    "no numbers": lambda files: (files / "expected.json").unlink(),
+    "empty numbers": lambda files: (files / "expected.json").write_text(""),
+    "part of the numbers": lambda files: cut(files / "expected.json"),
+    "no pixels": lambda files: (files / "pixels.npz").unlink(),
+    "part of an image": lambda files: cut(files / "image.png"),
+    "other weights": lambda files: flip(files / "checkpoint" / "model.safetensors"),
+    "part of the hashes": lambda files: cut(files / "sha256.json"),
+}
+NAMED = {
+    "no checkpoint": "missing: checkpoint/config.json, checkpoint/config.yaml, ",
+    "no numbers": "missing: expected.json",
+    "empty numbers": "changed: expected.json",
+    "part of the numbers": "changed: expected.json",
+    "no pixels": "missing: pixels.npz",
+    "part of an image": "changed: image.png",
+    "other weights": "changed: checkpoint/model.safetensors",
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def flip(path):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(bytes(content))
-    status, found, _ = run("--engine", "torch")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file_is_named_and_nothing_is_compared_with_it(run, files, damage):
+    DAMAGE[damage](files)
+    status, found, printed = run()
     assert status == 1
-    word, text = found["checkpoint"]
-    assert word == "fails" and f"{path} is damaged" in text
-    assert found["PNG"][0] == "ok"
+    assert list(found) == ["import", "files"] and failing(found) == {"files"}
+    assert NAMED.get(damage, "Error: ") in found["files"][1]
+    assert printed.endswith(
+        "\n        Install the package again: files of it are missing, or have changed.\n"
+    )
 
 
 def test_changed_weight_is_named(run, files):
@@ -128,6 +158,7 @@ def test_changed_weight_is_named(run, files):
     saved = CheckpointStore(files / "other").save(40, state, files=texts, trainer_state=kept)
     shutil.rmtree(str(folder))
     saved.rename(folder)
+    write_hashes(files)
     status, found, _ = run("--engine", "torch")
     assert status == 1
     assert failing(found) == {"torch on CPU, fp32"}  # too little for the others
@@ -144,6 +175,7 @@ def test_other_expectation_is_named(run, files, key):
         values = one["logits"]["gelu"][1] if key == "logits" else one["losses"]
         values[2] = values[2] - 1 if key == "logits" else float("nan")
     (files / "expected.json").write_text(json.dumps(environments))
+    write_hashes(files)
     status, found, _ = run("--engine", "torch")
     assert status == 1
     name = "torch on CPU, fp32" if key == "logits" else "training"
@@ -176,6 +208,39 @@ def test_missing_extra_is_no_difference(run, monkeypatch):
     assert status == 0
     assert re.search(r"^pydicom +not installed +>=2.4 +extra dicom$", printed, re.MULTILINE)
     assert found["DICOM"][0] == "skipped"
+
+
+def onnx_check():
+    environment = nearest(selftest_checks.read_environments(), selftest_checks.installed_versions())
+    (check,) = [one for one in selftest_checks.checks(environment, ()) if one.name == "ONNX"]
+    return check.run()
+
+
+def test_difference_of_the_exported_model_is_named(monkeypatch):
+    from cxr_vit.prediction.onnx_export import Graph
+
+    def transposed(self, images, view):
+        return images.transpose(2, 3)
+
+    monkeypatch.setattr(Graph, "_part", transposed)
+    result = onnx_check()
+    assert result.status == "differs" and "1e-05 is allowed: probability [" in result.text
+    assert "cxr-vit[export]" in result.advice
+
+
+def test_exported_model_needs_its_libraries(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = onnx_check()
+    assert (result.status, result.text) == ("skipped", "without onnxruntime (extra export)")
+
+    # One that is installed, and broken.
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('no libc')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    status, text, advice = onnx_check()
+    assert (status, advice) == ("fails", "")
+    assert text.startswith("onnxruntime cannot be imported (no libc). ")
+    assert text.endswith('pip install "cxr-vit[export]"')
 
 
 def test_torch_that_cannot_be_imported_ends_the_test(run, monkeypatch):
@@ -216,11 +281,19 @@ def test_environment_without_expectations_is_named(run, monkeypatch):
 # Engines
 
 
-def test_engine_that_is_asked_for_must_be_there(run):
-    status, found, _ = run("--engine", "poptorch")
+@pytest.mark.parametrize(
+    ("engine", "name", "advice"),
+    [
+        ("poptorch", "poptorch on IPU, fp16", "Enable the SDK"),
+        ("pipeline", "pipeline on 2 processes, fp32", "torchrun --nproc-per-node 2 "),
+    ],
+)
+def test_engine_that_is_asked_for_must_be_there(run, engine, name, advice):
+    status, found, printed = run("--engine", engine)
     assert status == 1
-    word, text = found["poptorch on IPU, fp16"]
-    assert word == "fails" and "Enable the SDK" in text
+    word, text = found[name]
+    assert word == "fails" and advice in text
+    assert f"{text}\n\nnot as it should be: {name}\n" in printed  # the only advice
     assert not any("torch on CPU" in name for name in found)
 
 

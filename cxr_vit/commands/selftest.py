@@ -14,6 +14,7 @@ from cxr_vit.commands.selftest_checks import (
     Environment,
     Result,
     checks,
+    file_check,
     installed_versions,
     nearest,
     read_environments,
@@ -40,6 +41,8 @@ def selftest(argv: Sequence[str]) -> int:
     if not _passes(Check("import", _import_torch, "Install torch and transformers again.")):
         return EXIT_FAILURE
     print(*devices(), sep="\n")
+    if not _passes(file_check()):
+        return EXIT_FAILURE
     environment = nearest(read_environments(), installed_versions())
     print(f"compared with {_origin(environment)}\n", flush=True)
     bad = [check.name for check in checks(environment, engines) if not _passes(check)]
@@ -96,7 +99,8 @@ def _passes(check: Check) -> bool:
     """Run a check and print a line for it; whether it is ok or was skipped."""
     result = check.run()
     print(f"{result.status:{_WIDTH}} {check.name}: {result.text}", flush=True)
-    passes = result.status in ("ok", "skipped")
-    if not passes:
-        print(f"{'':{_WIDTH}} {check.advice}", flush=True)
-    return passes
+    if result.status in ("ok", "skipped"):
+        return True
+    if result.advice:
+        print(f"{'':{_WIDTH}} {result.advice}", flush=True)
+    return False

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from functools import lru_cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
+from packaging.version import Version
 
-from cxr_vit.checkpoint_files import CONFIG
+from cxr_vit.checkpoint_files import CONFIG, sha256
 from cxr_vit.commands.installation import has_poptorch
 from cxr_vit.config import BatchPlan, Config, dump_config, load_config
 from cxr_vit.config.files import packaged_configs
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from cxr_vit.data.dataset import Batch
     from cxr_vit.engines.base import Engine, EngineState
 
-#: Made by tests/selftest_files.py.
+#: Made by tests/selftest_files.py. The last one has the hashes of the others.
 FOLDER = Path(__file__).resolve().parents[1] / "selftest"
-CHECKPOINT, EXPECTED = FOLDER / "checkpoint", FOLDER / "expected.json"
+CHECKPOINT, EXPECTED, HASHES = "checkpoint", "expected.json", "sha256.json"
 
 #: Precision -> largest difference of a logit or a loss from what was computed in fp32 on a CPU. The
 #: logits are 2 to 4; a unit in the last place of bf16 and fp16 is 1/64 and 1/512 there.
@@ -40,6 +41,7 @@ _TANH = "gelu_pytorch_tanh"
 
 _IMAGES = "Install kornia-rs and pillow in the versions that are listed as needed."
 _DICOM = 'Install the decoders: pip install "cxr-vit[dicom]".'
+_ONNX = 'Install onnx and onnxruntime as listed: pip install "cxr-vit[export]".'
 _FILES = "Install the package again: files of it are missing, or have changed."
 _NUMBERS = (
     "Install torch and transformers in the versions that are listed as needed; if they are, report"
@@ -55,27 +57,38 @@ _DISK = "Look at the free space and the file system of the temporary folder (TMP
 class Result(NamedTuple):
     """What a check found.
 
-    `status` is ``"ok"``, ``"differs"``, ``"fails"`` (with an error) or ``"skipped"``.
+    `status` is ``"ok"``, ``"differs"``, ``"fails"`` (with an error) or ``"skipped"``; `advice` is
+    empty where the text says what to do.
     """
 
     status: str
     text: str
+    advice: str = ""
 
 
 class Check(NamedTuple):
-    """A check, and what to do if it does not pass."""
+    """A check, and what to do if it does not pass.
+
+    An optional one is skipped where its engine is not there.
+    """
 
     name: str
     function: Callable[[], Result]
     advice: str
+    is_optional: bool = False
 
     def run(self) -> Result:
         """Return the result; any error becomes one."""
         try:
-            return self.function()
+            result = self.function()
+        except EngineUnavailable as error:  # says itself what to do
+            text = " ".join(str(error).split())
+            skipped = Result("skipped", text.partition(". ")[0])
+            return skipped if self.is_optional else Result("fails", text)
         except Exception as error:  # a broken library may raise anything
             first = str(error).strip().split("\n")[0]
-            return Result("fails", f"{type(error).__name__}: {first}")
+            result = Result("fails", f"{type(error).__name__}: {first}")
+        return result._replace(advice=self.advice)
 
 
 class Environment(NamedTuple):
@@ -93,25 +106,21 @@ class Environment(NamedTuple):
     logits: Dict[str, List[List[float]]]
     losses: List[float]
 
-    def order(self) -> Tuple[int, ...]:
+    def order(self) -> Version:
         """Return a key that sorts by the version of torch."""
-        return _numbers(self.versions[0])
-
-
-def _numbers(version: str) -> Tuple[int, ...]:
-    return tuple(int(part) for part in version.partition("+")[0].split(".") if part.isdigit())
+        return Version(self.versions[0])
 
 
 def read_environments() -> List[Environment]:
     """Return the environments with expectations, the oldest torch first."""
-    if not EXPECTED.exists():
-        return []
-    return [Environment(**one) for one in json.loads(EXPECTED.read_text(encoding="utf-8"))]
+    text = (FOLDER / EXPECTED).read_text(encoding="utf-8")
+    return [Environment(**one) for one in json.loads(text)]
 
 
 def installed_versions() -> List[str]:
     """Return the versions of torch, without its build, and of transformers."""
-    return [metadata.version(name).partition("+")[0] for name in ("torch", "transformers")]
+    modules = map(importlib.import_module, ("torch", "transformers"))
+    return [str(module.__version__).partition("+")[0] for module in modules]
 
 
 def nearest(environments: Sequence[Environment], versions: Sequence[str]) -> Environment:
@@ -119,25 +128,40 @@ def nearest(environments: Sequence[Environment], versions: Sequence[str]) -> Env
 
     `environments` are sorted by the version of torch.
     """
-    own = _numbers(versions[0])
-    older = [one for one in environments if one.order() <= own]
+    older = [one for one in environments if one.order() <= Version(versions[0])]
     exact = [one for one in environments if one.versions == list(versions)]
     return [*exact, *reversed(older), *environments][0]
+
+
+def file_check() -> Check:
+    """Return the check of the files, without which no other one says what is wrong."""
+    return Check("files", _files, _FILES)
 
 
 def checks(expected: Environment, engines: Sequence[str]) -> Iterator[Check]:
     """Yield the checks in the order of what depends on what; `engines` may be empty, for all."""
     yield Check("PNG", partial(_image, "image.png", "decoded"), _IMAGES)
     yield Check("resized PNG", partial(_image, "image.png", "resized"), _IMAGES)
-    yield Check("DICOM", partial(_dicom, "image.dcm"), _DICOM)
-    yield Check("DICOM, JPEG 2000", partial(_dicom, "image_jpeg2000.dcm"), _DICOM)
+    for name, file in (("DICOM", "image.dcm"), ("DICOM, JPEG 2000", "image_jpeg2000.dcm")):
+        image = partial(_image, file, "decoded")
+        yield Check(name, partial(_with_extra, "dicom", ["pydicom"], image), _DICOM)
     yield Check("configurations", _configurations, _FILES)
-    yield Check("checkpoint", _checkpoint, _FILES)
-    for name, forward, advice in _forward_passes(expected, engines):
-        yield Check(name, forward, advice)
+    yield Check("checkpoint", _checkpoint, _NUMBERS)
+    yield from _forward_passes(expected, engines)
+    if not engines:
+        onnx = partial(_onnx, expected)
+        yield Check("ONNX", partial(_with_extra, "export", ["onnx", "onnxruntime"], onnx), _ONNX)
     if not engines or "torch" in engines:
         yield Check("training", partial(_training, expected), _NUMBERS)
         yield Check("saved checkpoint", _saved_checkpoint, _DISK)
+
+
+def _with_extra(extra: str, modules: Sequence[str], function: Callable[[], Result]) -> Result:
+    """Skip a check if a library of an extra is not installed; with a broken one it fails."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        return Result("skipped", f"without {' and '.join(missing)} (extra {extra})")
+    return function()
 
 
 # Images
@@ -161,15 +185,19 @@ def _image(name: str, key: str) -> Result:
     )
 
 
-def _dicom(name: str) -> Result:
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        return Result("skipped", f"pydicom is not installed. {_DICOM}")
-    return _image(name, "decoded")
-
-
 # Files
+
+
+def _files() -> Result:
+    hashes = json.loads((FOLDER / HASHES).read_text(encoding="utf-8"))
+    missing = [name for name in hashes if not (FOLDER / name).is_file()]
+    there = [name for name in hashes if name not in missing]
+    changed = [name for name in there if sha256(FOLDER / name) != hashes[name]]
+    if not missing and not changed:
+        return Result("ok", f"{len(hashes)} are as they were made")
+    named = {"missing": missing, "changed": changed}
+    text = "; ".join(f"{what}: {', '.join(names)}" for what, names in named.items() if names)
+    return Result("differs", f"in {FOLDER}, {text}")
 
 
 def _configurations() -> Result:
@@ -185,7 +213,7 @@ def _configurations() -> Result:
 def _checkpoint() -> Result:
     with _engine(_config("torch")) as engine:
         count = sum(weight.numel() for weight in engine.module.model.weights().values())
-    return Result("ok", f"{count} weights are loaded, and their SHA-256 is right")
+    return Result("ok", f"{count} weights are loaded")
 
 
 def _saved_checkpoint() -> Result:
@@ -236,10 +264,10 @@ def images() -> Batch:
 
 
 @lru_cache(maxsize=None)
-def _saved_config() -> Config:
+def _config_of(checkpoint: Path) -> Config:
     from cxr_vit.training.run_folder import config_of_checkpoint
 
-    return config_of_checkpoint(CHECKPOINT, [])
+    return config_of_checkpoint(checkpoint, [])
 
 
 def _config(engine: str, device: str = "cpu", precision: str = "fp32") -> Config:
@@ -247,7 +275,7 @@ def _config(engine: str, device: str = "cpu", precision: str = "fp32") -> Config
         {"device": "auto", "executable_cache": None} if engine == "poptorch" else {"device": device}
     )
     stages = [1] * _PIPELINE if engine == "pipeline" else [2]
-    return _saved_config().changed(
+    return _config_of(FOLDER / CHECKPOINT).changed(
         engine={"name": engine, "precision": precision, **of_device},
         pipeline={"layers_per_stage": stages},
     )
@@ -264,34 +292,20 @@ def _engine(config: Config) -> Engine:
     is_pipeline = config.engine.name == "pipeline"
     launch = Launch.from_environment() if is_pipeline else Launch()
     choice = choose_engine(config, launch)
-    module = ViTModule.load_from_checkpoint(CHECKPOINT, config=config)
+    module = ViTModule.load_from_checkpoint(FOLDER / CHECKPOINT, config=config)
     module.setup(for_ipu=choice.is_ipu)
     return build_engine(config, module, choice, BatchPlan.from_section(config.batch), launch)
 
 
-def compute() -> Environment:
-    """Return what this environment computes."""
-    logits = {}
-    for activation in ("gelu", _TANH):
-        with _engine(_config("torch").changed(model={"hidden_act": activation})) as engine:
-            logits[activation] = _rounded(engine.predict(images()))
-    return Environment(installed_versions(), logits, _losses())
-
-
-def _rounded(values: Any) -> Any:
-    return np.round(values.double().numpy(), 8).tolist()
-
-
-def _losses() -> List[float]:
+def first_losses() -> List[float]:
+    """Return the losses of the first updates."""
     with _engine(_trained(_config("torch"))) as engine:
-        losses = [
-            float(engine.train_step(images(), lr=_LEARNING_RATE).losses[0]) for _ in range(_UPDATES)
-        ]
-    return [round(loss, 8) for loss in losses]
+        steps = [engine.train_step(images(), lr=_LEARNING_RATE) for _ in range(_UPDATES)]
+    return [float(step.losses[0]) for step in steps]
 
 
 def _training(expected: Environment) -> Result:
-    return _compare(_losses(), expected.losses, TOLERANCES["fp32"], "loss")
+    return _compare(first_losses(), expected.losses, TOLERANCES["fp32"], "loss")
 
 
 def _compare(found: Any, expected: Any, tolerance: float, what: str) -> Result:
@@ -309,16 +323,16 @@ def _compare(found: Any, expected: Any, tolerance: float, what: str) -> Result:
     )
 
 
-def _forward_passes(
-    expected: Environment, engines: Sequence[str]
-) -> Iterator[Tuple[str, Callable[[], Result], str]]:
-    """Yield name, function and advice for each engine, device and precision."""
+def _forward_passes(expected: Environment, engines: Sequence[str]) -> Iterator[Check]:
+    """Yield a check for each engine, device and precision."""
     for engine, device, precision in _kinds(engines):
-        must_be_there = engine != "torch" and engine in engines  # else it is the precision
         place = {"torch": device.upper(), "pipeline": f"{_PIPELINE} processes"}.get(engine, "IPU")
-        forward = partial(_forward, expected, engine, device, precision, must_be_there)
-        advice = _NUMBERS if device == "cpu" else _DEVICE
-        yield f"{engine} on {place}, {precision}", forward, advice
+        yield Check(
+            f"{engine} on {place}, {precision}",
+            partial(_forward, expected, engine, device, precision),
+            _NUMBERS if device == "cpu" else _DEVICE,
+            is_optional=engine == "torch" or engine not in engines,  # of torch, the precision
+        )
 
 
 def _kinds(engines: Sequence[str]) -> Iterator[Tuple[str, str, str]]:
@@ -335,25 +349,28 @@ def _kinds(engines: Sequence[str]) -> Iterator[Tuple[str, str, str]]:
         yield from (("poptorch", "ipu", precision) for precision in precisions)
 
 
-def _forward(
-    expected: Environment, name: str, device: str, precision: str, must_be_there: bool
-) -> Result:
-    """Compare the logits; an engine that is not there is skipped unless it was asked for."""
+def _forward(expected: Environment, name: str, device: str, precision: str) -> Result:
+    """Compare the logits. Raises EngineUnavailable if the engine is not there."""
     if name == "pipeline" and Launch.from_environment().world_size != _PIPELINE:
-        return Result(
-            "fails" if must_be_there else "skipped",
+        raise EngineUnavailable(
             f"it needs two processes: torchrun --nproc-per-node {_PIPELINE} -m cxr_vit selftest"
-            " --engine pipeline",
+            " --engine pipeline"
         )
-    try:
-        engine = _engine(_config(name, device, precision))
-    except EngineUnavailable as error:
-        reason, _, advice = str(error).partition(". ")
-        return (
-            Result("fails", f"{reason}. {advice}") if must_be_there else Result("skipped", reason)
-        )
-    is_ipu = name == "poptorch"
-    with engine:
+    with _engine(_config(name, device, precision)) as engine:
         logits = engine.predict(images())
+    is_ipu = name == "poptorch"
     tolerance = _IPU_FP32 if is_ipu and precision == "fp32" else TOLERANCES[precision]
     return _compare(logits, expected.logits[_TANH if is_ipu else "gelu"], tolerance, "logit")
+
+
+def _onnx(expected: Environment) -> Result:
+    """Compare probabilities: 1e-5 of those of the checkpoint is 1e-4 of a logit."""
+    from cxr_vit.prediction.onnx_export import onnx_graph
+    from cxr_vit.prediction.onnx_model import Session
+
+    with _engine(_config("torch")) as engine:
+        content = onnx_graph(engine.module).SerializeToString()
+    session = Session(content, Path("model.onnx"), num_labels=len(expected.logits["gelu"][0]))
+    found = session.probabilities(images().images.numpy()[:, 0])
+    wanted = 1 / (1 + np.exp(-np.asarray(expected.logits["gelu"])))
+    return _compare(found, wanted, TOLERANCES["fp32"], "probability")
