@@ -48,6 +48,9 @@ SMALL = (
     "engine.precision=fp32",
 )
 
+#: Overrides for a run that others read: neither processes that decode nor figures of the training.
+QUICK = ("data.cache_workers=1", "loggers=[jsonl]")
+
 
 def module_of(config: Config, data: Any = None, *, for_ipu: bool = False) -> "ViTModule":
     """Return a module that is set up."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SMALL
+from conftest import QUICK, SMALL
 from cxr_vit import cli
 from cxr_vit.commands import train
 from cxr_vit.commands.localize_run import _with_boxes
@@ -33,7 +33,8 @@ def root(tmp_path_factory):
 def run(root, tmp_path_factory):
     """A run of one step."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main([*SMALL, f"data.root={root}", "train.steps=1", f"run.dir={folder}"]) == 0
+    words = [*SMALL, *QUICK, f"data.root={root}", "train.steps=1", f"run.dir={folder}"]
+    assert train.main(words) == 0
     return folder
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from processes.launch import finish, fork
 
-from conftest import ROOT, SMALL
+from conftest import QUICK, ROOT, SMALL
 from cxr_vit import cli
 from cxr_vit.checkpoint_files import checkpoint_of
 from cxr_vit.commands import evaluate, predict_run, train
@@ -53,9 +53,10 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step that was evaluated: it has operating points and predictions.csv."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    words = [*SMALL, f"data.root={sample}", "train.steps=1", f"run.dir={folder}"]
+    words = [*SMALL, *QUICK, f"data.root={sample}", "train.steps=1", f"run.dir={folder}"]
     assert train.main([*words, "data.val_fraction=0.5", "schedule.warmup_steps=0"]) == 0
-    assert evaluate.main(["--checkpoint", str(folder), "evaluation.resamples=0"]) == 0
+    short = ("evaluation.resamples=0", "report.images=false")
+    assert evaluate.main(["--checkpoint", str(folder), *short]) == 0
     return folder
 
 
@@ -98,7 +99,7 @@ def test_test_images_have_the_probabilities_of_predictions_csv(run, sample, tmp_
     table.write_text(
         "Image Index,age\n" + "".join(f"{sample / 'images' / name},40\n" for name in names)
     )
-    assert predict(run, table, "--out", tmp_path / "out.csv") == 0
+    assert predict(run, table, "data.cache_workers=1", "--out", tmp_path / "out.csv") == 0
     rows = read_csv(tmp_path / "out.csv")
     assert [Path(row["image"]).name for row in rows] == list(names)
     for column, name in enumerate(expected.names):
@@ -370,15 +371,15 @@ def test_real_originals_and_a_dicom_file_are_read(run, tmp_path):
 def test_exported_model_predicts_what_its_checkpoint_does(run, sample, tmp_path):
     pytest.importorskip("cxr_vit.prediction.onnx_model")
     pytest.importorskip("onnxruntime")
-    folder, words = sample / "images", ("data.cache_workers=1", "--format", "jsonl")
+    images, words = sorted((sample / "images").iterdir())[:60], ("--format", "jsonl")
     assert cli.main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "to")]) == 0
-    assert predict(run, folder, "--out", tmp_path / "torch.jsonl", *words) == 0
-    assert predict(tmp_path / "to", folder, "--out", tmp_path / "onnx.jsonl", *words) == 0
+    assert predict(run, *images, "--out", tmp_path / "torch.jsonl", *words) == 0
+    assert predict(tmp_path / "to", *images, "--out", tmp_path / "onnx.jsonl", *words) == 0
     rows = [read_lines(tmp_path / f"{name}.jsonl") for name in ("onnx", "torch")]
-    assert [len(each) for each in rows] == [400, 400]
+    assert [len(each) for each in rows] == [60, 60]
     for found, expected in zip(*rows):
         assert found["image"] == expected["image"]
         for key in ("probabilities", "calibrated"):
             assert found[key] == pytest.approx(expected[key], abs=1e-4)
     with pytest.raises(CxrVitError, match="has no effect on"):
-        predict(tmp_path / "to", folder, "engine.device=cpu")
+        predict(tmp_path / "to", images[0], "engine.device=cpu")
