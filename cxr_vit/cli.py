@@ -28,7 +28,7 @@ from cxr_vit.errors import ConfigError, CxrVitError, suggestion
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-#: `predict` has a row for each image, and some could not be read.
+#: `predict` has a row for each image; some could not be read, or pictures are missing.
 EXIT_PARTIAL = 3
 EXIT_INTERRUPTED = 130
 #: A signal stopped the run after it was saved: EX_TEMPFAIL of sysexits.h, "try again".

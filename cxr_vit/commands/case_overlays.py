@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 import numpy as np
 from PIL import Image
 
+from cxr_vit.commands.map_model import explainer_of
 from cxr_vit.config import Config
-from cxr_vit.engines.devices import choose_device
-from cxr_vit.engines.processes import Launch
 from cxr_vit.evaluation.cases import Overlays
 from cxr_vit.evaluation.label_match import LabelMatch
-from cxr_vit.saliency.explainer import Explainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ def case_overlays(
     """
     if run.report.saliency == "none":
         return None
-    explainers: List[Explainer] = []  # one, once it is needed; none after a failure
+    explainer = explainer_of(checkpoint, run, run.report.saliency)
     has_failed = False
 
     def draw(picture: Image.Image, finding: str) -> Optional[Image.Image]:
@@ -42,12 +40,8 @@ def case_overlays(
             return None
         pixels = np.asarray(picture)
         try:
-            if not explainers:
-                device = choose_device(run.engine, Launch.from_environment()).device
-                explainers.append(Explainer(checkpoint, run, run.report.saliency, device))
-            (explainer,) = explainers
-            column = explainer.highest(pixels, match.sources[match.names.index(finding)])
-            return explainer.overlays(picture, pixels, [column])[0]
+            column = explainer().highest(pixels, match.sources[match.names.index(finding)])
+            return explainer().overlays(picture, pixels, [column])[0]
         except Exception as error:
             logger.warning("the report shows no maps (report.saliency): %s", error)
             has_failed = True
@@ -61,8 +55,8 @@ def _about(run: Config, is_ensemble: bool) -> str:
     views = ", of the middle of the image alone" if run.evaluation.views != "center" else ""
     return (
         f"Below each image, the same with a map of what the score{members} rests on{views}:"
-        f" {_METHODS[run.report.saliency]} for this finding, computed by torch in fp32 on the host."
-        " Yellow is the map's largest value, dark purple a small one; maps are not comparable with"
-        " each other. A map is no segmentation, and no proof that the model is right for the right"
-        " reason."
+        f" {_METHODS[run.report.saliency]} for this finding, computed by torch in fp32 on"
+        " a CPU or GPU. Yellow is the map's largest value, dark purple a small one; an image that"
+        " stays gray has a map without a positive value. Maps are not comparable with each other. A"
+        " map is no segmentation, and no proof that the model is right for the right reason."
     )

@@ -12,14 +12,13 @@ import pandas as pd
 
 from cxr_vit import ChestXrayDataModule, ViTModule
 from cxr_vit.commands.localization_tables import sanity_lines, score_lines
+from cxr_vit.commands.map_model import map_model
 from cxr_vit.commands.scored_data import ScoredData
 from cxr_vit.config import Config
 from cxr_vit.console import progress
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.nih import BOX_FILES, NONE, find_boxes
 from cxr_vit.data.splits import SPLIT_NAMES
-from cxr_vit.engines.devices import choose_device
-from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import DataError, ModelError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.label_match import LabelMatch
@@ -171,14 +170,11 @@ def _folder(checkpoint: Path, split: str, default: str, chosen: Chosen) -> Path:
 
 
 class _Maps:
-    """Computes the maps of pairs on this host: with the model of a checkpoint, or another one."""
+    """Computes the maps of pairs: with the model of a checkpoint, or another one."""
 
     def __init__(self, dataset: ChestXrayDataset, module: ViTModule, method: str) -> None:
-        # In fp32, whatever the training computed in.
-        engine = module.config.engine.model_copy(update={"precision": "fp32"})
-        module.setup()
-        self._device = choose_device(engine, Launch()).device
-        self.model = module.model.eval().requires_grad_(False).to_device(self._device)
+        self.model = map_model(module)
+        self._device = next(self.model.parameters()).device
         self._dataset, self._method = dataset, METHODS[method]
         self._names, self._checkpoint = module.names, module.checkpoint
 

@@ -133,11 +133,18 @@ def _format(given: argparse.Namespace) -> str:
 
 
 def options_of(arguments: PredictArguments) -> Dict[str, Any]:
-    """Return the options that the rows of an output depend on."""
+    """Return the options that the rows of an output and the pictures beside them depend on."""
+    saliency = arguments.saliency and {
+        "pictures": str(arguments.saliency),
+        "method": arguments.saliency_method,
+        "findings": arguments.findings,
+    }
     return {
         "paths": list(map(str, arguments.paths)),
         "folder": str(Path.cwd()),
         "format": arguments.format,
         "operating_point": arguments.operating_point,
         "keep_tags": arguments.keep_tags,
+        "preprocess_check": arguments.preprocess_check and str(arguments.preprocess_check),
+        "saliency": saliency,
     }

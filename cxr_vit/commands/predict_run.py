@@ -7,7 +7,19 @@ import hashlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Callable, Generator, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from cxr_vit.cli import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_STOPPED
 from cxr_vit.commands.checkpoint_predictor import Opened
@@ -44,19 +56,23 @@ class PredictRun:
         self._rows = self._rows_of(arguments.format)
         self._stop_reason: Optional[str] = None
         self._first_unread: Optional[Row] = None
+        self._watchers: Dict[str, Watcher] = {}
+        self._lost_pictures = False
 
     def _rows_of(self, format: str) -> Union[CsvRows, JsonRows, TableRows]:
         if format == "csv":
             return CsvRows(self.decider, self.arguments.keep_tags)
         return (JsonRows if format == "jsonl" else TableRows)(self.decider)
 
-    def run(self, watchers: Sequence[Watcher]) -> int:
+    def run(self, watchers: Mapping[str, Watcher]) -> int:
         """Predict the images that are not done; return the exit status.
 
-        The main process calls the watchers with each chunk before it writes the rows.
+        The main process calls the watchers, by their option, with each chunk before it writes the
+        rows. One that fails is called no more: rows are not to be lost for a picture.
         """
         self._refuse_other_inputs()
         self._say_never_found()
+        self._watchers = dict(watchers)
         with self._output() as (write, done):
             # The main process decides: scoring takes all of them.
             errors = self.opened.once("done", lambda: self._done(done))
@@ -67,8 +83,8 @@ class PredictRun:
             with stopping, contextlib.closing(chunks):
                 for predicted in chunks:
                     if self.opened.is_main:
-                        for watch in watchers:
-                            watch(predicted)
+                        for option in list(self._watchers):
+                            self._watch(option, predicted)
                     rows = enumerate(predicted.rows, predicted.first)
                     new = [row for number, row in rows if not is_done[number]]
                     write([self._rows.line(row) for row in new])
@@ -80,6 +96,14 @@ class PredictRun:
                     if self.opened.any_process(self._stop_reason is not None):
                         break
         return self._end(is_done, unread)
+
+    def _watch(self, option: str, predicted: Predicted) -> None:
+        try:
+            self._watchers[option](predicted)
+        except Exception as error:
+            logger.warning("%s: no more pictures, only rows: %s", option, error)
+            del self._watchers[option]
+            self._lost_pictures = True
 
     def _refuse_other_inputs(self) -> None:
         """Raise DataError if this process found other images than the main one."""
@@ -168,24 +192,25 @@ class PredictRun:
             )
             return EXIT_INTERRUPTED if reason.startswith("SIGINT") else EXIT_STOPPED
         # torchrun takes another status of any other process for a failure.
-        return EXIT_PARTIAL if unread and self.opened.is_main else 0
+        is_partial = unread > 0 or self._lost_pictures
+        return EXIT_PARTIAL if is_partial and self.opened.is_main else 0
 
 
-def watchers_of(arguments: PredictArguments, opened: Opened) -> List[Watcher]:
-    """Return what is called with each chunk of images, in the main process."""
-    watchers: List[Watcher] = []
+def watchers_of(arguments: PredictArguments, opened: Opened) -> Dict[str, Watcher]:
+    """Return, by option, what is called with each chunk of images, in the main process."""
+    watchers: Dict[str, Watcher] = {}
     if arguments.preprocess_check is not None and opened.is_main:
         folder = arguments.preprocess_check
-        watchers.append(_preprocess_check(folder, opened, resumes=arguments.resume))
+        watchers[f"--preprocess-check {folder}"] = _preprocess_check(
+            folder, opened, resumes=arguments.resume
+        )
     if arguments.saliency is not None and opened.is_main:
-        watchers.append(
-            saliency_pictures(
-                arguments.saliency,
-                opened,
-                method=arguments.saliency_method,
-                findings=arguments.findings,
-                resumes=arguments.resume,
-            )
+        watchers[f"--saliency {arguments.saliency}"] = saliency_pictures(
+            arguments.saliency,
+            opened,
+            method=arguments.saliency_method,
+            findings=arguments.findings,
+            resumes=arguments.resume,
         )
     return watchers
 

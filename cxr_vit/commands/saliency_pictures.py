@@ -9,14 +9,12 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 
 from cxr_vit.commands.checkpoint_predictor import Opened
+from cxr_vit.commands.map_model import explainer_of
 from cxr_vit.data.images import read_original
-from cxr_vit.engines.devices import choose_device
-from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError, DataError, suggestion
 from cxr_vit.files import replacing
 from cxr_vit.prediction.outputs import file_name, make_picture_folder, safe_name
 from cxr_vit.prediction.run import Predicted, Watcher
-from cxr_vit.saliency.explainer import Explainer
 from cxr_vit.saliency.overlay import beside
 
 logger = logging.getLogger(__name__)
@@ -38,8 +36,7 @@ def saliency_pictures(
     chosen = [_column(name, module.names) for name in findings]
     config, data = module.config, module.config.data
     how: Dict[str, Any] = {"max_megapixels": data.max_megapixels, "dicom_window": data.dicom_window}
-    device = choose_device(config.engine, Launch.from_environment()).device
-    explainer = Explainer(module.checkpoint, config, method, device)
+    explainer = explainer_of(module.checkpoint, config, method)
     make_picture_folder(folder, resumes=resumes)
 
     def write(predicted: Predicted) -> None:
@@ -52,7 +49,7 @@ def saliency_pictures(
             except DataError as error:  # it was there a moment ago; its row is not to be lost
                 logger.warning("no picture in %s: %s", folder, error)
                 continue
-            overlays = explainer.overlays(original, predicted.pixels[index], columns)
+            overlays = explainer().overlays(original, predicted.pixels[index], columns)
             for column, covered in zip(columns, overlays):
                 end = f"_{safe_name(module.names[column])}_{scores[column]:.3f}.png"
                 name = file_name(predicted.first + int(index), path, end)

@@ -283,7 +283,7 @@ def test_signal_stops_after_the_chunk(whole, tmp_path, monkeypatch, number, stat
     words, expected = whole
     out = tmp_path / "out.csv"
     with monkeypatch.context() as patched:
-        stop = [lambda predicted: os.kill(os.getpid(), number)]
+        stop = {"--test": lambda predicted: os.kill(os.getpid(), number)}
         patched.setattr(predict_run, "watchers_of", lambda *given: stop)
         assert predict(*words, "--out", out) == status
     assert len(read_csv(out)) == 256

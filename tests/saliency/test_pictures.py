@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 import xml.etree.ElementTree as ElementTree
 from typing import get_args
 
@@ -14,11 +15,17 @@ from conftest import SMALL
 from cxr_vit import ViTModule, cli
 from cxr_vit.checkpoint_files import checkpoint_of
 from cxr_vit.commands import evaluate, predict_arguments, train
-from cxr_vit.config import Config
+from cxr_vit.commands.case_overlays import case_overlays
+from cxr_vit.commands.checkpoint_predictor import Opened
+from cxr_vit.commands.map_model import explainer_of
+from cxr_vit.commands.saliency_pictures import saliency_pictures
+from cxr_vit.config import Config, load_config
 from cxr_vit.data.images import read_gray, read_original
 from cxr_vit.data.views import CENTER
-from cxr_vit.errors import ConfigError
+from cxr_vit.errors import ConfigError, DataError
+from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.predictions import read_predictions
+from cxr_vit.prediction.run import Predicted
 from cxr_vit.saliency import maps
 from cxr_vit.saliency.overlay import beside, overlay
 from fakes import loading
@@ -89,6 +96,37 @@ def test_pictures_show_the_given_findings_of_each_image(run, files, tmp_path, me
     assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_explainer_is_in_fp32_whatever_the_run_computes_in(run, precision):
+    """An old torch has no fp16 on CPUs; dropout of the training is off."""
+    config = load_config([run / "config.yaml"], [f"engine.precision={precision}"])
+    explainer = explainer_of(
+        checkpoint_of(run), config.changed(model={"drop_path": 0.5}), "grad_cam"
+    )
+    pixels = np.arange(1600, dtype=np.uint8).reshape(40, 40)
+    pixels.flags.writeable = False  # as those of a picture
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (
+            explainer().overlays(Image.fromarray(pixels), pixels, [2])[0] for _ in range(2)
+        )
+    assert first.tobytes() == second.tobytes()
+    assert explainer() is explainer()
+
+
+def test_highest_is_of_the_given_columns(run):
+    explainer = explainer_of(
+        checkpoint_of(run), load_config([run / "config.yaml"], []), "relevance"
+    )()
+    pixels = np.full((40, 40), 90, np.uint8)
+    with torch.no_grad():
+        logits = explainer._model(torch.full((1, 1, 32, 32), 90, dtype=torch.uint8))[0].tolist()
+    order = sorted(range(14), key=logits.__getitem__)
+    assert explainer.highest(pixels, order) == order[-1]
+    assert explainer.highest(pixels, order[3:9]) == order[8]
+    assert explainer.highest(pixels, [order[0]]) == order[0]
+
+
 def test_without_findings_the_likeliest_one_is_shown(run, files, tmp_path, capsys):
     words = [run, files / "b.png", "--saliency", tmp_path / "out"]
     assert predict(*words) == 0
@@ -98,6 +136,79 @@ def test_without_findings_the_likeliest_one_is_shown(run, files, tmp_path, capsy
     assert path.name.startswith(f"000000_b_{highest}_{probability[:3]}")
     with pytest.raises(Exception, match="is not empty"):
         predict(*words)
+
+
+def test_findings_over_their_threshold_are_shown(run, files, tmp_path):
+    module = ViTModule.load_from_checkpoint(checkpoint_of(run))
+    write = saliency_pictures(
+        tmp_path / "out", Opened(None, module), method="grad_cam", findings=[], resumes=False
+    )
+    pixels, scores = np.stack([read_gray(files / "b.png", 40)] * 3), np.full((3, 14), 0.5)
+    scores[:, module.names.index("Edema")] = 0.9
+    usable, paths = np.array([True, False, True]), [str(files / "b.png")] * 3
+    over = [["Hernia", "Mass"], ["Mass"], []]
+    write(Predicted(7, paths, usable, pixels, scores, over, []))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("000007_b_Hernia_0.500.png", "000007_b_Mass_0.500.png", "000009_b_Edema_0.900.png")
+    ]
+
+
+def fail(*_given):
+    raise RuntimeError("out of memory")
+
+
+def test_failure_of_a_picture_loses_no_rows(run, files, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "rows.csv"
+    words = (run, files / "b.png", files / "a wide.png", "--out")
+    assert predict(*words, out) == 0
+    pictures = ("--saliency", tmp_path / "looks", "--preprocess-check", tmp_path / "seen")
+    with monkeypatch.context() as patched:
+        patched.setitem(maps.METHODS, "relevance", fail)
+        assert predict(*words, tmp_path / "other.csv", *pictures) == cli.EXIT_PARTIAL
+    assert (tmp_path / "other.csv").read_bytes() == out.read_bytes()
+    expected = f"--saliency {tmp_path / 'looks'}: no more pictures, only rows: out of memory"
+    assert [text for text in caplog.messages if "pictures" in text] == [expected]
+    assert len(list((tmp_path / "seen").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ((), "options.saliency"),
+        (("--saliency", "looks"), "options.saliency.findings"),
+        (("--saliency", "others", "--findings", "Mass"), "options.saliency.pictures"),
+        (
+            ("--saliency", "looks", "--findings", "Mass", "--saliency-method", "grad_cam"),
+            "options.saliency.method",
+        ),
+    ],
+)
+def test_rows_are_not_continued_with_other_pictures(
+    run, files, tmp_path, monkeypatch, changed, named
+):
+    monkeypatch.chdir(tmp_path)
+    words = (run, files / "b.png", "--out", "rows.csv", "--resume")
+    given = ("--saliency", "looks", "--findings", "Mass")
+    assert predict(*words, *given) == 0
+    with pytest.raises(DataError, match=rf"other settings.*: {named}\b"):
+        predict(*words, *changed)
+    assert predict(*words, *given) == 0
+
+
+def test_overlay_of_the_report_is_of_the_finding_and_the_method(run):
+    config = load_config([run / "config.yaml"], ["report.saliency=grad_cam"])
+    module = ViTModule.load_from_checkpoint(checkpoint_of(run))
+    overlays = case_overlays(
+        checkpoint_of(run), config, LabelMatch.same(module.names), is_ensemble=False
+    )
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8))
+    explainer = explainer_of(checkpoint_of(run), config, "grad_cam")()
+    expected = [
+        explainer.overlays(picture, np.array(picture), [module.names.index(name)])[0].tobytes()
+        for name in ("Mass", "Hernia")
+    ]
+    assert [overlays.draw(picture, name).tobytes() for name in ("Mass", "Hernia")] == expected
+    assert expected[0] != expected[1] and "Grad-CAM" in overlays.about
 
 
 def test_each_method_can_be_chosen():
@@ -138,9 +249,6 @@ def test_report_has_an_overlay_of_each_case(run, tmp_path):
 
 
 def test_failure_of_a_map_loses_no_scores(run, tmp_path, monkeypatch, caplog):
-    def fail(*_given):
-        raise RuntimeError("out of memory")
-
     monkeypatch.setitem(maps.METHODS, "relevance", fail)
     page, images, overlays = report([run], tmp_path / "out")
     assert images > 10 and overlays == 0 and "segmentation" not in page
