@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 
 from conftest import QUICK, SMALL
-from cxr_vit import cli
-from cxr_vit.commands import train
+from cxr_vit import ViTModule, cli
+from cxr_vit.checkpoint_files import checkpoint_of
+from cxr_vit.commands import localize_run, train
 from cxr_vit.commands.localize_run import _with_boxes
 from cxr_vit.data.synthetic.dataset import BOX_NAME, write_sample
 from cxr_vit.errors import ConfigError, DataError
+from cxr_vit.evaluation.localization_figure import localization_figure
 from cxr_vit.saliency.maps import METHODS
 
 
@@ -72,6 +75,10 @@ def test_files_and_output(run, localize, tmp_path):
     steps = [step["randomised"] for step in found["sanity"]["steps"]]
     assert steps == ["head", *(f"layer {number}" for number in (3, 2, 1, 0)), "embedding"]
     assert found["sanity"]["images"] == 3
+    first, *_, last = (step["correlation"]["value"] for step in found["sanity"]["steps"])
+    assert -1 < first < 0.99 and -1 < last < 0.9
+    # A finding with few patients.
+    assert re.search(r"no interval of a score \(less than 10 patients.*\w", output)
     for text in ("mean of findings", "difference to", "layer 3", found["notice"]):
         assert text in output
     with Image.open(tmp_path / "out" / "localization.png") as picture:
@@ -95,37 +102,70 @@ def test_some_images_with_the_other_method_and_no_figure(run, localize, tmp_path
 
 
 def test_default_folders_are_in_the_run(run):
-    for words, name in (((), "localization"), (("--method", "grad_cam"), "localization_grad_cam")):
-        few = ("--images", "1", "--sanity", "0", "report.images=false")
+    """Scores of some images, or of other ones, never replace those of the default."""
+    few = ("--sanity", "0", "report.images=false", "evaluation.resamples=0")
+    for words, name in (
+        ((), "localization"),
+        (("--images", "1", "--method", "grad_cam"), "localization_grad_cam_1_images"),
+    ):
         assert cli.main(["localize", str(run), *few, *words]) == 0
         assert (run / name / "localization.json").is_file()
+    other = refused(ConfigError, run, *few, "data.split=patient", "data.test_fraction=0.5")
+    assert "(split_sha256, split_kind)" in other and f"{run / 'localization'} is for" in other
 
 
 @pytest.mark.parametrize("words", [(), ("data.resize=80",)], ids=["whole", "cut"])
 def test_boxes_are_where_the_model_sees_them(run, localize, root, tmp_path, monkeypatch, words):
-    """Of images that are white in the boxes and black elsewhere, brightness finds the boxes."""
+    """Of images with a brightness of the finding in its box, the map of brightness finds it.
+
+    That of another finding has one value everywhere. The figure has the hits of the maps.
+    """
     white = tmp_path / "white"
     shutil.copytree(root, white)
     boxes = pd.read_csv(root / BOX_NAME)
     boxes = boxes[boxes["Finding Label"].isin(["Cardiomegaly", "Effusion", "Atelectasis"])]
     boxes = boxes.drop_duplicates("Image Index")
     boxes.to_csv(white / BOX_NAME, index=False)
-    for image, x, y, width, height in boxes.drop(columns="Finding Label").iloc[:, :5].to_numpy():
+    names = ViTModule.load_from_checkpoint(run).names
+    for image, finding, x, y, width, height in boxes.iloc[:, :6].to_numpy():
         pixels = np.zeros((1024, 1024), np.uint8)
-        pixels[round(y) : round(y + height), round(x) : round(x + width)] = 255
+        inside = 100 + 10 * names.index(finding)
+        pixels[round(y) : round(y + height), round(x) : round(x + width)] = inside
         (found,) = (white / "images").rglob(image)
         Image.fromarray(pixels).save(found, compress_level=1)
 
     def brightness(model, images, columns):
-        return images.to(torch.float32).expand(-1, len(columns), -1, -1)
+        (column,) = columns
+        highest = images.amax(dim=(2, 3), keepdim=True).to(torch.float32)
+        return images * ((highest - 100 - 10 * column).abs() < 5)
+
+    shown = []
+
+    def keep(pairs, images, maps, hits, title):
+        shown.append((pairs, images, maps, hits, title))
+        return localization_figure(pairs, images, maps, hits, title)
 
     monkeypatch.setitem(METHODS, "relevance", brightness)
-    words = (f"data.root={white}", "data.cache=off", "report.images=false", *words)
+    monkeypatch.setattr(localize_run, "localization_figure", keep)
+    words = (f"data.root={white}", "data.cache=off", *words)
     found, _ = localize("--sanity", "0", *words)
     assert found["counts"]["pairs"] > 5
     scores = {name: each["all"]["value"] for name, each in found["scores"]["maps"].items()}
     assert scores["pointing_game"] == 1.0
     assert scores["iou"] > 0.8
+    assert found["scores"]["center"]["pointing_game"]["all"]["value"] < 1.0
+    ((pairs, images, maps, hits, title),) = shown
+    assert len(pairs) > 5 and (hits == 1.0).all() and (maps == images).all()
+    assert f"relevance of {checkpoint_of(run).resolve()}: boxes" in title
+
+
+def test_sanity_check_compares_maps_of_the_same_pairs(localize, monkeypatch):
+    """Those of weights that are not randomised are the same, but for the rounding."""
+    monkeypatch.setattr(localize_run, "cascade", lambda model: [("nothing", model)])
+    found, output = localize("--sanity", "3", "report.images=false")
+    (step,) = found["sanity"]["steps"]
+    assert step["correlation"]["value"] == pytest.approx(1.0, abs=1e-3)
+    assert re.search(r"  nothing +1\.00\b", output)
 
 
 def test_damaged_weights_are_refused(run, localize, monkeypatch):

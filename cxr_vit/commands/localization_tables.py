@@ -21,7 +21,7 @@ def score_lines(found: Mapping[str, Any]) -> List[str]:
         f" image, {count(counts['images'], 'image')}, {count(counts['patients'], 'patient')}",
         *_scores(found),
         *_differences(found["differences"]),
-        *_remarks(counts),
+        *_remarks(found),
     ]
 
 
@@ -48,10 +48,12 @@ def _differences(found: Mapping[str, Any]) -> List[str]:
     return columns(rows)
 
 
-def _remarks(counts: Mapping[str, Any]) -> List[str]:
-    lines = []
+def _remarks(found: Mapping[str, Any]) -> List[str]:
+    lines, counts = [], found["counts"]
     if counts["patients"] < LEAST_PATIENTS:
         lines.append(f"no intervals: they need {LEAST_PATIENTS} patients")
+    elif found["intervals"]["resamples"]:
+        lines += _without_interval(found["scores"][MAPS])
     for key, text in {
         "flat_maps": "maps with one value everywhere, as good as a point at random",
         "pairs_outside": "pairs left out, with boxes where the model does not look",
@@ -60,6 +62,20 @@ def _remarks(counts: Mapping[str, Any]) -> List[str]:
         if counts[key]:
             lines.append(f"{text}: {counts[key]}")
     return lines
+
+
+def _without_interval(scores: Mapping[str, Any]) -> List[str]:
+    groups = [
+        _GROUPS.get(group, group)
+        for group in scores["iou"]
+        if any(scores[score][group]["low"] is None for score in _SCORES)
+    ]
+    if not groups:
+        return []
+    return [
+        f"no interval of a score (less than {LEAST_PATIENTS} patients, or the same value in every"
+        f" resample): {', '.join(groups)}"
+    ]
 
 
 def sanity_lines(found: Optional[Mapping[str, Any]]) -> List[str]:

@@ -10,13 +10,11 @@ from typing import Sequence
 
 from cxr_vit.checkpoint_files import checkpoint_of, verify_checkpoint
 from cxr_vit.cli import COMMANDS, Parser, importing
+from cxr_vit.config.schema import MAP_METHODS
 from cxr_vit.data.text_files import check_data_root
 from cxr_vit.engines.processes import Launch
 from cxr_vit.errors import ConfigError
 from cxr_vit.training.run_folder import config_of_checkpoint
-
-#: The keys of `cxr_vit.saliency.maps.METHODS`, which imports torch; the first is the default.
-_METHODS = ("relevance", "grad_cam")
 
 
 def localize(argv: Sequence[str]) -> int:
@@ -27,7 +25,7 @@ def localize(argv: Sequence[str]) -> int:
     text = "default: test, or val where the split has no test images; data.split=all: every image"
     add("--split", choices=["train", "val", "test"], help=text)
     text = "what maps are made with (default: %(default)s)"
-    add("--method", choices=_METHODS, default=_METHODS[0], help=text)
+    add("--method", choices=MAP_METHODS, default=MAP_METHODS[0], help=text)
     text = "score this many of the images with boxes, chosen at random (default: all)"
     add("--images", type=int, metavar="N", help=text)
     text = (

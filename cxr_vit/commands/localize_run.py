@@ -15,11 +15,12 @@ from cxr_vit.commands.localization_tables import sanity_lines, score_lines
 from cxr_vit.commands.map_model import map_model
 from cxr_vit.commands.scored_data import ScoredData
 from cxr_vit.config import Config
+from cxr_vit.config.schema import MAP_METHODS
 from cxr_vit.console import progress
 from cxr_vit.data.dataset import ChestXrayDataset
 from cxr_vit.data.nih import BOX_FILES, NONE, find_boxes
 from cxr_vit.data.splits import SPLIT_NAMES
-from cxr_vit.errors import DataError, ModelError
+from cxr_vit.errors import ConfigError, DataError, ModelError
 from cxr_vit.evaluation.bootstrap import Resamples
 from cxr_vit.evaluation.label_match import LabelMatch
 from cxr_vit.evaluation.localization import (
@@ -78,9 +79,15 @@ def run_localize(
     if not seen:
         raise DataError(_no_boxes(data, split))
     pairs = [seen[place] for place in _places(seen, chosen.images)]
-    out = _folder(checkpoint, split, data.default_split(), chosen)
     match = LabelMatch.same(module.names)
     facts = ScoredData(config, config).facts(data, match, state, split)
+    folder = _folder(checkpoint, split, data.default_split(), chosen)
+    if chosen.out is None and facts["changed_since_training"]:
+        raise ConfigError(
+            f"the data are not those of the run ({', '.join(facts['changed_since_training'])}), and"
+            f" {folder} is for the scores of those. Give another folder with --out."
+        )
+    out = make_folder(chosen.out, folder)
     print(data.describe(), flush=True)
     maps_of = _Maps(data.dataset(split), module, chosen.method)
     maps = maps_of(maps_of.model, pairs, "maps")
@@ -107,7 +114,8 @@ def run_localize(
     print("\n".join([*sanity_lines(found["sanity"]), NOTICE]), flush=True)
     with writing_to(out):
         if config.report.images:
-            _draw(out / _FIGURE, maps_of, pairs, maps, scores[MAPS])
+            title = f"{chosen.method} of {checkpoint.resolve()}"
+            _draw(out / _FIGURE, title, maps_of, pairs, maps, scores[MAPS])
         else:
             remove(out / _FIGURE)  # of another call
         write_text(out / _SCORES, json.dumps(found, indent=2, allow_nan=False) + "\n")
@@ -162,11 +170,12 @@ def _places(pairs: Sequence[Pair], most: Optional[int]) -> List[int]:
 
 
 def _folder(checkpoint: Path, split: str, default: str, chosen: Chosen) -> Path:
-    """Make the folder to write; that of the default split and method has no suffix."""
+    """Return the default folder; that of the defaults has no suffix."""
     report = report_folder(checkpoint, split, default=default)
     name = report.name.replace("report", "localization", 1)
-    suffix = "" if chosen.method == next(iter(METHODS)) else f"_{chosen.method}"
-    return make_folder(chosen.out, report.with_name(f"{name}{suffix}"))
+    method = "" if chosen.method == MAP_METHODS[0] else f"_{chosen.method}"
+    part = "" if chosen.images is None else f"_{chosen.images}_images"
+    return report.with_name(f"{name}{method}{part}")
 
 
 class _Maps:
@@ -250,17 +259,21 @@ def _sanity(
         name: rank_correlations(own, maps_of(model, chosen, f"maps, randomised to {name}"))
         for name, model in cascade(maps_of.model)
     }
-    findings = [pair.finding for pair in chosen]
     return {
         "score": "mean rank correlation with the maps of the trained weights",
         "pairs": len(chosen),
         "images": len({pair.row for pair in chosen}),
-        "steps": similarity(correlations, findings, maps_of.patients(chosen), resamples),
+        "steps": similarity(correlations, maps_of.patients(chosen), resamples),
     }
 
 
 def _draw(
-    path: Path, maps_of: _Maps, pairs: Sequence[Pair], maps: np.ndarray, scores: np.ndarray
+    path: Path,
+    title: str,
+    maps_of: _Maps,
+    pairs: Sequence[Pair],
+    maps: np.ndarray,
+    scores: np.ndarray,
 ) -> None:
     """Draw the first pair of each finding, then the second, up to `_SHOWN`."""
     findings = pd.Series([pair.finding for pair in pairs])
@@ -268,6 +281,7 @@ def _draw(
     places = order.index[:_SHOWN].to_numpy()
     shown = [pairs[place] for place in places]
     hits = scores[places, SCORES.index("pointing_game")]
-    figure = localization_figure(shown, maps_of.images(shown), maps[places], hits, NOTICE)
+    title = f"{title}: boxes, and maps with their maximum (+)\n{NOTICE}"
+    figure = localization_figure(shown, maps_of.images(shown), maps[places], hits, title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

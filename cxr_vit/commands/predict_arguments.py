@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from cxr_vit.cli import COMMANDS, Parser, split_overrides
+from cxr_vit.config.schema import MAP_METHODS
 from cxr_vit.errors import ConfigError
 
 #: The kinds of `cxr_vit.evaluation.operating_points`.
 _KINDS = ("youden", "f1", "specificity_95", "sensitivity_95")
 _FORMATS = ("table", "csv", "jsonl")
-#: The methods of `cxr_vit.saliency.maps`.
-_MAPS = ("relevance", "grad_cam")
 
 
 class PredictArguments(NamedTuple):
@@ -71,7 +70,7 @@ def _parser() -> Parser:
     )
     add("--saliency", type=Path, metavar="DIR", help=text)
     text = "how --saliency computes the map (default: %(default)s)"
-    add("--saliency-method", choices=_MAPS, default=_MAPS[0], help=text)
+    add("--saliency-method", choices=MAP_METHODS, default=MAP_METHODS[0], help=text)
     text = "findings that --saliency shows of every image, in place of its own"
     add("--findings", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     return parser
@@ -88,7 +87,7 @@ def predict_arguments(argv: Sequence[str]) -> PredictArguments:
             raise
         text = f"{greedy[0]} takes all words up to the next option: put CHECKPOINT and PATH first."
         raise ConfigError(f"{error} {text}") from error
-    if given.saliency is None and (given.findings or given.saliency_method != _MAPS[0]):
+    if given.saliency is None and (given.findings or given.saliency_method != MAP_METHODS[0]):
         raise ConfigError("--findings and --saliency-method are for pictures. Add --saliency DIR.")
     paths, overrides = split_overrides(given.paths)
     if not paths:

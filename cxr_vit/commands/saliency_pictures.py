@@ -37,7 +37,7 @@ def saliency_pictures(
     config, data = module.config, module.config.data
     how: Dict[str, Any] = {"max_megapixels": data.max_megapixels, "dicom_window": data.dicom_window}
     explainer = explainer_of(module.checkpoint, config, method)
-    make_picture_folder(folder, resumes=resumes)
+    make_picture_folder("--saliency", folder, resumes=resumes)
 
     def write(predicted: Predicted) -> None:
         for index in np.flatnonzero(predicted.usable):

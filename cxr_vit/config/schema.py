@@ -1,6 +1,6 @@
 """The sections of a configuration: their fields, types, ranges, defaults and help texts."""
 
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type, Union, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -350,6 +350,11 @@ class EvaluationSection(Section):
     )
 
 
+Saliency = Literal["relevance", "grad_cam", "none"]
+#: How maps can be computed, the keys of `cxr_vit.saliency.maps.METHODS`; the first is the default.
+MAP_METHODS: Tuple[str, ...] = get_args(Saliency)[:-1]
+
+
 class ReportSection(Section):
     """What the report of evaluate.py shows."""
 
@@ -358,7 +363,7 @@ class ReportSection(Section):
         "whether report.html shows images and their names: those that the model is most right and"
         " most wrong about. With real data these are patients",
     )
-    saliency: Literal["relevance", "grad_cam", "none"] = option(
+    saliency: Saliency = option(
         "relevance",
         "what is drawn over these images a second time: the attention relevance or the Grad-CAM of"
         " the finding, computed by torch in fp32 whatever engine scores; none: nothing",

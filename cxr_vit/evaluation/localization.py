@@ -15,6 +15,7 @@ import pandas as pd
 
 from cxr_vit.data.nih import IMAGE_PIXELS
 from cxr_vit.data.records import BOX_SIDES, Records
+from cxr_vit.data.views import CENTER
 from cxr_vit.evaluation.bootstrap import LEVEL, Resamples, intervals
 from cxr_vit.evaluation.statistics import Statistic, ratios
 
@@ -49,12 +50,13 @@ def boxed_pairs(records: Records, *, read_size: int, image_size: int) -> List[Pa
     Images are resized to a square of `read_size` pixels, whose middle of `image_size` is seen.
     Boxes are cut off at its edge; those outside it are left out, so that a pair may have none.
     """
-    start = int((read_size - image_size) / 2)  # as `View` does
+    left, top, right, low = CENTER.box(read_size, image_size)
     found = []
     for (finding, row), boxes in records.boxes.groupby(["finding", "row"]):
         corner, size = np.split(boxes[BOX_SIDES].to_numpy(np.float64), 2, axis=1)
-        read = np.concatenate([corner, corner + size], axis=1) / IMAGE_PIXELS * read_size
-        seen = ((read - start) / image_size).clip(0.0, 1.0)
+        edges = np.concatenate([corner, corner + size], axis=1) / IMAGE_PIXELS
+        seen = (edges - [left, top] * 2) / ([right - left, low - top] * 2)
+        seen = seen.clip(0.0, 1.0)
         found.append(Pair(int(row), str(finding), seen[(seen[:, 2:] > seen[:, :2]).all(axis=1)]))
     return found
 
@@ -214,22 +216,22 @@ def localization(
 
 
 def similarity(
-    correlations: Mapping[str, np.ndarray],
-    findings: Sequence[str],
-    patients: np.ndarray,
-    resamples: Resamples,
+    correlations: Mapping[str, np.ndarray], patients: np.ndarray, resamples: Resamples
 ) -> List[Dict[str, Any]]:
     """Return the mean of each of some correlations ``[N]``, with its interval, in their order.
 
     Without a value where none is defined; `undefined` counts the pairs left out.
     """
     number = len(np.unique(patients))
-    found = intervals(means(correlations, findings, patients), number, resamples)
+    values = np.stack(list(correlations.values()), axis=1)
+    is_defined = ~np.isnan(values)
+    mean = ratios(np.nan_to_num(values), is_defined, patients, list(correlations))
+    found = intervals(mean, number, resamples)
     return [
         {
             "randomised": name,
-            "correlation": found[f"{name}/{ALL}"]._asdict() if f"{name}/{ALL}" in found else None,
-            "undefined": int(np.isnan(values).sum()),
+            "correlation": found[name]._asdict() if name in found else None,
+            "undefined": int((~of_step).sum()),
         }
-        for name, values in correlations.items()
+        for name, of_step in zip(correlations, is_defined.T)
     ]

@@ -17,7 +17,7 @@ _INCHES = 2.1
 
 
 def localization_figure(
-    pairs: Sequence[Pair], images: np.ndarray, maps: np.ndarray, hits: np.ndarray, notice: str
+    pairs: Sequence[Pair], images: np.ndarray, maps: np.ndarray, hits: np.ndarray, title: str
 ) -> Figure:
     """Draw each image with the boxes, and again with its map and the place of its maximum.
 
@@ -31,9 +31,9 @@ def localization_figure(
         Scores of the pointing game, ``[N]``.
     """
     lines = math.ceil(len(pairs) / _COLUMNS)
-    size = (2 * _COLUMNS * _INCHES, lines * (_INCHES + 0.3) + 0.4)
+    size = (2 * _COLUMNS * _INCHES, lines * (_INCHES + 0.3) + 0.6)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.suptitle(f"boxes, and maps with their maximum (+). {notice}", fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     axes = figure.subplots(lines, 2 * _COLUMNS, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -50,7 +50,10 @@ def localization_figure(
         mapped.imshow(shown, cmap="inferno", vmin=0, vmax=1, alpha=0.55, extent=extent)
         down, across = np.nonzero(shown == shown.max())
         rows, columns = values.shape
-        mapped.plot((across + 0.5) / columns, (down + 0.5) / rows, "w+", markersize=8)
+        places = (across + 0.5) / columns, (down + 0.5) / rows
+        # Seen on dark and on bright.
+        mapped.plot(*places, "w+", markersize=10, markeredgewidth=4)
+        mapped.plot(*places, "k+", markersize=8, markeredgewidth=1.5)
         plain.set_title(pair.finding, fontsize=9, parse_math=False)
         mapped.set_title("hit" if hit == 1 else "miss" if hit == 0 else "tie", fontsize=9)
     return figure

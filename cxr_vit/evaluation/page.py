@@ -83,6 +83,9 @@ def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: P
     """
     metrics = {**dict.fromkeys(OPTIONAL_KEYS), **metrics}
     shown = _shown(metrics)
+    found = []
+    if context.images is not None:
+        found = cases(predictions, context.images, shown, context.overlays)
     return render(
         Path(__file__).with_name("page.html"),
         title=context.title,
@@ -96,9 +99,8 @@ def report_page(metrics: Mapping[str, Any], predictions: Predictions, context: P
         errors=_ERRORS,
         operating_points=_operating_points(metrics),
         subgroups=_subgroups(metrics),
-        cases=[]
-        if context.images is None
-        else cases(predictions, context.images, shown, context.overlays),
+        cases=found,
+        has_overlays=any(case.overlay for each in found for case in each.cases),
         facts=origin_facts(metrics),
         say=statements,
         mean_words=statements.MEAN_WORDS,

@@ -179,15 +179,15 @@ def _read(path: Path, file: IO[bytes], rows: FileRows) -> List[Done]:
     return done
 
 
-def make_picture_folder(folder: Path, *, resumes: bool) -> None:
-    """Make a folder. Raises DataError if it has files and `resumes` is not set."""
+def make_picture_folder(option: str, folder: Path, *, resumes: bool) -> None:
+    """Make the folder of an option. Raises DataError if it has files and `resumes` is not set."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_empty = next(folder.iterdir(), None) is None
     except OSError as error:
-        raise DataError(f"{folder} cannot be used ({error.strerror}).") from error
+        raise DataError(f"{option} {folder} cannot be used ({error.strerror}).") from error
     if not (is_empty or resumes):
-        raise DataError(f"{folder} is not empty. Give a new folder.")
+        raise DataError(f"{option} {folder} is not empty. Give a new folder.")
 
 
 class SeenImages:
@@ -198,7 +198,7 @@ class SeenImages:
 
     def make(self, *, resumes: bool) -> None:
         """Make the folder. Raises DataError if it has files and `resumes` is not set."""
-        make_picture_folder(self._folder, resumes=resumes)
+        make_picture_folder("--preprocess-check", self._folder, resumes=resumes)
 
     def write(self, number: int, path: str, pixels: np.ndarray) -> None:
         """Write the part of an image, uint8 ``[S, S]``. Raises OSError if that fails."""

@@ -186,7 +186,7 @@ def test_undefined_correlations_are_left_out_and_counted():
     values = np.linspace(0.0, 1.0, 12)
     values[:2] = np.nan
     given = {"head": values, "layer 0": np.full(12, np.nan)}
-    head, layer = similarity(given, ["Mass"] * 12, np.arange(12), Resamples(50))
+    head, layer = similarity(given, np.arange(12), Resamples(50))
     assert (head["randomised"], head["undefined"]) == ("head", 2)
     assert head["correlation"]["value"] == pytest.approx(np.nanmean(values))
     assert head["correlation"]["low"] is not None
