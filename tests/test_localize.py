@@ -15,7 +15,6 @@ from PIL import Image
 
 from conftest import QUICK, SMALL
 from cxr_vit import ViTModule, cli
-from cxr_vit.checkpoint_files import checkpoint_of
 from cxr_vit.commands import localize_run, train
 from cxr_vit.commands.localize_run import _with_boxes
 from cxr_vit.data.synthetic.dataset import BOX_NAME, write_sample
@@ -156,7 +155,7 @@ def test_boxes_are_where_the_model_sees_them(run, localize, root, tmp_path, monk
     assert found["scores"]["center"]["pointing_game"]["all"]["value"] < 1.0
     ((pairs, images, maps, hits, title),) = shown
     assert len(pairs) > 5 and (hits == 1.0).all() and (maps == images).all()
-    assert f"relevance of {checkpoint_of(run).resolve()}: boxes" in title
+    assert re.match(r"relevance of \w+, step_00000001: boxes", title)
 
 
 def test_sanity_check_compares_maps_of_the_same_pairs(localize, monkeypatch):

@@ -114,7 +114,7 @@ def run_localize(
     print("\n".join([*sanity_lines(found["sanity"]), NOTICE]), flush=True)
     with writing_to(out):
         if config.report.images:
-            title = f"{chosen.method} of {checkpoint.resolve()}"
+            title = f"{chosen.method} of {config.run.name}, {checkpoint.resolve().name}"
             _draw(out / _FIGURE, title, maps_of, pairs, maps, scores[MAPS])
         else:
             remove(out / _FIGURE)  # of another call
