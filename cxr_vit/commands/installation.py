@@ -57,7 +57,8 @@ def _requirements(extra: str) -> List[Requirement]:
     if (_CHECKOUT / "pyproject.toml").is_file():
         file = _CHECKOUT / f"requirements{_FILES.get(extra, f'-{extra}')}.txt"
         lines = (line.partition("#")[0] for line in file.read_text(encoding="utf-8").splitlines())
-        return [Requirement(line) for line in lines if line.strip()]
+        listed = [Requirement(line) for line in lines if line.strip()]
+        return [wanted for wanted in listed if _applies(wanted, extra)]
     every = [Requirement(text) for text in metadata.requires(_NAME) or ()]
     own = [wanted for wanted in every if _applies(wanted, "")]
     return own if not extra else [one for one in every if _applies(one, extra) and one not in own]
